@@ -1,0 +1,60 @@
+"""Advantage estimator "hpd" in verl's registry: the token weights of the configured objective."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from verl.trainer.ppo.core_algos import register_adv_est
+
+from hpd_verl.config import HPDConfig
+from hpd_verl.objectives import OBJECTIVES, SAMPLING_OBJECTIVES, TokenLogProbs, TokenWeights
+
+
+def _objective_weights(name: str, log_probs: TokenLogProbs, config: HPDConfig) -> TokenWeights:
+    coefficients = config.coefficients() if name in SAMPLING_OBJECTIVES else {}
+    return OBJECTIVES[name](log_probs, **coefficients)
+
+
+@register_adv_est("hpd")
+def compute_hpd_advantage(
+    response_mask: Tensor,
+    config: HPDConfig,
+    log_probs: Sequence[TokenLogProbs] | None = None,
+    is_rollout: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """Weights of the label and of each sampled token.
+
+    Args:
+        response_mask: [rows, response], 1 on response tokens.
+        config: the algorithm's configuration.
+        log_probs: one entry for each of the K samples a position, tensors of shape [rows, response].
+        is_rollout: bool [rows], True where the label is the student's own.
+
+    Returns:
+        ``(label_weights [rows, response], K sampled_weights [rows, response])``, zero outside the mask. With K > 1
+        the label's weight is the mean over samples and each sample counts 1/K.
+
+    Raises:
+        ValueError: called by another trainer than HPD's, which alone provides the log-probs.
+    """
+    if log_probs is None or is_rollout is None:
+        raise ValueError(
+            "algorithm.adv_estimator=hpd needs the teacher's log-probs, which only trainer.v1.trainer_mode=hpd "
+            "provides: select algorithm=hpd instead of setting the estimator alone"
+        )
+    mask = response_mask.bool()
+    label_weights, sampled_weights = [], []
+    for sample in log_probs:
+        weights = _objective_weights(config.objective, sample, config)
+        if config.on_policy_objective not in (None, config.objective):
+            on_policy = _objective_weights(config.on_policy_objective, sample, config)
+            rows = is_rollout.unsqueeze(1)
+            weights = TokenWeights(
+                label=torch.where(rows, on_policy.label, weights.label),
+                sampled=torch.where(rows, on_policy.sampled, weights.sampled),
+            )
+        label_weights.append(weights.label)
+        sampled_weights.append(torch.where(mask, weights.sampled / len(log_probs), 0.0))
+    return torch.where(mask, torch.stack(label_weights).mean(0), 0.0), sampled_weights

@@ -1,0 +1,322 @@
+"""Every setting of HPD, and the check of a whole run's configuration before anything starts."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from hpd_verl.objectives import LIKELIHOOD_OBJECTIVES, OBJECTIVES, SAMPLING_OBJECTIVES
+
+PREFIX = "algorithm.hpd"
+
+
+def _require(condition: bool, setting: str, found: Any, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{setting}={found}: {remedy}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class FractionSchedule:
+    """A linear schedule: ``start`` at the first step, ``end`` from step ``steps`` on."""
+
+    start: float
+    end: float
+    steps: int
+
+    def at(self, step: int) -> float:
+        """The value at a training step, counted from 1."""
+        progress = min(max(step - 1, 0) / max(self.steps - 1, 1), 1.0)
+        return self.start + (self.end - self.start) * progress
+
+    @property
+    def highest(self) -> float:
+        return max(self.start, self.end)
+
+    @property
+    def lowest(self) -> float:
+        return min(self.start, self.end)
+
+
+@dataclass(frozen=True)
+class HPDConfig:
+    """``algorithm.hpd``. The defaults are the paper's method."""
+
+    objective: str = "hpd"
+    """hpd, sft, seqkd, rkl, jsd or opd (hpd_verl/objectives.py)."""
+
+    on_policy_objective: str | None = None
+    """Objective of rows whose label is the student's own rollout; null: the same as ``objective``."""
+
+    forward_coef: float = 1.0
+    """Objective hpd: factor of the forward-KL weight p(y)."""
+
+    reverse_coef: float = 1.0
+    """Objective hpd: factor of the reverse-KL weights gap(y) and gap(a)."""
+
+    reinforce_coef: float = 1.0
+    """Objective hpd: factor of the additional p(y) on reinforced labels."""
+
+    student_sampling: bool = True
+    """Objective hpd: false drops the sampled token and the reinforcement."""
+
+    num_student_samples: int = 1
+    """Tokens the student samples per position; their terms are averaged."""
+
+    temperature: float = 1.0
+    """Distillation temperature of student and teacher (rollouts keep actor_rollout_ref.rollout.temperature)."""
+
+    on_policy_fraction: float | FractionSchedule = 0.0
+    """Share of a batch's rows that the student answers itself: a number, or {start, end, steps} for a line."""
+
+    missing_demonstration: str = "error"
+    """Rows without a demonstration where one is needed: error, or rollout (the student answers; counted)."""
+
+    overlong_demonstration: str = "truncate"
+    """Demonstrations longer than data.max_response_length: truncate (no EOS; counted), drop (counted) or error."""
+
+    score_rollouts: bool = False
+    """Run the reward function on training rollouts too, for their score in the log; the loss never uses it."""
+
+    seed: int = 42
+    """Seed of the student's sampling and of the choice of on-policy rows."""
+
+    token_chunk_size: int = 1024
+    """Tokens whose [vocab] log-probs exist at once in float32; memory only, never the result."""
+
+    def __post_init__(self) -> None:
+        names = ", ".join(sorted(OBJECTIVES))
+        _require(self.objective in OBJECTIVES, f"{PREFIX}.objective", self.objective, f"choose one of {names}")
+        _require(
+            self.on_policy_objective is None or self.on_policy_objective in OBJECTIVES,
+            f"{PREFIX}.on_policy_objective",
+            self.on_policy_objective,
+            f"choose one of {names}, or null for the same as {PREFIX}.objective",
+        )
+        for name in ("forward_coef", "reverse_coef", "reinforce_coef"):
+            value = getattr(self, name)
+            _require(_is_number(value) and value >= 0, f"{PREFIX}.{name}", value, "give a number of at least 0")
+        _require(
+            isinstance(self.student_sampling, bool),
+            f"{PREFIX}.student_sampling",
+            self.student_sampling,
+            "give true or false",
+        )
+        _require(
+            isinstance(self.score_rollouts, bool), f"{PREFIX}.score_rollouts", self.score_rollouts, "give true or false"
+        )
+        for name in ("num_student_samples", "token_chunk_size"):
+            value = getattr(self, name)
+            _require(type(value) is int and value >= 1, f"{PREFIX}.{name}", value, "give an integer of at least 1")
+        _require(type(self.seed) is int, f"{PREFIX}.seed", self.seed, "give an integer")
+        _require(
+            _is_number(self.temperature) and self.temperature > 0,
+            f"{PREFIX}.temperature",
+            self.temperature,
+            "give a number above 0",
+        )
+        self._check_fraction()
+        _require(
+            self.missing_demonstration in ("error", "rollout"),
+            f"{PREFIX}.missing_demonstration",
+            self.missing_demonstration,
+            "choose error or rollout",
+        )
+        _require(
+            self.overlong_demonstration in ("truncate", "drop", "error"),
+            f"{PREFIX}.overlong_demonstration",
+            self.overlong_demonstration,
+            "choose truncate, drop or error",
+        )
+        _require(
+            self.objective != "opd" or self.schedule.lowest == 1.0,
+            f"{PREFIX}.objective",
+            self.objective,
+            f"opd is for the student's own rollouts: set {PREFIX}.on_policy_fraction=1, "
+            f"or keep another objective for demonstrations and set {PREFIX}.on_policy_objective=opd",
+        )
+
+    def _check_fraction(self) -> None:
+        setting = f"{PREFIX}.on_policy_fraction"
+        value = self.on_policy_fraction
+        if isinstance(value, FractionSchedule):
+            ends = {"start": value.start, "end": value.end}
+            _require(
+                type(value.steps) is int and value.steps >= 1,
+                f"{setting}.steps",
+                value.steps,
+                "give an integer of at least 1",
+            )
+        else:
+            ends = {"": value}
+        for name, end in ends.items():
+            _require(
+                _is_number(end) and 0 <= end <= 1,
+                f"{setting}.{name}".rstrip("."),
+                end,
+                "give a number from 0 (demonstrations only) to 1 (rollouts only), or {start: .., end: .., steps: ..}",
+            )
+
+    @classmethod
+    def from_config(cls, node: DictConfig) -> "HPDConfig":
+        """Build from the ``algorithm.hpd`` node of a composed configuration.
+
+        Raises:
+            ValueError: an unknown key, or a value outside its range; the message names the setting.
+        """
+        values = OmegaConf.to_container(node, resolve=True)
+        assert isinstance(values, dict)
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            _require(key in known, f"{PREFIX}.{key}", values[key], f"no such setting; there are {', '.join(sorted(known))}")
+        fraction = values.get("on_policy_fraction")
+        if isinstance(fraction, dict):
+            _require(
+                set(fraction) == {"start", "end", "steps"},
+                f"{PREFIX}.on_policy_fraction",
+                fraction,
+                "a schedule has exactly the keys start, end and steps",
+            )
+            values["on_policy_fraction"] = FractionSchedule(**fraction)
+        return cls(**{str(key): value for key, value in values.items()})
+
+    @property
+    def schedule(self) -> FractionSchedule:
+        """``on_policy_fraction`` as a schedule; a number is a constant one."""
+        if isinstance(self.on_policy_fraction, FractionSchedule):
+            return self.on_policy_fraction
+        return FractionSchedule(start=self.on_policy_fraction, end=self.on_policy_fraction, steps=1)
+
+    @property
+    def objectives(self) -> frozenset[str]:
+        """The objectives in use."""
+        return frozenset({self.objective, self.on_policy_objective or self.objective})
+
+    @property
+    def samples(self) -> int:
+        """Tokens sampled per position whose loss terms are needed: 0 if no objective in use weighs them."""
+        return self.num_student_samples if self.student_sampling and self.objectives & SAMPLING_OBJECTIVES else 0
+
+    def coefficients(self) -> dict[str, float | bool]:
+        """Keyword arguments of the objective hpd."""
+        return {
+            "forward_coef": self.forward_coef,
+            "reverse_coef": self.reverse_coef,
+            "reinforce_coef": self.reinforce_coef,
+            "student_sampling": self.student_sampling,
+        }
+
+
+def updates_per_batch(config: DictConfig) -> int:
+    """Optimiser steps taken with the weights of one batch."""
+    actor = config.actor_rollout_ref.actor
+    return max(1, config.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
+
+
+def validates(config: DictConfig) -> bool:
+    """Whether the run validates at any time."""
+    return bool(config.trainer.val_before_train or config.trainer.test_freq > 0 or config.trainer.val_only)
+
+
+def _is_set(config: DictConfig, key: str) -> bool:
+    return bool(OmegaConf.select(config, key, default=None))
+
+
+# Settings that would silently do something else than they say, or that HPD's passes cannot serve.
+_UNSUPPORTED = {
+    "actor_rollout_ref.model.use_fused_kernels": "HPD reads the student's logits, which fused kernels do not keep",
+    "actor_rollout_ref.actor.use_fused_kernels": "HPD reads the student's logits, which fused kernels do not keep",
+    "actor_rollout_ref.actor.use_prefix_grouper": "the prefix grouper has its own loss",
+    "actor_rollout_ref.actor.pad_to_length": "verl's logits processor does not know static padding",
+    "actor_rollout_ref.ref.pad_to_length": "verl's logits processor does not know static padding",
+    "actor_rollout_ref.actor.use_kl_loss": "HPD's loss already holds the teacher",
+    "actor_rollout_ref.actor.calculate_sum_pi_squared": "it belongs to a baseline that HPD has no use for",
+    "actor_rollout_ref.model.mtp.enable": "multi-token prediction heads have no teacher",
+    "algorithm.use_kl_in_reward": "HPD's loss already holds the teacher",
+    "algorithm.filter_groups.enable": "HPD has no rewards to filter groups by",
+    "algorithm.rollout_correction.bypass_mode": "HPD always takes log-probs from the student itself",
+    "algorithm.rollout_correction.rollout_is": "HPD always takes log-probs from the student itself",
+    "algorithm.rollout_correction.rollout_rs": "HPD always takes log-probs from the student itself",
+    "distillation.enabled": "verl's own distillation is another algorithm",
+    "critic.enable": "HPD has no critic",
+    "reward.reward_model.enable": "HPD uses no reward model",
+    "actor_rollout_ref.actor.checkpoint.async_save": "a checkpoint could not be told complete",
+}
+
+
+def check_config(config: DictConfig) -> HPDConfig:
+    """Check a composed configuration of a run with ``algorithm=hpd``; loads nothing.
+
+    Returns:
+        The algorithm's settings.
+
+    Raises:
+        ValueError: one sentence that names the setting, what was found and what to do.
+    """
+    _require(
+        OmegaConf.select(config, PREFIX) is not None,
+        "trainer.v1.trainer_mode",
+        config.trainer.v1.trainer_mode,
+        "HPD's trainer needs algorithm=hpd on the command line",
+    )
+    hpd = HPDConfig.from_config(config.algorithm.hpd)
+    actor_rollout_ref = config.actor_rollout_ref
+
+    teacher = OmegaConf.select(config, "actor_rollout_ref.ref.model.path")
+    _require(
+        bool(teacher), "actor_rollout_ref.ref.model.path", teacher, "give the teacher's folder or hub name"
+    )
+    for key, value in {
+        "trainer.v1.trainer_mode": "hpd",
+        "trainer.use_v1": True,
+        "algorithm.adv_estimator": "hpd",
+        "actor_rollout_ref.actor.policy_loss.loss_mode": "hpd",
+        "actor_rollout_ref.hybrid_engine": True,
+    }.items():
+        found = OmegaConf.select(config, key)
+        _require(found == value, key, found, f"algorithm=hpd works only with {key}={value}")
+    for role in ("actor", "ref"):
+        strategy = actor_rollout_ref[role].strategy
+        _require(
+            strategy in ("fsdp", "fsdp2"),
+            f"actor_rollout_ref.{role}.strategy",
+            strategy,
+            "HPD runs on fsdp2 and fsdp; megatron and the other engines are not supported",
+        )
+    for key, reason in _UNSUPPORTED.items():
+        _require(not _is_set(config, key), key, OmegaConf.select(config, key), f"not supported: {reason}; unset it")
+
+    batch, mini_batch = config.data.train_batch_size, actor_rollout_ref.actor.ppo_mini_batch_size
+    _require(
+        batch % mini_batch == 0,
+        "actor_rollout_ref.actor.ppo_mini_batch_size",
+        mini_batch,
+        f"must divide data.train_batch_size={batch}",
+    )
+    likelihood = hpd.objectives & LIKELIHOOD_OBJECTIVES
+    epochs = actor_rollout_ref.actor.ppo_epochs
+    _require(
+        epochs == 1 or not likelihood,
+        "actor_rollout_ref.actor.ppo_epochs",
+        epochs,
+        f"objective {', '.join(sorted(likelihood))} has no ratio to clip; repeat the data by trainer.total_epochs instead",
+    )
+    _require(
+        actor_rollout_ref.rollout.n == 1 or hpd.schedule.lowest == 1.0,
+        "actor_rollout_ref.rollout.n",
+        actor_rollout_ref.rollout.n,
+        f"several answers a prompt need {PREFIX}.on_policy_fraction=1: a demonstration is one answer",
+    )
+    if hpd.schedule.highest > 0 or validates(config):
+        _require(
+            actor_rollout_ref.rollout.name != "hf",
+            "actor_rollout_ref.rollout.name",
+            actor_rollout_ref.rollout.name,
+            "rollouts come from a server: choose vllm or sglang",
+        )
+    return hpd

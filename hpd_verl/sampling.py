@@ -1,0 +1,148 @@
+"""Student sampling and log-probs of chosen tokens, from logits, chunk by chunk over tokens.
+
+A draw is a pure function of (seed, step, row, position): one counter-based uniform a token and an inverse-CDF search.
+How a batch is split into micro-batches, packed, sharded over ranks or resumed does not change it.
+Nothing of size [tokens, vocab] is allocated in float32 beyond one chunk of tokens, except the gradient of the logits,
+which has the logits' dtype.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MASK_64 = (1 << 64) - 1
+_BLOCK = 256  # vocabulary entries per block of the two-level inverse-CDF search
+
+
+def _signed(value: int) -> int:
+    """The int64 with the low 64 bits of ``value``."""
+    value &= _MASK_64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's is arithmetic)."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """The finaliser of SplitMix64: a bijection of int64 in which every input bit affects every output bit."""
+    value = (value ^ _shift_right(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift_right(value, 27)) * _signed(0x94D049BB133111EB)
+    return value ^ _shift_right(value, 31)
+
+
+def counter_uniform(seed: int, step: int, row: Tensor, position: Tensor, sample: int = 0) -> Tensor:
+    """One uniform number a token, a pure function of its counters.
+
+    Args:
+        seed: seed of the run.
+        step: training step.
+        row: int64 [n], the row of the batch each token belongs to.
+        position: int64 [n], the token's position in its row.
+        sample: index of the sample, where several are drawn a position.
+
+    Returns:
+        float64 [n] in [0, 1), on the device of ``row``.
+    """
+    state = torch.zeros_like(row)
+    for counter in (seed, step, sample, row, position):
+        if isinstance(counter, int):
+            counter = torch.full_like(row, _signed(counter))
+        state = _mix(state + counter + _signed(0x9E3779B97F4A7C15))
+    return _shift_right(state, 11).to(torch.float64) * 2.0**-53
+
+
+def _chunks(logits: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows with their logits in float32 (float64 stays float64)."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    for start in range(0, logits.shape[0], chunk_size):
+        rows = slice(start, start + chunk_size)
+        yield rows, logits[rows].to(dtype)
+
+
+def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draw from each row of ``probs``: block sums first, then inside one block.
+
+    Args:
+        probs: floating [n, V], non-negative, each row with positive mass (need not sum to exactly 1).
+        uniform: float64 [n] in [0, 1).
+
+    Returns:
+        int64 [n]: the first token whose cumulative mass exceeds ``uniform`` times the row's mass.
+    """
+    blocks = F.pad(probs, (0, -probs.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniform.unsqueeze(1) * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, target, right=True).clamp_max(blocks.shape[1] - 1)
+    target = target - F.pad(cumulative, (1, 0)).gather(1, block)
+    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1)
+    offset = torch.searchsorted(inside.cumsum(-1, dtype=torch.float64), target, right=True).clamp_max(_BLOCK - 1)
+    # The two sums of a block may differ in the last bit: then a target at its very end finds no token with mass.
+    offset = torch.where(inside.gather(1, offset) > 0, offset, inside.argmax(-1, keepdim=True))
+    return (block * _BLOCK + offset).squeeze(1)
+
+
+@torch.no_grad()
+def sample_tokens(
+    logits: Tensor, labels: Tensor, uniforms: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw tokens from the student and take the log-probs needed of it, in one sweep.
+
+    Args:
+        logits: floating [n, V].
+        labels: int64 [n].
+        uniforms: float64 [n, K], one number for each of K draws a position.
+        chunk_size: tokens per chunk; changes memory, not the result.
+
+    Returns:
+        ``(label_log_probs [n], sampled [n, K] int64, sampled_log_probs [n, K], entropy [n])``, float32
+        (float64 for float64 logits).
+    """
+    outputs = []
+    for rows, chunk in _chunks(logits, chunk_size):
+        log_probs = torch.log_softmax(chunk, dim=-1)
+        probs = log_probs.exp()
+        sampled = torch.stack([sample_from(probs, uniform) for uniform in uniforms[rows].unbind(1)], dim=1)
+        entropy = -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
+        label_log_probs = log_probs.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
+        outputs.append((label_log_probs, sampled, log_probs.gather(1, sampled), entropy))
+    label_log_probs, sampled, sampled_log_probs, entropy = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    return label_log_probs, sampled, sampled_log_probs, entropy
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
+        log_mass = torch.cat([chunk.logsumexp(-1) for _, chunk in _chunks(logits, chunk_size)])
+        ctx.save_for_backward(logits, tokens, log_mass)
+        ctx.chunk_size = chunk_size
+        return logits.gather(1, tokens).to(log_mass.dtype) - log_mass.unsqueeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        logits, tokens, log_mass = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        grad = torch.empty_like(logits)
+        for rows, chunk in _chunks(logits, ctx.chunk_size):
+            weights = grad_output[rows]
+            chunk_grad = (chunk - log_mass[rows].unsqueeze(1)).exp_().mul_(-weights.sum(-1, keepdim=True))
+            grad[rows] = chunk_grad.scatter_add_(1, tokens[rows], weights.to(chunk_grad.dtype))
+        return grad, None, None
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
+    """``log_softmax(logits).gather(1, tokens)`` without the [n, V] log-probs, differentiable in the logits.
+
+    Args:
+        logits: floating [n, V].
+        tokens: int64 [n, M].
+        chunk_size: tokens per chunk; changes memory, not the result.
+
+    Returns:
+        float32 [n, M] (float64 for float64 logits).
+    """
+    return _TokenLogProbs.apply(logits, tokens, chunk_size)
