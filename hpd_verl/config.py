@@ -108,7 +108,10 @@ class HPDConfig:
             "give true or false",
         )
         _require(
-            isinstance(self.score_rollouts, bool), f"{PREFIX}.score_rollouts", self.score_rollouts, "give true or false"
+            isinstance(self.score_rollouts, bool),
+            f"{PREFIX}.score_rollouts",
+            self.score_rollouts,
+            "give true or false",
         )
         for name in ("num_student_samples", "token_chunk_size"):
             value = getattr(self, name)
@@ -173,7 +176,12 @@ class HPDConfig:
         assert isinstance(values, dict)
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:
-            _require(key in known, f"{PREFIX}.{key}", values[key], f"no such setting; there are {', '.join(sorted(known))}")
+            _require(
+                key in known,
+                f"{PREFIX}.{key}",
+                values[key],
+                f"no such setting; there are {', '.join(sorted(known))}",
+            )
         fraction = values.get("on_policy_fraction")
         if isinstance(fraction, dict):
             _require(
@@ -223,6 +231,11 @@ def validates(config: DictConfig) -> bool:
     return bool(config.trainer.val_before_train or config.trainer.test_freq > 0 or config.trainer.val_only)
 
 
+def needs_rollout_server(config: DictConfig, hpd: HPDConfig) -> bool:
+    """Whether anything is ever generated: rollouts for training, or validation."""
+    return hpd.schedule.highest > 0 or hpd.missing_demonstration == "rollout" or validates(config)
+
+
 def _is_set(config: DictConfig, key: str) -> bool:
     return bool(OmegaConf.select(config, key, default=None))
 
@@ -268,9 +281,7 @@ def check_config(config: DictConfig) -> HPDConfig:
     actor_rollout_ref = config.actor_rollout_ref
 
     teacher = OmegaConf.select(config, "actor_rollout_ref.ref.model.path")
-    _require(
-        bool(teacher), "actor_rollout_ref.ref.model.path", teacher, "give the teacher's folder or hub name"
-    )
+    _require(bool(teacher), "actor_rollout_ref.ref.model.path", teacher, "give the teacher's folder or hub name")
     for key, value in {
         "trainer.v1.trainer_mode": "hpd",
         "trainer.use_v1": True,
@@ -312,7 +323,7 @@ def check_config(config: DictConfig) -> HPDConfig:
         actor_rollout_ref.rollout.n,
         f"several answers a prompt need {PREFIX}.on_policy_fraction=1: a demonstration is one answer",
     )
-    if hpd.schedule.highest > 0 or validates(config):
+    if needs_rollout_server(config, hpd):
         _require(
             actor_rollout_ref.rollout.name != "hf",
             "actor_rollout_ref.rollout.name",

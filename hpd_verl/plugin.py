@@ -39,7 +39,9 @@ def register() -> None:
     """
     found = importlib.metadata.version("verl")
     if found != VERL_VERSION:
-        raise RuntimeError(f"hpd-verl needs verl=={VERL_VERSION}, found verl=={found}: pip install verl=={VERL_VERSION}")
+        raise RuntimeError(
+            f"hpd-verl needs verl=={VERL_VERSION}, found verl=={found}: pip install verl=={VERL_VERSION}"
+        )
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
         from hpd_verl import cpu
 

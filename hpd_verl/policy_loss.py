@@ -51,7 +51,5 @@ def compute_hpd_policy_loss(
         losses = torch.maximum(unclipped, clipped)
         tokens = response_mask.sum().clamp_min(1)
         metrics["actor/pg_clipfrac"] = (((clipped > unclipped) & response_mask.bool()).sum() / tokens).item()
-    loss = agg_loss(
-        loss_mat=losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
-    )
+    loss = agg_loss(loss_mat=losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
     return loss, metrics

@@ -1,0 +1,397 @@
+"""verl's synchronous V1 trainer with a teacher, demonstrations and the student's sampled tokens.
+
+One step keeps verl's order: responses (demonstrations or rollouts), student pass, teacher pass, weights, update. With
+nothing to generate there is no rollout server; with one, weights are synced only before something is generated.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig, open_dict
+from tensordict import TensorDict
+from torch import Tensor
+from transfer_queue import KVBatchMeta
+from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.debug.metrics import calculate_debug_metrics
+from verl.utils.metric import reduce_metrics
+from verl.utils.py_functional import rename_dict
+from verl.workers.config import HFModelConfig
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
+from verl.workers.utils.padding import response_from_nested, response_to_nested
+
+from hpd_verl import batch as fields
+from hpd_verl import checkpoint
+from hpd_verl.agent_loop_manager import TRUNCATED
+from hpd_verl.config import check_config, needs_rollout_server, updates_per_batch
+from hpd_verl.dataset import DEMONSTRATION
+from hpd_verl.demonstration import has_demonstration
+from hpd_verl.metrics import batch_metrics
+from hpd_verl.objectives import LIKELIHOOD_OBJECTIVES, TokenLogProbs
+from hpd_verl.on_policy import choose_rollouts, rollout_quota
+from hpd_verl.vocabulary import shared_vocabulary_size
+from hpd_verl.worker import HPDWorker, HPDWorkerWithoutRollout, teacher_model_config
+
+logger = logging.getLogger(__name__)
+logger.setLevel(logging.INFO)
+
+POLL_INTERVAL = 0.1
+"""Seconds between looks for finished responses; verl's default of 2 would be most of a small step."""
+
+NO_ROLLOUT = "hpd_no_rollout"
+"""``rollout.name`` of a run without a server. verl resolves the name even for an empty list of replicas."""
+
+RolloutReplicaRegistry.register(NO_ROLLOUT, lambda: RolloutReplica)
+
+
+def _load_model_config(node: DictConfig, setting: str) -> HFModelConfig:
+    """Tokenizer and configuration of a model, without its weights."""
+    path = str(node.path)
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().exists():
+        raise ValueError(f"{setting}={path}: no such folder")
+    try:
+        return omega_conf_to_dataclass(node)
+    except Exception as error:  # Hydra wraps whatever Hugging Face raised
+        cause = error.__cause__ or error
+        raise ValueError(f"{setting}={path}: cannot load its configuration or tokenizer: {cause}") from error
+
+
+def check_models(config: DictConfig) -> None:
+    """Check student and teacher against each other and the data's lengths, before any weights load.
+
+    Raises:
+        ValueError: one sentence that names the setting, what was found and what to do.
+    """
+    teacher_setting, student_setting = "actor_rollout_ref.ref.model.path", "actor_rollout_ref.model.path"
+    teacher = _load_model_config(teacher_model_config(config.actor_rollout_ref), teacher_setting)
+    student = _load_model_config(config.actor_rollout_ref.model, student_setting)
+    if student.path == teacher.path:
+        logger.warning(
+            "%s and %s are both %s: the gap between them starts at zero",
+            student_setting,
+            teacher_setting,
+            student.path,
+        )
+    shared_vocabulary_size(
+        student.tokenizer, teacher.tokenizer, student.hf_config.vocab_size, teacher.hf_config.vocab_size
+    )
+    needed = config.data.max_prompt_length + config.data.max_response_length
+    for setting, model in ((teacher_setting, teacher), (student_setting, student)):
+        context = getattr(model.hf_config, "max_position_embeddings", None)
+        if context is not None and context < needed:
+            raise ValueError(
+                f"{setting}={model.path}: its context has {context} tokens, but data.max_prompt_length + "
+                f"data.max_response_length = {needed}; shorten them or choose another model"
+            )
+
+
+def _key_order(key: str) -> tuple[bool, int, int, int]:
+    """Sort key of a sequence: prompt, session, output; verl's padding sequences (``pad...``) come last."""
+    uid, session, output = key.rsplit("_", 2)
+    is_padding = uid.startswith("pad")
+    return is_padding, 0 if is_padding else int(uid.split("r")[1]), int(session), int(output)
+
+
+@register_trainer("hpd")
+class HPDTrainer(PPOTrainerSync):
+    """``trainer.v1.trainer_mode=hpd``."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.hpd = check_config(config)
+        check_models(config)
+        self.serves_rollouts = needs_rollout_server(config, self.hpd)
+        if not self.serves_rollouts:
+            self._enable_hybrid_replicas = False  # verl's switch for an empty list of replicas
+            with open_dict(config):
+                config.actor_rollout_ref.rollout.name = NO_ROLLOUT
+                config.actor_rollout_ref.rollout.nnodes = 1  # verl asserts a place for replicas, however few
+        self.server_is_awake = False
+        super().__init__(config)
+        self.use_reference_policy = True  # the teacher; verl derives this from its own KL terms
+        self.uses_ratio = updates_per_batch(config) > 1 and not self.hpd.objectives & LIKELIHOOD_OBJECTIVES
+        self.batch_rows: dict[str, int] = {}
+
+    def _build_replay_buffer(self) -> ReplayBuffer:
+        self.trainer_mode = "sync"  # verl's base class picks buffer and checkpoint content by this name
+        replay_buffer = super()._build_replay_buffer()
+        replay_buffer.poll_interval = POLL_INTERVAL
+        return replay_buffer
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        rows, batch_size = len(self.train_dataset), self.config.data.train_batch_size
+        if rows < batch_size:
+            raise ValueError(
+                f"data.train_batch_size={batch_size}: data.train_files has {rows} rows, not enough for one batch; lower it"
+            )
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        # Student and teacher always share a worker, with LoRA too: there verl would take the student itself,
+        # without its adapter, as the reference.
+        worker = HPDWorker if self.serves_rollouts else HPDWorkerWithoutRollout
+        for role in (Role.Actor, Role.ActorRollout, Role.RefPolicy):
+            self.role_worker_mapping.pop(role, None)
+            self.mapping.pop(role, None)
+        self.role_worker_mapping[Role.ActorRolloutRef] = ray.remote(worker)
+        self.mapping[Role.ActorRolloutRef] = "global_pool"
+
+    # ------------------------------ rollout server ------------------------------
+
+    def _sync_server(self) -> None:
+        self.checkpoint_manager.update_weights(self.global_steps)
+        self.server_is_awake = True
+
+    def _may_generate(self, step: int) -> bool:
+        if self.hpd.missing_demonstration == "rollout":
+            return True
+        return rollout_quota(self.hpd.schedule, step, self.config.data.train_batch_size) > 0
+
+    def on_init_end(self) -> None:
+        if self.serves_rollouts and (self.config.trainer.val_before_train or self._may_generate(self.global_steps + 1)):
+            self._sync_server()
+
+    def on_step_end(self) -> None:
+        is_last = self.global_steps >= self.total_training_steps
+        test_freq = self.config.trainer.test_freq
+        validates_now = test_freq > 0 and (is_last or self.global_steps % test_freq == 0)
+        if self.serves_rollouts and (validates_now or (not is_last and self._may_generate(self.global_steps + 1))):
+            super().on_step_end()
+            self.server_is_awake = True
+
+    def on_sample_end(self) -> None:
+        if self.server_is_awake:
+            super().on_sample_end()
+            self.server_is_awake = False
+
+    # ------------------------------ one batch, left to right ------------------------------
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
+        """The next prompts, numbered within the batch, each marked as demonstration or rollout."""
+        batch = super()._next_train_batch(num_prompts)
+        rows = len(batch)
+        demonstrations = list(batch[DEMONSTRATION]) if DEMONSTRATION in batch else [None] * rows
+        missing = [not has_demonstration(value) for value in demonstrations]
+        sources = [str(source) for source in batch["data_source"]] if "data_source" in batch else [""] * rows
+        quota = rollout_quota(self.hpd.schedule, self.global_steps, rows)
+        on_policy = choose_rollouts(sources, missing, quota, self.hpd.seed, self.global_steps)
+        uids = [f"{self.global_steps}r{row}" for row in range(rows)]
+        named = tu.get_tensordict(
+            {"uid": np.array(uids, dtype=object), fields.ON_POLICY: np.array(on_policy, dtype=object)}
+        )
+        batch["uid"], batch[fields.ON_POLICY] = named["uid"], named[fields.ON_POLICY]
+        self.on_policy_uids = {uid for uid, flag in zip(uids, on_policy, strict=True) if flag}
+        self.batch_counts = {
+            "hpd/on_policy_fraction": sum(on_policy) / rows,
+            "hpd/missing_demonstrations": sum(missing),
+            "hpd/dropped_demonstrations": getattr(self.train_dataset, "dropped_demonstrations", 0),
+        }
+        return batch
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **kwargs: Any) -> KVBatchMeta:
+        """verl's balancing over ranks, of sequences in a reproducible order and numbered in it."""
+        expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        if len(batch) < expected:
+            raise RuntimeError(
+                f"step {self.global_steps}: {expected - len(batch)} of {expected} responses failed; "
+                "the agent loop workers' errors are in the log above"
+            )
+        batch.reorder(sorted(range(len(batch)), key=lambda index: _key_order(batch.keys[index])))
+        self.batch_counts["hpd/truncated_demonstrations"] = sum(bool(tag.get(TRUNCATED)) for tag in batch.tags)
+        metrics.update(self.batch_counts)
+        batch = super()._balance_batch(batch, metrics=metrics, **kwargs)
+        number = {key: index for index, key in enumerate(sorted(batch.keys, key=_key_order))}
+        rows = torch.tensor([[number[key]] for key in batch.keys])
+        tq.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=TensorDict({fields.ROW: rows}, batch_size=len(batch)),
+        )
+        return batch
+
+    def _for_worker(self, batch: KVBatchMeta, extra_fields: list[str], **extra_info: Any) -> KVBatchMeta:
+        """The batch with just the fields and settings that a pass reads."""
+        return KVBatchMeta(
+            keys=batch.keys,
+            tags=batch.tags,
+            partition_id=batch.partition_id,
+            fields=fields.SEQUENCE_FIELDS + extra_fields,
+            extra_info={
+                "temperature": self.hpd.temperature,
+                fields.STEP: self.global_steps,
+                # verl's switches: hand logits to the loss function, and compute no log-probs beside it.
+                "distillation_use_topk": True,
+                "distillation_only": True,
+                **extra_info,
+            },
+        )
+
+    def _sampled_token_fields(self, samples: int) -> list[str]:
+        return [fields.sampled_tokens(sample) for sample in range(samples)]
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """Student pass: draw one token (or several) at every position, and take the log-probs."""
+        self.actor_rollout_wg.compute_log_prob(self._for_worker(batch, [], compute_loss=True, calculate_entropy=False))
+        return batch
+
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """Teacher pass: log-probs of the label and of the student's draws."""
+        tokens = self._sampled_token_fields(self.hpd.num_student_samples)
+        self.ref_policy_wg.compute_ref_log_prob(
+            self._for_worker(batch, tokens, compute_loss=True, calculate_entropy=False)
+        )
+        return batch
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """Turn log-probs into weights, and write these back."""
+        samples = range(self.hpd.num_student_samples)
+        full = [fields.STUDENT_LABEL_LOG_PROBS, fields.ENTROPY, fields.TEACHER_LABEL_LOG_PROBS, "input_ids"]
+        for sample in samples:
+            full += [
+                fields.sampled_tokens(sample),
+                fields.student_sampled_log_probs(sample),
+                fields.teacher_sampled_log_probs(sample),
+            ]
+        rollout_fields = ["rollout_log_probs"] if self.config.actor_rollout_ref.rollout.calculate_log_probs else []
+        data = tq.kv_batch_get(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            select_fields=["response_mask", "responses", *full, *rollout_fields],
+        )
+        nested_mask = data["response_mask"]
+        response_mask = nested_mask.to_padded_tensor(0)
+        labels = data["responses"].to_padded_tensor(0)
+
+        def response(name: str) -> Tensor:
+            return response_from_nested(data[name], nested_mask).to_padded_tensor(0)
+
+        student_label, teacher_label = (
+            response(fields.STUDENT_LABEL_LOG_PROBS),
+            response(fields.TEACHER_LABEL_LOG_PROBS),
+        )
+        log_probs = [
+            TokenLogProbs(
+                student_label=student_label,
+                teacher_label=teacher_label,
+                student_sampled=response(fields.student_sampled_log_probs(sample)),
+                teacher_sampled=response(fields.teacher_sampled_log_probs(sample)),
+                sampled_is_label=response(fields.sampled_tokens(sample)) == labels,
+            )
+            for sample in samples
+        ]
+        self._refuse_nan(batch, log_probs)
+        is_rollout = torch.tensor([key.rsplit("_", 2)[0] in self.on_policy_uids for key in batch.keys])
+        label_weights, sampled_weights = get_adv_estimator_fn("hpd")(
+            response_mask=response_mask, config=self.hpd, log_probs=log_probs, is_rollout=is_rollout
+        )
+        metrics.update(
+            batch_metrics(log_probs, label_weights, sampled_weights, response(fields.ENTROPY), response_mask)
+        )
+        if rollout_fields and is_rollout.any():
+            self._compare_with_rollout(data, student_label, response_mask * is_rollout.unsqueeze(1), metrics)
+
+        written = {fields.LABEL_WEIGHTS: label_weights, "returns": label_weights}  # verl's metrics read both
+        for sample in range(self.hpd.samples):
+            written[fields.sampled_weights(sample)] = sampled_weights[sample]
+        if self.uses_ratio:
+            written[fields.OLD_LABEL_LOG_PROBS] = student_label
+            for sample in range(self.hpd.samples):
+                written[fields.old_sampled_log_probs(sample)] = log_probs[sample].student_sampled
+        output = {name: response_to_nested(values, nested_mask) for name, values in written.items()}
+        tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
+        )
+        return batch
+
+    def _compare_with_rollout(
+        self, data: TensorDict, student_label: Tensor, rollout_mask: Tensor, metrics: dict[str, Any]
+    ) -> None:
+        """verl's comparison of the rollout server's log-probs with the student's own, over rollouts only."""
+        compared = TensorDict(
+            {
+                "old_log_probs": student_label,
+                "rollout_log_probs": data["rollout_log_probs"].to_padded_tensor(0),
+                "response_mask": rollout_mask,
+                "responses": data["responses"].to_padded_tensor(0),
+            },
+            batch_size=len(student_label),
+        )
+        metrics.update(calculate_debug_metrics(DataProto(batch=compared)))
+
+    def _refuse_nan(self, batch: KVBatchMeta, log_probs: list[TokenLogProbs]) -> None:
+        """Stop before an update that NaN logits would spoil."""
+        for model, names in (
+            ("student", ("student_label", "student_sampled")),
+            ("teacher", ("teacher_label", "teacher_sampled")),
+        ):
+            bad = torch.stack([getattr(sample, name).isnan() for sample in log_probs for name in names]).any(0).any(1)
+            if bad.any():
+                rows = [
+                    batch.keys[index].rsplit("_", 2)[0].split("r")[-1] for index in bad.nonzero().flatten().tolist()
+                ]
+                raise FloatingPointError(
+                    f"step {self.global_steps}: NaN in the {model}'s logits, in {len(rows)} of {len(batch)} rows of the "
+                    f"batch (rows {', '.join(rows[:8])}); stopped before the update, checkpoints are untouched"
+                )
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """Update the student with the weighted log-likelihood of label and sampled tokens."""
+        actor = self.config.actor_rollout_ref.actor
+        mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+        weights = [
+            fields.LABEL_WEIGHTS,
+            *(fields.sampled_weights(sample) for sample in range(self.hpd.samples)),
+        ]
+        if self.uses_ratio:
+            weights.append(fields.OLD_LABEL_LOG_PROBS)
+            weights += [fields.old_sampled_log_probs(sample) for sample in range(self.hpd.samples)]
+        output = self.actor_rollout_wg.update_actor(
+            self._for_worker(
+                batch,
+                self._sampled_token_fields(self.hpd.samples) + weights,
+                calculate_entropy=actor.calculate_entropy or actor.entropy_coeff != 0,
+                global_batch_size=mini_batch_size,
+                mini_batch_size=mini_batch_size,
+                epochs=actor.ppo_epochs,
+                seed=actor.data_loader_seed,
+                dataloader_kwargs={"shuffle": actor.shuffle},
+            )
+        )
+        output = rename_dict(output["metrics"], "actor/")
+        output["perf/mfu/actor"] = output.pop("actor/mfu")
+        output["hpd/loss"] = output.pop("actor/hpd/loss")
+        metrics.update(reduce_metrics(output))
+        if not math.isfinite(metrics["actor/grad_norm"]):
+            raise FloatingPointError(
+                f"step {self.global_steps}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the "
+                "update, and the run stops instead of going on without it"
+            )
+        return batch
+
+    # ------------------------------ checkpoints ------------------------------
+
+    def _checkpoint_root(self) -> Path:
+        return Path(self.config.trainer.default_local_dir).absolute()
+
+    def _load_checkpoint(self) -> None:
+        if self.config.trainer.resume_mode == "auto":
+            step = checkpoint.repair_tracker(self._checkpoint_root())
+            logger.info("resuming from step %s", step) if step else logger.info("no complete checkpoint: starting anew")
+        super()._load_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        checkpoint.mark_incomplete(self._checkpoint_root(), self.global_steps)
+        super()._save_checkpoint()
+        checkpoint.mark_complete(self._checkpoint_root(), self.global_steps)

@@ -1,0 +1,140 @@
+"""Demonstration or rollout, per row: where a batch's responses come from."""
+
+from typing import Any
+
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig
+from tensordict import NonTensorData, NonTensorStack, TensorDict
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.ray_utils import auto_await
+from verl.utils.tensordict_utils import index_select_tensor_dict, list_of_dict_to_tensordict
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+from verl.workers.config import HFModelConfig
+
+from hpd_verl.batch import ON_POLICY
+from hpd_verl.config import HPDConfig, needs_rollout_server
+from hpd_verl.dataset import DEMONSTRATION
+from hpd_verl.demonstration import DemonstrationTokenizer, demonstration_text
+
+TRUNCATED = "truncated_demonstration"
+"""bool tag of a sequence: its demonstration was cut at data.max_response_length."""
+
+
+def _row(batch: TensorDict, index: int) -> dict[str, Any]:
+    """One row of a batch as verl's agent loop workers see it."""
+    row: dict[str, Any] = {}
+    for key, value in batch.items():
+        if isinstance(value, NonTensorStack):
+            row[key] = value[index].data
+        elif isinstance(value, NonTensorData):
+            row[key] = value.data
+        else:
+            row[key] = value[index]
+    return row
+
+
+class HPDAgentLoopManager(AgentLoopManagerTQ):
+    """Writes demonstrations to TransferQueue itself and hands the other rows to verl's agent loop workers.
+
+    The workers exist only if something is ever generated.
+    """
+
+    @classmethod
+    @auto_await
+    async def create(cls, *args: Any, **kwargs: Any) -> "HPDAgentLoopManager":
+        """Create the manager, with agent loop workers where the run has a rollout server."""
+        manager = cls(*args, **kwargs)
+        if needs_rollout_server(manager.config, HPDConfig.from_config(manager.config.algorithm.hpd)):
+            await manager._init_agent_loop_workers()
+        return manager
+
+    def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.config = config
+        model: HFModelConfig = omega_conf_to_dataclass(config.actor_rollout_ref.model)
+        if model.custom_chat_template is not None:
+            model.tokenizer.chat_template = model.custom_chat_template
+        template_kwargs = config.data.get("apply_chat_template_kwargs", {})
+        # The builder and the length limit of verl's agent loops, so that both kinds of rows get the same prompt.
+        self._prompt_builder = create_continuous_token_builder(
+            model.tokenizer,
+            hf_model_type=model.hf_config.model_type,
+            chat_template_kwargs=template_kwargs,
+            mm_processor_kwargs={},
+            processor=None,
+        )
+        self._demonstrations = DemonstrationTokenizer(
+            model.tokenizer, template_kwargs, max_length=config.actor_rollout_ref.rollout.response_length
+        )
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        """Produce the responses of a batch; returns as soon as rollouts have started.
+
+        Args:
+            prompts: rows of the data set; training rows carry ``ON_POLICY``.
+        """
+        if ON_POLICY not in prompts:  # validation: the student answers every row
+            super().generate_sequences(prompts)
+            return
+        on_policy = [bool(flag) for flag in prompts[ON_POLICY]]
+        rollouts = [index for index, flag in enumerate(on_policy) if flag]
+        demonstrations = [index for index, flag in enumerate(on_policy) if not flag]
+        if rollouts:  # first, so that they run while the demonstrations are tokenised
+            super().generate_sequences(index_select_tensor_dict(prompts, rollouts))
+        if demonstrations:
+            self._put_demonstrations([_row(prompts, index) for index in demonstrations])
+
+    def _put_demonstrations(self, rows: list[dict[str, Any]]) -> None:
+        keys, fields, tags = [], [], []
+        for row in rows:
+            key = f"{row['uid']}_0_0"  # session 0, output 0
+            field, truncated = self._sequence(row)
+            prompt_len, response_len = len(field["prompts"]), len(field["responses"])
+            step = int(row["global_steps"])
+            keys.append(key)
+            fields.append(field)
+            tags.append(
+                {
+                    "status": "success",
+                    "prompt_len": prompt_len,
+                    "response_len": response_len,
+                    "seq_len": prompt_len + response_len,
+                    "global_steps": step,
+                    "min_global_steps": step,
+                    "max_global_steps": step,
+                    TRUNCATED: truncated,
+                }
+            )
+        tq.kv_batch_put(keys=keys, partition_id="train", fields=list_of_dict_to_tensordict(fields), tags=tags)
+        finished = [{"status": "finished"}] * len(rows)
+        tq.kv_batch_put(keys=[row["uid"] for row in rows], partition_id="train", tags=finished)
+
+    def _sequence(self, row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """The fields verl's agent loop workers write for a sequence, and whether the demonstration was truncated."""
+        messages = list(row["raw_prompt"])
+        text = demonstration_text(row.get(DEMONSTRATION), f"row {row['uid']} (index {row.get('index')})")
+        response, truncated = self._demonstrations.encode(messages, text)
+        prompt = self._prompt_builder.build_initial_tokens(messages)
+        prompts = torch.tensor(prompt[-self.config.actor_rollout_ref.rollout.prompt_length :], dtype=torch.int64)
+        responses = torch.tensor(response, dtype=torch.int64)
+        input_ids = torch.cat([prompts, responses])
+        mask = torch.ones_like(responses)
+        sequence = {
+            **row,
+            "session_id": 0,
+            "prompts": prompts,
+            "responses": responses,
+            "response_mask": mask,
+            "loss_mask": mask,
+            "input_ids": input_ids,
+            "position_ids": torch.arange(len(input_ids)),
+            "rm_scores": torch.zeros(len(responses)),
+            "num_turns": 2,
+            "multi_modal_inputs": {},
+            "extra_fields": {},
+        }
+        if self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            sequence["rollout_log_probs"] = torch.zeros(len(responses))  # no rollout; masked out where it is read
+        return sequence, truncated

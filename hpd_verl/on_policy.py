@@ -1,0 +1,51 @@
+"""Which rows of a batch the student answers itself: an exact quota, spread evenly over the data sources."""
+
+import math
+import random
+from collections.abc import Sequence
+
+from hpd_verl.config import FractionSchedule
+
+
+def cumulative_fraction(schedule: FractionSchedule, step: int) -> float:
+    """Sum of the schedule's values over the steps 1..step."""
+    ramp = min(step, schedule.steps)
+    slope = (schedule.end - schedule.start) / max(schedule.steps - 1, 1)
+    return ramp * schedule.start + slope * ramp * (ramp - 1) / 2 + (step - ramp) * schedule.end
+
+
+def rollout_quota(schedule: FractionSchedule, step: int, rows: int) -> int:
+    """Rows of the batch of a step that the student answers.
+
+    Rounding carries over: after any number of steps the rollouts so far are the fraction of all rows, rounded down.
+    A pure function of the step, so a resumed run continues the same sequence.
+    """
+
+    def so_far(steps: int) -> int:
+        return math.floor(cumulative_fraction(schedule, steps) * rows + 1e-9)
+
+    return min(rows, so_far(step) - so_far(step - 1))
+
+
+def choose_rollouts(strata: Sequence[str], forced: Sequence[bool], quota: int, seed: int, step: int) -> list[bool]:
+    """Choose the rows to roll out.
+
+    Args:
+        strata: each row's data source; the quota is spread over them in proportion (systematic sampling).
+        forced: rows that have no demonstration; they are rolled out first and count towards the quota.
+        quota: rows to roll out; more only if more are forced.
+        seed, step: the choice is a pure function of them.
+
+    Returns:
+        One flag a row.
+    """
+    generator = random.Random(f"{seed}-{step}")
+    chosen = list(forced)
+    candidates = [row for row, is_forced in enumerate(forced) if not is_forced]
+    generator.shuffle(candidates)
+    candidates.sort(key=lambda row: strata[row])  # stable: random within a stratum
+    wanted = min(max(0, quota - sum(forced)), len(candidates))
+    offset = generator.random()
+    for pick in range(wanted):
+        chosen[candidates[math.floor((pick + offset) * len(candidates) / wanted)]] = True
+    return chosen

@@ -1,0 +1,82 @@
+"""Do student and teacher speak the same tokens? Checked once at start; logits are then cut to the shared prefix."""
+
+import logging
+
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Splits differently under tokenizers that share a vocabulary but not their merges or their pre-tokenisation.
+_PROBE = "Let x_1 = 3.14159 + 2024;  so  f(x) = \\frac{x}{2}.\n\n    def step(self): return 'naïve café 你好'  # 100%"
+
+
+def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {index: token for token, index in tokenizer.get_vocab().items()}
+
+
+def shared_vocabulary_size(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, student_size: int, teacher_size: int
+) -> int:
+    """Check that the tokenizers agree and return how many logits student and teacher share.
+
+    Models pad their vocabulary: the sizes may differ while the tokenizers agree. Tokens that only one of the two
+    tokenizers defines are allowed where the other has none.
+
+    Args:
+        student, teacher: tokenizers.
+        student_size, teacher_size: rows of the models' output heads.
+
+    Returns:
+        The size of the shared prefix, the smaller of the two sizes.
+
+    Raises:
+        ValueError: the tokenizers disagree (the message shows the first differing tokens), or the student uses tokens
+            the teacher has no logits for.
+    """
+    size = min(student_size, teacher_size)
+    student_tokens, teacher_tokens = _tokens_by_id(student), _tokens_by_id(teacher)
+    settings = "actor_rollout_ref.ref.model.path (teacher) and actor_rollout_ref.model.path (student)"
+    differing = [
+        index
+        for index in sorted(student_tokens.keys() & teacher_tokens.keys())
+        if index < size and student_tokens[index] != teacher_tokens[index]
+    ]
+    if differing:
+        examples = ", ".join(
+            f"id {index}: student {student_tokens[index]!r}, teacher {teacher_tokens[index]!r}"
+            for index in differing[:5]
+        )
+        raise ValueError(
+            f"{settings}: their tokenizers disagree at {len(differing)} token ids ({examples}); "
+            "distillation compares distributions over one vocabulary, so choose models of one family"
+        )
+    pieces = {
+        name: tokenizer.encode(_PROBE, add_special_tokens=False)
+        for name, tokenizer in (("student", student), ("teacher", teacher))
+    }
+    if pieces["student"] != pieces["teacher"]:
+        raise ValueError(
+            f"{settings}: their tokenizers share token ids but split text differently (student into "
+            f"{len(pieces['student'])} tokens, teacher into {len(pieces['teacher'])}, of {_PROBE!r}); "
+            "choose models of one family"
+        )
+    beyond = [index for index in student_tokens if index >= size]
+    if beyond:
+        first = min(beyond)
+        raise ValueError(
+            f"{settings}: the student defines {len(beyond)} tokens from id {first} ({student_tokens[first]!r}) on, but "
+            f"the teacher's head has {teacher_size} rows; choose a teacher that knows them"
+        )
+    for name, only in (
+        ("student", student_tokens.keys() - teacher_tokens.keys()),
+        ("teacher", teacher_tokens.keys() - student_tokens.keys()),
+    ):
+        if only:
+            tokens = student_tokens if name == "student" else teacher_tokens
+            shown = ", ".join(repr(tokens[index]) for index in sorted(only)[:5])
+            logger.warning("%d tokens are defined by the %s only: %s", len(only), name, shown)
+    if student_size != teacher_size:
+        logger.warning(
+            "student and teacher logits are cut to their first %d (%d, %d)", size, student_size, teacher_size
+        )
+    return size

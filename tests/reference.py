@@ -1,0 +1,136 @@
+"""Every objective once more, from the paper's definition and on whole logits; imports nothing of hpd_verl.
+
+Tests compare values and gradients with it. ``naive_hpd_loss`` is the implementation that one writes first, on
+whole-vocabulary float32 log-probs: benchmarks measure against it, a test holds it to the definition.
+
+Shapes throughout: logits [n, V]; labels, sampled, mask and weights [n], for n positions.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OBJECTIVE_NAMES = ("hpd", "sft", "seqkd", "rkl", "jsd", "opd")
+
+
+def position_weights(
+    objective: str,
+    q: list[float],
+    p: list[float],
+    y: int,
+    a: int,
+    forward_coef: float = 1.0,
+    reverse_coef: float = 1.0,
+    reinforce_coef: float = 1.0,
+    student_sampling: bool = True,
+) -> tuple[float, float]:
+    """Weights of log q(y) and log q(a) at one position.
+
+    Args:
+        objective: one of ``OBJECTIVE_NAMES``.
+        q, p: probabilities of the student and of the teacher, positive, over the vocabulary.
+        y, a: the label and the token that the student samples.
+        forward_coef, reverse_coef, reinforce_coef, student_sampling: of objective hpd.
+    """
+
+    def gap(token: int) -> float:
+        return q[token] * (math.log(p[token]) - math.log(q[token]))
+
+    if objective == "sft":
+        return 1.0, 0.0
+    if objective == "seqkd":
+        return p[y], 0.0
+    if objective == "rkl":
+        return gap(y), 0.0
+    if objective == "jsd":
+        mixture = (p[y] + q[y]) / 2
+        return q[y] * (math.log(mixture) - math.log(q[y])) / 2, 0.0
+    if objective == "opd":
+        return math.log(p[y]) - math.log(q[y]), 0.0
+
+    assert objective == "hpd"
+    label = reverse_coef * gap(y)
+    if gap(y) >= 0:  # else the student over-estimates the label: reverse KL alone
+        label += forward_coef * p[y]
+    if student_sampling and gap(y) > 0 and gap(a) < 0:
+        label += reinforce_coef * p[y]
+    sampled = reverse_coef * gap(a) if student_sampling and gap(a) < 0 and a != y else 0.0
+    return label, sampled
+
+
+def reference_weights(
+    objective: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    sampled: Tensor,
+    temperature: float = 1.0,
+    **coefficients: Any,
+) -> tuple[Tensor, Tensor]:
+    """``(label weights, sampled weights)``, float64 [n] each, one position after the other."""
+    q = torch.softmax(student_logits.detach().double() / temperature, dim=-1).tolist()
+    p = torch.softmax(teacher_logits.detach().double() / temperature, dim=-1).tolist()
+    pairs = [
+        position_weights(objective, q[t], p[t], int(labels[t]), int(sampled[t]), **coefficients)
+        for t in range(len(q))
+    ]
+    weights = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
+    return weights[:, 0], weights[:, 1]
+
+
+def reference_loss(
+    objective: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    sampled: Tensor,
+    mask: Tensor,
+    num_tokens: float,
+    temperature: float = 1.0,
+    **coefficients: Any,
+) -> Tensor:
+    """The scalar loss, float64, differentiable in ``student_logits`` by plain autograd.
+
+    Args:
+        mask: 1 on response tokens.
+        num_tokens: response tokens of the global batch.
+    """
+    label_weights, sampled_weights = reference_weights(
+        objective, student_logits, teacher_logits, labels, sampled, temperature, **coefficients
+    )
+    log_q = torch.log_softmax(student_logits.double() / temperature, dim=-1)
+    position = torch.arange(len(labels))
+    terms = label_weights * log_q[position, labels] + sampled_weights * log_q[position, sampled]
+    return -(terms * mask).sum() / num_tokens
+
+
+def naive_hpd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    num_tokens: float,
+    sampled: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """HPD at the paper's coefficients, on float32 log-probs of the whole vocabulary kept for all positions.
+
+    Args:
+        sampled: the student's tokens; None draws them with ``torch.multinomial``.
+    """
+    log_q = torch.log_softmax(student_logits.float() / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    probs = log_q.detach().exp()
+    if sampled is None:
+        sampled = torch.multinomial(probs, 1).squeeze(-1)
+    gaps = probs * (log_p - log_q.detach())
+    position = torch.arange(len(labels), device=labels.device)
+    label_gap, sampled_gap = gaps[position, labels], gaps[position, sampled]
+    forward = log_p[position, labels].exp()
+
+    label_weights = label_gap + forward * (label_gap >= 0) + forward * ((label_gap > 0) & (sampled_gap < 0))
+    sampled_weights = sampled_gap * ((sampled_gap < 0) & (sampled != labels))
+    terms = label_weights * log_q[position, labels] + sampled_weights * log_q[position, sampled]
+    return -(terms * mask).sum() / num_tokens

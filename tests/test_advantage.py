@@ -1,0 +1,186 @@
+"""The estimator "hpd" in verl's registry: mask, objective per row, average over samples."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from reference import reference_weights
+from torch import Tensor
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+from hpd_verl.advantage import compute_hpd_advantage
+from hpd_verl.config import HPDConfig
+from hpd_verl.objectives import OBJECTIVES, TokenLogProbs
+
+ROWS, RESPONSE, VOCABULARY = 4, 7, 9
+
+
+class Batch:
+    """Float64 logits of student and teacher, labels, K samples, a mask; row 1 is a rollout, row 3 too."""
+
+    def __init__(self, samples: int = 1, seed: int = 0) -> None:
+        random = torch.Generator().manual_seed(seed)
+        n = ROWS * RESPONSE
+        self.student = 2 * torch.randn(n, VOCABULARY, dtype=torch.float64, generator=random)
+        self.teacher = self.student + torch.randn(n, VOCABULARY, dtype=torch.float64, generator=random)
+        self.labels = torch.randint(VOCABULARY, (n,), generator=random)
+        self.sampled = torch.multinomial(
+            self.student.softmax(-1), samples, replacement=True, generator=random
+        )
+        self.sampled[::3, 0] = self.labels[::3]  # samples that are the label
+        self.is_rollout = torch.tensor([False, True, False, True])
+        self.mask = torch.arange(RESPONSE) < torch.tensor([[7], [4], [1], [0]])
+
+    def log_probs(self) -> list[TokenLogProbs]:
+        """What the trainer passes: one entry a sample, [rows, response]."""
+
+        def of(logits: Tensor, tokens: Tensor) -> Tensor:
+            return torch.log_softmax(logits, -1).gather(1, tokens.unsqueeze(1)).view(ROWS, RESPONSE)
+
+        return [
+            TokenLogProbs(
+                of(self.student, self.labels),
+                of(self.teacher, self.labels),
+                of(self.student, sampled),
+                of(self.teacher, sampled),
+                (sampled == self.labels).view(ROWS, RESPONSE),
+            )
+            for sampled in self.sampled.unbind(1)
+        ]
+
+    def reference(self, objective: str, sample: int, **coefficients: Any) -> tuple[Tensor, Tensor]:
+        """Weights with one of the samples, [rows, response], before the mask."""
+        label, sampled = reference_weights(
+            objective, self.student, self.teacher, self.labels, self.sampled[:, sample], **coefficients
+        )
+        return label.view(ROWS, RESPONSE), sampled.view(ROWS, RESPONSE)
+
+    def advantage(self, **config: Any) -> tuple[Tensor, list[Tensor]]:
+        return compute_hpd_advantage(
+            response_mask=self.mask.long(),
+            config=HPDConfig(**config),
+            log_probs=self.log_probs(),
+            is_rollout=self.is_rollout,
+        )
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_registered_under_hpd() -> None:
+    """verl finds the estimator by the name that algorithm.adv_estimator gives."""
+    assert get_adv_estimator_fn("hpd") is compute_hpd_advantage
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_weights_of_one_sample(objective: str) -> None:
+    """The objective's weights on response tokens, zero elsewhere."""
+    batch = Batch()
+    label, sampled = batch.advantage(objective=objective, on_policy_fraction=float(objective == "opd"))
+    expected_label, expected_sampled = batch.reference(objective, 0)
+    close(label, expected_label * batch.mask)
+    assert len(sampled) == 1
+    close(sampled[0], expected_sampled * batch.mask)
+    assert label[batch.mask].any()
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    [{"forward_coef": 0.5, "reverse_coef": 2.0, "reinforce_coef": 3.0}, {"student_sampling": False}],
+    ids=["coefficients", "no sampling"],
+)
+def test_coefficients_reach_the_objective(coefficients: dict[str, Any]) -> None:
+    batch = Batch(seed=1)
+    label, (sampled,) = batch.advantage(**coefficients)
+    expected_label, expected_sampled = batch.reference("hpd", 0, **coefficients)
+    close(label, expected_label * batch.mask)
+    close(sampled, expected_sampled * batch.mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_mask_hides_whatever_stands_outside(dtype: torch.dtype) -> None:
+    """Masks of every dtype; NaN and infinity at padding do not come through."""
+    batch = Batch(samples=2)
+    expected_label, expected_sampled = batch.advantage()
+    dirty = batch.log_probs()
+    for sample in dirty:
+        for values, garbage in (
+            (sample.student_label, math.nan),
+            (sample.teacher_label, math.inf),
+            (sample.student_sampled, math.inf),
+            (sample.teacher_sampled, -1.0),
+        ):
+            values[~batch.mask] = garbage
+    label, sampled = compute_hpd_advantage(batch.mask.to(dtype), HPDConfig(), dirty, batch.is_rollout)
+    assert not label[~batch.mask].any()
+    assert torch.equal(label, expected_label)
+    for found, expected in zip(sampled, expected_sampled, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("objective", "on_policy_objective"),
+    [("hpd", "opd"), ("sft", "hpd"), ("jsd", "rkl"), ("hpd", "hpd"), ("hpd", None)],
+)
+def test_objective_of_each_row(objective: str, on_policy_objective: str | None) -> None:
+    """Rollouts have the on-policy objective's label and sampled weights, demonstrations the other's."""
+    batch = Batch(samples=2, seed=2)
+    label, sampled = batch.advantage(objective=objective, on_policy_objective=on_policy_objective)
+    for row in range(ROWS):
+        name = on_policy_objective if on_policy_objective and batch.is_rollout[row] else objective
+        weights = [batch.reference(name, sample) for sample in range(2)]
+        close(label[row], (weights[0][0][row] + weights[1][0][row]) / 2 * batch.mask[row])
+        for sample in range(2):
+            close(sampled[sample][row], weights[sample][1][row] / 2 * batch.mask[row])
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_samples_are_averaged(samples: int) -> None:
+    """With K samples label and sampled weights are the means of the K one-sample weights."""
+    batch = Batch(samples=samples, seed=3)
+    label, sampled = batch.advantage(num_student_samples=samples)
+    singles = [batch.reference("hpd", sample) for sample in range(samples)]
+    close(label, sum(single[0] for single in singles) / samples * batch.mask)
+    assert len(sampled) == samples
+    for found, single in zip(sampled, singles, strict=True):
+        close(found, single[1] / samples * batch.mask)
+
+
+def test_equal_samples_are_one() -> None:
+    """The same token drawn three times has the total weight of one draw."""
+    batch = Batch(seed=4)
+    one_label, (one_sampled,) = batch.advantage()
+    batch.sampled = batch.sampled.repeat(1, 3)
+    label, sampled = batch.advantage(num_student_samples=3)
+    close(label, one_label)
+    close(sum(sampled, torch.zeros(())), one_sampled)
+    assert one_sampled.any()
+
+
+def test_ignores_what_else_verl_passes() -> None:
+    """Estimators are called with rewards and more by keyword."""
+    batch = Batch()
+    label, _ = compute_hpd_advantage(
+        batch.mask,
+        HPDConfig(),
+        batch.log_probs(),
+        batch.is_rollout,
+        token_level_rewards=torch.ones(1),
+        index=None,
+    )
+    assert torch.equal(label, batch.advantage()[0])
+
+
+@pytest.mark.parametrize("missing", ["log_probs", "is_rollout"])
+def test_refuses_a_trainer_without_teacher(missing: str) -> None:
+    """Only HPD's own trainer has what the weights need: the error says what to select."""
+    batch = Batch()
+    inputs = {"log_probs": batch.log_probs(), "is_rollout": batch.is_rollout, missing: None}
+    with pytest.raises(ValueError, match=r"algorithm\.adv_estimator=hpd .* select algorithm=hpd"):
+        compute_hpd_advantage(batch.mask, HPDConfig(), **inputs)
+    with pytest.raises(ValueError, match="algorithm=hpd"):
+        compute_hpd_advantage(
+            response_mask=batch.mask, config=HPDConfig(), token_level_rewards=batch.mask.float(), index=None
+        )

@@ -1,0 +1,263 @@
+"""HPDConfig and FractionSchedule: defaults, accepted and refused values, derived properties."""
+
+import dataclasses
+import inspect
+import math
+import re
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from hpd_verl.config import FractionSchedule, HPDConfig
+from hpd_verl.hydra_config import config_dir
+from hpd_verl.objectives import OBJECTIVES, hpd
+
+fractions = st.floats(0, 1)
+
+
+@pytest.fixture(scope="module")
+def hpd_block() -> dict[str, Any]:
+    """``algorithm.hpd`` as it stands in hpd.yaml."""
+    text = (config_dir() / "algorithm" / "hpd.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)["algorithm"]["hpd"]
+
+
+# Defaults
+
+
+def test_yaml_holds_the_defaults(hpd_block: dict[str, Any]) -> None:
+    """hpd.yaml shows every setting with the default that the dataclass documents."""
+    assert hpd_block == dataclasses.asdict(HPDConfig())
+    assert HPDConfig.from_config(OmegaConf.create(hpd_block)) == HPDConfig()
+
+
+def test_yaml_has_the_types_of_the_defaults(hpd_block: dict[str, Any]) -> None:
+    """1 and 1.0 and true are equal in Python, not on the command line's type check."""
+    for name, value in dataclasses.asdict(HPDConfig()).items():
+        assert type(hpd_block[name]) is type(value), name
+
+
+def test_defaults_are_the_paper() -> None:
+    """HPD at coefficients 1, sampling, temperature 1, demonstrations only."""
+    config = HPDConfig()
+    assert (config.objective, config.on_policy_objective) == ("hpd", None)
+    assert config.coefficients() == {
+        "forward_coef": 1.0,
+        "reverse_coef": 1.0,
+        "reinforce_coef": 1.0,
+        "student_sampling": True,
+    }
+    assert (config.num_student_samples, config.temperature, config.on_policy_fraction) == (1, 1.0, 0.0)
+
+
+def test_coefficients_are_the_objectives_arguments() -> None:
+    """Every keyword of hpd is configured, with the same default."""
+    parameters = list(inspect.signature(hpd).parameters.values())[1:]
+    assert HPDConfig().coefficients() == {parameter.name: parameter.default for parameter in parameters}
+
+
+# Values
+
+
+ACCEPTED = [
+    *({"objective": name} for name in sorted(OBJECTIVES) if name != "opd"),
+    *({"on_policy_objective": name} for name in [None, *sorted(OBJECTIVES)]),
+    {"objective": "opd", "on_policy_fraction": 1},
+    {"objective": "opd", "on_policy_fraction": 1.0},
+    {"objective": "opd", "on_policy_fraction": FractionSchedule(1.0, 1.0, 5)},
+    {"forward_coef": 0, "reverse_coef": 0.0, "reinforce_coef": 2},
+    {"student_sampling": False, "score_rollouts": True},
+    {"num_student_samples": 4, "token_chunk_size": 1},
+    {"temperature": 1e-3},
+    {"temperature": 2},
+    {"seed": 0},
+    {"seed": -1},
+    {"on_policy_fraction": 0},
+    {"on_policy_fraction": 0.5},
+    {"on_policy_fraction": FractionSchedule(0.0, 1.0, 1)},
+    {"missing_demonstration": "rollout"},
+    {"overlong_demonstration": "drop"},
+    {"overlong_demonstration": "error"},
+]
+
+
+@pytest.mark.parametrize("values", ACCEPTED, ids=str)
+def test_accepts(values: dict[str, Any]) -> None:
+    config = HPDConfig(**values)
+    for name, value in values.items():
+        assert getattr(config, name) == value
+
+
+NOT_NUMBERS = [math.nan, math.inf, True, "1", None]
+NOT_BOOLEANS = [1, "true", None]
+NOT_POSITIVE_INTEGERS = [0, -1, 1.0, True, "2", None]
+REFUSED = [
+    *(("objective", value) for value in ("kl", "HPD", "", None)),
+    *(("on_policy_objective", value) for value in ("kl", "")),
+    *(
+        (f"{name}_coef", value)
+        for name in ("forward", "reverse", "reinforce")
+        for value in (-0.1, *NOT_NUMBERS)
+    ),
+    *((name, value) for name in ("student_sampling", "score_rollouts") for value in NOT_BOOLEANS),
+    *(
+        (name, value)
+        for name in ("num_student_samples", "token_chunk_size")
+        for value in NOT_POSITIVE_INTEGERS
+    ),
+    *(("seed", value) for value in (1.5, True, "42", None)),
+    *(("temperature", value) for value in (0, -1.0, *NOT_NUMBERS)),
+    *(("on_policy_fraction", value) for value in (-0.01, 1.01, *NOT_NUMBERS)),
+    *(("missing_demonstration", value) for value in ("skip", "truncate", None)),
+    *(("overlong_demonstration", value) for value in ("cut", "rollout", None)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED, ids=str)
+def test_refuses(name: str, value: Any) -> None:
+    """The message begins with the setting's full name and what was found."""
+    with pytest.raises(ValueError, match=rf"^algorithm\.hpd\.{name}={re.escape(str(value))}: \w+"):
+        HPDConfig(**{name: value})
+
+
+def test_every_setting_has_a_refused_value() -> None:
+    """A new setting without a check would be missed here."""
+    assert {name for name, _ in REFUSED} == {field.name for field in dataclasses.fields(HPDConfig)}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        *(("start", value) for value in (-0.1, 1.1, *NOT_NUMBERS)),
+        *(("end", value) for value in (-0.1, 1.1, *NOT_NUMBERS)),
+        *(("steps", value) for value in NOT_POSITIVE_INTEGERS),
+    ],
+)
+def test_refuses_schedule(part: str, value: Any) -> None:
+    """Start, end and steps are checked like the number, and named."""
+    schedule = {"start": 0.0, "end": 1.0, "steps": 10, part: value}
+    match = rf"^algorithm\.hpd\.on_policy_fraction\.{part}={re.escape(str(value))}: "
+    with pytest.raises(ValueError, match=match):
+        HPDConfig(on_policy_fraction=FractionSchedule(**schedule))
+    with pytest.raises(ValueError, match=match):
+        HPDConfig.from_config(OmegaConf.create({"on_policy_fraction": schedule}))
+
+
+@pytest.mark.parametrize(
+    "fraction", [0.0, 0.99, FractionSchedule(0.5, 1.0, 3), FractionSchedule(1.0, 0.0, 3)], ids=str
+)
+def test_refuses_opd_on_demonstrations(fraction: float | FractionSchedule) -> None:
+    """opd's labels must be the student's own, at every step; as on_policy_objective they always are."""
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.objective=opd: .*on_policy_fraction=1"):
+        HPDConfig(objective="opd", on_policy_fraction=fraction)
+    HPDConfig(on_policy_objective="opd", on_policy_fraction=fraction)
+
+
+def test_is_frozen() -> None:
+    """Checked once, so never changed."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        HPDConfig().seed = 1  # type: ignore[misc]
+
+
+# From a composed configuration
+
+
+def test_from_config_takes_values_and_schedules() -> None:
+    """Interpolations are resolved; a mapping becomes a schedule; what is not given keeps its default."""
+    node = OmegaConf.create(
+        {
+            "seed": 7,
+            "run": {
+                "objective": "jsd",
+                "seed": "${seed}",
+                "on_policy_fraction": {"start": 0, "end": 0.5, "steps": 9},
+            },
+        }
+    )
+    schedule = FractionSchedule(start=0, end=0.5, steps=9)
+    assert HPDConfig.from_config(node.run) == HPDConfig(objective="jsd", seed=7, on_policy_fraction=schedule)
+
+
+def test_from_config_refuses_unknown_settings() -> None:
+    """A misspelt key is an error that lists the right ones."""
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.temprature=2: no such setting; .*temperature"):
+        HPDConfig.from_config(OmegaConf.create({"temprature": 2}))
+
+
+@pytest.mark.parametrize(
+    "schedule", [{}, {"start": 0.0, "end": 1.0}, {"start": 0.0, "end": 1.0, "steps": 3, "stop": 4}], ids=str
+)
+def test_from_config_refuses_incomplete_schedules(schedule: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.on_policy_fraction=.*start, end and steps"):
+        HPDConfig.from_config(OmegaConf.create({"on_policy_fraction": schedule}))
+
+
+def test_from_config_refuses_bad_values() -> None:
+    """The same checks as the constructor's."""
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.temperature=0: "):
+        HPDConfig.from_config(OmegaConf.create({"temperature": 0}))
+
+
+# Derived
+
+
+@pytest.mark.parametrize(
+    ("values", "objectives", "samples"),
+    [
+        ({}, {"hpd"}, 1),
+        ({"num_student_samples": 3}, {"hpd"}, 3),
+        ({"num_student_samples": 3, "student_sampling": False}, {"hpd"}, 0),
+        ({"objective": "sft", "num_student_samples": 3}, {"sft"}, 0),
+        ({"objective": "sft", "on_policy_objective": "hpd", "num_student_samples": 2}, {"sft", "hpd"}, 2),
+        ({"on_policy_objective": "opd"}, {"hpd", "opd"}, 1),
+        ({"on_policy_objective": "hpd"}, {"hpd"}, 1),
+    ],
+    ids=str,
+)
+def test_objectives_and_samples(values: dict[str, Any], objectives: set[str], samples: int) -> None:
+    """Which objectives are in use, and how many sampled tokens their loss needs."""
+    config = HPDConfig(**values)
+    assert config.objectives == objectives
+    assert config.samples == samples
+
+
+def test_schedule_of_a_number_is_constant() -> None:
+    schedule = HPDConfig(on_policy_fraction=0.25).schedule
+    assert [schedule.at(step) for step in (0, 1, 2, 1000)] == [0.25] * 4
+    assert (schedule.lowest, schedule.highest) == (0.25, 0.25)
+    line = FractionSchedule(0.0, 1.0, 4)
+    assert HPDConfig(on_policy_fraction=line).schedule is line
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        (FractionSchedule(0.0, 1.0, 5), [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
+        (FractionSchedule(1.0, 0.5, 3), [1.0, 0.75, 0.5, 0.5]),
+        (FractionSchedule(0.25, 0.75, 2), [0.25, 0.75, 0.75]),
+        (FractionSchedule(0.5, 0.5, 9), [0.5] * 12),
+    ],
+    ids=str,
+)
+def test_schedule_values(schedule: FractionSchedule, values: list[float]) -> None:
+    """Steps count from 1: start at step 1, end at ``steps`` and after."""
+    assert [schedule.at(step) for step in range(1, len(values) + 1)] == values
+    assert schedule.at(0) == values[0]
+    assert (schedule.lowest, schedule.highest) == (min(values), max(values))
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(start=fractions, end=fractions, steps=st.integers(2, 10_000), step=st.integers(1, 20_000))
+def test_schedule_is_a_line(start: float, end: float, steps: int, step: int) -> None:
+    """It begins and ends where it says, moves by equal amounts, and never leaves the range between."""
+    schedule = FractionSchedule(start, end, steps)
+    assert schedule.at(1) == start
+    assert schedule.at(steps) == schedule.at(steps + step) == pytest.approx(end, abs=1e-12)
+    assert schedule.lowest - 1e-12 <= schedule.at(step) <= schedule.highest + 1e-12
+    change = schedule.at(step + 1) - schedule.at(step)
+    expected = (end - start) / (steps - 1) if step < steps else 0.0
+    assert change == pytest.approx(expected, abs=1e-12)

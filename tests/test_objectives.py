@@ -1,0 +1,459 @@
+"""Weights, loss and gradient of every objective: the reference, the authors' golden vectors, invariants."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import OBJECTIVE_NAMES, naive_hpd_loss, reference_loss, reference_weights
+from torch import Tensor
+
+from hpd_verl import objectives
+from hpd_verl.objectives import (
+    LIKELIHOOD_OBJECTIVES,
+    LOG_ZERO,
+    OBJECTIVES,
+    SAMPLING_OBJECTIVES,
+    TokenLogProbs,
+    TokenWeights,
+    gap,
+    register_objective,
+)
+from hpd_verl.sampling import token_log_probs
+
+GOLDEN = Path(__file__).parent / "golden"
+
+COEFFICIENTS: list[dict[str, Any]] = [
+    {},
+    {"forward_coef": 0.0},
+    {"reverse_coef": 0.0},
+    {"reinforce_coef": 0.0},
+    {"student_sampling": False},
+    {"forward_coef": 0.5, "reverse_coef": 2.0, "reinforce_coef": 3.0},
+    {"forward_coef": 0.25, "reverse_coef": 1.5, "reinforce_coef": 7.0, "student_sampling": False},
+]
+CASES = [("hpd", coefficients) for coefficients in COEFFICIENTS]
+CASES += [(name, {}) for name in OBJECTIVE_NAMES if name != "hpd"]
+CASE_IDS = [
+    "-".join([name, *(f"{key.split('_')[0]}={value}" for key, value in coefficients.items())])
+    for name, coefficients in CASES
+]
+each_case = pytest.mark.parametrize(("objective", "coefficients"), CASES, ids=CASE_IDS)
+each_objective = pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+property_test = settings(deadline=None, max_examples=100, derandomize=True)
+
+
+class Batch(NamedTuple):
+    """Inputs of the loss, in the order of its arguments."""
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+    labels: Tensor
+    sampled: Tensor
+    mask: Tensor
+    num_tokens: int
+
+
+def make_batch(seed: int = 0, positions: int = 48, vocabulary: int = 11) -> Batch:
+    """Random float64 logits; every sixth position has a == y, every fifth p == q, every seventh is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.arange(positions)
+    student = 2 * torch.randn(positions, vocabulary, dtype=torch.float64, generator=generator)
+    teacher = student + 1.5 * torch.randn(positions, vocabulary, dtype=torch.float64, generator=generator)
+    teacher[index % 5 == 0] = student[index % 5 == 0]
+    labels = torch.randint(vocabulary, (positions,), generator=generator)
+    sampled = torch.multinomial(student.softmax(-1), 1, generator=generator).squeeze(1)
+    sampled[index % 6 == 0] = labels[index % 6 == 0]
+    mask = index % 7 != 0
+    return Batch(student, teacher, labels, sampled, mask, int(mask.sum()) + 13)
+
+
+def log_probs_of(batch: Batch, temperature: float = 1.0, chunk_size: int = 7) -> TokenLogProbs:
+    """The log-probs of both tokens, computed as training does."""
+    tokens = torch.stack([batch.labels, batch.sampled], dim=1)
+    student = token_log_probs(batch.student_logits / temperature, tokens, chunk_size)
+    teacher = token_log_probs(batch.teacher_logits / temperature, tokens, chunk_size)
+    return TokenLogProbs(
+        student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], batch.labels == batch.sampled
+    )
+
+
+def loss_of(objective: str, batch: Batch, temperature: float = 1.0, **coefficients: Any) -> Tensor:
+    """The loss as hpd_verl computes it: token_log_probs, weights, weighted log-likelihood."""
+    log_probs = log_probs_of(batch, temperature)
+    weights = OBJECTIVES[objective](log_probs, **coefficients)
+    terms = weights.label * log_probs.student_label + weights.sampled * log_probs.student_sampled
+    return -(terms * batch.mask).sum() / batch.num_tokens
+
+
+def value_and_grad(loss: Callable[[Batch], Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+    """Loss and its gradient with respect to the student's logits."""
+    logits = batch.student_logits.clone().requires_grad_()
+    value = loss(batch._replace(student_logits=logits))
+    (grad,) = torch.autograd.grad(value, logits)
+    return value.detach(), grad
+
+
+# Against the reference
+
+
+def test_batch_holds_every_case_of_hpd() -> None:
+    """The random inputs below reach all branches, or the comparisons would be worth little."""
+    batch = make_batch()
+    label, _ = reference_weights("rkl", *batch[:4])
+    at_sample, _ = reference_weights("rkl", *batch[:2], batch.sampled, batch.sampled)
+    same = batch.labels == batch.sampled
+    for condition in (
+        label < 0,
+        label == 0,
+        (label > 0) & (at_sample < 0),
+        (label > 0) & (at_sample >= 0) & ~same,
+        (at_sample < 0) & same,
+        (label < 0) & (at_sample < 0) & ~same,
+    ):
+        assert condition.sum() >= 2
+
+
+@each_case
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.5])
+def test_weights_match_reference(objective: str, coefficients: dict[str, Any], temperature: float) -> None:
+    """Label and sampled weights at every position, in float64."""
+    batch = make_batch(seed=1)
+    weights = OBJECTIVES[objective](log_probs_of(batch, temperature), **coefficients)
+    label, sampled = reference_weights(objective, *batch[:4], temperature, **coefficients)
+    torch.testing.assert_close(weights.label, label, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(weights.sampled, sampled, rtol=1e-9, atol=1e-12)
+
+
+@each_case
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_loss_and_gradient_match_reference(
+    objective: str, coefficients: dict[str, Any], temperature: float
+) -> None:
+    """The scalar loss and its gradient in the student's logits: wrong if a weight were not detached."""
+    batch = make_batch(seed=2)
+    value, grad = value_and_grad(lambda b: loss_of(objective, b, temperature, **coefficients), batch)
+    expected, expected_grad = value_and_grad(
+        lambda b: reference_loss(objective, *b, temperature, **coefficients), batch
+    )
+    assert grad[batch.mask].abs().max() > 1e-4
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12)
+
+
+@each_objective
+def test_loss_and_gradient_in_float32(objective: str) -> None:
+    """The same from float32 logits, to float32's precision; where p == q the bits agree: gap is exactly 0."""
+    batch = make_batch(seed=3)
+    single = batch._replace(
+        student_logits=batch.student_logits.float(), teacher_logits=batch.teacher_logits.float()
+    )
+    value, grad = value_and_grad(lambda b: loss_of(objective, b), single)
+    expected, expected_grad = value_and_grad(lambda b: reference_loss(objective, *b), single)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+
+
+def test_naive_loss_is_the_reference() -> None:
+    """The benchmark's baseline computes the same loss, and draws its own sample if none is given."""
+    batch = make_batch(seed=4)
+    value, grad = value_and_grad(
+        lambda b: naive_hpd_loss(
+            b.student_logits, b.teacher_logits, b.labels, b.mask, b.num_tokens, b.sampled, 1.3
+        ),
+        batch,
+    )
+    expected, expected_grad = value_and_grad(lambda b: reference_loss("hpd", *b, 1.3), batch)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+    drawn = naive_hpd_loss(*batch[:3], batch.mask, batch.num_tokens)
+    assert drawn.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("q_label", "p_label", "q_sampled", "p_sampled", "label", "sampled"),
+    [
+        (0.50, 0.25, 0.25, 0.50, "gap", 0.0),
+        (0.50, 0.25, 0.50, 0.25, "gap", "gap"),
+        (0.25, 0.25, 0.25, 0.50, "p", 0.0),
+        (0.25, 0.25, 0.50, 0.25, "p", "gap"),  # a label that is already right is not reinforced
+        (0.25, 0.50, 0.25, 0.25, "p + gap", 0.0),
+        (0.25, 0.50, 0.25, 0.50, "p + gap", 0.0),
+        (0.25, 0.50, 0.50, 0.25, "2 p + gap", "gap"),
+    ],
+)
+def test_hpd_by_hand(
+    q_label: float, p_label: float, q_sampled: float, p_sampled: float, label: str, sampled: str | float
+) -> None:
+    """Each case of eq. 14-15, on probabilities whose gaps are +-log(2) / 4, -log(2) / 2 or exactly 0."""
+    values = [torch.tensor([value]).double().log() for value in (q_label, p_label, q_sampled, p_sampled)]
+    weights = OBJECTIVES["hpd"](TokenLogProbs(*values, sampled_is_label=torch.tensor([False])))
+    factor = {"gap": 0, "p": 1, "p + gap": 1, "2 p + gap": 2}[label]
+    expected = factor * p_label + q_label * math.log(p_label / q_label)
+    assert weights.label.item() == pytest.approx(expected)
+    assert weights.sampled.item() == pytest.approx(-math.log(2) / 2 if sampled == "gap" else 0.0)
+
+
+def test_hpd_contains_its_siblings() -> None:
+    """Without sampling: reverse KL alone is rkl; forward KL alone is seqkd where gap >= 0, else nothing."""
+    log_probs = log_probs_of(make_batch(seed=5))
+    hpd = OBJECTIVES["hpd"]
+    reverse = hpd(log_probs, forward_coef=0.0, student_sampling=False).label
+    assert torch.equal(reverse, OBJECTIVES["rkl"](log_probs).label)
+    forward = hpd(log_probs, reverse_coef=0.0, student_sampling=False).label
+    assert torch.equal(forward, OBJECTIVES["seqkd"](log_probs).label * (reverse >= 0))
+
+
+# Against the authors' implementation
+
+
+@pytest.fixture(params=[1, 2, 3], ids="case{}".format)
+def golden(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"case{request.param}.npz") as arrays:
+        return dict(arrays)
+
+
+def golden_batch(golden: dict[str, np.ndarray]) -> Batch:
+    """Position t predicts labels[t + 1]; -100 is no response token; the loss is the mean over the others."""
+    vocabulary = golden["student_logits"].shape[-1]
+    student, teacher = (
+        torch.from_numpy(golden[name])[:, :-1].reshape(-1, vocabulary).double()
+        for name in ("student_logits", "teacher_logits")
+    )
+    labels = torch.from_numpy(golden["labels"])[:, 1:].flatten()
+    mask = labels != -100
+    sampled = torch.from_numpy(golden["sampled"]).flatten()
+    return Batch(student, teacher, labels.clamp_min(0), sampled, mask, int(mask.sum()))
+
+
+def test_golden_has_no_gap_of_zero(golden: dict[str, np.ndarray]) -> None:
+    """Where gap(y) == 0 the authors' LlamaFactory code gives weight 0 and we, like the paper, p(y).
+
+    No golden position is such a place (their float32 gap included), so the vectors must match everywhere; the
+    weight p(y) itself is tested by ``test_equal_distributions``.
+    """
+    batch = golden_batch(golden)
+    for dtype in (torch.float64, torch.float32):
+        log_probs = log_probs_of(
+            batch._replace(
+                student_logits=batch.student_logits.to(dtype), teacher_logits=batch.teacher_logits.to(dtype)
+            )
+        )
+        assert (gap(log_probs.student_label, log_probs.teacher_label)[batch.mask].abs() > 1e-7).all()
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda b: loss_of("hpd", b), lambda b: reference_loss("hpd", *b)], ids=["hpd_verl", "reference"]
+)
+def test_golden_loss_and_gradient(golden: dict[str, np.ndarray], loss: Callable[[Batch], Tensor]) -> None:
+    """Their loss and gradient, given their samples; the last position predicts nothing: gradient 0."""
+    value, grad = value_and_grad(loss, golden_batch(golden))
+    expected = torch.from_numpy(golden["grad"]).double()
+    assert not expected[:, -1].any()
+    assert value.item() == pytest.approx(float(golden["loss"]), rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(grad.view_as(expected[:, :-1]), expected[:, :-1], rtol=1e-4, atol=1e-6)
+
+
+def test_golden_gaps(golden: dict[str, np.ndarray]) -> None:
+    """Their logged statistics of gap(y), and how often a != y."""
+    batch = golden_batch(golden)
+    log_probs = log_probs_of(batch)
+    gaps = gap(log_probs.student_label, log_probs.teacher_label)[batch.mask]
+    differs = ~log_probs.sampled_is_label[batch.mask]
+    found = {
+        "m_k1_gt_raw_mean": gaps.mean(),
+        "m_k1_gt_raw_min": gaps.min(),
+        "m_k1_gt_raw_max": gaps.max(),
+        "m_k1_gt_raw_neg_pct": 100 * (gaps < 0).double().mean(),
+        "m_sampled_diff_pct": 100 * differs.double().mean(),
+    }
+    for name, value in found.items():
+        assert value.item() == pytest.approx(float(golden[name]), rel=1e-4, abs=1e-6), name
+
+
+# Invariants
+
+
+@st.composite
+def token_log_prob_batches(draw: st.DrawFn, least: float = -math.inf) -> TokenLogProbs:
+    """Log-probs in [-60, 0], or -inf if allowed, of several shapes and dtypes; a == y shares the label's."""
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    log_prob = st.floats(-60.0, 0.0, width=32)
+    if least == -math.inf:
+        log_prob = log_prob | st.just(-math.inf)
+    positions = draw(st.lists(st.tuples(log_prob, log_prob, log_prob, log_prob, st.booleans()), max_size=6))
+    shape = draw(st.sampled_from([(-1,), (1, -1), (-1, 1)])) if positions else (0, 3)
+    rows = [(q, p, q, p, same) if same else (q, p, q_a, p_a, same) for q, p, q_a, p_a, same in positions]
+    columns = [torch.tensor([row[column] for row in rows], dtype=dtype).reshape(shape) for column in range(4)]
+    same_token = torch.tensor([row[4] for row in rows], dtype=torch.bool).reshape(shape)
+    return TokenLogProbs(*columns, sampled_is_label=same_token)
+
+
+def weights_of(objective: str, log_probs: TokenLogProbs, **coefficients: Any) -> TokenWeights:
+    weights = OBJECTIVES[objective](log_probs, **coefficients)
+    for values in (weights.label, weights.sampled):
+        assert values.shape == log_probs.student_label.shape
+        assert values.dtype == log_probs.student_label.dtype
+        assert not values.requires_grad
+    return weights
+
+
+@each_case
+@property_test
+@given(data=st.data())
+def test_weights_are_finite(objective: str, coefficients: dict[str, Any], data: st.DataObject) -> None:
+    """Of the log-probs' shape and dtype, and finite even where a probability is exactly zero.
+
+    Objective opd has labels that the student drew: their q(y) is not zero.
+    """
+    log_probs = data.draw(token_log_prob_batches(least=-60.0 if objective == "opd" else -math.inf))
+    weights = weights_of(objective, log_probs, **coefficients)
+    assert weights.label.isfinite().all()
+    assert weights.sampled.isfinite().all()
+
+
+def test_zero_probabilities() -> None:
+    """gap is 0 where q(v) = 0; log p(v) = -inf counts as LOG_ZERO."""
+    log_q, log_p = (
+        torch.tensor([-math.inf, -math.inf, -0.5, -0.5]),
+        torch.tensor([-1.0, -math.inf, -math.inf, 0.0]),
+    )
+    expected = torch.tensor([0.0, 0.0, math.exp(-0.5) * (LOG_ZERO + 0.5), math.exp(-0.5) * 0.5])
+    torch.testing.assert_close(gap(log_q, log_p), expected)
+
+    same = torch.ones(4, dtype=torch.bool)
+    log_probs = TokenLogProbs(log_q, log_p, log_q, log_p, same)
+    forward = torch.tensor([math.exp(-1.0), 0.0, 0.0, 1.0])
+    torch.testing.assert_close(weights_of("hpd", log_probs).label, expected + forward)
+    torch.testing.assert_close(weights_of("seqkd", log_probs).label, forward)
+    # With p(y) = 0 the mixture is q(y) / 2.
+    assert weights_of("jsd", log_probs).label[2].item() == pytest.approx(-math.exp(-0.5) * math.log(2) / 2)
+    assert weights_of("opd", log_probs).label[2].item() == pytest.approx(LOG_ZERO + 0.5)
+
+
+@property_test
+@given(log_probs=token_log_prob_batches())
+def test_equal_distributions(log_probs: TokenLogProbs) -> None:
+    """p == q: hpd is forward KL, weight p(y) on the label alone; rkl, jsd and opd have nothing to do."""
+    equal = TokenLogProbs(
+        log_probs.student_label,
+        log_probs.student_label,
+        log_probs.student_sampled,
+        log_probs.student_sampled,
+        log_probs.sampled_is_label,
+    )
+    for student_sampling in (True, False):
+        weights = weights_of("hpd", equal, student_sampling=student_sampling)
+        assert torch.equal(weights.label, equal.teacher_label.exp())
+        assert not weights.sampled.any()
+    assert not weights_of("rkl", equal).label.any()
+    # Up to the rounding of log((p + q) / 2).
+    assert (weights_of("jsd", equal).label.abs() <= 1e-6).all()
+    possible = equal.student_label.isfinite()
+    assert not weights_of("opd", equal).label[possible].any()
+
+
+@property_test
+@given(log_probs=token_log_prob_batches(), reverse_coef=st.floats(0, 4), reinforce_coef=st.floats(0, 4))
+def test_sampled_label_counts_once(
+    log_probs: TokenLogProbs, reverse_coef: float, reinforce_coef: float
+) -> None:
+    """Where a == y the position is weighted as if nothing had been sampled."""
+    same = log_probs.sampled_is_label
+    coefficients = {"reverse_coef": reverse_coef, "reinforce_coef": reinforce_coef}
+    weights = weights_of("hpd", log_probs, **coefficients)
+    unsampled = weights_of("hpd", log_probs, **coefficients, student_sampling=False)
+    assert not weights.sampled[same].any()
+    assert torch.equal(weights.label[same], unsampled.label[same])
+
+
+@property_test
+@given(log_probs=token_log_prob_batches())
+def test_sampled_token_is_only_suppressed(log_probs: TokenLogProbs) -> None:
+    """w_a is never positive, and sampling changes the label's weight by nothing or by p(y)."""
+    weights = weights_of("hpd", log_probs)
+    extra = weights.label - weights_of("hpd", log_probs, student_sampling=False).label
+    assert (weights.sampled <= 0).all()
+    reinforced = extra != 0
+    torch.testing.assert_close(
+        extra[reinforced], log_probs.teacher_label.exp()[reinforced], rtol=1e-4, atol=1e-6
+    )
+
+
+@each_objective
+def test_one_token_vocabulary(objective: str) -> None:
+    """Everything is certain: q = p = 1 whatever the logits, so loss and gradient vanish."""
+    generator = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 5, 1, generator=generator, dtype=torch.float64)
+    token = torch.zeros(5, dtype=torch.int64)
+    batch = Batch(logits, other, token, token, torch.ones(5, dtype=torch.bool), 5)
+    weights = weights_of(objective, log_probs_of(batch))
+    expected = 1.0 if objective in ("hpd", "sft", "seqkd") else 0.0
+    assert weights.label.tolist() == [expected] * 5
+    assert weights.sampled.tolist() == [0.0] * 5
+    value, grad = value_and_grad(lambda b: loss_of(objective, b), batch)
+    assert value == 0
+    assert not grad.any()
+
+
+@each_objective
+def test_weights_are_detached_and_inputs_kept(objective: str) -> None:
+    """No graph hangs on the weights of log-probs that need one, and the log-probs are not written to."""
+    batch = make_batch()
+    log_probs = log_probs_of(batch._replace(student_logits=batch.student_logits.requires_grad_()))
+    assert log_probs.student_label.requires_grad
+    before = {name: values.detach().clone() for name, values in vars(log_probs).items()}
+    weights_of(objective, log_probs)
+    for name, values in before.items():
+        assert torch.equal(getattr(log_probs, name), values), name
+
+
+# Registry
+
+
+def test_registry_names() -> None:
+    """The reference knows every objective there is; the declared groups are what the weights say."""
+    assert set(OBJECTIVES) == set(OBJECTIVE_NAMES)
+    log_probs = log_probs_of(make_batch())
+    moved = TokenLogProbs(
+        log_probs.student_label - 1,
+        log_probs.teacher_label,
+        log_probs.student_sampled - 1,
+        log_probs.teacher_sampled,
+        log_probs.sampled_is_label,
+    )
+    weights = {name: objective(log_probs) for name, objective in OBJECTIVES.items()}
+    assert {name for name, w in weights.items() if w.sampled.any()} == SAMPLING_OBJECTIVES
+    unmoved = {name for name, w in weights.items() if torch.equal(w.label, OBJECTIVES[name](moved).label)}
+    assert unmoved == LIKELIHOOD_OBJECTIVES
+
+
+def test_registry_adds_and_refuses_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new name is added and runs without autograd; a taken one is refused and keeps its objective."""
+    monkeypatch.setattr(objectives, "OBJECTIVES", dict(OBJECTIVES))
+
+    @register_objective("double")
+    def double(log_probs: TokenLogProbs) -> TokenWeights:
+        return TokenWeights(2 * log_probs.student_label, 2 * log_probs.student_sampled)
+
+    assert objectives.OBJECTIVES["double"] is double
+    needs_grad = torch.zeros(2, requires_grad=True)
+    weights = double(
+        TokenLogProbs(needs_grad, needs_grad, needs_grad, needs_grad, torch.ones(2, dtype=torch.bool))
+    )
+    assert not weights.label.requires_grad
+
+    for taken in ("double", "hpd"):
+        kept = objectives.OBJECTIVES[taken]
+        with pytest.raises(ValueError, match=f"'{taken}' is already registered"):
+            register_objective(taken)(
+                lambda log_probs: TokenWeights(log_probs.student_label, log_probs.student_label)
+            )
+        assert objectives.OBJECTIVES[taken] is kept
+    assert "double" not in OBJECTIVES
