@@ -31,8 +31,9 @@ class FractionSchedule:
 
     def at(self, step: int) -> float:
         """The value at a training step, counted from 1."""
-        progress = min(max(step - 1, 0) / max(self.steps - 1, 1), 1.0)
-        return self.start + (self.end - self.start) * progress
+        if step >= self.steps:
+            return self.end
+        return self.start + (self.end - self.start) * max(step - 1, 0) / max(self.steps - 1, 1)
 
     @property
     def highest(self) -> float:
@@ -91,9 +92,9 @@ class HPDConfig:
 
     def __post_init__(self) -> None:
         names = ", ".join(sorted(OBJECTIVES))
-        _require(self.objective in OBJECTIVES, f"{PREFIX}.objective", self.objective, f"choose one of {names}")
+        _require(self.objective in list(OBJECTIVES), f"{PREFIX}.objective", self.objective, f"choose one of {names}")
         _require(
-            self.on_policy_objective is None or self.on_policy_objective in OBJECTIVES,
+            self.on_policy_objective is None or self.on_policy_objective in list(OBJECTIVES),
             f"{PREFIX}.on_policy_objective",
             self.on_policy_objective,
             f"choose one of {names}, or null for the same as {PREFIX}.objective",

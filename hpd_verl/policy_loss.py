@@ -45,7 +45,8 @@ def compute_hpd_policy_loss(
     else:
         low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
         high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
-        ratio = torch.exp(torch.clamp(log_prob - old_log_prob, -20.0, 20.0))
+        difference = torch.where(advantages == 0, 0.0, log_prob - old_log_prob)
+        ratio = torch.exp(torch.clamp(difference, -20.0, 20.0))
         unclipped = -advantages * ratio
         clipped = -advantages * torch.clamp(ratio, 1 - low, 1 + high)
         losses = torch.maximum(unclipped, clipped)

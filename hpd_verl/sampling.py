@@ -80,9 +80,10 @@ def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
     block = torch.searchsorted(cumulative, target, right=True).clamp_max(blocks.shape[1] - 1)
     target = target - F.pad(cumulative, (1, 0)).gather(1, block)
     inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1)
-    offset = torch.searchsorted(inside.cumsum(-1, dtype=torch.float64), target, right=True).clamp_max(_BLOCK - 1)
-    # The two sums of a block may differ in the last bit: then a target at its very end finds no token with mass.
-    offset = torch.where(inside.gather(1, offset) > 0, offset, inside.argmax(-1, keepdim=True))
+    within = inside.cumsum(-1, dtype=torch.float64)
+    # The two sums of a block may differ in the last bit: a target at its very end belongs to its last token with mass.
+    target = torch.minimum(target, torch.nextafter(within[:, -1:], torch.zeros_like(target)))
+    offset = torch.searchsorted(within, target, right=True)
     return (block * _BLOCK + offset).squeeze(1)
 
 

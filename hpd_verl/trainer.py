@@ -134,7 +134,7 @@ class HPDTrainer(PPOTrainerSync):
         rows, batch_size = len(self.train_dataset), self.config.data.train_batch_size
         if rows < batch_size:
             raise ValueError(
-                f"data.train_batch_size={batch_size}: data.train_files has {rows} rows, not enough for one batch; lower it"
+                f"data.train_batch_size={batch_size}: data.train_files has {rows} rows, less than one batch; lower it"
             )
 
     def _init_resource_pool_mgr(self) -> None:

@@ -147,7 +147,7 @@ class StudentLoss:
         loss = torch.zeros((), device=response_mask.device)
         metrics: dict[str, Any] = {}
         for log_probs, weights, old in terms:
-            term, metrics = compute_hpd_policy_loss(
+            term, term_metrics = compute_hpd_policy_loss(
                 old_log_prob=padded[old] if has_ratio else None,
                 log_prob=no_padding_2_padding(model_output[log_probs], data),
                 advantages=padded[weights],
@@ -156,8 +156,9 @@ class StudentLoss:
                 config=self.actor,
             )
             loss = loss + term
+            metrics.update({name: [*metrics.get(name, []), value] for name, value in term_metrics.items()})
         # Micro-batches of one update add up to the global loss; verl averages over ranks.
-        metrics = {name: Metric(AggregationType.MEAN, value) for name, value in metrics.items()}
+        metrics = {name: Metric(AggregationType.MEAN, sum(values) / len(values)) for name, values in metrics.items()}
         metrics["hpd/loss"] = Metric(AggregationType.SUM, loss)
         if self.actor.entropy_coeff != 0:
             entropy = agg_loss(

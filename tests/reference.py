@@ -73,8 +73,7 @@ def reference_weights(
     q = torch.softmax(student_logits.detach().double() / temperature, dim=-1).tolist()
     p = torch.softmax(teacher_logits.detach().double() / temperature, dim=-1).tolist()
     pairs = [
-        position_weights(objective, q[t], p[t], int(labels[t]), int(sampled[t]), **coefficients)
-        for t in range(len(q))
+        position_weights(objective, q[t], p[t], int(labels[t]), int(sampled[t]), **coefficients) for t in range(len(q))
     ]
     weights = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
     return weights[:, 0], weights[:, 1]

@@ -25,9 +25,7 @@ class Batch:
         self.student = 2 * torch.randn(n, VOCABULARY, dtype=torch.float64, generator=random)
         self.teacher = self.student + torch.randn(n, VOCABULARY, dtype=torch.float64, generator=random)
         self.labels = torch.randint(VOCABULARY, (n,), generator=random)
-        self.sampled = torch.multinomial(
-            self.student.softmax(-1), samples, replacement=True, generator=random
-        )
+        self.sampled = torch.multinomial(self.student.softmax(-1), samples, replacement=True, generator=random)
         self.sampled[::3, 0] = self.labels[::3]  # samples that are the label
         self.is_rollout = torch.tensor([False, True, False, True])
         self.mask = torch.arange(RESPONSE) < torch.tensor([[7], [4], [1], [0]])

@@ -98,17 +98,9 @@ NOT_POSITIVE_INTEGERS = [0, -1, 1.0, True, "2", None]
 REFUSED = [
     *(("objective", value) for value in ("kl", "HPD", "", None)),
     *(("on_policy_objective", value) for value in ("kl", "")),
-    *(
-        (f"{name}_coef", value)
-        for name in ("forward", "reverse", "reinforce")
-        for value in (-0.1, *NOT_NUMBERS)
-    ),
+    *((f"{name}_coef", value) for name in ("forward", "reverse", "reinforce") for value in (-0.1, *NOT_NUMBERS)),
     *((name, value) for name in ("student_sampling", "score_rollouts") for value in NOT_BOOLEANS),
-    *(
-        (name, value)
-        for name in ("num_student_samples", "token_chunk_size")
-        for value in NOT_POSITIVE_INTEGERS
-    ),
+    *((name, value) for name in ("num_student_samples", "token_chunk_size") for value in NOT_POSITIVE_INTEGERS),
     *(("seed", value) for value in (1.5, True, "42", None)),
     *(("temperature", value) for value in (0, -1.0, *NOT_NUMBERS)),
     *(("on_policy_fraction", value) for value in (-0.01, 1.01, *NOT_NUMBERS)),
@@ -147,9 +139,7 @@ def test_refuses_schedule(part: str, value: Any) -> None:
         HPDConfig.from_config(OmegaConf.create({"on_policy_fraction": schedule}))
 
 
-@pytest.mark.parametrize(
-    "fraction", [0.0, 0.99, FractionSchedule(0.5, 1.0, 3), FractionSchedule(1.0, 0.0, 3)], ids=str
-)
+@pytest.mark.parametrize("fraction", [0.0, 0.99, FractionSchedule(0.5, 1.0, 3), FractionSchedule(1.0, 0.0, 3)], ids=str)
 def test_refuses_opd_on_demonstrations(fraction: float | FractionSchedule) -> None:
     """opd's labels must be the student's own, at every step; as on_policy_objective they always are."""
     with pytest.raises(ValueError, match=r"^algorithm\.hpd\.objective=opd: .*on_policy_fraction=1"):

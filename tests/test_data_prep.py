@@ -1,0 +1,131 @@
+"""data_prep: from JSON lines to verl's columns, and errors that name file and line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # data_prep is no part of the installed package
+
+from data_prep import gsm8k, rows  # noqa: E402
+
+ANSWER = "She has 2*600 = <<2*600=1200>>1200 beads.\nShe sells 1200/2 = $<<1200/2=600>>600.\n#### 1,200"
+
+
+def write_gsm8k(folder: Path, **changed: str) -> Path:
+    """A folder of one good record a split; ``changed`` replaces a split's text."""
+    folder.mkdir(exist_ok=True)
+    good = json.dumps({"question": " How many? ", "answer": ANSWER}) + "\n"
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(changed.get(split, good), encoding="utf-8")
+    return folder
+
+
+def prepare(folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.gsm8k",
+        "--local_dataset_path",
+        folder,
+        "--local_save_dir",
+        out,
+    ]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_gsm8k_columns_and_contents(tmp_path: Path) -> None:
+    record = json.dumps({"question": "How much?", "answer": "It is -0.5.\n#### -0.5"})
+    folder = write_gsm8k(tmp_path / "gsm8k", train=f"{record}\n\n{record}\n")
+    result = prepare(folder, tmp_path / "new" / "out")
+    assert result.returncode == 0, result.stderr
+    assert "train: 2 rows" in result.stderr
+    assert "test: 1 rows" in result.stderr
+
+    train = pq.read_table(tmp_path / "new" / "out" / "train.parquet").to_pylist()
+    assert [row["extra_info"]["index"] for row in train] == [0, 1]
+    assert train[0]["reward_model"] == {"style": "rule", "ground_truth": "-0.5"}
+    (row,) = pq.read_table(tmp_path / "new" / "out" / "test.parquet").to_pylist()
+    assert row == {
+        "data_source": "openai/gsm8k",
+        "prompt": [{"role": "user", "content": f"How many? {gsm8k.INSTRUCTION}"}],
+        "demonstration": "She has 2*600 = 1200 beads.\nShe sells 1200/2 = $600.\n#### 1,200",
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "1200"},
+        "extra_info": {"split": "test", "index": 0, "question": "How many?", "answer": ANSWER},
+    }
+    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == [
+        "test.parquet",
+        "train.parquet",
+    ]
+
+
+@pytest.mark.parametrize("answer", [ANSWER, "#### 7", "It is minus three.\n#### -3", "Half of it: 0.5\n#### 0.5"])
+def test_verl_rewards_the_demonstration(answer: str) -> None:
+    from verl.utils.reward_score import default_compute_score
+
+    row = gsm8k.convert({"question": "How many?", "answer": answer}, "train", 0)
+    ground_truth = row["reward_model"]["ground_truth"]
+    assert default_compute_score(row["data_source"], row["demonstration"], ground_truth) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "a JSON list, expected an object"),
+        ('{"question": "How many?"}', "no key 'answer', there are question"),
+        ('{"question": null, "answer": "#### 1"}', "'question' is None, expected a text"),
+        ('{"question": " ", "answer": "#### 1"}', "'question' is ' ', expected a text"),
+        ('{"question": "How many?", "answer": "Ten."}', "no final answer: the last line is 'Ten.'"),
+        ('{"question": "How many?", "answer": "#### 1\\nor so"}', "no final answer"),
+        ('{"question": "How many?", "answer": "#### ten"}', "no final answer"),
+    ],
+)
+def test_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    good = json.dumps({"question": "How many?", "answer": ANSWER})
+    file = write_gsm8k(tmp_path, train=f"{good}\n\n{line}\n") / "train.jsonl"
+    with pytest.raises(ValueError, match="train.jsonl, line 3: ") as error:
+        rows.convert_jsonl(file, gsm8k.REQUIRED, "train", gsm8k.convert)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_no_rows(tmp_path: Path, text: str) -> None:
+    file = write_gsm8k(tmp_path, train=text) / "train.jsonl"
+    with pytest.raises(ValueError, match="train.jsonl: no rows"):
+        rows.convert_jsonl(file, gsm8k.REQUIRED, "train", gsm8k.convert)
+
+
+def test_bad_data_ends_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    folder = write_gsm8k(tmp_path / "gsm8k", test='{"question": "How many?", "answer": "Ten."}\n')
+    result = prepare(folder, tmp_path / "out")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"Error: {folder / 'test.jsonl'}, line 1: no final answer")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    result = prepare(tmp_path / "nowhere", tmp_path / "out")
+    assert result.returncode == 1
+    assert result.stderr == f"Error: {tmp_path / 'nowhere' / 'train.jsonl'}: no such file\n"
+
+
+def test_build_row_carries_extra_info() -> None:
+    row: dict[str, Any] = rows.build_row(
+        data_source="source",
+        prompt=[{"role": "user", "content": "?"}],
+        demonstration="!",
+        ability="dialogue",
+        ground_truth="",
+        split="train",
+        index=3,
+        origin="here",
+    )
+    assert row["extra_info"] == {"split": "train", "index": 3, "origin": "here"}
