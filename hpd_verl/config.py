@@ -173,8 +173,9 @@ class HPDConfig:
         Raises:
             ValueError: an unknown key, or a value outside its range; the message names the setting.
         """
-        values = OmegaConf.to_container(node, resolve=True)
-        assert isinstance(values, dict)
+        container = OmegaConf.to_container(node, resolve=True)
+        assert isinstance(container, dict)
+        values = {str(key): value for key, value in container.items()}
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:
             _require(
@@ -192,7 +193,7 @@ class HPDConfig:
                 "a schedule has exactly the keys start, end and steps",
             )
             values["on_policy_fraction"] = FractionSchedule(**fraction)
-        return cls(**{str(key): value for key, value in values.items()})
+        return cls(**values)
 
     @property
     def schedule(self) -> FractionSchedule:
@@ -316,7 +317,7 @@ def check_config(config: DictConfig) -> HPDConfig:
         epochs == 1 or not likelihood,
         "actor_rollout_ref.actor.ppo_epochs",
         epochs,
-        f"objective {', '.join(sorted(likelihood))} has no ratio to clip; repeat the data by trainer.total_epochs instead",
+        f"objective {', '.join(sorted(likelihood))} has no ratio to clip; repeat by trainer.total_epochs instead",
     )
     _require(
         actor_rollout_ref.rollout.n == 1 or hpd.schedule.lowest == 1.0,

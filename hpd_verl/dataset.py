@@ -29,6 +29,8 @@ class HPDDataset(RLHFDataset):
             demonstration where one is needed, or an overlong one with ``overlong_demonstration=error``.
     """
 
+    dataframe: datasets.Dataset
+
     dropped_demonstrations = 0
     """Rows left out because of ``overlong_demonstration=drop``."""
 

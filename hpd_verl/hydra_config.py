@@ -51,7 +51,7 @@ class VerlConfigSource(ConfigSource):
     def available(self) -> bool:
         return self.directory.is_dir()
 
-    def _read(self, config_path: str) -> tuple[dict[str, str], dict[str, Any]] | None:
+    def _read(self, config_path: str) -> tuple[dict[str, str | None], dict[Any, Any]] | None:
         """(header, content) of a primary config that needs the entry, else None."""
         name = self._normalize_file_name(config_path)
         file = self.directory / name

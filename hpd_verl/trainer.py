@@ -342,8 +342,8 @@ class HPDTrainer(PPOTrainerSync):
                     batch.keys[index].rsplit("_", 2)[0].split("r")[-1] for index in bad.nonzero().flatten().tolist()
                 ]
                 raise FloatingPointError(
-                    f"step {self.global_steps}: NaN in the {model}'s logits, in {len(rows)} of {len(batch)} rows of the "
-                    f"batch (rows {', '.join(rows[:8])}); stopped before the update, checkpoints are untouched"
+                    f"step {self.global_steps}: NaN in the {model}'s logits, in {len(rows)} of {len(batch)} rows "
+                    f"of the batch (rows {', '.join(rows[:8])}); stopped before the update, checkpoints are untouched"
                 )
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:

@@ -41,7 +41,9 @@ def teacher_model_config(actor_rollout_ref: DictConfig) -> DictConfig:
         "enable_activation_offload": False,
     }
     model = OmegaConf.create(OmegaConf.to_container(actor_rollout_ref.model, resolve=True))
-    return OmegaConf.merge(model, own, actor_rollout_ref.ref.model)
+    merged = OmegaConf.merge(model, own, actor_rollout_ref.ref.model)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _local_part(values: Tensor, data: TensorDict) -> Tensor:

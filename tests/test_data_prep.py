@@ -90,7 +90,7 @@ def test_verl_rewards_the_demonstration(answer: str) -> None:
 def test_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     good = json.dumps({"question": "How many?", "answer": ANSWER})
     file = write_gsm8k(tmp_path, train=f"{good}\n\n{line}\n") / "train.jsonl"
-    with pytest.raises(ValueError, match="train.jsonl, line 3: ") as error:
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 3: ") as error:
         rows.convert_jsonl(file, gsm8k.REQUIRED, "train", gsm8k.convert)
     assert message in str(error.value)
 
@@ -98,7 +98,7 @@ def test_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_no_rows(tmp_path: Path, text: str) -> None:
     file = write_gsm8k(tmp_path, train=text) / "train.jsonl"
-    with pytest.raises(ValueError, match="train.jsonl: no rows"):
+    with pytest.raises(ValueError, match=r"train\.jsonl: no rows"):
         rows.convert_jsonl(file, gsm8k.REQUIRED, "train", gsm8k.convert)
 
 

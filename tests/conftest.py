@@ -1,0 +1,196 @@
+"""Tiny models and data that verl, vLLM and transformers run for real, and a runner for the real command."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+os.environ["VERL_PLATFORM"] = "cpu"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WORDS = ["<pad>", "<end>", "<turn>", "user", "assistant", "is", "plus", "?", ".", *map(str, range(20))]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<turn> {{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<turn> assistant {% endif %}"
+)
+
+
+def make_tokenizer(words: list[str]) -> Any:
+    """A word-level tokenizer with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="."))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+    fast.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(folder: Path, seed: int, words: list[str] = WORDS, vocab_size: int | None = None, **config: Any) -> Path:
+    """A randomly initialised Qwen2 of two layers, saved with its tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = make_tokenizer(words)
+    settings = {"max_position_embeddings": 128, "initializer_range": 0.3, "tie_word_embeddings": False, **config}
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocab_size or len(tokenizer),
+            hidden_size=64,  # heads of 32: the smallest that vLLM knows on a CPU
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            **settings,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Additions of small numbers, in verl's columns with a demonstration."""
+    generator = random.Random(seed)
+    rows = []
+    for index in range(count):
+        a, b = generator.randrange(10), generator.randrange(10)
+        answer = f"{a} plus {b} is {a + b}" if index % 3 else f"{a + b}"
+        rows.append(
+            {
+                "data_source": "tests/addition",
+                "prompt": [{"role": "user", "content": f"{a} plus {b} ?"}],
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": str(a + b)},
+                "extra_info": {"split": "train", "index": index},
+                "demonstration": answer,
+            }
+        )
+    return rows
+
+
+def write_parquet(rows: list[dict[str, Any]], file: Path) -> Path:
+    pd.DataFrame(rows).to_parquet(file)
+    return file
+
+
+@dataclass
+class Tiny:
+    """Paths of the tiny models and data."""
+
+    folder: Path
+    student: Path
+    teacher: Path
+    train: Path
+    validation: Path
+    reward: Path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    reward = folder / "reward.py"
+    reward.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n"
+        "    return float(str(ground_truth) in solution_str.split())\n"
+    )
+    return Tiny(
+        folder=folder,
+        student=make_model(folder / "student", seed=1),
+        teacher=make_model(folder / "teacher", seed=2, vocab_size=len(WORDS) + 7),  # padded vocabulary
+        train=write_parquet(make_rows(64), folder / "train.parquet"),
+        validation=write_parquet(make_rows(8, seed=1), folder / "validation.parquet"),
+        reward=reward,
+    )
+
+
+@dataclass
+class Run:
+    """A finished run of the command."""
+
+    returncode: int
+    output: str
+    steps: list[dict[str, float]]
+    """Metrics of each training step, from verl's file logger."""
+
+    def losses(self) -> list[float]:
+        return [step["hpd/loss"] for step in self.steps]
+
+
+RunMainPPO = Callable[..., Run]
+
+
+@pytest.fixture
+def run_main_ppo(tiny: Tiny, tmp_path: Path) -> RunMainPPO:
+    """Run ``python -m verl.trainer.main_ppo algorithm=hpd`` on the tiny models, with overrides."""
+
+    def run(*overrides: str, kill_after_step: int | None = None, timeout: float = 400) -> Run:
+        log = tmp_path / "metrics.jsonl"
+        log.unlink(missing_ok=True)
+        command = [
+            *(sys.executable, "-m", "verl.trainer.main_ppo", "algorithm=hpd"),
+            f"actor_rollout_ref.model.path={tiny.student}",
+            f"actor_rollout_ref.ref.model.path={tiny.teacher}",
+            f"data.train_files={tiny.train}",
+            "data.train_batch_size=8",
+            "data.max_prompt_length=16",
+            "data.max_response_length=16",
+            "actor_rollout_ref.actor.optim.lr=1e-2",
+            "trainer.logger=[console,file]",
+            "trainer.total_training_steps=2",
+            "trainer.save_freq=-1",
+            f"trainer.default_local_dir={tmp_path / 'checkpoints'}",
+            *overrides,
+        ]
+        environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(log), "HYDRA_FULL_ERROR": "1"}
+        output_file = tmp_path / "output.txt"
+        with open(output_file, "w") as stream:
+            process = subprocess.Popen(
+                command, cwd=tmp_path, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                if kill_after_step is None:
+                    process.wait(timeout)
+                else:
+                    _kill_after_step(process, log, kill_after_step, timeout)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        return Run(process.wait(), output_file.read_text(), _read_steps(log))
+
+    return run
+
+
+def _read_steps(log: Path) -> list[dict[str, float]]:
+    if not log.exists():
+        return []
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line["data"] for line in lines if "hpd/loss" in line["data"]]
+
+
+def _kill_after_step(process: "subprocess.Popen[bytes]", log: Path, step: int, timeout: float) -> None:
+    """SIGKILL the driver and everything of its session as soon as a step is logged."""
+    import time
+
+    deadline = time.monotonic() + timeout
+    while len(_read_steps(log)) < step:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no step was logged in time"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,144 @@
+"""The real command on tiny models: verl, Ray, TransferQueue and vLLM run for real."""
+
+from pathlib import Path
+
+import pytest
+from conftest import RunMainPPO, Tiny
+
+
+def test_demonstrations_need_no_rollout_server(run_main_ppo: RunMainPPO) -> None:
+    """Two steps on demonstrations: finite losses, the metrics are there, no vLLM process is started."""
+    run = run_main_ppo("trainer.resume_mode=disable")
+    assert run.returncode == 0, run.output[-3000:]
+    assert len(run.steps) == 2
+    for step in run.steps:
+        assert step["hpd/on_policy_fraction"] == 0
+        assert step["hpd/response_tokens"] > 0
+        assert step["hpd/reverse_kl_k1"] != 0
+        assert step["actor/grad_norm"] > 0
+    assert "vLLMHttpServer" not in run.output
+
+
+def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMainPPO) -> None:
+    """1 and 2 ranks, micro-batches of 1 and 4 rows, packed and padded: same losses and gradient norms."""
+    variants = {
+        "packed, 1 rank": (),
+        "micro-batch 1": ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",),
+        "micro-batch 4, padded": (
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+            "actor_rollout_ref.model.use_remove_padding=false",
+        ),
+        "2 ranks": ("trainer.n_gpus_per_node=2",),
+    }
+    results = {}
+    for name, overrides in variants.items():
+        run = run_main_ppo("trainer.resume_mode=disable", *overrides)
+        assert run.returncode == 0, (name, run.output[-3000:])
+        results[name] = [(step["hpd/loss"], step["actor/grad_norm"]) for step in run.steps]
+    expected = results["packed, 1 rank"]
+    for name, values in results.items():
+        for value, reference in zip(values, expected, strict=True):
+            assert value == pytest.approx(reference, rel=2e-4), name
+
+
+def test_killed_run_resumes_to_the_same_losses(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
+    """SIGKILL after step 2 of 4, then the same command: the losses equal an uninterrupted run's exactly."""
+    overrides = ("trainer.total_training_steps=4", "trainer.save_freq=1")
+    whole = run_main_ppo(*overrides, f"trainer.default_local_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.output[-3000:]
+    killed = run_main_ppo(*overrides, kill_after_step=2)
+    assert killed.returncode != 0
+    # As a kill in the middle of a save leaves it: a newer folder without its end, and an empty tracker.
+    root = tmp_path / "checkpoints"
+    (root / "global_step_9" / "actor").mkdir(parents=True)
+    (root / "latest_checkpointed_iteration.txt").write_text("")
+    resumed = run_main_ppo(*overrides)
+    assert resumed.returncode == 0, resumed.output[-3000:]
+    first = int(resumed.steps[0]["training/global_step"])
+    assert first > 1, "the run started anew"
+    assert resumed.losses() == whole.losses()[first - 1 :]
+
+
+def test_mixed_batches_with_vllm(run_main_ppo: RunMainPPO, tiny: Tiny) -> None:
+    """Half of each batch is rolled out by vLLM with the current weights; validation runs before and after."""
+    run = run_main_ppo(
+        "trainer.resume_mode=disable",
+        "algorithm.hpd.on_policy_fraction=0.5",
+        "algorithm.hpd.on_policy_objective=opd",
+        "actor_rollout_ref.rollout.calculate_log_probs=true",
+        f"data.val_files={tiny.validation}",
+        f"reward.custom_reward_function.path={tiny.reward}",
+        "trainer.val_before_train=true",
+        "trainer.test_freq=2",
+    )
+    assert run.returncode == 0, run.output[-3000:]
+    assert [step["hpd/on_policy_fraction"] for step in run.steps] == [0.5, 0.5]
+    for step in run.steps:  # the server has the student's weights, at step 2 the updated ones
+        assert step["training/rollout_probs_diff_max"] < 1e-4
+    assert any(name.startswith("val-core/tests/addition") for name in run.steps[-1])
+    assert "Initial validation metrics" in run.output
+
+
+def test_lora_student_with_an_external_teacher(run_main_ppo: RunMainPPO) -> None:
+    """The teacher is the model of its own path, not the student without its adapter: the gap is not zero."""
+    run = run_main_ppo("trainer.resume_mode=disable", "actor_rollout_ref.model.lora_rank=4")
+    assert run.returncode == 0, run.output[-3000:]
+    assert abs(run.steps[0]["hpd/reverse_kl_k1"]) > 0.1
+
+
+def test_several_updates_per_batch(run_main_ppo: RunMainPPO) -> None:
+    """Two mini-batches and two epochs use the clipped ratio."""
+    run = run_main_ppo(
+        "trainer.resume_mode=disable",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "actor_rollout_ref.actor.ppo_epochs=2",
+        "algorithm.hpd.num_student_samples=2",
+    )
+    assert run.returncode == 0, run.output[-3000:]
+    assert "actor/pg_clipfrac" in run.steps[0]
+
+
+def test_nan_in_the_teacher_stops_the_run(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
+    """A teacher with NaN logits: one error with step and rows, and no checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.teacher)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(tiny.teacher).save_pretrained(tmp_path / "broken")
+    run = run_main_ppo(f"actor_rollout_ref.ref.model.path={tmp_path / 'broken'}", "trainer.save_freq=1")
+    assert run.returncode != 0
+    assert "step 1: NaN in the teacher's logits" in run.output
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.hpd.on_policy_fraction=1.5", "algorithm.hpd.on_policy_fraction=1.5: give a number"),
+        ("algorithm.hpd.objective=klx", "algorithm.hpd.objective=klx: choose one of hpd"),
+        ("actor_rollout_ref.ref.model.path=null", "actor_rollout_ref.ref.model.path=None: give"),
+        ("actor_rollout_ref.actor.strategy=megatron", "actor_rollout_ref.actor.strategy=megatron: HPD runs on fsdp2"),
+    ],
+)
+def test_bad_settings_end_the_run_at_once(run_main_ppo: RunMainPPO, override: str, message: str) -> None:
+    """One line from the driver, before Ray starts."""
+    run = run_main_ppo(override, timeout=60)
+    assert run.returncode != 0
+    assert message in run.output
+    assert "Started a local Ray instance" not in run.output
+
+
+def test_bad_row_ends_the_run_before_models_load(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
+    """A null demonstration: the error names file and row."""
+    from conftest import make_rows, write_parquet
+
+    rows = make_rows(16)
+    rows[5]["demonstration"] = None
+    file = write_parquet(rows, tmp_path / "null.parquet")
+    run = run_main_ppo(f"data.train_files={file}", timeout=120)
+    assert run.returncode != 0
+    assert f"{file}, row 5: demonstration is null" in run.output
+    assert "Loading weights" not in run.output
