@@ -22,7 +22,7 @@ def demonstration_text(value: Any, where: str) -> str:
         text = value
     elif isinstance(value, Sequence) and len(value) == 1 and isinstance(value[0], Mapping):
         if value[0].get("role") != "assistant" or not isinstance(value[0].get("content"), str):
-            raise ValueError(f"{where}: a chat demonstration is [{{role: assistant, content: text}}], found {value[0]}")
+            raise ValueError(f"{where}: a chat demonstration is [{{role: assistant, content: ..}}], found {value[0]}")
         text = value[0]["content"]
     elif value is None:
         text = ""

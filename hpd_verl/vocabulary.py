@@ -60,7 +60,8 @@ def shared_vocabulary_size(
             f"{len(pieces['student'])} tokens, teacher into {len(pieces['teacher'])}, of {_PROBE!r}); "
             "choose models of one family"
         )
-    beyond = [index for index in student_tokens if index >= size]
+    # Tokens past the student's own head cannot occur: some tokenizers define more than their model embeds.
+    beyond = [index for index in student_tokens if teacher_size <= index < student_size]
     if beyond:
         first = min(beyond)
         raise ValueError(

@@ -40,14 +40,14 @@ def make_tokenizer(words: list[str]) -> Any:
 
 
 def make_model(folder: Path, seed: int, words: list[str] = WORDS, vocab_size: int | None = None, **config: Any) -> Path:
-    """A randomly initialised Qwen2 of two layers, saved with its tokenizer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """A randomly initialised Llama of two layers, saved with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer(words)
     settings = {"max_position_embeddings": 128, "initializer_range": 0.3, "tie_word_embeddings": False, **config}
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
+    model = LlamaForCausalLM(
+        LlamaConfig(
             vocab_size=vocab_size or len(tokenizer),
             hidden_size=64,  # heads of 32: the smallest that vLLM knows on a CPU
             intermediate_size=96,

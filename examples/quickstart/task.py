@@ -1,19 +1,19 @@
 """A small maths task with verifiable answers, and the untrained models that will learn it. Needs no network.
 
-A problem is a start digit and two to four labelled steps; only the last digit counts (arithmetic modulo 10):
+A problem is a start digit and two or three labelled steps; only the last digit counts (arithmetic modulo 10):
 
     start 4 A - 1 B * 4 ?
 
-A demonstration walks the steps, each in one of five phrasings (one terse, one taking two steps at once), and ends
-with the answer in a box. A part of the steps, ``--error-rate``, carries a wrong result, as real demonstrations do:
+A demonstration walks the steps, each in one of four phrasings, and ends with the answer in a box. In train.parquet
+a part of the steps, ``--error-rate``, carries a wrong result, as real demonstrations do:
 
-    A : 4 - 1 = 3 . by B we get from 3 to 2 . answer \\boxed{ 2 }
+    A : 4 - 1 = 3 . by B we go from 3 to 2 . answer \\boxed{ 2 }
 
 The vocabulary is these words, so that two layers learn the task in minutes on a CPU. Writes to the output folder:
 
     sft.parquet               correct demonstrations for verl's SFT trainer (column messages)
     train.parquet, val.parquet   verl's columns and the demonstration; no problem of one is in the other or in sft
-    teacher_init, student_init   Hugging Face folders: Qwen2 with random weights, and the tokenizer
+    teacher_init, student_init   Hugging Face folders: Llama with random weights, and the tokenizer
 
     python examples/quickstart/task.py --local_save_dir examples/quickstart/run/data
 """
@@ -27,7 +27,7 @@ from typing import Any
 import pandas as pd
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 DATA_SOURCE = "quickstart/last_digit"
 MODULUS = 10
@@ -35,25 +35,15 @@ LABELS = "ABC"
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 OPERANDS = range(2, 7)
 MIN_STEPS, MAX_STEPS = 2, 3
-MAX_PROMPT_TOKENS = 24
-"""Of the longest problem, with the chat template."""
-MAX_RESPONSE_TOKENS = 64
-"""Of the longest demonstration, with the end-of-turn token."""
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
-WORDS = (
-    [str(digit) for digit in range(MODULUS)]
-    + list(OPERATIONS)
-    + list(LABELS)
-    + "start ? : = . ; at take and get by we go from to answer \\boxed{ }".split()
-)
+PHRASE_WORDS = "start ? : = . ; at take and get by we go from to answer \\boxed{ }"
+WORDS = [str(digit) for digit in range(MODULUS)] + list(OPERATIONS) + list(LABELS) + PHRASE_WORDS.split()
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-ARCHITECTURE = {"num_hidden_layers": 2, "tie_word_embeddings": False, "max_position_embeddings": 128}
-HEAD_SIZE = 32
-"""The smallest that vLLM's CPU attention knows."""
+HEADS, HEAD_SIZE = 2, 32  # vLLM's CPU attention knows no smaller heads
 TEACHER_HIDDEN, STUDENT_HIDDEN = 96, 64
 
 
@@ -122,23 +112,40 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(hidden_size: int, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """An untrained Qwen2 whose vocabulary is exactly the tokenizer's."""
+def build_model(hidden_size: int, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """An untrained Llama whose vocabulary is exactly the tokenizer's."""
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
-        num_attention_heads=1,
-        num_key_value_heads=1,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        head_dim=HEAD_SIZE,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.04,
         dtype="float32",
-        **ARCHITECTURE,
     )
-    return Qwen2ForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a Hugging Face folder and check that it reads back as the same tokenizer.
+
+    transformers 5 picks the tokenizer's class by the model's type for some types: a Qwen2 folder would come back as a
+    byte-level tokenizer without these words, and say nothing.
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text = " ".join(WORDS)
+    found, expected = AutoTokenizer.from_pretrained(folder).encode(text), tokenizer.encode(text)
+    if found != expected:
+        raise RuntimeError(f"{folder}: the saved tokenizer reads back differently: {found} instead of {expected}")
 
 
 def hpd_row(problem: Problem, split: str, index: int, demonstration: str) -> dict[str, Any]:
@@ -185,8 +192,7 @@ def main() -> None:
     tokenizer = build_tokenizer()
     for name, hidden_size in (("teacher", TEACHER_HIDDEN), ("student", STUDENT_HIDDEN)):
         model = build_model(hidden_size, tokenizer, args.seed)
-        model.save_pretrained(folder / f"{name}_init")
-        tokenizer.save_pretrained(folder / f"{name}_init")
+        save(model, tokenizer, folder / f"{name}_init")
         print(f"{name}: {model.num_parameters():,} parameters, vocabulary {len(tokenizer)}")
     print(f"example: {conversations[0][0]['content']}  ->  {conversations[0][1]['content']}")
 
