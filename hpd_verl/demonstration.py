@@ -28,7 +28,7 @@ def demonstration_text(value: Any, where: str) -> str:
         text = ""
     else:
         raise ValueError(
-            f"{where}: demonstration is {type(value).__name__}, expected a string or a chat list of one assistant message"
+            f"{where}: demonstration is {type(value).__name__}, expected a string or a chat of one assistant message"
         )
     if not text.strip():
         raise ValueError(

@@ -36,15 +36,15 @@ stage() { # NAME RESULT COMMAND...: run the command unless its result is there; 
     echo "[$name] $((SECONDS - start)) s"
 }
 
-supervised() { # MODEL STEPS: supervised fine-tuning by verl's own trainer
+supervised() { # MODEL STEPS LEARNING_RATE: supervised fine-tuning by verl's own trainer
     VERL_FILE_LOGGER_PATH=$RUN_DIR/sft_$1.jsonl torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
         data.train_files="$RUN_DIR/data/sft.parquet" data.train_batch_size=64 data.max_length=128 \
-        data.num_workers=1 data.max_token_len_per_gpu=8192 \
+        data.num_workers=1 data.max_token_len_per_gpu=1024 \
         model.path="$RUN_DIR/data/$1_init" +model.override_config.attn_implementation=sdpa \
         model.enable_gradient_checkpointing=False \
         engine.strategy=fsdp2 engine.use_torch_compile=False \
         '+engine.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}' \
-        optim.lr=3e-3 optim.lr_scheduler_type=cosine optim.lr_warmup_steps_ratio=0.05 optim.min_lr_ratio=0.1 \
+        optim.lr="$3" 'optim.betas=[0.9,0.95]' optim.lr_scheduler_type=cosine optim.lr_warmup_steps_ratio=0.05 optim.min_lr_ratio=0.1 \
         'checkpoint.save_contents=[hf_model]' checkpoint.load_contents=[] \
         trainer.default_local_dir="$RUN_DIR/sft_$1" trainer.project_name=quickstart trainer.experiment_name="$1" \
         'trainer.logger=[file]' trainer.total_epochs=100 trainer.total_training_steps="$2" \
@@ -55,8 +55,8 @@ TEACHER=$RUN_DIR/sft_teacher/global_step_$TEACHER_STEPS/huggingface
 STUDENT=$RUN_DIR/sft_student/global_step_$STUDENT_STEPS/huggingface
 
 stage data "$RUN_DIR/data/student_init" python "$here/task.py" --local_save_dir "$RUN_DIR/data"
-stage teacher "$TEACHER" supervised teacher "$TEACHER_STEPS"
-stage student "$STUDENT" supervised student "$STUDENT_STEPS"
+stage teacher "$TEACHER" supervised teacher "$TEACHER_STEPS" 3e-3
+stage student "$STUDENT" supervised student "$STUDENT_STEPS" 5e-3
 
 DATA=(
     data.train_files="$RUN_DIR/data/train.parquet"
