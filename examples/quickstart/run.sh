@@ -70,7 +70,7 @@ MODEL=(
     actor_rollout_ref.ref.model.path="$TEACHER"
     actor_rollout_ref.model.enable_gradient_checkpointing=false
 )
-ACTOR=(
+ACTOR=( # three updates a batch: the weights are corrected by PPO's clipped ratio
     actor_rollout_ref.actor.ppo_mini_batch_size=64
     actor_rollout_ref.actor.optim.lr="$LR"
     actor_rollout_ref.actor.optim.betas='[0.9,0.95]'
