@@ -72,6 +72,7 @@ MODEL=(
 )
 ACTOR=( # three updates a batch: the weights are corrected by PPO's clipped ratio
     actor_rollout_ref.actor.ppo_mini_batch_size=64
+    actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1024 # attention over a longer pack costs a CPU more than it saves
     actor_rollout_ref.actor.optim.lr="$LR"
     actor_rollout_ref.actor.optim.betas='[0.9,0.95]'
     actor_rollout_ref.actor.checkpoint.save_contents='[model,optimizer,extra,hf_model]'
