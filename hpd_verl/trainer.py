@@ -257,7 +257,7 @@ class HPDTrainer(PPOTrainerSync):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """Turn log-probs into weights, and write these back."""
         samples = range(self.hpd.num_student_samples)
-        full = [fields.STUDENT_LABEL_LOG_PROBS, fields.ENTROPY, fields.TEACHER_LABEL_LOG_PROBS, "input_ids"]
+        full = [fields.STUDENT_LABEL_LOG_PROBS, fields.ENTROPY, fields.TEACHER_LABEL_LOG_PROBS]
         for sample in samples:
             full += [
                 fields.sampled_tokens(sample),
