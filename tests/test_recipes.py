@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,9 @@ CODE = "code/run_qwen2.5-coder-1.5b_fsdp2.sh"
 SMOLLM2 = "quickstart/run_smollm2.sh"
 SLURM = EXAMPLES / "slurm" / "hpd.sbatch"
 SHELL_SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
-PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "OMP_NUM_THREADS")
+PASSED_ON = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS")
+# The scripts call `python` and `ray`: those of this environment, activated or not.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 ALL = {
     "algorithm.adv_estimator": "hpd",
@@ -81,7 +84,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
     """An environment without the caller's settings, in which no hub is asked."""
     passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return passed_on | {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"} | variables
+    return passed_on | {"PATH": PATH, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"} | variables
 
 
 def compose(script: str, tmp_path: Path, *overrides: str, **variables: str) -> dict[str, Any]:
@@ -240,7 +243,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     ray_folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray's socket names have a limit
     yield environment(
         tmp_path,
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        PATH=f"{tmp_path}{os.pathsep}{PATH}",
         SLURM_JOB_NODELIST="node[1-2]",
         SLURM_GPUS_ON_NODE="4",
         HEAD_ADDRESS="127.0.0.1",
