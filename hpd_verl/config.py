@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -301,6 +302,22 @@ def check_config(config: DictConfig) -> HPDConfig:
             strategy,
             "HPD runs on fsdp2 and fsdp; megatron and the other engines are not supported",
         )
+        sequence_parallel = actor_rollout_ref[role].get("ulysses_sequence_parallel_size", 1)
+        attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
+        _require(
+            sequence_parallel == 1 or attention not in ("sdpa", "eager"),
+            "actor_rollout_ref.model.override_config.attn_implementation",
+            attention,
+            f"with actor_rollout_ref.{role}.ulysses_sequence_parallel_size={sequence_parallel} each rank would see its "
+            "own part of a sequence alone; unset it",
+        )
+    _require(
+        os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu"
+        or {actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy} == {"fsdp2"},
+        "actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy",
+        f"{actor_rollout_ref.actor.strategy}, {actor_rollout_ref.ref.strategy}",
+        "verl's fsdp needs an accelerator; a CPU runs fsdp2",
+    )
     for key, reason in _UNSUPPORTED.items():
         _require(not _is_set(config, key), key, OmegaConf.select(config, key), f"not supported: {reason}; unset it")
 

@@ -37,7 +37,7 @@ def test_command_line_wins_over_the_algorithm_and_the_platform(tmp_path: Path) -
         "    strategy: fsdp\n",
         "  num_workers: 3\n",
         "    forward_coef: 0.5\n",
-        "attn_implementation: sdpa\n",
+        "attn_implementation: packed_sdpa\n",
     ):
         assert line in run.stdout
 

@@ -6,6 +6,8 @@ Nothing outside this folder imports it except `plugin.py`.
 
 import os
 
+from hpd_verl.import_hooks import when_imported
+
 # Set before torch and vLLM read them. A user's own value wins.
 ENVIRONMENT = {
     # verl registers its FSDP engine for "cuda" and "npu" only; the engine itself is device-agnostic.
@@ -19,8 +21,12 @@ ENVIRONMENT = {
 }
 
 
+def _register_attention() -> None:
+    import hpd_verl.cpu.attention  # noqa: F401
+
+
 def register() -> None:
-    """Register the CPU platform with verl and apply the patches. Idempotent."""
+    """Register the CPU platform with verl, apply the patches and offer the attention. Idempotent."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -28,3 +34,4 @@ def register() -> None:
 
     platform.register()
     patches.apply()
+    when_imported("transformers.modeling_utils", _register_attention)

@@ -20,7 +20,7 @@ def test_demonstrations_need_no_rollout_server(run_main_ppo: RunMainPPO) -> None
 
 
 def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMainPPO) -> None:
-    """1 and 2 ranks, micro-batches of 1 and 4 rows, packed and padded: same losses and gradient norms."""
+    """Ranks, micro-batches, packing, sequence parallelism, recomputation, offload: same losses and gradient norms."""
     variants = {
         "packed, 1 rank": (),
         "micro-batch 1": ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",),
@@ -29,6 +29,17 @@ def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMain
             "actor_rollout_ref.model.use_remove_padding=false",
         ),
         "2 ranks": ("trainer.n_gpus_per_node=2",),
+        "2 ranks of one sequence (Ulysses)": (
+            "trainer.n_gpus_per_node=2",
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+            "actor_rollout_ref.ref.ulysses_sequence_parallel_size=2",
+        ),
+        "gradient checkpointing and offload": (
+            "actor_rollout_ref.model.enable_gradient_checkpointing=true",
+            "actor_rollout_ref.actor.fsdp_config.param_offload=true",
+            "actor_rollout_ref.actor.fsdp_config.optimizer_offload=true",
+            "actor_rollout_ref.ref.fsdp_config.param_offload=true",
+        ),
     }
     results = {}
     for name, overrides in variants.items():
@@ -98,19 +109,22 @@ def test_several_updates_per_batch(run_main_ppo: RunMainPPO) -> None:
     assert "actor/pg_clipfrac" in run.steps[0]
 
 
-def test_nan_in_the_teacher_stops_the_run(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
-    """A teacher with NaN logits: one error with step and rows, and no checkpoint."""
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_nan_logits_stop_the_run(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path, role: str) -> None:
+    """A model with NaN logits: one error with step and rows, and no checkpoint."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(tiny.teacher)
+    folder = getattr(tiny, role)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     model.save_pretrained(tmp_path / "broken")
-    AutoTokenizer.from_pretrained(tiny.teacher).save_pretrained(tmp_path / "broken")
-    run = run_main_ppo(f"actor_rollout_ref.ref.model.path={tmp_path / 'broken'}", "trainer.save_freq=1")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "broken")
+    setting = {"teacher": "actor_rollout_ref.ref.model.path", "student": "actor_rollout_ref.model.path"}[role]
+    run = run_main_ppo(f"{setting}={tmp_path / 'broken'}", "trainer.save_freq=1")
     assert run.returncode != 0
-    assert "step 1: NaN in the teacher's logits" in run.output
+    assert f"step 1: NaN in the {role}'s logits" in run.output
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -129,6 +143,13 @@ def test_bad_settings_end_the_run_at_once(run_main_ppo: RunMainPPO, override: st
     assert run.returncode != 0
     assert message in run.output
     assert "Started a local Ray instance" not in run.output
+
+
+def test_missing_teacher_ends_the_run_before_models_load(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
+    run = run_main_ppo(f"actor_rollout_ref.ref.model.path={tmp_path / 'nowhere'}", timeout=60)
+    assert run.returncode != 0
+    assert f"actor_rollout_ref.ref.model.path={tmp_path / 'nowhere'}: no such folder" in run.output
+    assert "Loading weights" not in run.output
 
 
 def test_bad_row_ends_the_run_before_models_load(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:

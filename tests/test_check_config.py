@@ -1,0 +1,100 @@
+"""The check of a whole run: what cannot work is refused before anything loads, by name."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from conftest import WORDS, Tiny, make_model
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+
+from hpd_verl.config import check_config, needs_rollout_server, updates_per_batch
+from hpd_verl.trainer import check_models
+
+MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x")
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=["algorithm=hpd", *MODELS, *overrides])
+
+
+def test_the_defaults_pass() -> None:
+    config = composed()
+    hpd = check_config(config)
+    assert (hpd.objective, updates_per_batch(config), needs_rollout_server(config, hpd)) == ("hpd", 1, False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.hpd.objektive=sft"], "Could not override 'algorithm.hpd.objektive'"),
+        (["+algorithm.hpd.objektive=sft"], r"algorithm.hpd.objektive=sft: no such setting; there are "),
+        (["actor_rollout_ref.ref.model.path=null"], "actor_rollout_ref.ref.model.path=None: give the teacher"),
+        (["actor_rollout_ref.actor.strategy=megatron"], "actor_rollout_ref.actor.strategy=megatron: HPD runs on"),
+        (["actor_rollout_ref.actor.strategy=fsdp"], "=fsdp, fsdp: verl's fsdp needs an accelerator"),
+        (
+            [
+                "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+                "actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+            ],
+            "override_config.attn_implementation=sdpa: with actor_rollout_ref.actor.ulysses",
+        ),
+        (["actor_rollout_ref.model.use_fused_kernels=true"], "use_fused_kernels=True: not supported"),
+        (["actor_rollout_ref.actor.use_kl_loss=true"], "use_kl_loss=True: not supported"),
+        (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator=gae: algorithm=hpd works only with"),
+        (["trainer.v1.trainer_mode=sync"], "trainer.v1.trainer_mode=sync: algorithm=hpd works only with"),
+        (["actor_rollout_ref.actor.ppo_mini_batch_size=100"], "ppo_mini_batch_size=100: must divide data.train_batch"),
+        (["algorithm.hpd.objective=sft", "actor_rollout_ref.actor.ppo_epochs=2"], "ppo_epochs=2: objective sft has no"),
+        (["actor_rollout_ref.rollout.n=2"], "actor_rollout_ref.rollout.n=2: several answers a prompt need"),
+        (["algorithm.hpd.on_policy_fraction={start: 0, end: 1}"], "on_policy_fraction={'start': 0, 'end': 1}: a sche"),
+        (["algorithm.hpd.objective=opd"], "algorithm.hpd.objective=opd: opd is for the student's own rollouts"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(Exception) as refusal:  # noqa: PT011 - Hydra's own exception or ValueError; the text decides
+        check_config(composed(*overrides))
+    assert message.replace("\\", "") in str(refusal.value)
+
+
+def with_models(student: Path, teacher: Path, *overrides: str) -> DictConfig:
+    return composed(
+        f"actor_rollout_ref.model.path={student}",
+        f"actor_rollout_ref.ref.model.path={teacher}",
+        "data.max_prompt_length=64",
+        "data.max_response_length=64",
+        *overrides,
+    )
+
+
+def test_models_that_fit(tiny: Tiny) -> None:
+    check_models(with_models(tiny.student, tiny.teacher))
+
+
+def test_missing_teacher_folder(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"actor_rollout_ref\.ref\.model\.path=.*nowhere: no such folder"):
+        check_models(with_models(tiny.student, tmp_path / "nowhere"))
+
+
+def test_folder_without_a_model(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"actor_rollout_ref\.ref\.model\.path=.*: cannot load its configuration"):
+        check_models(with_models(tiny.student, tmp_path))
+
+
+def test_short_context(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match=r"ref\.model\.path=.*: its context has 128 tokens, .* = 129; shorten them"):
+        check_models(with_models(tiny.student, tiny.teacher, "data.max_response_length=65"))
+
+
+def test_disagreeing_tokenizers(tiny: Tiny, tmp_path: Path) -> None:
+    swapped = [*WORDS[:9], *reversed(WORDS[9:])]
+    other = make_model(tmp_path / "other", seed=3, words=swapped)
+    with pytest.raises(ValueError, match=r"tokenizers disagree at 20 token ids \(id 9: student '0', teacher '19'"):
+        check_models(with_models(tiny.student, other))
+
+
+def test_student_as_its_own_teacher_is_warned_of(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_models(with_models(tiny.student, tiny.student))
+    assert "the gap between them starts at zero" in caplog.text
