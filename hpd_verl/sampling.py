@@ -84,7 +84,8 @@ def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
     # The two sums of a block may differ in the last bit: a target at its very end belongs to its last token with mass.
     target = torch.minimum(target, torch.nextafter(within[:, -1:], torch.zeros_like(target)))
     offset = torch.searchsorted(within, target, right=True)
-    return (block * _BLOCK + offset).squeeze(1)
+    # A row of NaN has no draw: any token will do, its log-prob is NaN too.
+    return (block * _BLOCK + offset).squeeze(1).clamp_max(probs.shape[1] - 1)
 
 
 @torch.no_grad()

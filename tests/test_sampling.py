@@ -446,3 +446,17 @@ def test_memory_is_one_chunk() -> None:
         token_log_probs(leaf, torch.cat([labels.unsqueeze(1), sampled], 1), chunk_size).sum().backward()
     assert leaf.grad is not None
     assert leaf.grad.dtype == torch.bfloat16
+
+
+def test_nan_logits_surface_as_nan() -> None:
+    """A broken row gives NaN, not an error of indices; the other rows are what they are without it."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 300, generator=generator)
+    labels, uniforms = torch.tensor([1, 2, 3, 4]), torch.rand(4, 1, dtype=torch.float64, generator=generator)
+    expected = sample_tokens(logits, labels, uniforms, 2)
+    logits[1] = math.nan
+    outputs = sample_tokens(logits, labels, uniforms, 2)
+    for output, good in zip(outputs, expected, strict=True):
+        assert torch.equal(output[[0, 2, 3]], good[[0, 2, 3]])
+    assert torch.isnan(outputs[0][1])
+    assert torch.isnan(outputs[2][1]).all()
