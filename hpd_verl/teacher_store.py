@@ -244,8 +244,8 @@ class _Schema:
         """
         if record.keys() != self.fields.keys():
             raise ValueError(f"a record has the tensors {', '.join(self.fields)}, not {', '.join(record)}")
-        tokens = record["label_log_probs"].shape[0]
-        width = next(record[name].shape[-1] for name, field in self.fields.items() if field.wide)
+        tokens = record["label_log_probs"].numel()
+        width = next(record[name].shape[-1:].numel() for name, field in self.fields.items() if field.wide)
         if self.top_k:
             width = self.top_k
         for name, field in self.fields.items():

@@ -44,6 +44,7 @@ def make_key(number: int) -> bytes:
 def make_record(identity: StoreIdentity, number: int, tokens: int = 3, hidden_size: int = 7) -> Record:
     """A function of its arguments, with values of all bit patterns a dtype has."""
     generator = torch.Generator().manual_seed(number)
+    shape: tuple[int, ...]
     schema: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"label_log_probs": (torch.float32, (tokens,))}
     if identity.format == "hidden":
         dtype = torch.bfloat16 if identity.dtype == "bf16" else torch.float32
@@ -98,8 +99,8 @@ def test_round_trip_is_exact(kind: str, identity: StoreIdentity, tokens: int, tm
         store.put(make_key(number), record)
     found = store.get([make_key(number) for number in (2, 0, 9, 3, 1, 1)])
     assert found[2] is None
-    for record, number in zip([*found[:2], *found[3:]], (2, 0, 3, 1, 1), strict=True):
-        assert same(record, records[number])
+    for given, number in zip([*found[:2], *found[3:]], (2, 0, 3, 1, 1), strict=True):
+        assert same(given, records[number])
 
 
 def test_misses_and_stats(kind: str, tmp_path: Path) -> None:
@@ -154,6 +155,8 @@ def test_refuses_other_tensors(kind: str, identity: StoreIdentity, tmp_path: Pat
         record | {"entropy": torch.zeros(3)},
         record | {"label_log_probs": torch.zeros(3, dtype=torch.float64)},
         record | {"label_log_probs": torch.zeros(4)},
+        record | {"label_log_probs": torch.tensor(0.0)},
+        record | {wide: record[wide].flatten()[0]},
         record | {wide: record[wide].to(torch.float16)},
         record | {wide: record[wide][:2]},
         record | {wide: record[wide].unsqueeze(0)},
@@ -451,7 +454,9 @@ def test_truncation_at_every_byte(identity: StoreIdentity, suffix: str, tmp_path
             folder = tmp_path / f"{file.name}-{length}"
             shutil.copytree(whole, folder)
             os.truncate(folder / file.name, length)
+            planned = len(DiskStore(folder, identity, MIB).missing(keys))
             missing = check_and_complete(folder, identity, keys)
+            assert missing == planned  # known before anything is read
             assert (missing == 0) == (length == file.stat().st_size)
             shutil.rmtree(folder)
 
