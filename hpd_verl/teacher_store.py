@@ -534,8 +534,8 @@ class DiskStore(TeacherStore):
         free = shutil.disk_usage(self.folder).free
         if free < more:
             raise self._error(
-                f"{LIMIT_SETTING}={self.max_bytes / _GIB:g} lets it grow by {more / _GIB:.3f} GiB, but its disk has "
-                f"{free / _GIB:.3f} GiB free",
+                f"{LIMIT_SETTING}={self.max_bytes / _GIB:g} lets it grow by {more / _GIB:.3g} GiB, but its disk has "
+                f"{free / _GIB:.3g} GiB free",
                 "lower the limit, or give a folder on another disk",
             )
 
@@ -559,7 +559,7 @@ class DiskStore(TeacherStore):
             else "give a folder that stays writable"
         )
         return OSError(
-            f"{DIR_SETTING}={self.folder}: writing failed after {self._stored / _GIB:.3f} GiB were stored "
+            f"{DIR_SETTING}={self.folder}: writing failed after {self._stored / _GIB:.3g} GiB were stored "
             f"({error.strerror or error}); {remedy}"
         )
 
