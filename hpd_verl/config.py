@@ -91,6 +91,24 @@ class HPDConfig:
     token_chunk_size: int = 1024
     """Tokens whose [vocab] log-probs exist at once in float32; memory only, never the result."""
 
+    teacher_cache: str = "off"
+    """Keep the teacher's features of demonstrations for later epochs: off, memory (of each worker) or disk."""
+
+    teacher_cache_dir: str | None = None
+    """Teacher cache on disk: its folder, shared by all ranks and by later runs with the same teacher."""
+
+    teacher_cache_format: str = "hidden"
+    """What is kept of a token: hidden (the final hidden state) or topk (the most likely tokens' log-probs)."""
+
+    teacher_cache_dtype: str = "bf16"
+    """Format hidden: bf16 or float32."""
+
+    teacher_cache_top_k: int = 64
+    """Format topk: tokens kept per position."""
+
+    teacher_cache_max_gib: float = 100.0
+    """Size limit: of the folder over all ranks, or of each worker's memory. Rows beyond it are not kept."""
+
     def __post_init__(self) -> None:
         names = ", ".join(sorted(OBJECTIVES))
         _require(self.objective in list(OBJECTIVES), f"{PREFIX}.objective", self.objective, f"choose one of {names}")
@@ -126,6 +144,7 @@ class HPDConfig:
             "give a number above 0",
         )
         self._check_fraction()
+        self._check_teacher_cache()
         _require(
             self.missing_demonstration in ("error", "rollout"),
             f"{PREFIX}.missing_demonstration",
@@ -166,6 +185,42 @@ class HPDConfig:
                 end,
                 "give a number from 0 (demonstrations only) to 1 (rollouts only), or {start: .., end: .., steps: ..}",
             )
+
+    def _check_teacher_cache(self) -> None:
+        choices = {
+            "teacher_cache": (("off", "memory", "disk"), 'choose "off" (with quotes in a yaml file), memory or disk'),
+            "teacher_cache_format": (("hidden", "topk"), "choose hidden or topk"),
+            "teacher_cache_dtype": (("bf16", "float32"), "choose bf16 or float32"),
+        }
+        for name, (values, remedy) in choices.items():
+            value = getattr(self, name)
+            _require(value in values, f"{PREFIX}.{name}", value, remedy)
+        folder = self.teacher_cache_dir
+        _require(
+            folder is None or (isinstance(folder, str) and folder != ""),
+            f"{PREFIX}.teacher_cache_dir",
+            folder,
+            "give a folder, or null",
+        )
+        _require(
+            folder is not None or self.teacher_cache != "disk",
+            f"{PREFIX}.teacher_cache_dir",
+            folder,
+            f"{PREFIX}.teacher_cache=disk needs a folder that every rank can write to",
+        )
+        top_k, limit = self.teacher_cache_top_k, self.teacher_cache_max_gib
+        _require(
+            type(top_k) is int and top_k >= 1,
+            f"{PREFIX}.teacher_cache_top_k",
+            top_k,
+            "give an integer of at least 1",
+        )
+        _require(
+            _is_number(limit) and limit > 0,
+            f"{PREFIX}.teacher_cache_max_gib",
+            limit,
+            "give a number above 0",
+        )
 
     @classmethod
     def from_config(cls, node: DictConfig) -> "HPDConfig":

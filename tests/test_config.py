@@ -82,6 +82,13 @@ ACCEPTED = [
     {"missing_demonstration": "rollout"},
     {"overlong_demonstration": "drop"},
     {"overlong_demonstration": "error"},
+    {"teacher_cache": "memory"},
+    {"teacher_cache": "disk", "teacher_cache_dir": "/scratch/teacher"},
+    {"teacher_cache_dir": "/scratch/teacher"},
+    {"teacher_cache_format": "topk", "teacher_cache_top_k": 1},
+    {"teacher_cache_dtype": "float32"},
+    {"teacher_cache_max_gib": 1},
+    {"teacher_cache_max_gib": 0.01},
 ]
 
 
@@ -106,6 +113,12 @@ REFUSED = [
     *(("on_policy_fraction", value) for value in (-0.01, 1.01, *NOT_NUMBERS)),
     *(("missing_demonstration", value) for value in ("skip", "truncate", None)),
     *(("overlong_demonstration", value) for value in ("cut", "rollout", None)),
+    *(("teacher_cache", value) for value in ("ram", False, True, None)),
+    *(("teacher_cache_dir", value) for value in ("", 1, True)),
+    *(("teacher_cache_format", value) for value in ("logits", None)),
+    *(("teacher_cache_dtype", value) for value in ("float16", "bfloat16", None)),
+    *(("teacher_cache_top_k", value) for value in NOT_POSITIVE_INTEGERS),
+    *(("teacher_cache_max_gib", value) for value in (0, -1.0, *NOT_NUMBERS)),
 ]
 
 
@@ -145,6 +158,19 @@ def test_refuses_opd_on_demonstrations(fraction: float | FractionSchedule) -> No
     with pytest.raises(ValueError, match=r"^algorithm\.hpd\.objective=opd: .*on_policy_fraction=1"):
         HPDConfig(objective="opd", on_policy_fraction=fraction)
     HPDConfig(on_policy_objective="opd", on_policy_fraction=fraction)
+
+
+def test_refuses_a_teacher_cache_on_disk_without_a_folder() -> None:
+    with pytest.raises(
+        ValueError, match=r"^algorithm\.hpd\.teacher_cache_dir=None: .*teacher_cache=disk needs a folder"
+    ):
+        HPDConfig(teacher_cache="disk")
+
+
+def test_from_config_explains_off_without_quotes() -> None:
+    """Yaml reads a bare off as false."""
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.teacher_cache=False: .*with quotes"):
+        HPDConfig.from_config(OmegaConf.create(yaml.safe_load("teacher_cache: off")))
 
 
 def test_is_frozen() -> None:
