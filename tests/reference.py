@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 OBJECTIVE_NAMES = ("hpd", "sft", "seqkd", "rkl", "jsd", "opd")
+VOCABULARY_OBJECTIVE_NAMES = (
+    *("hpd_exact", "fkl", "rkl_exact", "jsd_exact", "skew_fkl", "skew_rkl", "akl", "abkd", "todi"),
+)
 
 
 def position_weights(
