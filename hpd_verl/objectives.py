@@ -291,13 +291,14 @@ def skew_rkl(log_probs: VocabularyLogProbs, skew: float = 0.1) -> VocabularyWeig
 
 
 def _head_mask(probs: Tensor, mass: float) -> Tensor:
-    """The fewest most likely tokens of each row whose probabilities reach ``mass``; bool [n, V]."""
+    """The fewest most likely tokens of each row that hold ``mass``, and those as likely as the last; bool [n, V]."""
     count = min(64, probs.shape[1])
     while True:
-        top, tokens = probs.topk(count, dim=-1)
-        before = top.cumsum(-1) - top
-        if count == probs.shape[1] or bool((before[:, -1] + top[:, -1] >= mass).all()):
-            return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, tokens, before < mass)
+        top = probs.topk(count, dim=-1).values
+        held = top.cumsum(-1)
+        if count == probs.shape[1] or bool((held[:, -1] >= mass).all()):
+            least = torch.where(held - top < mass, top, math.inf).amin(-1, keepdim=True)
+            return probs >= least
         count = min(8 * count, probs.shape[1])
 
 
@@ -307,7 +308,8 @@ def akl(log_probs: VocabularyLogProbs, mu: float = 0.5) -> VocabularyWeights:
     Large Language Models", arXiv 2404.02657).
 
     ``h KL(p || q) + (1 - h) KL(q || p)``, h the share of the head in sum_v |p(v) - q(v)|, detached. The head is the
-    teacher's fewest most likely tokens that hold the mass mu. Where p == q, h is 1/2.
+    teacher's fewest most likely tokens that hold the mass mu, with those as likely as the last of them. Where p == q,
+    h is 1/2.
 
     Args:
         log_probs: see ``VocabularyLogProbs``.
