@@ -8,12 +8,8 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.objectives import OBJECTIVES, SAMPLING_OBJECTIVES, TokenLogProbs, TokenWeights
-
-
-def _objective_weights(name: str, log_probs: TokenLogProbs, config: HPDConfig) -> TokenWeights:
-    coefficients = config.coefficients() if name in SAMPLING_OBJECTIVES else {}
-    return OBJECTIVES[name](log_probs, **coefficients)
+from hpd_verl.objectives import TokenLogProbs
+from hpd_verl.token_weights import row_objectives, token_weights
 
 
 @register_adv_est("hpd")
@@ -45,16 +41,6 @@ def compute_hpd_advantage(
             "provides: select algorithm=hpd instead of setting the estimator alone"
         )
     mask = response_mask.bool()
-    label_weights, sampled_weights = [], []
-    for sample in log_probs:
-        weights = _objective_weights(config.objective, sample, config)
-        if config.on_policy_objective not in (None, config.objective):
-            on_policy = _objective_weights(config.on_policy_objective, sample, config)
-            rows = is_rollout.unsqueeze(1)
-            weights = TokenWeights(
-                label=torch.where(rows, on_policy.label, weights.label),
-                sampled=torch.where(rows, on_policy.sampled, weights.sampled),
-            )
-        label_weights.append(weights.label)
-        sampled_weights.append(torch.where(mask, weights.sampled / len(log_probs), 0.0))
-    return torch.where(mask, torch.stack(label_weights).mean(0), 0.0), sampled_weights
+    objectives = row_objectives(is_rollout.unsqueeze(1), config)
+    label_weights, sampled_weights = token_weights(log_probs, objectives, config)
+    return torch.where(mask, label_weights, 0.0), [torch.where(mask, weights, 0.0) for weights in sampled_weights]

@@ -50,22 +50,38 @@ class HPDConfig:
     """``algorithm.hpd``. The defaults are the paper's method."""
 
     objective: str = "hpd"
-    """hpd, sft, seqkd, rkl, jsd or opd (hpd_verl/objectives.py)."""
+    """hpd, sft, seqkd, rkl, jsd or opd; of the whole vocabulary hpd_exact, fkl, rkl_exact, jsd_exact, skew_fkl, skew_rkl,
+    akl, abkd or todi (hpd_verl/objectives.py)."""
 
     on_policy_objective: str | None = None
     """Objective of rows whose label is the student's own rollout; null: the same as ``objective``."""
 
     forward_coef: float = 1.0
-    """Objective hpd: factor of the forward-KL weight p(y)."""
+    """Objectives hpd and hpd_exact: factor of the forward-KL weight p(y)."""
 
     reverse_coef: float = 1.0
-    """Objective hpd: factor of the reverse-KL weights gap(y) and gap(a)."""
+    """Objectives hpd and hpd_exact: factor of the reverse-KL weights gap(y) and gap(a)."""
 
     reinforce_coef: float = 1.0
-    """Objective hpd: factor of the additional p(y) on reinforced labels."""
+    """Objectives hpd and hpd_exact: factor of the additional p(y) on reinforced labels."""
 
     student_sampling: bool = True
-    """Objective hpd: false drops the sampled token and the reinforcement."""
+    """Objectives hpd and hpd_exact: false drops the sampled token and the reinforcement."""
+
+    jsd_beta: float = 0.5
+    """Objective jsd_exact: share of the teacher in the mixture, between 0 and 1."""
+
+    skew: float = 0.1
+    """Objectives skew_fkl and skew_rkl: share of the first distribution in the mixture, from 0 to below 1."""
+
+    akl_mu: float = 0.5
+    """Objective akl: the teacher's mass in the head, between 0 and 1."""
+
+    ab_alpha: float = 0.2
+    """Objective abkd: exponent of the teacher's probability, above 0."""
+
+    ab_beta: float = 0.7
+    """Objective abkd: exponent of the student's probability, above 0."""
 
     num_student_samples: int = 1
     """Tokens the student samples per position; their terms are averaged."""
@@ -121,6 +137,18 @@ class HPDConfig:
         for name in ("forward_coef", "reverse_coef", "reinforce_coef"):
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, f"{PREFIX}.{name}", value, "give a number of at least 0")
+        for name in ("jsd_beta", "akl_mu"):
+            value = getattr(self, name)
+            _require(_is_number(value) and 0 < value < 1, f"{PREFIX}.{name}", value, "give a number between 0 and 1")
+        _require(
+            _is_number(self.skew) and 0 <= self.skew < 1,
+            f"{PREFIX}.skew",
+            self.skew,
+            "give a number of at least 0 and below 1",
+        )
+        for name in ("ab_alpha", "ab_beta", "temperature"):
+            value = getattr(self, name)
+            _require(_is_number(value) and value > 0, f"{PREFIX}.{name}", value, "give a number above 0")
         _require(
             isinstance(self.student_sampling, bool),
             f"{PREFIX}.student_sampling",
@@ -137,12 +165,6 @@ class HPDConfig:
             value = getattr(self, name)
             _require(type(value) is int and value >= 1, f"{PREFIX}.{name}", value, "give an integer of at least 1")
         _require(type(self.seed) is int, f"{PREFIX}.seed", self.seed, "give an integer")
-        _require(
-            _is_number(self.temperature) and self.temperature > 0,
-            f"{PREFIX}.temperature",
-            self.temperature,
-            "give a number above 0",
-        )
         self._check_fraction()
         self._check_teacher_cache()
         _require(
@@ -268,14 +290,24 @@ class HPDConfig:
         """Tokens sampled per position whose loss terms are needed: 0 if no objective in use weighs them."""
         return self.num_student_samples if self.student_sampling and self.objectives & SAMPLING_OBJECTIVES else 0
 
-    def coefficients(self) -> dict[str, float | bool]:
-        """Keyword arguments of the objective hpd."""
-        return {
-            "forward_coef": self.forward_coef,
-            "reverse_coef": self.reverse_coef,
-            "reinforce_coef": self.reinforce_coef,
-            "student_sampling": self.student_sampling,
-        }
+    def coefficients(self, objective: str) -> dict[str, float | bool]:
+        """Keyword arguments of an objective."""
+        if objective in ("hpd", "hpd_exact"):
+            return {
+                "forward_coef": self.forward_coef,
+                "reverse_coef": self.reverse_coef,
+                "reinforce_coef": self.reinforce_coef,
+                "student_sampling": self.student_sampling,
+            }
+        if objective == "jsd_exact":
+            return {"beta": self.jsd_beta}
+        if objective in ("skew_fkl", "skew_rkl"):
+            return {"skew": self.skew}
+        if objective == "akl":
+            return {"mu": self.akl_mu}
+        if objective == "abkd":
+            return {"alpha": self.ab_alpha, "beta": self.ab_beta}
+        return {}
 
 
 def updates_per_batch(config: DictConfig) -> int:

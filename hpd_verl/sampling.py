@@ -72,20 +72,26 @@ def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
         uniform: float64 [n] in [0, 1).
 
     Returns:
-        int64 [n]: the first token whose cumulative mass exceeds ``uniform`` times the row's mass.
+        int64 [n]: the first token whose cumulative mass exceeds ``uniform`` times the row's mass; any token where the
+        row holds a NaN.
     """
-    blocks = F.pad(probs, (0, -probs.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
-    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    vocabulary = probs.shape[1]
+    whole = vocabulary // _BLOCK * _BLOCK
+    masses = [probs[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)]
+    if whole < vocabulary:
+        masses.append(probs[:, whole:].sum(-1, keepdim=True, dtype=torch.float64))
+    cumulative = torch.cat(masses, dim=1).cumsum(-1)
     target = uniform.unsqueeze(1) * cumulative[:, -1:]
-    block = torch.searchsorted(cumulative, target, right=True).clamp_max(blocks.shape[1] - 1)
+    block = torch.searchsorted(cumulative, target, right=True).clamp_max(cumulative.shape[1] - 1)
     target = target - F.pad(cumulative, (1, 0)).gather(1, block)
-    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1)
+    tokens = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)
+    inside = probs.gather(1, tokens.clamp_max(vocabulary - 1)).masked_fill_(tokens >= vocabulary, 0.0)
     within = inside.cumsum(-1, dtype=torch.float64)
     # The two sums of a block may differ in the last bit: a target at its very end belongs to its last token with mass.
     target = torch.minimum(target, torch.nextafter(within[:, -1:], torch.zeros_like(target)))
     offset = torch.searchsorted(within, target, right=True)
-    # A row of NaN has no draw: any token will do, its log-prob is NaN too.
-    return (block * _BLOCK + offset).squeeze(1).clamp_max(probs.shape[1] - 1)
+    # Only a row of NaN reaches the bound.
+    return (block * _BLOCK + offset).squeeze(1).clamp_max(vocabulary - 1)
 
 
 @torch.no_grad()

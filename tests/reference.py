@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 OBJECTIVE_NAMES = ("hpd", "sft", "seqkd", "rkl", "jsd", "opd")
+VOCABULARY_OBJECTIVE_NAMES = (
+    *("hpd_exact", "fkl", "rkl_exact", "jsd_exact", "skew_fkl", "skew_rkl", "akl", "abkd", "todi"),
+)
 
 
 def position_weights(
@@ -133,3 +136,126 @@ def naive_hpd_loss(
     sampled_weights = sampled_gap * ((sampled_gap < 0) & (sampled != labels))
     terms = label_weights * log_q[position, labels] + sampled_weights * log_q[position, sampled]
     return -(terms * mask).sum() / num_tokens
+
+
+# Full-vocabulary objectives and the output layer
+
+
+def _frozen(value: Tensor) -> Tensor:
+    return value.detach()
+
+
+def position_value(
+    objective: str,
+    log_q: Tensor,
+    log_p: Tensor,
+    y: int,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    mu: float = 0.5,
+    ab_alpha: float = 0.2,
+    ab_beta: float = 0.7,
+    **hpd_coefficients: Any,
+) -> Tensor:
+    """A full-vocabulary objective at one position: a scalar whose gradient is, by plain autograd, the objective's.
+
+    Args:
+        objective: one of ``VOCABULARY_OBJECTIVE_NAMES``.
+        log_q, log_p: finite log-probs [V] of the student, differentiable, and of the teacher.
+        y: the label.
+        beta, skew, mu, ab_alpha, ab_beta: of jsd_exact, skew_fkl and skew_rkl, akl, abkd.
+        hpd_coefficients: of hpd_exact.
+    """
+    q, p = log_q.exp(), log_p.exp()
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a.log() - b.log())).sum()
+
+    if objective == "fkl":
+        return kl(p, q)
+    if objective == "rkl_exact":
+        return kl(q, p)
+    if objective == "jsd_exact":
+        mixture = beta * p + (1 - beta) * q
+        return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
+    if objective == "skew_fkl":
+        return kl(p, skew * p + (1 - skew) * q)
+    if objective == "skew_rkl":
+        return kl(q, skew * q + (1 - skew) * p)
+    if objective == "akl":
+        ordered, held = p.sort(descending=True).values, 0
+        while ordered[:held].sum() < mu and held < len(p):
+            held += 1
+        distance = _frozen((p - q).abs())
+        share = distance[p >= ordered[held - 1]].sum() / distance.sum() if distance.sum() > 0 else 0.5
+        return share * kl(p, q) + (1 - share) * kl(q, p)
+    if objective == "abkd":
+        a, b, c = ab_alpha, ab_beta, ab_alpha + ab_beta
+        return -(p**a * q**b - a / c * p**c - b / c * q**c).sum() / (a * b)
+    if objective == "todi":
+        share = _frozen(torch.sigmoid(log_p - log_q))
+        return (share * p * (log_p - log_q) + (1 - share) * q * (log_q - log_p)).sum()
+
+    assert objective == "hpd_exact"
+    total = torch.zeros((), dtype=log_q.dtype)
+    probs, teacher_probs = _frozen(q).tolist(), p.tolist()
+    for a, chance in enumerate(probs):
+        label, sampled = position_weights("hpd", probs, teacher_probs, y, a, **hpd_coefficients)
+        total = total - chance * (label * log_q[y] + sampled * log_q[a])
+    return total
+
+
+def layer_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    vocabulary: int,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Logits [n, vocabulary] of an output layer."""
+    logits = hidden @ weight[:vocabulary].T
+    if bias is not None:
+        logits = logits + bias[:vocabulary]
+    logits = logits * scale
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+
+def plain_head_loss(
+    row_objectives: list[str],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    sampled: Tensor,
+    token_scale: Tensor,
+    temperature: float = 1.0,
+    coefficients: dict[str, dict[str, Any]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of positions with an objective each, on whole float64 logits by plain autograd.
+
+    Args:
+        row_objectives: n names.
+        sampled: [n, K], K >= 1; token-level objectives are averaged over the K draws.
+        token_scale: [n].
+        coefficients: keyword arguments of objectives, by name.
+
+    Returns:
+        ``(sum of token_scale * losses, losses [n])``.
+    """
+    log_q = torch.log_softmax(student_logits.double() / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher_logits.double() / temperature, dim=-1)
+    losses = []
+    for t, name in enumerate(row_objectives):
+        arguments = (coefficients or {}).get(name, {})
+        y = int(labels[t])
+        if name in VOCABULARY_OBJECTIVE_NAMES:
+            losses.append(position_value(name, log_q[t], log_p[t], y, **arguments))
+            continue
+        q, p = log_q[t].detach().exp().tolist(), log_p[t].exp().tolist()
+        loss = torch.zeros((), dtype=torch.float64)
+        for a in sampled[t].tolist():
+            label_weight, sampled_weight = position_weights(name, q, p, y, a, **arguments)
+            loss = loss - (label_weight * log_q[t, y] + sampled_weight * log_q[t, a]) / sampled.shape[1]
+        losses.append(loss)
+    stacked = torch.stack(losses)
+    return (stacked * token_scale).sum(), stacked

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from hpd_verl.config import FractionSchedule, HPDConfig
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.objectives import OBJECTIVES, hpd
+from hpd_verl.objectives import OBJECTIVES
 
 fractions = st.floats(0, 1)
 
@@ -45,7 +45,7 @@ def test_defaults_are_the_paper() -> None:
     """HPD at coefficients 1, sampling, temperature 1, demonstrations only."""
     config = HPDConfig()
     assert (config.objective, config.on_policy_objective) == ("hpd", None)
-    assert config.coefficients() == {
+    assert config.coefficients("hpd") == {
         "forward_coef": 1.0,
         "reverse_coef": 1.0,
         "reinforce_coef": 1.0,
@@ -54,10 +54,11 @@ def test_defaults_are_the_paper() -> None:
     assert (config.num_student_samples, config.temperature, config.on_policy_fraction) == (1, 1.0, 0.0)
 
 
-def test_coefficients_are_the_objectives_arguments() -> None:
-    """Every keyword of hpd is configured, with the same default."""
-    parameters = list(inspect.signature(hpd).parameters.values())[1:]
-    assert HPDConfig().coefficients() == {parameter.name: parameter.default for parameter in parameters}
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_coefficients_are_the_objectives_arguments(objective: str) -> None:
+    """Every keyword of every objective is configured, with the same default."""
+    parameters = list(inspect.signature(OBJECTIVES[objective]).parameters.values())[1:]
+    assert HPDConfig().coefficients(objective) == {parameter.name: parameter.default for parameter in parameters}
 
 
 # Values
@@ -71,6 +72,8 @@ ACCEPTED = [
     {"objective": "opd", "on_policy_fraction": FractionSchedule(1.0, 1.0, 5)},
     {"forward_coef": 0, "reverse_coef": 0.0, "reinforce_coef": 2},
     {"student_sampling": False, "score_rollouts": True},
+    {"jsd_beta": 0.9, "akl_mu": 0.1, "skew": 0},
+    {"ab_alpha": 1, "ab_beta": 1e-3},
     {"num_student_samples": 4, "token_chunk_size": 1},
     {"temperature": 1e-3},
     {"temperature": 2},
@@ -108,6 +111,9 @@ REFUSED = [
     *((f"{name}_coef", value) for name in ("forward", "reverse", "reinforce") for value in (-0.1, *NOT_NUMBERS)),
     *((name, value) for name in ("student_sampling", "score_rollouts") for value in NOT_BOOLEANS),
     *((name, value) for name in ("num_student_samples", "token_chunk_size") for value in NOT_POSITIVE_INTEGERS),
+    *((name, value) for name in ("jsd_beta", "akl_mu") for value in (0, 1, -0.5, 1.5, *NOT_NUMBERS)),
+    *(("skew", value) for value in (-0.1, 1, *NOT_NUMBERS)),
+    *((name, value) for name in ("ab_alpha", "ab_beta") for value in (0, -1.0, *NOT_NUMBERS)),
     *(("seed", value) for value in (1.5, True, "42", None)),
     *(("temperature", value) for value in (0, -1.0, *NOT_NUMBERS)),
     *(("on_policy_fraction", value) for value in (-0.01, 1.01, *NOT_NUMBERS)),

@@ -10,11 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import OBJECTIVE_NAMES, naive_hpd_loss, reference_loss, reference_weights
+from reference import (
+    OBJECTIVE_NAMES,
+    VOCABULARY_OBJECTIVE_NAMES,
+    naive_hpd_loss,
+    reference_loss,
+    reference_weights,
+)
 from torch import Tensor
 
 from hpd_verl import objectives
 from hpd_verl.objectives import (
+    FULL_VOCABULARY_OBJECTIVES,
     LIKELIHOOD_OBJECTIVES,
     LOG_ZERO,
     OBJECTIVES,
@@ -405,7 +412,8 @@ def test_weights_are_detached_and_inputs_kept(objective: str) -> None:
 
 def test_registry_names() -> None:
     """The reference knows every objective there is; the declared groups are what the weights say."""
-    assert set(OBJECTIVES) == set(OBJECTIVE_NAMES)
+    assert set(OBJECTIVES) == set(OBJECTIVE_NAMES) | set(VOCABULARY_OBJECTIVE_NAMES)
+    assert set(VOCABULARY_OBJECTIVE_NAMES) == FULL_VOCABULARY_OBJECTIVES
     log_probs = log_probs_of(make_batch())
     moved = TokenLogProbs(
         log_probs.student_label - 1,
@@ -414,7 +422,7 @@ def test_registry_names() -> None:
         log_probs.teacher_sampled,
         log_probs.sampled_is_label,
     )
-    weights = {name: objective(log_probs) for name, objective in OBJECTIVES.items()}
+    weights = {name: OBJECTIVES[name](log_probs) for name in OBJECTIVE_NAMES}
     assert {name for name, w in weights.items() if w.sampled.any()} == SAMPLING_OBJECTIVES
     unmoved = {name for name, w in weights.items() if torch.equal(w.label, OBJECTIVES[name](moved).label)}
     assert unmoved == LIKELIHOOD_OBJECTIVES
