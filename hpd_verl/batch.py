@@ -10,6 +10,9 @@ ON_POLICY = "on_policy"
 ROW = "row"
 """int64 [rows, 1]: number of the sequence within its batch, a counter of the student's draws."""
 
+IS_ROLLOUT = "is_rollout"
+"""int64 [rows, 1]: 1 where the label is the student's own rollout, 0 where it is a demonstration."""
+
 STEP = "hpd_step"
 """int, batch-wide: the training step, a counter of the student's draws."""
 
@@ -28,7 +31,7 @@ OLD_LABEL_LOG_PROBS = "old_log_probs"  # verl's name
 LABEL_LOG_PROBS = "label_log_probs"
 
 # What a worker needs of the sequences themselves.
-SEQUENCE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "response_mask", "loss_mask", ROW]
+SEQUENCE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "response_mask", "loss_mask", ROW, IS_ROLLOUT]
 
 
 def sampled_tokens(sample: int) -> str:

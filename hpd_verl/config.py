@@ -8,7 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpd_verl.objectives import LIKELIHOOD_OBJECTIVES, OBJECTIVES, SAMPLING_OBJECTIVES
+from hpd_verl.objectives import (
+    FULL_VOCABULARY_OBJECTIVES,
+    LIKELIHOOD_OBJECTIVES,
+    OBJECTIVES,
+    SAMPLING_OBJECTIVES,
+    TEACHERLESS_OBJECTIVES,
+)
 
 PREFIX = "algorithm.hpd"
 
@@ -50,8 +56,8 @@ class HPDConfig:
     """``algorithm.hpd``. The defaults are the paper's method."""
 
     objective: str = "hpd"
-    """hpd, sft, seqkd, rkl, jsd or opd; of the whole vocabulary hpd_exact, fkl, rkl_exact, jsd_exact, skew_fkl, skew_rkl,
-    akl, abkd or todi (hpd_verl/objectives.py)."""
+    """hpd, sft, seqkd, rkl, jsd or opd; of the whole vocabulary hpd_exact, fkl, rkl_exact, jsd_exact, skew_fkl,
+    skew_rkl, akl, abkd or todi (hpd_verl/objectives.py)."""
 
     on_policy_objective: str | None = None
     """Objective of rows whose label is the student's own rollout; null: the same as ``objective``."""
@@ -107,6 +113,13 @@ class HPDConfig:
     token_chunk_size: int = 1024
     """Tokens whose [vocab] log-probs exist at once in float32; memory only, never the result."""
 
+    pipeline: str = "auto"
+    """one_pass (one student forward, loss inside the output layer), staged (verl's passes, with PPO's ratio over
+    several updates a batch), or auto: one_pass where a batch is one update and nothing stands against it."""
+
+    exact_kl_metrics: bool = False
+    """one_pass: log exact KL(teacher || student) and KL(student || teacher); costs the teacher's logits again."""
+
     teacher_cache: str = "off"
     """Keep the teacher's features of demonstrations for later epochs: off, memory (of each worker) or disk."""
 
@@ -159,6 +172,18 @@ class HPDConfig:
             isinstance(self.score_rollouts, bool),
             f"{PREFIX}.score_rollouts",
             self.score_rollouts,
+            "give true or false",
+        )
+        _require(
+            self.pipeline in ("auto", "one_pass", "staged"),
+            f"{PREFIX}.pipeline",
+            self.pipeline,
+            "choose auto, one_pass or staged",
+        )
+        _require(
+            isinstance(self.exact_kl_metrics, bool),
+            f"{PREFIX}.exact_kl_metrics",
+            self.exact_kl_metrics,
             "give true or false",
         )
         for name in ("num_student_samples", "token_chunk_size"):
@@ -286,6 +311,11 @@ class HPDConfig:
         return frozenset({self.objective, self.on_policy_objective or self.objective})
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether any objective in use, or a metric that is asked for, needs the teacher."""
+        return bool(self.objectives - TEACHERLESS_OBJECTIVES) or self.exact_kl_metrics
+
+    @property
     def samples(self) -> int:
         """Tokens sampled per position whose loss terms are needed: 0 if no objective in use weighs them."""
         return self.num_student_samples if self.student_sampling and self.objectives & SAMPLING_OBJECTIVES else 0
@@ -324,6 +354,50 @@ def validates(config: DictConfig) -> bool:
 def needs_rollout_server(config: DictConfig, hpd: HPDConfig) -> bool:
     """Whether anything is ever generated: rollouts for training, or validation."""
     return hpd.schedule.highest > 0 or hpd.missing_demonstration == "rollout" or validates(config)
+
+
+def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
+    """Which pipeline a run takes, one_pass or staged, and why.
+
+    Raises:
+        ValueError: the one that is set, or that another setting needs, cannot work.
+    """
+    actor = config.actor_rollout_ref.actor
+    cannot = {
+        "actor_rollout_ref.actor.strategy is not fsdp2": actor.strategy != "fsdp2",
+        "Ulysses sequence parallelism shares sequences out": max(
+            actor.get("ulysses_sequence_parallel_size", 1),
+            config.actor_rollout_ref.ref.get("ulysses_sequence_parallel_size", 1),
+        )
+        > 1,
+        "actor_rollout_ref.actor.entropy_coeff is set": actor.entropy_coeff != 0,
+        "actor_rollout_ref.rollout.calculate_log_probs compares with a student pass": bool(
+            config.actor_rollout_ref.rollout.calculate_log_probs
+        ),
+    }
+    needs = {
+        f"{PREFIX}.teacher_cache={hpd.teacher_cache}": hpd.teacher_cache != "off",
+        f"{PREFIX}.exact_kl_metrics=true": hpd.exact_kl_metrics,
+        f"a full-vocabulary objective ({', '.join(sorted(hpd.objectives))})": bool(
+            hpd.objectives & FULL_VOCABULARY_OBJECTIVES
+        ),
+    }
+    reasons = [reason for reason, holds in cannot.items() if holds]
+    needed_by = [reason for reason, holds in needs.items() if holds]
+    if hpd.pipeline == "one_pass" or needed_by:
+        _require(
+            not reasons and hpd.pipeline != "staged",
+            f"{PREFIX}.pipeline",
+            hpd.pipeline,
+            f"{' and '.join(needed_by) or 'it'} needs one_pass, "
+            + (f"which does not work here: {'; '.join(reasons)}" if reasons else "so do not set staged"),
+        )
+        return "one_pass", ", ".join(needed_by) or "set"
+    if hpd.pipeline == "staged":
+        return "staged", "set"
+    if updates_per_batch(config) > 1:
+        reasons.append("a batch is several updates")
+    return ("staged", "; ".join(reasons)) if reasons else ("one_pass", "a batch is one update")
 
 
 def _is_set(config: DictConfig, key: str) -> bool:
@@ -436,4 +510,5 @@ def check_config(config: DictConfig) -> HPDConfig:
             actor_rollout_ref.rollout.name,
             "rollouts come from a server: choose vllm or sglang",
         )
+    choose_pipeline(config, hpd)
     return hpd

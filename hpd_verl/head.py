@@ -19,7 +19,7 @@ Floating results are float32, or float64 where the student's weight is float64.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -125,16 +125,25 @@ class TeacherFeatures:
     """[n, K], floating: their log-probs. The remaining mass is spread evenly over the V - K other tokens."""
 
     def __post_init__(self) -> None:
-        given = [
-            value is not None for value in (self.hidden, self.log_mass, self.top_tokens, self.top_log_probs)
-        ]
+        given = [value is not None for value in (self.hidden, self.log_mass, self.top_tokens, self.top_log_probs)]
         if given not in ([True, True, False, False], [False, False, True, True]):
             raise ValueError("TeacherFeatures needs hidden and log_mass, or top_tokens and top_log_probs")
 
+    @classmethod
+    def cat(cls, parts: Sequence["TeacherFeatures"]) -> "TeacherFeatures":
+        """The features of all parts' tokens, in order; the parts are of one form."""
+        named: dict[str, Any] = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
+        joined: dict[str, Any] = {}
+        for name, values in named.items():
+            joined[name] = None if values[0] is None else torch.cat(values)
+        return cls(**joined)
+
     def __getitem__(self, rows: slice | Tensor) -> "TeacherFeatures":
         """The features of some tokens: a slice, an index or a mask."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TeacherFeatures(**{name: None if part is None else part[rows] for name, part in parts.items()})
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, part in parts.items():
+            parts[name] = None if part is None else part[rows]
+        return TeacherFeatures(**parts)
 
     def log_probs(self, tokens: Tensor, head: OutputHead, temperature: float) -> Tensor:
         """log p of chosen tokens.
@@ -352,9 +361,7 @@ class _Gradients:
             return loss
         weight = None if self.weight is None else self.weight.to(self.head.weight.dtype)
         bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
-        return _LossWithGradients.apply(
-            loss, hidden, self.head.weight, self.head.bias, self.hidden, weight, bias
-        )
+        return _LossWithGradients.apply(loss, hidden, self.head.weight, self.head.bias, self.hidden, weight, bias)
 
 
 class _LossWithGradients(torch.autograd.Function):
@@ -470,12 +477,12 @@ def _check(
 
 def _spread(part: HeadOutput, active: Tensor, count: int) -> HeadOutput:
     """The output for all tokens from that for the active ones."""
-    spread = {
-        name: None if value is None else value.new_zeros(count, *value.shape[1:]).index_copy_(0, active, value)
-        for name, value in vars(part).items()
-        if name != "loss"
-    }
-    return HeadOutput(loss=part.loss, **spread)
+    spread: dict[str, Any] = {"loss": part.loss}
+    for name, value in vars(part).items():
+        if name != "loss" and value is not None:
+            value = value.new_zeros(count, *value.shape[1:]).index_copy_(0, active, value)
+        spread[name] = value
+    return HeadOutput(**spread)
 
 
 def _sweep(

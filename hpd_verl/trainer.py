@@ -1,9 +1,11 @@
 """verl's synchronous V1 trainer with a teacher, demonstrations and the student's sampled tokens.
 
-One step keeps verl's order: responses (demonstrations or rollouts), student pass, teacher pass, weights, update. With
-nothing to generate there is no rollout server; with one, weights are synced only before something is generated.
+One step keeps verl's order: responses (demonstrations or rollouts), student pass, teacher pass, weights, update. The
+one-pass pipeline does everything from the student pass on within the update. With nothing to generate there is no
+rollout server; with one, weights are synced only before something is generated.
 """
 
+import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -27,7 +29,6 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.metric import reduce_metrics
-from verl.utils.py_functional import rename_dict
 from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 from verl.workers.utils.padding import response_from_nested, response_to_nested
@@ -35,14 +36,15 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 from hpd_verl import batch as fields
 from hpd_verl import checkpoint
 from hpd_verl.agent_loop_manager import TRUNCATED
-from hpd_verl.config import check_config, needs_rollout_server, updates_per_batch
+from hpd_verl.config import check_config, choose_pipeline, needs_rollout_server, updates_per_batch
 from hpd_verl.dataset import DEMONSTRATION
 from hpd_verl.demonstration import has_demonstration
-from hpd_verl.metrics import batch_metrics
+from hpd_verl.metrics import token_metrics
 from hpd_verl.objectives import LIKELIHOOD_OBJECTIVES, TokenLogProbs
 from hpd_verl.on_policy import choose_rollouts, rollout_quota
+from hpd_verl.teacher import teacher_model_config
 from hpd_verl.vocabulary import shared_vocabulary_size
-from hpd_verl.worker import HPDWorker, HPDWorkerWithoutRollout, teacher_model_config
+from hpd_verl.worker import HPDWorker, HPDWorkerWithoutRollout
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)
@@ -109,7 +111,12 @@ class HPDTrainer(PPOTrainerSync):
     """``trainer.v1.trainer_mode=hpd``."""
 
     def __init__(self, config: DictConfig) -> None:
-        self.hpd = check_config(config)
+        hpd = check_config(config)
+        pipeline, reason = choose_pipeline(config, hpd)
+        logger.info("pipeline %s: %s", pipeline, reason)
+        with open_dict(config):
+            config.actor_rollout_ref.hpd.pipeline = pipeline  # what the workers read
+        self.hpd = dataclasses.replace(hpd, pipeline=pipeline)
         check_models(config)
         self.serves_rollouts = needs_rollout_server(config, self.hpd)
         if not self.serves_rollouts:
@@ -213,13 +220,18 @@ class HPDTrainer(PPOTrainerSync):
         metrics.update(self.batch_counts)
         batch = super()._balance_batch(batch, metrics=metrics, **kwargs)
         number = {key: index for index, key in enumerate(sorted(batch.keys, key=_key_order))}
-        rows = torch.tensor([[number[key]] for key in batch.keys])
+        columns = {
+            fields.ROW: torch.tensor([[number[key]] for key in batch.keys]),
+            fields.IS_ROLLOUT: self._is_rollout(batch).long().unsqueeze(1),
+        }
         tq.kv_batch_put(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            fields=TensorDict({fields.ROW: rows}, batch_size=len(batch)),
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(columns, batch_size=len(batch))
         )
         return batch
+
+    def _is_rollout(self, batch: KVBatchMeta) -> Tensor:
+        """bool [rows]: the student answered the row itself."""
+        return torch.tensor([key.rsplit("_", 2)[0] in self.on_policy_uids for key in batch.keys])
 
     def _for_worker(self, batch: KVBatchMeta, extra_fields: list[str], **extra_info: Any) -> KVBatchMeta:
         """The batch with just the fields and settings that a pass reads."""
@@ -243,11 +255,15 @@ class HPDTrainer(PPOTrainerSync):
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """Student pass: draw one token (or several) at every position, and take the log-probs."""
+        if self.hpd.pipeline == "one_pass":
+            return batch
         self.actor_rollout_wg.compute_log_prob(self._for_worker(batch, [], compute_loss=True, calculate_entropy=False))
         return batch
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """Teacher pass: log-probs of the label and of the student's draws."""
+        if self.hpd.pipeline == "one_pass":
+            return batch
         tokens = self._sampled_token_fields(self.hpd.num_student_samples)
         self.ref_policy_wg.compute_ref_log_prob(
             self._for_worker(batch, tokens, compute_loss=True, calculate_entropy=False)
@@ -256,6 +272,8 @@ class HPDTrainer(PPOTrainerSync):
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """Turn log-probs into weights, and write these back."""
+        if self.hpd.pipeline == "one_pass":
+            return batch
         samples = range(self.hpd.num_student_samples)
         full = [fields.STUDENT_LABEL_LOG_PROBS, fields.ENTROPY, fields.TEACHER_LABEL_LOG_PROBS]
         for sample in samples:
@@ -292,17 +310,18 @@ class HPDTrainer(PPOTrainerSync):
             for sample in samples
         ]
         self._refuse_nan(batch, log_probs)
-        is_rollout = torch.tensor([key.rsplit("_", 2)[0] in self.on_policy_uids for key in batch.keys])
+        is_rollout = self._is_rollout(batch)
         label_weights, sampled_weights = get_adv_estimator_fn("hpd")(
             response_mask=response_mask, config=self.hpd, log_probs=log_probs, is_rollout=is_rollout
         )
-        metrics.update(
-            batch_metrics(log_probs, label_weights, sampled_weights, response(fields.ENTROPY), response_mask)
-        )
+        mask = response_mask.bool()
+        per_token = token_metrics(log_probs, label_weights, sampled_weights, response(fields.ENTROPY))
+        metrics.update({name: values[mask].double().mean().item() for name, values in per_token.items()})
+        metrics["hpd/response_tokens"] = mask.sum().item()
         if rollout_fields and is_rollout.any():
             self._compare_with_rollout(data, student_label, response_mask * is_rollout.unsqueeze(1), metrics)
 
-        written = {fields.LABEL_WEIGHTS: label_weights, "returns": label_weights}  # verl's metrics read both
+        written = {fields.LABEL_WEIGHTS: label_weights}
         for sample in range(self.hpd.samples):
             written[fields.sampled_weights(sample)] = sampled_weights[sample]
         if self.uses_ratio:
@@ -350,17 +369,10 @@ class HPDTrainer(PPOTrainerSync):
         """Update the student with the weighted log-likelihood of label and sampled tokens."""
         actor = self.config.actor_rollout_ref.actor
         mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
-        weights = [
-            fields.LABEL_WEIGHTS,
-            *(fields.sampled_weights(sample) for sample in range(self.hpd.samples)),
-        ]
-        if self.uses_ratio:
-            weights.append(fields.OLD_LABEL_LOG_PROBS)
-            weights += [fields.old_sampled_log_probs(sample) for sample in range(self.hpd.samples)]
         output = self.actor_rollout_wg.update_actor(
             self._for_worker(
                 batch,
-                self._sampled_token_fields(self.hpd.samples) + weights,
+                self._weight_fields(),
                 calculate_entropy=actor.calculate_entropy or actor.entropy_coeff != 0,
                 global_batch_size=mini_batch_size,
                 mini_batch_size=mini_batch_size,
@@ -369,16 +381,52 @@ class HPDTrainer(PPOTrainerSync):
                 dataloader_kwargs={"shuffle": actor.shuffle},
             )
         )
-        output = rename_dict(output["metrics"], "actor/")
-        output["perf/mfu/actor"] = output.pop("actor/mfu")
-        output["hpd/loss"] = output.pop("actor/hpd/loss")
-        metrics.update(reduce_metrics(output))
+        output = reduce_metrics(output["metrics"])
+        metrics.update({name if "/" in name else f"actor/{name}": value for name, value in output.items()})
+        metrics["perf/mfu/actor"] = metrics.pop("actor/mfu")
         if not math.isfinite(metrics["actor/grad_norm"]):
             raise FloatingPointError(
                 f"step {self.global_steps}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the "
                 "update, and the run stops instead of going on without it"
             )
         return batch
+
+    def _weight_fields(self) -> list[str]:
+        """What the update reads beside the sequences: sampled tokens, weights and, for a ratio, old log-probs."""
+        if self.hpd.pipeline == "one_pass":
+            return []
+        samples = range(self.hpd.samples)
+        names = self._sampled_token_fields(self.hpd.samples)
+        names += [fields.LABEL_WEIGHTS, *(fields.sampled_weights(sample) for sample in samples)]
+        if self.uses_ratio:
+            names += [fields.OLD_LABEL_LOG_PROBS, *(fields.old_sampled_log_probs(sample) for sample in samples)]
+        return names
+
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
+    ) -> None:
+        """Lengths, time and throughput. verl's own are those of rewards and advantages, which HPD does not have."""
+        tags = [tag for tag in batch.tags if not tag.get("is_padding", False)]
+        prompts, responses = ([tag[name] for tag in tags] for name in ("prompt_len", "response_len"))
+        tokens = sum(prompts) + sum(responses)
+        metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
+        metrics.update(
+            {
+                "training/global_step": global_steps,
+                "training/epoch": epoch,
+                "prompt_length/mean": sum(prompts) / len(tags),
+                "prompt_length/max": max(prompts),
+                "response_length/mean": sum(responses) / len(tags),
+                "response_length/max": max(responses),
+                "perf/total_num_tokens": tokens,
+                "perf/time_per_step": timing_raw["step"],
+                "perf/throughput": tokens / (timing_raw["step"] * self._get_n_gpus_for_throughput()),
+            }
+        )
+        if self.hpd.score_rollouts and self._is_rollout(batch).any():
+            keys = [key for key, is_rollout in zip(batch.keys, self._is_rollout(batch), strict=True) if is_rollout]
+            scores = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+            metrics["hpd/rollout_score"] = scores["rm_scores"].to_padded_tensor(0).sum(-1).mean().item()
 
     # ------------------------------ checkpoints ------------------------------
 

@@ -6,18 +6,20 @@ functions here turn logits into per-token log-probs; the names they carry are in
 """
 
 import dataclasses
+import time
 from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import open_dict
 from tensordict import TensorDict
 from torch import Tensor
-from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.metric import AggregationType, Metric
+from verl.utils.profiler import DistProfiler
 from verl.utils.ulysses import slice_input_tensor
 from verl.workers.config import ActorConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
@@ -25,25 +27,12 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from hpd_verl import batch as fields
 from hpd_verl.config import HPDConfig
+from hpd_verl.engine import MODEL_TYPE
+from hpd_verl.one_pass import OnePassLoss
 from hpd_verl.policy_loss import compute_hpd_policy_loss
+from hpd_verl.response_tokens import row_numbers
 from hpd_verl.sampling import counter_uniform, sample_tokens, token_log_probs
-
-
-def teacher_model_config(actor_rollout_ref: DictConfig) -> DictConfig:
-    """The teacher's model node: the student's, without what belongs to the student alone, under ``ref.model``."""
-    own = {
-        "hf_config_path": None,
-        "tokenizer_path": None,
-        "lora_rank": 0,
-        "lora": {"rank": 0},
-        "lora_adapter_path": None,
-        "enable_gradient_checkpointing": False,
-        "enable_activation_offload": False,
-    }
-    model = OmegaConf.create(OmegaConf.to_container(actor_rollout_ref.model, resolve=True))
-    merged = OmegaConf.merge(model, own, actor_rollout_ref.ref.model)
-    assert isinstance(merged, DictConfig)
-    return merged
+from hpd_verl.teacher import Teacher, TeacherWorker, teacher_model_config
 
 
 def _local_part(values: Tensor, data: TensorDict) -> Tensor:
@@ -61,9 +50,7 @@ def _labels(data: TensorDict) -> Tensor:
 def _uniforms(data: TensorDict, config: HPDConfig) -> Tensor:
     """The numbers that the student's draws are made with, float64 [tokens of this rank, samples]."""
     lengths = data["input_ids"].offsets().diff()
-    rows = data[fields.ROW]  # TransferQueue returns [rows, 1] as a nested tensor or as a dense one
-    rows = (rows.values() if rows.is_nested else rows).flatten()
-    row = _local_part(torch.repeat_interleave(rows, lengths), data)
+    row = _local_part(torch.repeat_interleave(row_numbers(data), lengths), data)
     position = _local_part(data["position_ids"].values(), data)
     step = tu.get_non_tensor_data(data=data, key=fields.STEP, default=None)
     return torch.stack(
@@ -195,11 +182,11 @@ class TeacherLogProbs:
         return _as_outputs(dict(zip(names, log_probs.unbind(1), strict=True)))
 
 
-class TeacherWorker(TrainingWorker):
-    """verl's worker of a reference model, with the teacher's model in place of the student's."""
+class StudentWorker(TrainingWorker):
+    """verl's worker of the actor, with the engine that hands hidden states to the loss."""
 
-    def __init__(self, config: TrainingWorkerConfig, model: HFModelConfig) -> None:
-        super().__init__(dataclasses.replace(config, model_config=model))
+    def __init__(self, config: TrainingWorkerConfig) -> None:
+        super().__init__(dataclasses.replace(config, model_type=MODEL_TYPE))
 
 
 class HPDWorker(ActorRolloutRefWorker):
@@ -212,13 +199,40 @@ class HPDWorker(ActorRolloutRefWorker):
         hpd = HPDConfig.from_config(self.config.hpd)
         with open_dict(self.config):
             del self.config.ref.model  # verl's dataclass of the reference does not know it
-        self.ref_worker_cls = partial(TeacherWorker, model=teacher)
+        self.one_pass = hpd.pipeline == "one_pass"
+        self.ref_worker_cls = partial(TeacherWorker, model=teacher, lazy=self.one_pass)
+        if self.one_pass:
+            self.actor_worker_cls = StudentWorker
         super().init_model()
         student = self.actor.model_config
         vocabulary_size = min(student.hf_config.vocab_size, teacher.hf_config.vocab_size)
         actor_config: ActorConfig = self.loss_fn.keywords["config"]
-        self.actor.set_loss_fn(StudentLoss(actor_config, hpd, vocabulary_size))
-        self.ref.set_loss_fn(TeacherLogProbs(hpd, vocabulary_size))
+        if self.one_pass:
+            self.actor.engine.offer_head(vocabulary_size)
+            self.student_loss = OnePassLoss(hpd, actor_config.loss_agg_mode, actor_config.loss_scale_factor)
+            self.actor.set_loss_fn(self.student_loss)
+            self.teacher = Teacher(self.ref, hpd, vocabulary_size) if hpd.needs_teacher else None
+        else:
+            self.actor.set_loss_fn(StudentLoss(actor_config, hpd, vocabulary_size))
+            self.ref.set_loss_fn(TeacherLogProbs(hpd, vocabulary_size))
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    @DistProfiler.annotate(color="red", role="actor_update", scheduled=True)
+    def update_actor(self, data: TensorDict) -> TensorDict | None:
+        """verl's update of the actor; in one pass, the teacher's features of these rows are taken first."""
+        metrics = {}
+        if self.one_pass and self.teacher is not None:
+            start = time.perf_counter()
+            self.student_loss.teacher_features = self.teacher.features(data)
+            self.student_loss.teacher_head = self.teacher.head
+            metrics = {"timing_s/teacher": time.perf_counter() - start} | self.teacher.metrics()
+        output = self.actor.train_mini_batch(data=data)
+        if self.one_pass:
+            self.student_loss.teacher_features = {}
+        if output is None:  # verl collects from the other ranks
+            return None
+        tu.assign_non_tensor(output, metrics=tu.get(output, "metrics") | metrics)
+        return output.cpu()
 
 
 class HPDWorkerWithoutRollout(HPDWorker):

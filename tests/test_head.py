@@ -117,9 +117,7 @@ class Case:
         return layer_logits(self.hidden, self.weight, self.vocabulary, self.weight_bias, **self.layer)
 
     def teacher_logits(self) -> Tensor:
-        return layer_logits(
-            self.teacher_hidden, self.teacher_weight, self.vocabulary, self.teacher_bias, **self.layer
-        )
+        return layer_logits(self.teacher_hidden, self.teacher_weight, self.vocabulary, self.teacher_bias, **self.layer)
 
     def expected(self, sampled: Tensor, teacher_logits: Tensor | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
         """``(loss, losses, gradients)`` by plain autograd, in float64, given the draws."""
@@ -242,8 +240,14 @@ def test_bfloat16(objective: str) -> None:
 )
 def test_output_layers(objective: str, temperature: float, layer: dict[str, Any], bias: bool) -> None:
     """Scale, soft cap and bias, of student and teacher."""
-    assert_matches(Case(layer=layer, bias=bias, draws=2, config=configured(objective, num_student_samples=2)
-                        if objective == "hpd" else configured(objective)))
+    assert_matches(
+        Case(
+            layer=layer,
+            bias=bias,
+            draws=2,
+            config=configured(objective, num_student_samples=2) if objective == "hpd" else configured(objective),
+        )
+    )
     config = configured(objective, temperature=temperature)
     assert_matches(Case(layer=layer, bias=bias, config=config))
     assert_matches(Case(layer=layer, bias=bias, dtype=torch.float32, config=config), tolerance=1e-4)

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 import torch
+import transformers
 from reward import compute_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,27 +63,43 @@ def kl_to_teacher(student: Any, teacher: Any, tokenizer: Any, rows: list[dict[st
     return total / tokens
 
 
-def plot(metrics: Path, file: Path) -> dict[int, float]:
-    """Draw the curves; returns vLLM's validation accuracy by step."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [line for line in lines if "hpd/loss" in line["data"]]
-    validation = {
+def validation_accuracy(lines: list[dict[str, Any]]) -> dict[int, float]:
+    """The student's accuracy by verl's validation with vLLM, by training step."""
+    return {
         line["step"]: value
         for line in lines
         for name, value in line["data"].items()
         if name.startswith("val-core/") and name.endswith("mean@1")
     }
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.2), constrained_layout=True)
-    for axis, (name, title) in zip(axes, CURVES, strict=True):
+
+
+def plot(lines: list[dict[str, Any]], teacher_accuracy: float, file: Path) -> None:
+    """Draw accuracy and training curves.
+
+    Args:
+        lines: what verl's file logger wrote, ``{"step": ..., "data": {...}}`` each.
+        teacher_accuracy: drawn as a line beside the student's.
+        file: the picture.
+    """
+    steps = [line for line in lines if "hpd/loss" in line["data"]]
+    figure, axes = plt.subplots(1, len(CURVES) + 1, figsize=(3.6 * (len(CURVES) + 1), 3.2), constrained_layout=True)
+    accuracy_by_step = validation_accuracy(lines)
+    axes[0].plot(list(accuracy_by_step), list(accuracy_by_step.values()), marker="o", label="student")
+    axes[0].axhline(teacher_accuracy, linestyle="--", color="grey", label="teacher")
+    axes[0].set_ylim(0, 1)
+    axes[0].set_title("accuracy on held-out problems", fontsize=10)
+    axes[0].legend()
+    for axis, (name, title) in zip(axes[1:], CURVES, strict=True):
         axis.plot([step["step"] for step in steps], [step["data"][name] for step in steps])
         axis.set_title(title, fontsize=10)
+    for axis in axes:
         axis.set_xlabel("training step")
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
-    return validation
 
 
 def main() -> None:
+    transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("teacher", "before", "after", "val_file", "metrics", "plot"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -90,15 +107,18 @@ def main() -> None:
     rows = pd.read_parquet(args.val_file).to_dict("records")
     tokenizer = AutoTokenizer.from_pretrained(args.before)
     teacher = load(args.teacher)
-    validation = plot(args.metrics, args.plot)
+    lines = [json.loads(line) for line in args.metrics.read_text().splitlines()]
 
     print(f"\n{'model':<16}{'parameters':>12}{'accuracy':>10}{'KL to teacher':>15}")
+    scores = {}
     for name, folder in (("teacher", args.teacher), ("student before", args.before), ("student after", args.after)):
         model = load(folder)
         kl = 0.0 if name == "teacher" else kl_to_teacher(model, teacher, tokenizer, rows)
-        print(f"{name:<16}{model.num_parameters():>12,}{accuracy(model, tokenizer, rows):>10.3f}{kl:>15.4f}")
-    by_vllm = ", ".join(f"{value:.3f} at step {step}" for step, value in sorted(validation.items()))
+        scores[name] = accuracy(model, tokenizer, rows)
+        print(f"{name:<16}{model.num_parameters():>12,}{scores[name]:>10.3f}{kl:>15.4f}")
+    by_vllm = ", ".join(f"{value:.3f} at step {step}" for step, value in sorted(validation_accuracy(lines).items()))
     print(f"\n{len(rows)} held-out problems, greedy. The student's accuracy by verl's validation with vLLM: {by_vllm}.")
+    plot(lines, scores["teacher"], args.plot)
     print(f"Training curves: {args.plot}")
 
 

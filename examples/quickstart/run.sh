@@ -20,27 +20,23 @@ mkdir -p "$RUN_DIR"
 export VERL_PLATFORM=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 export VERL_FILE_LOGGER_PATH=$RUN_DIR/metrics.jsonl
 
-stage() { # NAME RESULT COMMAND...: run the command unless its result is there; its output goes to a log
-    local name=$1 result=$2 start=$SECONDS
-    shift 2
-    if [[ -e $result ]]; then
-        echo "[$name] done before: $result"
-        return
+stage() { # NAME METRICS STEPS COMMAND...: run the command, once
+    local name=$1 metrics=$2 steps=$3
+    shift 3
+    if [[ -e $RUN_DIR/$name.done ]]; then
+        echo "[$name] done before"
+    else
+        python "$here/progress.py" "$name" "$RUN_DIR/$name.log" ${metrics:+"$metrics" "$steps"} -- "$@"
+        touch "$RUN_DIR/$name.done"
     fi
-    echo "[$name] running; log in $RUN_DIR/$name.log"
-    if ! "$@" >"$RUN_DIR/$name.log" 2>&1; then
-        tail -n 30 "$RUN_DIR/$name.log"
-        echo "[$name] failed"
-        exit 1
-    fi
-    echo "[$name] $((SECONDS - start)) s"
 }
 
 supervised() { # MODEL STEPS LEARNING_RATE: supervised fine-tuning by verl's own trainer
-    VERL_FILE_LOGGER_PATH=$RUN_DIR/sft_$1.jsonl torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
+    stage "$1" "$RUN_DIR/sft_$1.jsonl" "$2" \
+        env VERL_FILE_LOGGER_PATH="$RUN_DIR/sft_$1.jsonl" torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
         data.train_files="$RUN_DIR/data/sft.parquet" data.train_batch_size=64 data.max_length=128 \
         data.num_workers=1 data.max_token_len_per_gpu=1024 \
-        model.path="$RUN_DIR/data/$1_init" +model.override_config.attn_implementation=sdpa \
+        model.path="$RUN_DIR/data/$1_init" +model.override_config.attn_implementation=packed_sdpa \
         model.enable_gradient_checkpointing=False \
         engine.strategy=fsdp2 engine.use_torch_compile=False \
         '+engine.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}' \
@@ -54,9 +50,9 @@ supervised() { # MODEL STEPS LEARNING_RATE: supervised fine-tuning by verl's own
 TEACHER=$RUN_DIR/sft_teacher/global_step_$TEACHER_STEPS/huggingface
 STUDENT=$RUN_DIR/sft_student/global_step_$STUDENT_STEPS/huggingface
 
-stage data "$RUN_DIR/data/student_init" python "$here/task.py" --local_save_dir "$RUN_DIR/data"
-stage teacher "$TEACHER" supervised teacher "$TEACHER_STEPS" 3e-3
-stage student "$STUDENT" supervised student "$STUDENT_STEPS" 5e-3
+stage data "" "" python "$here/task.py" --local_save_dir "$RUN_DIR/data"
+supervised teacher "$TEACHER_STEPS" 3e-3
+supervised student "$STUDENT_STEPS" 5e-3
 
 DATA=(
     data.train_files="$RUN_DIR/data/train.parquet"
@@ -85,13 +81,13 @@ TRAINER=(
     trainer.total_training_steps="$HPD_STEPS"
     trainer.total_epochs=1000 # the steps decide
     trainer.val_before_train=true
-    trainer.test_freq="$HPD_STEPS"
+    trainer.test_freq=$((HPD_STEPS / 3))
     trainer.save_freq="$HPD_STEPS"
     trainer.default_local_dir="$RUN_DIR/hpd"
 )
 DISTILLED=$RUN_DIR/hpd/global_step_$HPD_STEPS/actor/huggingface
 
-stage hpd "$DISTILLED" python -m verl.trainer.main_ppo algorithm=hpd \
+stage hpd "$VERL_FILE_LOGGER_PATH" "$HPD_STEPS" python -m verl.trainer.main_ppo algorithm=hpd \
     "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${TRAINER[@]}" "$@"
 
 python "$here/report.py" --teacher "$TEACHER" --before "$STUDENT" --after "$DISTILLED" \

@@ -20,15 +20,21 @@ def test_demonstrations_need_no_rollout_server(run_main_ppo: RunMainPPO) -> None
 
 
 def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMainPPO) -> None:
-    """Ranks, micro-batches, packing, sequence parallelism, recomputation, offload: same losses and gradient norms."""
+    """Pipeline, ranks, micro-batches, packing, recomputation, offload: same losses and gradient norms."""
     variants = {
-        "packed, 1 rank": (),
-        "micro-batch 1": ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",),
-        "micro-batch 4, padded": (
+        "one pass": (),
+        "staged": ("algorithm.hpd.pipeline=staged",),
+        "one pass, micro-batch 1": ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",),
+        "staged, micro-batch 4, padded": (
+            "algorithm.hpd.pipeline=staged",
             "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
             "actor_rollout_ref.model.use_remove_padding=false",
         ),
-        "2 ranks": ("trainer.n_gpus_per_node=2",),
+        "one pass, micro-batch 4, padded": (
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+            "actor_rollout_ref.model.use_remove_padding=false",
+        ),
+        "one pass, 2 ranks": ("trainer.n_gpus_per_node=2",),
         "2 ranks of one sequence (Ulysses)": (
             "trainer.n_gpus_per_node=2",
             "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
@@ -46,7 +52,7 @@ def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMain
         run = run_main_ppo("trainer.resume_mode=disable", *overrides)
         assert run.returncode == 0, (name, run.output[-3000:])
         results[name] = [(step["hpd/loss"], step["actor/grad_norm"]) for step in run.steps]
-    expected = results["packed, 1 rank"]
+    expected = results["one pass"]
     for name, values in results.items():
         for value, reference in zip(values, expected, strict=True):
             assert value == pytest.approx(reference, rel=2e-4), name
@@ -68,6 +74,42 @@ def test_killed_run_resumes_to_the_same_losses(run_main_ppo: RunMainPPO, tmp_pat
     first = int(resumed.steps[0]["training/global_step"])
     assert first > 1, "the run started anew"
     assert resumed.losses() == whole.losses()[first - 1 :]
+
+
+def test_stored_teacher_is_not_run_again(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
+    """Two epochs on 16 rows: the second takes the teacher from the store, a later run does not even load it.
+
+    In float32 the store is exact: the losses are those of a run without it.
+    """
+    overrides = ("data.train_max_samples=16", "trainer.total_training_steps=4", "trainer.resume_mode=disable")
+    cache = (
+        "algorithm.hpd.teacher_cache=disk",
+        f"algorithm.hpd.teacher_cache_dir={tmp_path / 'teacher'}",
+        "algorithm.hpd.teacher_cache_dtype=float32",
+        "algorithm.hpd.teacher_cache_max_gib=0.01",
+    )
+    plain = run_main_ppo(*overrides)
+    filling = run_main_ppo(*overrides, *cache)
+    assert filling.steps[0]["hpd/teacher_cache_hit_fraction"] == 0
+    assert filling.steps[-1]["hpd/teacher_cache_hit_fraction"] >= 0.5
+    assert filling.steps[-1]["hpd/teacher_cache_rows"] <= 16
+    full = run_main_ppo(*overrides, *cache, "trainer.n_gpus_per_node=2")
+    assert [step["hpd/teacher_cache_hit_fraction"] for step in full.steps] == [1, 1, 1, 1]
+    assert [step["hpd/teacher_is_loaded"] for step in full.steps] == [0, 0, 0, 0]
+    for run in (plain, filling, full):
+        assert run.returncode == 0, run.output[-3000:]
+        assert run.losses() == pytest.approx(plain.losses(), rel=2e-4)
+
+
+def test_full_vocabulary_objective_and_exact_kl(run_main_ppo: RunMainPPO) -> None:
+    """hpd_exact on demonstrations, exact divergences in the log, and a teacher store of top-k log-probs in memory."""
+    run = run_main_ppo(
+        "trainer.resume_mode=disable", "algorithm.hpd.objective=hpd_exact", "algorithm.hpd.exact_kl_metrics=true"
+    )
+    assert run.returncode == 0, run.output[-3000:]
+    for step in run.steps:
+        assert step["hpd/reverse_kl"] > 0
+        assert step["hpd/forward_kl"] > 0
 
 
 def test_mixed_batches_with_vllm(run_main_ppo: RunMainPPO, tiny: Tiny) -> None:

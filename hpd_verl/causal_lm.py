@@ -1,0 +1,114 @@
+"""A causal language model of transformers whose output layer can be replaced by a function, for one call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from hpd_verl.head import OutputHead
+
+Head = Callable[[Tensor, OutputHead], Any]
+"""``head(hidden [rows, tokens, d], output_head)``: takes the place of the output layer; what it returns is returned."""
+
+_PROBE_LENGTH = 8
+
+
+def _causal_lm(module: nn.Module) -> Any:
+    """The model itself, without PEFT's wrapping."""
+    unwrap = getattr(module, "get_base_model", None)
+    return unwrap() if unwrap is not None else module
+
+
+def output_head(module: nn.Module, vocabulary_size: int | None = None) -> OutputHead:
+    """The output layer of a causal language model, as far as it is a linear layer with known scaling.
+
+    Args:
+        module: the model, possibly wrapped by PEFT.
+        vocabulary_size: number of logits to use; None for all.
+
+    Raises:
+        ValueError: the output layer is no linear layer.
+    """
+    model = _causal_lm(module)
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{type(model).__name__}: its output layer is {type(layer).__name__}, not a linear layer")
+    scale, soft_cap = head_scaling(model.config)
+    return OutputHead(
+        weight=layer.weight,
+        bias=layer.bias,
+        scale=scale,
+        soft_cap=soft_cap,
+        vocabulary_size=vocabulary_size or layer.weight.shape[0],
+    )
+
+
+def head_scaling(config: PretrainedConfig) -> tuple[float, float | None]:
+    """Factor and soft cap of a model's logits, by its configuration."""
+    text = config.get_text_config()
+    factor = getattr(text, "logit_scale", None) or 1.0  # Cohere
+    divisor = getattr(text, "logits_scaling", None) or 1.0  # Granite
+    return factor / divisor, getattr(text, "final_logit_softcapping", None)  # Gemma
+
+
+def offer_head(module: nn.Module, vocabulary_size: int) -> None:
+    """Give a model's forward the keyword ``head``; without it, forward is what it was.
+
+    The head is called from within the output layer's forward, since FSDP2 may shard that layer on its own.
+
+    Args:
+        module: the model, possibly wrapped by PEFT or FSDP2; changed in place.
+        vocabulary_size: number of logits to use.
+
+    Raises:
+        ValueError: the output layer is no linear layer.
+    """
+    model = _causal_lm(module)
+    output_head(model, vocabulary_size)  # refuses what is not understood
+    layer = model.get_output_embeddings()
+    plain_model_forward, plain_layer_forward = model.forward, layer.forward
+
+    def layer_forward(hidden: Tensor, head: Head | None = None) -> Any:
+        return plain_layer_forward(hidden) if head is None else head(hidden, output_head(model, vocabulary_size))
+
+    def model_forward(*args: Any, head: Head | None = None, **kwargs: Any) -> Any:
+        if head is None:
+            return plain_model_forward(*args, **kwargs)
+        return layer(model.base_model(*args, **kwargs)[0], head=head)
+
+    model.forward, layer.forward = model_forward, layer_forward
+
+
+@torch.no_grad()
+def check_head(module: nn.Module) -> None:
+    """Compare the model's own logits of a few tokens with those of its hidden states and ``output_head``.
+
+    Raises:
+        ValueError: they differ: the model does more in its output layer than is known here.
+    """
+    device = next(module.parameters()).device
+    ids = torch.arange(1, _PROBE_LENGTH + 1, device=device).unsqueeze(0)
+    inputs = {
+        "input_ids": ids % _causal_lm(module).config.get_text_config().vocab_size,
+        "position_ids": torch.arange(_PROBE_LENGTH, device=device).unsqueeze(0),
+        "use_cache": False,
+    }
+    logits = module(**inputs).logits
+
+    def from_hidden(hidden: Tensor, layer: OutputHead) -> tuple[Tensor]:
+        weight = layer.weight[: logits.shape[-1]]
+        products = hidden.to(weight.dtype) @ weight.T
+        return (OutputHead(weight, len(weight), layer.bias, layer.scale, layer.soft_cap).all_scores(products, 1.0)[0],)
+
+    (expected,) = module(**inputs, head=from_hidden)
+    logits = logits[..., : expected.shape[-1]].float()
+    tolerance = 1e-4 if next(module.parameters()).dtype == torch.float32 else 5e-2
+    difference = (logits - expected).abs().max().item()
+    if not difference <= tolerance * (1 + logits.abs().max().item()):
+        name = type(_causal_lm(module)).__name__
+        raise ValueError(
+            f"algorithm.hpd.pipeline=one_pass: the output layer of {name} does more than a linear layer, scaling and "
+            f"soft-capping (logits differ by {difference:.3g}); use algorithm.hpd.pipeline=staged"
+        )

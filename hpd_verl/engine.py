@@ -1,0 +1,85 @@
+"""verl's FSDP engine for losses that are computed from hidden states, in place of the model's output layer."""
+
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from hpd_verl.causal_lm import check_head, offer_head
+from hpd_verl.head import OutputHead
+
+MODEL_TYPE = "hpd_language_model"
+"""``model_type`` of the engine in verl's registry."""
+
+
+class HeadLoss(ABC):
+    """A loss function of the engine that takes hidden states."""
+
+    @abstractmethod
+    def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
+        """Loss and metrics of a micro-batch.
+
+        Args:
+            hidden: [tokens, d], the input of the output layer at every token of the micro-batch.
+            head: the output layer.
+            data: the micro-batch, nested tensors.
+        """
+
+
+@EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
+class HeadEngine(FSDPEngineWithLMHead):
+    """Hands hidden states to a ``HeadLoss``; every other loss function gets what verl's engine gives it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.model_config.model_type = "language_model"  # the name by which verl builds the module
+
+    def offer_head(self, vocabulary_size: int) -> None:
+        """Prepare the model, and refuse one whose output layer is not understood.
+
+        Raises:
+            ValueError: see ``causal_lm.check_head``.
+        """
+        offer_head(self.module, vocabulary_size)
+        with self.eval_mode(), self._autocast():
+            check_head(self.module)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the model's products are made in."""
+        return self._autocast_dtype
+
+    def _autocast(self) -> Any:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device_type=get_device_name(), dtype=self.compute_dtype)
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
+        if not isinstance(loss_function, HeadLoss):
+            return super().forward_step(micro_batch, loss_function=loss_function, forward_only=forward_only)
+        micro_batch = micro_batch.to(get_device_id())
+        inputs, _ = self.prepare_model_inputs(micro_batch=micro_batch)
+
+        def head(hidden: Tensor, layer: OutputHead) -> Any:
+            with torch.autocast(device_type=get_device_name(), enabled=False):
+                hidden = self._tokens(hidden, micro_batch).to(layer.weight.dtype)
+                return loss_function.from_hidden(hidden, layer, micro_batch)
+
+        with self._autocast():
+            loss, metrics = self.module(**inputs, use_cache=False, head=head)
+        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+
+    @staticmethod
+    def _tokens(hidden: Tensor, micro_batch: TensorDict) -> Tensor:
+        """[rows, tokens, d] as the model returns it to [total tokens, d] without padding."""
+        if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
+            return hidden.squeeze(0)
+        lengths = micro_batch["input_ids"].offsets().diff()
+        return hidden[torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)]

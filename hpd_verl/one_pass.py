@@ -1,0 +1,137 @@
+"""The student's loss in one pass: draws, weights, loss and gradients inside the output layer."""
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.trainer.ppo.core_algos import agg_loss
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import AggregationType, Metric
+
+from hpd_verl import batch as fields
+from hpd_verl.config import HPDConfig
+from hpd_verl.engine import HeadLoss
+from hpd_verl.head import HeadOutput, OutputHead, TeacherFeatures, distillation_head
+from hpd_verl.metrics import token_metrics
+from hpd_verl.objectives import TokenLogProbs
+from hpd_verl.response_tokens import ResponseTokens, column, response_tokens, row_numbers
+from hpd_verl.sampling import counter_uniform
+
+
+class OnePassLoss(HeadLoss):
+    """verl's loss function of the student.
+
+    Args:
+        config: the algorithm's configuration.
+        loss_agg_mode: verl's aggregation of token losses.
+        loss_scale_factor: verl's setting of that name.
+    """
+
+    def __init__(self, config: HPDConfig, loss_agg_mode: str, loss_scale_factor: int | None) -> None:
+        self.config = config
+        self.loss_agg_mode = loss_agg_mode
+        self.loss_scale_factor = loss_scale_factor
+        self.teacher_features: dict[int, TeacherFeatures] = {}
+        """Features of the current batch, by row number."""
+        self.teacher_head: OutputHead | None = None
+
+    def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
+        responses = response_tokens(data)
+        rows = row_numbers(data)
+        teacher = self._teacher(rows)
+        output = distillation_head(
+            hidden=hidden[responses.positions],
+            head=head,
+            labels=responses.labels,
+            uniforms=self._uniforms(responses, rows, data),
+            token_scale=self._token_scale(data),
+            is_rollout=column(data, fields.IS_ROLLOUT).bool()[responses.row],
+            teacher=teacher,
+            teacher_head=self.teacher_head,
+            config=self.config,
+            exact_kl=self.config.exact_kl_metrics,
+        )
+        self._refuse_nan(output, teacher, responses, rows, data)
+        return output.loss, self._metrics(output, teacher, responses, data)
+
+    def _teacher(self, rows: Tensor) -> TeacherFeatures | None:
+        if not self.config.needs_teacher:
+            return None
+        return TeacherFeatures.cat([self.teacher_features[row] for row in rows.tolist()])
+
+    def _uniforms(self, responses: ResponseTokens, rows: Tensor, data: TensorDict) -> Tensor:
+        """The numbers that the student's draws are made with, float64 [n, samples]."""
+        samples = self.config.num_student_samples if self.config.needs_teacher else 0
+        step = tu.get_non_tensor_data(data=data, key=fields.STEP, default=None)
+        positions = data["position_ids"].values()[responses.positions]
+        drawn = [
+            counter_uniform(self.config.seed, step, rows[responses.row], positions, sample) for sample in range(samples)
+        ]
+        return torch.stack(drawn, dim=1) if drawn else torch.empty(len(positions), 0, dtype=torch.float64)
+
+    def _token_scale(self, data: TensorDict) -> Tensor:
+        """Factor of each token's loss in the global loss [n]: verl's aggregation, which is linear in the losses."""
+        mask = data["response_mask"].to_padded_tensor(0).bool()
+        with torch.enable_grad():
+            losses = torch.zeros(mask.shape, device=mask.device, requires_grad=True)
+            total = agg_loss(
+                loss_mat=losses,
+                loss_mask=mask,
+                loss_agg_mode=self.loss_agg_mode,
+                dp_size=data["dp_size"],
+                batch_num_tokens=data["batch_num_tokens"],
+                global_batch_size=data["global_batch_size"],
+                loss_scale_factor=self.loss_scale_factor,
+            )
+            (scale,) = torch.autograd.grad(total, losses)
+        return scale[mask]
+
+    def _refuse_nan(
+        self,
+        output: HeadOutput,
+        teacher: TeacherFeatures | None,
+        responses: ResponseTokens,
+        rows: Tensor,
+        data: TensorDict,
+    ) -> None:
+        checked = {"student": output.label_log_probs}
+        if teacher is not None:
+            checked["teacher"] = teacher.label_log_probs
+        for model, log_probs in checked.items():
+            broken = torch.isnan(log_probs)
+            if broken.any():
+                step = tu.get_non_tensor_data(data=data, key=fields.STEP, default=None)
+                numbers = rows[responses.row[broken]].unique().tolist()
+                raise FloatingPointError(
+                    f"step {step}: NaN in the {model}'s logits, in {len(numbers)} of {len(rows)} rows of the "
+                    f"micro-batch (rows {', '.join(map(str, numbers[:8]))}); stopped before the update, checkpoints "
+                    "are untouched"
+                )
+
+    def _metrics(
+        self, output: HeadOutput, teacher: TeacherFeatures | None, responses: ResponseTokens, data: TensorDict
+    ) -> dict[str, Any]:
+        """Sums over this micro-batch, which verl adds up over micro-batches and averages over ranks."""
+        per_token = {"hpd/student_nll": -output.label_log_probs}
+        if teacher is not None:
+            assert output.teacher_sampled_log_probs is not None
+            log_probs = [
+                TokenLogProbs(
+                    student_label=output.label_log_probs,
+                    teacher_label=teacher.label_log_probs,
+                    student_sampled=output.sampled_log_probs[:, sample],
+                    teacher_sampled=output.teacher_sampled_log_probs[:, sample],
+                    sampled_is_label=output.sampled[:, sample] == responses.labels,
+                )
+                for sample in range(output.sampled.shape[1])
+            ]
+            weights = output.sampled_weights.unbind(1)
+            per_token = token_metrics(log_probs, output.label_weights, weights, output.entropy)
+        if output.forward_kl is not None and output.reverse_kl is not None:
+            per_token |= {"hpd/forward_kl": output.forward_kl, "hpd/reverse_kl": output.reverse_kl}
+        share = data["dp_size"] / data["batch_num_tokens"]
+        sums = {name: values.double().sum() * share for name, values in per_token.items()}
+        sums["hpd/response_tokens"] = torch.tensor(float(len(responses.labels) * data["dp_size"]))
+        sums["hpd/loss"] = output.loss.detach()
+        return {name: Metric(AggregationType.SUM, value) for name, value in sums.items()}

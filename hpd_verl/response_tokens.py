@@ -1,0 +1,55 @@
+"""Which tokens of a packed batch belong to responses, and which positions predict them."""
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from hpd_verl.batch import ROW
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """The n response tokens of a batch, row by row, where the response mask is 1."""
+
+    positions: Tensor
+    """int64 [n]: index into the packed tokens of the position that predicts the token."""
+    labels: Tensor
+    """int64 [n]: the token."""
+    row: Tensor
+    """int64 [n]: index of its row in the batch."""
+    lengths: Tensor
+    """int64 [rows]: response tokens of each row."""
+
+
+def response_tokens(data: TensorDict) -> ResponseTokens:
+    """Find the response tokens of a batch.
+
+    Args:
+        data: ``input_ids``, ``prompts`` and ``response_mask``, nested [rows, tokens].
+    """
+    input_ids, mask = data["input_ids"], data["response_mask"]
+    prompt_lengths, lengths = data["prompts"].offsets().diff(), mask.offsets().diff()
+    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    within = torch.arange(len(rows), device=rows.device) - mask.offsets()[:-1][rows]
+    positions = (input_ids.offsets()[:-1] + prompt_lengths - 1)[rows] + within
+    kept = mask.values().bool()
+    positions, rows = positions[kept], rows[kept]
+    return ResponseTokens(
+        positions=positions,
+        labels=input_ids.values()[positions + 1],
+        row=rows,
+        lengths=torch.bincount(rows, minlength=len(lengths)),
+    )
+
+
+def column(data: TensorDict, name: str) -> Tensor:
+    """A field of one value a row, [rows]; TransferQueue returns [rows, 1] as a nested tensor or as a dense one."""
+    values = data[name]
+    return (values.values() if values.is_nested else values).flatten()
+
+
+def row_numbers(data: TensorDict) -> Tensor:
+    """int64 [rows]: the number of each sequence within its global batch."""
+    return column(data, ROW)
