@@ -10,16 +10,12 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.ray_utils import auto_await
 from verl.utils.tensordict_utils import index_select_tensor_dict, list_of_dict_to_tensordict
-from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl.workers.config import HFModelConfig
 
-from hpd_verl.batch import ON_POLICY
+from hpd_verl.batch import ON_POLICY, TRUNCATED
 from hpd_verl.config import HPDConfig, needs_rollout_server
 from hpd_verl.dataset import DEMONSTRATION
-from hpd_verl.demonstration import DemonstrationTokenizer, demonstration_text
-
-TRUNCATED = "truncated_demonstration"
-"""bool tag of a sequence: its demonstration was cut at data.max_response_length."""
+from hpd_verl.demonstration import SequenceBuilder, demonstration_text
 
 
 def _row(batch: TensorDict, index: int) -> dict[str, Any]:
@@ -54,19 +50,11 @@ class HPDAgentLoopManager(AgentLoopManagerTQ):
         super().__init__(config, *args, **kwargs)
         self.config = config
         model: HFModelConfig = omega_conf_to_dataclass(config.actor_rollout_ref.model)
-        if model.custom_chat_template is not None:
-            model.tokenizer.chat_template = model.custom_chat_template
-        template_kwargs = config.data.get("apply_chat_template_kwargs", {})
-        # The builder and the length limit of verl's agent loops, so that both kinds of rows get the same prompt.
-        self._prompt_builder = create_continuous_token_builder(
-            model.tokenizer,
-            hf_model_type=model.hf_config.model_type,
-            chat_template_kwargs=template_kwargs,
-            mm_processor_kwargs={},
-            processor=None,
-        )
-        self._demonstrations = DemonstrationTokenizer(
-            model.tokenizer, template_kwargs, max_length=config.actor_rollout_ref.rollout.response_length
+        self._sequences = SequenceBuilder(
+            model,
+            config.data.get("apply_chat_template_kwargs", {}),
+            config.actor_rollout_ref.rollout.prompt_length,
+            config.actor_rollout_ref.rollout.response_length,
         )
 
     def generate_sequences(self, prompts: TensorDict) -> None:
@@ -113,28 +101,17 @@ class HPDAgentLoopManager(AgentLoopManagerTQ):
 
     def _sequence(self, row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         """The fields verl's agent loop workers write for a sequence, and whether the demonstration was truncated."""
-        messages = list(row["raw_prompt"])
         text = demonstration_text(row.get(DEMONSTRATION), f"row {row['uid']} (index {row.get('index')})")
-        response, truncated = self._demonstrations.encode(messages, text)
-        prompt = self._prompt_builder.build_initial_tokens(messages)
-        prompts = torch.tensor(prompt[-self.config.actor_rollout_ref.rollout.prompt_length :], dtype=torch.int64)
-        responses = torch.tensor(response, dtype=torch.int64)
-        input_ids = torch.cat([prompts, responses])
-        mask = torch.ones_like(responses)
+        tensors, truncated = self._sequences.build(list(row["raw_prompt"]), text)
         sequence = {
             **row,
+            **tensors,
             "session_id": 0,
-            "prompts": prompts,
-            "responses": responses,
-            "response_mask": mask,
-            "loss_mask": mask,
-            "input_ids": input_ids,
-            "position_ids": torch.arange(len(input_ids)),
-            "rm_scores": torch.zeros(len(responses)),
+            "rm_scores": torch.zeros(len(tensors["responses"])),
             "num_turns": 2,
             "multi_modal_inputs": {},
             "extra_fields": {},
         }
         if self.config.actor_rollout_ref.rollout.calculate_log_probs:
-            sequence["rollout_log_probs"] = torch.zeros(len(responses))  # no rollout; masked out where it is read
+            sequence["rollout_log_probs"] = torch.zeros(len(tensors["responses"]))  # masked out where it is read
         return sequence, truncated

@@ -39,24 +39,29 @@ def mark_complete(root: Path, step: int) -> None:
     _write_atomically(root / TRACKER, str(step))
 
 
-def complete_steps(root: Path) -> list[int]:
-    """Steps of the checkpoints that are whole, ascending."""
+def complete_steps(root: Path, contents: str = "actor") -> list[int]:
+    """Steps of the checkpoints that are whole, ascending.
+
+    Args:
+        root: folder of the checkpoints.
+        contents: what must be in a checkpoint's folder beside the marker.
+    """
     steps = []
     for folder in root.glob("global_step_*"):
         match = re.fullmatch(r"global_step_(\d+)", folder.name)
         # verl's max_actor_ckpt_to_keep removes the actor folder of old checkpoints and leaves the rest.
-        if match and (folder / COMPLETE).is_file() and (folder / "actor").is_dir():
+        if match and (folder / COMPLETE).is_file() and (folder / contents).exists():
             steps.append(int(match.group(1)))
     return sorted(steps)
 
 
-def repair_tracker(root: Path) -> int | None:
-    """Make the tracker name the newest complete checkpoint; remove it if there is none.
+def repair_tracker(root: Path, contents: str = "actor") -> int | None:
+    """Make the tracker name the newest complete checkpoint; remove it if there is none. Arguments as above.
 
     Returns:
         The step to resume from, or None to start from the beginning.
     """
-    steps = complete_steps(root)
+    steps = complete_steps(root, contents)
     if not steps:
         (root / TRACKER).unlink(missing_ok=True)
         return None

@@ -512,3 +512,37 @@ def check_config(config: DictConfig) -> HPDConfig:
         )
     choose_pipeline(config, hpd)
     return hpd
+
+
+def check_sft_config(config: DictConfig) -> HPDConfig:
+    """Check a composed configuration of the lean trainer (configs/sft_trainer.yaml); loads nothing.
+
+    Returns:
+        The algorithm's settings.
+
+    Raises:
+        ValueError: one sentence that names the setting, what was found and what to do.
+    """
+    hpd = HPDConfig.from_config(config.algorithm.hpd)
+    if hpd.needs_teacher:
+        _require(bool(config.teacher.model.path), "teacher.model.path", config.teacher.model.path, "give the teacher")
+    rollouts = "this trainer has demonstrations only; python -m verl.trainer.main_ppo algorithm=hpd makes rollouts"
+    _require(hpd.schedule.highest == 0, f"{PREFIX}.on_policy_fraction", hpd.on_policy_fraction, rollouts)
+    _require(
+        hpd.missing_demonstration == "error", f"{PREFIX}.missing_demonstration", hpd.missing_demonstration, rollouts
+    )
+    required = {
+        f"{PREFIX}.pipeline": (hpd.pipeline, ("auto", "one_pass"), "this trainer is one_pass only"),
+        "engine.strategy": (config.engine.strategy, ("fsdp2",), "choose fsdp2"),
+        "engine.ulysses_sequence_parallel_size": (
+            config.engine.ulysses_sequence_parallel_size,
+            (1,),
+            "one_pass does not share sequences out; use main_ppo with staged",
+        ),
+        "data.pad_mode": (config.data.pad_mode, ("no_padding",), "keep no_padding"),
+        "model.use_fused_kernels": (config.model.use_fused_kernels, (False,), "HPD has its own output layer; unset it"),
+        "engine.pad_to_length": (config.engine.pad_to_length, (False,), "not supported; unset it"),
+    }
+    for setting, (found, allowed, remedy) in required.items():
+        _require(found in allowed, setting, found, remedy)
+    return hpd

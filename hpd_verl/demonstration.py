@@ -3,7 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+from verl.workers.config import HFModelConfig
 
 _PROBE = "demonstration"
 
@@ -111,3 +115,52 @@ class DemonstrationTokenizer:
         if len(ids) + 1 > self.max_length:
             return ids[: self.max_length], True
         return [*ids, self.turn_end], False
+
+
+class SequenceBuilder:
+    """Prompt and demonstration as the sequence that a rollout of the same answer would be.
+
+    Args:
+        model: the student.
+        template_kwargs: verl's ``data.apply_chat_template_kwargs``.
+        max_prompt_length, max_response_length: verl's ``data`` settings, tokens. Prompts keep their end.
+    """
+
+    def __init__(
+        self, model: HFModelConfig, template_kwargs: Mapping[str, Any], max_prompt_length: int, max_response_length: int
+    ) -> None:
+        if model.custom_chat_template is not None:
+            model.tokenizer.chat_template = model.custom_chat_template
+        # The builder of verl's agent loops, so that demonstrations and rollouts get the same prompt.
+        self._prompts = create_continuous_token_builder(
+            model.tokenizer,
+            hf_model_type=model.hf_config.model_type,
+            chat_template_kwargs=dict(template_kwargs),
+            mm_processor_kwargs={},
+            processor=None,
+        )
+        self._max_prompt_length = max_prompt_length
+        self._demonstrations = DemonstrationTokenizer(model.tokenizer, template_kwargs, max_response_length)
+
+    def build(self, messages: list[dict[str, Any]], text: str) -> tuple[dict[str, Tensor], bool]:
+        """Tokenise one row.
+
+        Returns:
+            ``(tensors, truncated)``: prompts [P], responses, response_mask, loss_mask [R], input_ids and position_ids
+            [P + R], all int64, and whether the demonstration was truncated.
+        """
+        response, truncated = self._demonstrations.encode(messages, text)
+        prompt = self._prompts.build_initial_tokens(messages)
+        prompts = torch.tensor(prompt[-self._max_prompt_length :], dtype=torch.int64)
+        responses = torch.tensor(response, dtype=torch.int64)
+        input_ids = torch.cat([prompts, responses])
+        mask = torch.ones_like(responses)
+        tensors = {
+            "prompts": prompts,
+            "responses": responses,
+            "response_mask": mask,
+            "loss_mask": mask,
+            "input_ids": input_ids,
+            "position_ids": torch.arange(len(input_ids)),
+        }
+        return tensors, truncated

@@ -1,5 +1,7 @@
 """The student's loss in one pass: draws, weights, loss and gradients inside the output layer."""
 
+import dataclasses
+import time
 from typing import Any
 
 import torch
@@ -8,15 +10,18 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
+from verl.workers.config import TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
 
 from hpd_verl import batch as fields
 from hpd_verl.config import HPDConfig
-from hpd_verl.engine import HeadLoss
+from hpd_verl.engine import MODEL_TYPE, HeadLoss
 from hpd_verl.head import HeadOutput, OutputHead, TeacherFeatures, distillation_head
 from hpd_verl.metrics import token_metrics
 from hpd_verl.objectives import TokenLogProbs
 from hpd_verl.response_tokens import ResponseTokens, column, response_tokens, row_numbers
 from hpd_verl.sampling import counter_uniform
+from hpd_verl.teacher import Teacher, TeacherWorker
 
 
 class OnePassLoss(HeadLoss):
@@ -135,3 +140,65 @@ class OnePassLoss(HeadLoss):
         sums["hpd/response_tokens"] = torch.tensor(float(len(responses.labels) * data["dp_size"]))
         sums["hpd/loss"] = output.loss.detach()
         return {name: Metric(AggregationType.SUM, value) for name, value in sums.items()}
+
+
+class StudentWorker(TrainingWorker):
+    """verl's worker of the actor, with the engine that hands hidden states to the loss."""
+
+    def __init__(self, config: TrainingWorkerConfig) -> None:
+        super().__init__(dataclasses.replace(config, model_type=MODEL_TYPE))
+
+
+class OnePass:
+    """Student and teacher of one rank: the teacher's features, then one pass of the student.
+
+    Args:
+        student: the student's worker, its model loaded.
+        teacher: the teacher's worker, lazy.
+        config: the algorithm's configuration.
+        loss_agg_mode, loss_scale_factor: verl's settings of those names.
+
+    Raises:
+        ValueError: the student's or the teacher's output layer is not understood, or the teacher's store is not usable.
+    """
+
+    def __init__(
+        self,
+        student: StudentWorker,
+        teacher: TeacherWorker,
+        config: HPDConfig,
+        loss_agg_mode: str = "token-mean",
+        loss_scale_factor: int | None = None,
+    ) -> None:
+        vocabulary_size = min(worker.model_config.hf_config.vocab_size for worker in (student, teacher))
+        self.student = student
+        self.student.engine.offer_head(vocabulary_size)
+        self.loss = OnePassLoss(config, loss_agg_mode, loss_scale_factor)
+        self.student.set_loss_fn(self.loss)
+        self.teacher = Teacher(teacher, config, vocabulary_size) if config.needs_teacher else None
+
+    def update(self, data: TensorDict) -> TensorDict | None:
+        """verl's ``train_mini_batch`` of the student, with the teacher's metrics added."""
+        metrics = self._take_teacher_features(data)
+        output = self.student.train_mini_batch(data=data)
+        return self._with_metrics(output, metrics)
+
+    def evaluate(self, data: TensorDict) -> TensorDict | None:
+        """verl's ``infer_batch`` of the student: the same loss and metrics, no gradients."""
+        metrics = self._take_teacher_features(data)
+        return self._with_metrics(self.student.infer_batch(data=data), metrics)
+
+    def _take_teacher_features(self, data: TensorDict) -> dict[str, float]:
+        if self.teacher is None:
+            return {}
+        start = time.perf_counter()
+        self.loss.teacher_features = self.teacher.features(data)
+        self.loss.teacher_head = self.teacher.head
+        return {"timing_s/teacher": time.perf_counter() - start} | self.teacher.metrics()
+
+    def _with_metrics(self, output: TensorDict | None, metrics: dict[str, float]) -> TensorDict | None:
+        self.loss.teacher_features = {}
+        if output is None:  # verl collects from another rank
+            return None
+        tu.assign_non_tensor(output, metrics=tu.get(output, "metrics") | metrics)
+        return output.cpu()

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed
 from huggingface_hub import snapshot_download
-from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -25,23 +24,6 @@ from hpd_verl.response_tokens import column, response_tokens, row_numbers
 from hpd_verl.teacher_store import DiskStore, MemoryStore, TeacherStore, row_key, teacher_identity
 
 _GIB = 1 << 30
-
-
-def teacher_model_config(actor_rollout_ref: DictConfig) -> DictConfig:
-    """The teacher's model node: the student's, without what belongs to the student alone, under ``ref.model``."""
-    own = {
-        "hf_config_path": None,
-        "tokenizer_path": None,
-        "lora_rank": 0,
-        "lora": {"rank": 0},
-        "lora_adapter_path": None,
-        "enable_gradient_checkpointing": False,
-        "enable_activation_offload": False,
-    }
-    model = OmegaConf.create(OmegaConf.to_container(actor_rollout_ref.model, resolve=True))
-    merged = OmegaConf.merge(model, own, actor_rollout_ref.ref.model)
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 class TeacherWorker(TrainingWorker):

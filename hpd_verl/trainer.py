@@ -26,24 +26,20 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
-from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.metric import reduce_metrics
-from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from hpd_verl import batch as fields
 from hpd_verl import checkpoint
-from hpd_verl.agent_loop_manager import TRUNCATED
 from hpd_verl.config import check_config, choose_pipeline, needs_rollout_server, updates_per_batch
 from hpd_verl.dataset import DEMONSTRATION
 from hpd_verl.demonstration import has_demonstration
 from hpd_verl.metrics import token_metrics
+from hpd_verl.models import check_models
 from hpd_verl.objectives import LIKELIHOOD_OBJECTIVES, TokenLogProbs
 from hpd_verl.on_policy import choose_rollouts, rollout_quota
-from hpd_verl.teacher import teacher_model_config
-from hpd_verl.vocabulary import shared_vocabulary_size
 from hpd_verl.worker import HPDWorker, HPDWorkerWithoutRollout
 
 logger = logging.getLogger(__name__)
@@ -56,47 +52,6 @@ NO_ROLLOUT = "hpd_no_rollout"
 """``rollout.name`` of a run without a server. verl resolves the name even for an empty list of replicas."""
 
 RolloutReplicaRegistry.register(NO_ROLLOUT, lambda: RolloutReplica)
-
-
-def _load_model_config(node: DictConfig, setting: str) -> HFModelConfig:
-    """Tokenizer and configuration of a model, without its weights."""
-    path = str(node.path)
-    if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().exists():
-        raise ValueError(f"{setting}={path}: no such folder")
-    try:
-        return omega_conf_to_dataclass(node)
-    except Exception as error:  # Hydra wraps whatever Hugging Face raised
-        cause = error.__cause__ or error
-        raise ValueError(f"{setting}={path}: cannot load its configuration or tokenizer: {cause}") from error
-
-
-def check_models(config: DictConfig) -> None:
-    """Check student and teacher against each other and the data's lengths, before any weights load.
-
-    Raises:
-        ValueError: one sentence that names the setting, what was found and what to do.
-    """
-    teacher_setting, student_setting = "actor_rollout_ref.ref.model.path", "actor_rollout_ref.model.path"
-    teacher = _load_model_config(teacher_model_config(config.actor_rollout_ref), teacher_setting)
-    student = _load_model_config(config.actor_rollout_ref.model, student_setting)
-    if student.path == teacher.path:
-        logger.warning(
-            "%s and %s are both %s: the gap between them starts at zero",
-            student_setting,
-            teacher_setting,
-            student.path,
-        )
-    shared_vocabulary_size(
-        student.tokenizer, teacher.tokenizer, student.hf_config.vocab_size, teacher.hf_config.vocab_size
-    )
-    needed = config.data.max_prompt_length + config.data.max_response_length
-    for setting, model in ((teacher_setting, teacher), (student_setting, student)):
-        context = getattr(model.hf_config, "max_position_embeddings", None)
-        if context is not None and context < needed:
-            raise ValueError(
-                f"{setting}={model.path}: its context has {context} tokens, but data.max_prompt_length + "
-                f"data.max_response_length = {needed}; shorten them or choose another model"
-            )
 
 
 def _key_order(key: str) -> tuple[bool, int, int, int]:
@@ -117,7 +72,13 @@ class HPDTrainer(PPOTrainerSync):
         with open_dict(config):
             config.actor_rollout_ref.hpd.pipeline = pipeline  # what the workers read
         self.hpd = dataclasses.replace(hpd, pipeline=pipeline)
-        check_models(config)
+        check_models(
+            student=config.actor_rollout_ref.model,
+            teacher=config.actor_rollout_ref.ref.model,
+            student_setting="actor_rollout_ref.model.path",
+            teacher_setting="actor_rollout_ref.ref.model.path",
+            needed_context=config.data.max_prompt_length + config.data.max_response_length,
+        )
         self.serves_rollouts = needs_rollout_server(config, self.hpd)
         if not self.serves_rollouts:
             self._enable_hybrid_replicas = False  # verl's switch for an empty list of replicas
@@ -216,7 +177,7 @@ class HPDTrainer(PPOTrainerSync):
                 "the agent loop workers' errors are in the log above"
             )
         batch.reorder(sorted(range(len(batch)), key=lambda index: _key_order(batch.keys[index])))
-        self.batch_counts["hpd/truncated_demonstrations"] = sum(bool(tag.get(TRUNCATED)) for tag in batch.tags)
+        self.batch_counts["hpd/truncated_demonstrations"] = sum(bool(tag.get(fields.TRUNCATED)) for tag in batch.tags)
         metrics.update(self.batch_counts)
         batch = super()._balance_batch(batch, metrics=metrics, **kwargs)
         number = {key: index for index, key in enumerate(sorted(batch.keys, key=_key_order))}

@@ -15,7 +15,11 @@ def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def shared_vocabulary_size(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, student_size: int, teacher_size: int
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    student_size: int,
+    teacher_size: int,
+    settings: str,
 ) -> int:
     """Check that the tokenizers agree and return how many logits student and teacher share.
 
@@ -25,6 +29,7 @@ def shared_vocabulary_size(
     Args:
         student, teacher: tokenizers.
         student_size, teacher_size: rows of the models' output heads.
+        settings: names the two models' settings in errors.
 
     Returns:
         The size of the shared prefix, the smaller of the two sizes.
@@ -35,7 +40,6 @@ def shared_vocabulary_size(
     """
     size = min(student_size, teacher_size)
     student_tokens, teacher_tokens = _tokens_by_id(student), _tokens_by_id(teacher)
-    settings = "actor_rollout_ref.ref.model.path (teacher) and actor_rollout_ref.model.path (student)"
     differing = [
         index
         for index in sorted(student_tokens.keys() & teacher_tokens.keys())

@@ -5,8 +5,6 @@ student pass (`compute_log_prob`), teacher pass (`compute_ref_log_prob`) and upd
 functions here turn logits into per-token log-probs; the names they carry are in `batch.py`.
 """
 
-import dataclasses
-import time
 from functools import partial
 from typing import Any
 
@@ -21,18 +19,18 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.metric import AggregationType, Metric
 from verl.utils.profiler import DistProfiler
 from verl.utils.ulysses import slice_input_tensor
-from verl.workers.config import ActorConfig, HFModelConfig, TrainingWorkerConfig
-from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.config import ActorConfig, HFModelConfig
+from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
 from hpd_verl import batch as fields
 from hpd_verl.config import HPDConfig
-from hpd_verl.engine import MODEL_TYPE
-from hpd_verl.one_pass import OnePassLoss
+from hpd_verl.models import teacher_model_config
+from hpd_verl.one_pass import OnePass, StudentWorker
 from hpd_verl.policy_loss import compute_hpd_policy_loss
 from hpd_verl.response_tokens import row_numbers
 from hpd_verl.sampling import counter_uniform, sample_tokens, token_log_probs
-from hpd_verl.teacher import Teacher, TeacherWorker, teacher_model_config
+from hpd_verl.teacher import TeacherWorker
 
 
 def _local_part(values: Tensor, data: TensorDict) -> Tensor:
@@ -182,37 +180,30 @@ class TeacherLogProbs:
         return _as_outputs(dict(zip(names, log_probs.unbind(1), strict=True)))
 
 
-class StudentWorker(TrainingWorker):
-    """verl's worker of the actor, with the engine that hands hidden states to the loss."""
-
-    def __init__(self, config: TrainingWorkerConfig) -> None:
-        super().__init__(dataclasses.replace(config, model_type=MODEL_TYPE))
-
-
 class HPDWorker(ActorRolloutRefWorker):
     """Student, its rollout adapter and the teacher, in one process per rank."""
+
+    one_pass: OnePass | None = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Build teacher, student and rollout adapter, and give the two models their loss functions."""
-        teacher: HFModelConfig = omega_conf_to_dataclass(teacher_model_config(self.config))
+        teacher: HFModelConfig = omega_conf_to_dataclass(teacher_model_config(self.config.model, self.config.ref.model))
         hpd = HPDConfig.from_config(self.config.hpd)
         with open_dict(self.config):
             del self.config.ref.model  # verl's dataclass of the reference does not know it
-        self.one_pass = hpd.pipeline == "one_pass"
-        self.ref_worker_cls = partial(TeacherWorker, model=teacher, lazy=self.one_pass)
-        if self.one_pass:
+        one_pass = hpd.pipeline == "one_pass"
+        self.ref_worker_cls = partial(TeacherWorker, model=teacher, lazy=one_pass)
+        if one_pass:
             self.actor_worker_cls = StudentWorker
         super().init_model()
-        student = self.actor.model_config
-        vocabulary_size = min(student.hf_config.vocab_size, teacher.hf_config.vocab_size)
         actor_config: ActorConfig = self.loss_fn.keywords["config"]
-        if self.one_pass:
-            self.actor.engine.offer_head(vocabulary_size)
-            self.student_loss = OnePassLoss(hpd, actor_config.loss_agg_mode, actor_config.loss_scale_factor)
-            self.actor.set_loss_fn(self.student_loss)
-            self.teacher = Teacher(self.ref, hpd, vocabulary_size) if hpd.needs_teacher else None
+        if one_pass:
+            self.one_pass = OnePass(
+                self.actor, self.ref, hpd, actor_config.loss_agg_mode, actor_config.loss_scale_factor
+            )
         else:
+            vocabulary_size = min(self.actor.model_config.hf_config.vocab_size, teacher.hf_config.vocab_size)
             self.actor.set_loss_fn(StudentLoss(actor_config, hpd, vocabulary_size))
             self.ref.set_loss_fn(TeacherLogProbs(hpd, vocabulary_size))
 
@@ -220,19 +211,7 @@ class HPDWorker(ActorRolloutRefWorker):
     @DistProfiler.annotate(color="red", role="actor_update", scheduled=True)
     def update_actor(self, data: TensorDict) -> TensorDict | None:
         """verl's update of the actor; in one pass, the teacher's features of these rows are taken first."""
-        metrics = {}
-        if self.one_pass and self.teacher is not None:
-            start = time.perf_counter()
-            self.student_loss.teacher_features = self.teacher.features(data)
-            self.student_loss.teacher_head = self.teacher.head
-            metrics = {"timing_s/teacher": time.perf_counter() - start} | self.teacher.metrics()
-        output = self.actor.train_mini_batch(data=data)
-        if self.one_pass:
-            self.student_loss.teacher_features = {}
-        if output is None:  # verl collects from the other ranks
-            return None
-        tu.assign_non_tensor(output, metrics=tu.get(output, "metrics") | metrics)
-        return output.cpu()
+        return super().update_actor(data) if self.one_pass is None else self.one_pass.update(data)
 
 
 class HPDWorkerWithoutRollout(HPDWorker):

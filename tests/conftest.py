@@ -172,12 +172,12 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path) -> RunMainPPO:
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
-        return Run(process.wait(), output_file.read_text(), _read_steps(log))
+        return Run(process.wait(), output_file.read_text(), read_steps(log))
 
     return run
 
 
-def _read_steps(log: Path) -> list[dict[str, float]]:
+def read_steps(log: Path) -> list[dict[str, float]]:
     if not log.exists():
         return []
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -189,7 +189,7 @@ def _kill_after_step(process: "subprocess.Popen[bytes]", log: Path, step: int, t
     import time
 
     deadline = time.monotonic() + timeout
-    while len(_read_steps(log)) < step:
+    while len(read_steps(log)) < step:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "no step was logged in time"
         time.sleep(0.05)

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 from hpd_verl.config import check_config, needs_rollout_server, updates_per_batch
-from hpd_verl.trainer import check_models
+from hpd_verl.models import check_models
 
 MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x")
 
@@ -58,43 +58,44 @@ def test_what_cannot_work_is_refused(overrides: list[str], message: str) -> None
     assert message.replace("\\", "") in str(refusal.value)
 
 
-def with_models(student: Path, teacher: Path, *overrides: str) -> DictConfig:
-    return composed(
-        f"actor_rollout_ref.model.path={student}",
-        f"actor_rollout_ref.ref.model.path={teacher}",
-        "data.max_prompt_length=64",
-        "data.max_response_length=64",
-        *overrides,
+def check(student: Path, teacher: Path, needed_context: int = 128) -> None:
+    config = composed(f"actor_rollout_ref.model.path={student}", f"actor_rollout_ref.ref.model.path={teacher}")
+    check_models(
+        student=config.actor_rollout_ref.model,
+        teacher=config.actor_rollout_ref.ref.model,
+        student_setting="actor_rollout_ref.model.path",
+        teacher_setting="actor_rollout_ref.ref.model.path",
+        needed_context=needed_context,
     )
 
 
 def test_models_that_fit(tiny: Tiny) -> None:
-    check_models(with_models(tiny.student, tiny.teacher))
+    check(tiny.student, tiny.teacher)
 
 
 def test_missing_teacher_folder(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"actor_rollout_ref\.ref\.model\.path=.*nowhere: no such folder"):
-        check_models(with_models(tiny.student, tmp_path / "nowhere"))
+        check(tiny.student, tmp_path / "nowhere")
 
 
 def test_folder_without_a_model(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"actor_rollout_ref\.ref\.model\.path=.*: cannot load its configuration"):
-        check_models(with_models(tiny.student, tmp_path))
+        check(tiny.student, tmp_path)
 
 
 def test_short_context(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match=r"ref\.model\.path=.*: its context has 128 tokens, .* = 129; shorten them"):
-        check_models(with_models(tiny.student, tiny.teacher, "data.max_response_length=65"))
+        check(tiny.student, tiny.teacher, needed_context=129)
 
 
 def test_disagreeing_tokenizers(tiny: Tiny, tmp_path: Path) -> None:
     swapped = [*WORDS[:9], *reversed(WORDS[9:])]
     other = make_model(tmp_path / "other", seed=3, words=swapped)
     with pytest.raises(ValueError, match=r"tokenizers disagree at 20 token ids \(id 9: student '0', teacher '19'"):
-        check_models(with_models(tiny.student, other))
+        check(tiny.student, other)
 
 
 def test_student_as_its_own_teacher_is_warned_of(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        check_models(with_models(tiny.student, tiny.student))
+        check(tiny.student, tiny.student)
     assert "the gap between them starts at zero" in caplog.text

@@ -21,16 +21,16 @@ fractions = st.floats(0, 1)
 
 @pytest.fixture(scope="module")
 def hpd_block() -> dict[str, Any]:
-    """``algorithm.hpd`` as it stands in hpd.yaml."""
-    text = (config_dir() / "algorithm" / "hpd.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)["algorithm"]["hpd"]
+    """``algorithm.hpd`` as it stands in configs/settings."""
+    text = (config_dir() / "settings" / "hpd.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
 
 
 # Defaults
 
 
 def test_yaml_holds_the_defaults(hpd_block: dict[str, Any]) -> None:
-    """hpd.yaml shows every setting with the default that the dataclass documents."""
+    """settings/hpd.yaml shows every setting with the default that the dataclass documents."""
     assert hpd_block == dataclasses.asdict(HPDConfig())
     assert HPDConfig.from_config(OmegaConf.create(hpd_block)) == HPDConfig()
 
@@ -85,6 +85,8 @@ ACCEPTED = [
     {"missing_demonstration": "rollout"},
     {"overlong_demonstration": "drop"},
     {"overlong_demonstration": "error"},
+    {"pipeline": "one_pass", "exact_kl_metrics": True},
+    {"pipeline": "staged"},
     {"teacher_cache": "memory"},
     {"teacher_cache": "disk", "teacher_cache_dir": "/scratch/teacher"},
     {"teacher_cache_dir": "/scratch/teacher"},
@@ -106,6 +108,8 @@ NOT_NUMBERS = [math.nan, math.inf, True, "1", None]
 NOT_BOOLEANS = [1, "true", None]
 NOT_POSITIVE_INTEGERS = [0, -1, 1.0, True, "2", None]
 REFUSED = [
+    *(("pipeline", value) for value in ("fast", None)),
+    *(("exact_kl_metrics", value) for value in NOT_BOOLEANS),
     *(("objective", value) for value in ("kl", "HPD", "", None)),
     *(("on_policy_objective", value) for value in ("kl", "")),
     *((f"{name}_coef", value) for name in ("forward", "reverse", "reinforce") for value in (-0.1, *NOT_NUMBERS)),

@@ -1,0 +1,260 @@
+"""The lean trainer: HPD on demonstrations, by verl's SFT trainer and engine, without Ray.
+
+    torchrun --standalone --nproc_per_node=1 -m hpd_verl.sft_trainer \
+        model.path=STUDENT teacher.model.path=TEACHER data.train_files=train.parquet
+
+Settings: configs/sft_trainer.yaml. The objectives, the output layer and the teacher's store are those of main_ppo's
+one-pass pipeline.
+"""
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import torch.distributed
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from verl.trainer.sft_trainer import SFTTrainer
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.device import auto_set_device
+from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
+from verl.utils.metric import Metric, reduce_metrics
+from verl.utils.tracking import Tracking
+from verl.workers.config import TrainingWorkerConfig
+
+from hpd_verl import batch as fields
+from hpd_verl import checkpoint
+from hpd_verl.config import HPDConfig, check_sft_config
+from hpd_verl.dataset import DEMONSTRATION, HPDDataset
+from hpd_verl.demonstration import SequenceBuilder, demonstration_text
+from hpd_verl.hydra_config import config_dir
+from hpd_verl.models import check_models, teacher_model_config
+from hpd_verl.one_pass import OnePass, StudentWorker
+from hpd_verl.teacher import TeacherWorker
+
+logger = logging.getLogger(__name__)
+logger.setLevel(logging.INFO)
+
+
+class DemonstrationDataset(Dataset[dict[str, Tensor]]):
+    """Demonstrations as token sequences.
+
+    Args:
+        rows: the checked rows.
+        sequences: how a row becomes tokens.
+    """
+
+    def __init__(self, rows: HPDDataset, sequences: SequenceBuilder) -> None:
+        self.rows = rows
+        self.sequences = sequences
+
+    def __len__(self) -> int:
+        return len(self.rows.dataframe)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.rows.dataframe[index]
+        text = demonstration_text(row.get(DEMONSTRATION), f"row {index}")
+        tensors, truncated = self.sequences.build(list(row[self.rows.prompt_key]), text)
+        flags = {fields.ROW: index, fields.IS_ROLLOUT: 0, fields.TRUNCATED: int(truncated)}
+        return tensors | {name: torch.tensor([value]) for name, value in flags.items()}
+
+
+def teacher_worker_config(config: DictConfig) -> TrainingWorkerConfig:
+    """verl's configuration of the teacher: the student's engine, for forward passes only, under ``teacher.engine``."""
+    engine = OmegaConf.merge(config.engine, config.teacher.engine, {"forward_only": True})
+    engine_config = omega_conf_to_dataclass(engine)
+    engine_config.use_dynamic_bsz = config.data.use_dynamic_bsz
+    engine_config.infer_max_token_len_per_gpu = config.data.max_token_len_per_gpu
+    engine_config.infer_micro_batch_size_per_gpu = config.data.micro_batch_size_per_gpu
+    return TrainingWorkerConfig(
+        model_type="language_model",
+        model_config=omega_conf_to_dataclass(config.model),
+        engine_config=engine_config,
+        optimizer_config=omega_conf_to_dataclass(config.optim),
+        checkpoint_config=omega_conf_to_dataclass(config.checkpoint),
+    )
+
+
+class HPDSFTTrainer(SFTTrainer):
+    """verl's SFT trainer with a teacher."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.hpd = HPDConfig.from_config(config.algorithm.hpd)
+        if config.trainer.resume_mode == "auto" and int(torch.distributed.get_rank()) == 0:
+            checkpoint.repair_tracker(Path(config.trainer.default_local_dir).absolute(), contents="data_0.pt")
+        torch.distributed.barrier()
+        super().__init__(config)
+
+    def _build_dataset(self) -> None:
+        self.train_dataset = self._read(self.config.data.train_files)
+        self.val_dataset = self._read(self.config.data.val_files) if self.config.data.val_files else None
+        rows, batch_size = len(self.train_dataset), self.config.data.train_batch_size
+        if rows < batch_size:
+            raise ValueError(
+                f"data.train_batch_size={batch_size}: data.train_files has {rows} rows, less than one batch; lower it"
+            )
+
+    def _read(self, files: Any) -> DemonstrationDataset:
+        data = OmegaConf.merge(self.config.data, {"train_files": files})  # validation rows need demonstrations too
+        files = [files] if isinstance(files, str) else list(files)
+        rows = HPDDataset(files, self.model_config.tokenizer, data, max_samples=data.train_max_samples)
+        sequences = SequenceBuilder(
+            self.model_config, data.apply_chat_template_kwargs, data.max_prompt_length, data.max_response_length
+        )
+        return DemonstrationDataset(rows, sequences)
+
+    def _build_engine(self) -> None:
+        self.training_client = StudentWorker(
+            TrainingWorkerConfig(
+                model_type="language_model",
+                model_config=self.model_config,
+                engine_config=self.engine_config,
+                optimizer_config=self.optimizer_config,
+                checkpoint_config=self.checkpoint_config,
+                profiler_config=self.profiler_config,
+            )
+        )
+        self.engine = self.training_client.engine
+
+    def _init_engine(self) -> None:
+        super()._init_engine()
+        teacher = omega_conf_to_dataclass(teacher_model_config(self.config.model, self.config.teacher.model))
+        worker = TeacherWorker(teacher_worker_config(self.config), model=teacher, lazy=True)
+        self.one_pass = OnePass(self.training_client, worker, self.hpd, self.config.trainer.loss_agg_mode)
+
+    def _batch(self, tensors: Mapping[str, Any], step: int) -> TensorDict:
+        """A batch with the settings that verl's passes read."""
+        data = self.config.data
+        settings = {
+            "use_remove_padding": self.config.model.use_remove_padding,
+            "use_dynamic_bsz": data.use_dynamic_bsz,
+            "max_token_len_per_gpu": data.max_token_len_per_gpu,
+            "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
+            "temperature": self.hpd.temperature,
+            "global_batch_size": self.global_batch_size,
+            "pad_mode": data.pad_mode,
+            "pad_token_id": self.model_config.tokenizer.pad_token_id,
+            fields.STEP: step,
+        }
+        return tu.get_tensordict(tensor_dict=dict(tensors), non_tensor_dict=settings)
+
+    def _train_step(self, tensors: Mapping[str, Any], step: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        data = self._batch(tensors, step)
+        tu.assign_non_tensor(
+            data, mini_batch_size=self.global_batch_size, epochs=1, seed=0, dataloader_kwargs={"shuffle": False}
+        )
+        output = self.one_pass.update(data)
+        if output is None:
+            return {}
+        metrics = _train_names(reduce_metrics(tu.get(output, "metrics")))
+        if not math.isfinite(metrics["actor/grad_norm"]):
+            raise FloatingPointError(
+                f"step {step}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the update, and the "
+                "run stops instead of going on without it"
+            )
+        metrics["hpd/truncated_demonstrations"] = int(tensors[fields.TRUNCATED].values().sum())
+        metrics["training/global_step"] = step
+        metrics["timing_s/step"] = time.perf_counter() - start
+        return metrics
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """The metrics of the validation rows, means over their response tokens."""
+        sums: dict[str, float] = {}
+        tokens = 0.0
+        assert self.val_dataloader is not None
+        for tensors in self.val_dataloader:
+            output = self.one_pass.evaluate(self._batch(tensors, step))
+            if output is None:
+                continue
+            metrics = {
+                name: Metric.aggregate_dp(value) if isinstance(value, list) else value.aggregate()
+                for name, value in tu.get(output, "metrics").items()
+                if isinstance(value, Metric) or (isinstance(value, list) and isinstance(value[0], Metric))
+            }
+            count = metrics["hpd/response_tokens"]
+            tokens += count
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * count
+        return {f"val/{name}": value / tokens for name, value in sums.items() if name != "hpd/response_tokens"}
+
+    def fit(self) -> None:
+        """Train until ``trainer.total_training_steps`` or ``total_epochs``, resuming where a checkpoint is."""
+        trainer = self.config.trainer
+        leads = self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
+        tracking = None
+        if leads:
+            tracking = Tracking(
+                project_name=trainer.project_name,
+                experiment_name=trainer.experiment_name,
+                default_backend=trainer.logger,
+                config=OmegaConf.to_container(self.config, resolve=True),
+            )
+        step = self.resume_global_step
+        bar = tqdm(total=self.total_training_steps, initial=step, desc="training", unit="step", disable=not leads)
+        while step < self.total_training_steps:
+            self.train_sampler.set_epoch(step // self.steps_per_epoch)
+            for tensors in self.train_dataloader:
+                step += 1
+                metrics = self._train_step(tensors, step)
+                is_last = step >= self.total_training_steps
+                if self.val_dataloader is not None and (is_last or (self.test_freq > 0 and step % self.test_freq == 0)):
+                    metrics |= self._validate(step)
+                if tracking is not None:
+                    tracking.log(data=metrics, step=step)
+                    bar.update()
+                    bar.set_postfix(loss=f"{metrics['hpd/loss']:.4f}")
+                if is_last or (self.save_freq > 0 and step % self.save_freq == 0):
+                    self._save(step)
+                if is_last:
+                    break
+        bar.close()
+
+    def _save(self, step: int) -> None:
+        root = Path(self.config.trainer.default_local_dir).absolute()
+        if torch.distributed.get_rank() == 0:
+            checkpoint.mark_incomplete(root, step)
+        torch.distributed.barrier()
+        self.ckpt_handler.save_checkpoint(step=step)
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            checkpoint.mark_complete(root, step)
+
+
+def _train_names(metrics: dict[str, Any]) -> dict[str, float]:
+    """verl's own metrics get the prefix they have under main_ppo."""
+    return {name if "/" in name else f"actor/{name}": float(value) for name, value in metrics.items()}
+
+
+@hydra.main(config_path=str(config_dir()), config_name="sft_trainer", version_base=None)
+def main(config: DictConfig) -> None:
+    """Check the configuration before anything loads, then train."""
+    auto_set_device(config)
+    try:
+        check_sft_config(config)
+        check_models(
+            student=config.model,
+            teacher=config.teacher.model,
+            student_setting="model.path",
+            teacher_setting="teacher.model.path",
+            needed_context=config.data.max_prompt_length + config.data.max_response_length,
+        )
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    initialize_global_process_group()
+    HPDSFTTrainer(config).fit()
+    destroy_global_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The lean trainer on tiny models, through torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Run, RunMainPPO, Tiny, read_steps
+
+RunSFT = Callable[..., Run]
+
+
+def _kill_tree(pid: int) -> None:
+    """SIGKILL a process and its descendants; torchrun's workers are in sessions of their own."""
+    top = psutil.Process(pid)
+    for process in [*top.children(recursive=True), top]:
+        process.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture
+def run_sft(tiny: Tiny, tmp_path: Path) -> RunSFT:
+    """Run ``torchrun -m hpd_verl.sft_trainer`` on the tiny models, with overrides."""
+
+    def run(*overrides: str, ranks: int = 1, kill_after_step: int | None = None) -> Run:
+        log = tmp_path / "metrics.jsonl"
+        log.unlink(missing_ok=True)
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
+            *("-m", "hpd_verl.sft_trainer"),
+            f"model.path={tiny.student}",
+            f"teacher.model.path={tiny.teacher}",
+            f"data.train_files={tiny.train}",
+            "data.train_batch_size=8",
+            "data.max_prompt_length=16",
+            "data.max_response_length=16",
+            "optim.lr=1e-2",
+            "trainer.logger=[console,file]",
+            "trainer.total_training_steps=4",
+            "trainer.save_freq=-1",
+            f"trainer.default_local_dir={tmp_path / 'checkpoints'}",
+            *overrides,
+        ]
+        environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(log)}
+        output = tmp_path / "output.txt"
+        with open(output, "w") as stream:
+            process = subprocess.Popen(
+                command, cwd=tmp_path, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                while kill_after_step is not None and len(read_steps(log)) < kill_after_step and process.poll() is None:
+                    time.sleep(0.02)
+                if kill_after_step is None:
+                    process.wait(200)
+            finally:
+                if process.poll() is None:
+                    _kill_tree(process.pid)
+        return Run(process.wait(), output.read_text(), read_steps(log))
+
+    return run
+
+
+def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None:
+    """The validation loss falls; 2 ranks and a full store give what 1 rank without a store gives."""
+    overrides = ("trainer.resume_mode=disable", f"data.val_files={tiny.validation}", "trainer.test_freq=1")
+    cache = (
+        "algorithm.hpd.teacher_cache=disk",
+        f"algorithm.hpd.teacher_cache_dir={tmp_path / 'teacher'}",
+        "algorithm.hpd.teacher_cache_dtype=float32",
+        "algorithm.hpd.teacher_cache_max_gib=0.01",
+    )
+    plain = run_sft(*overrides)
+    filling = run_sft(*overrides, *cache)
+    full = run_sft(*overrides, *cache)
+    for run in (plain, filling, full):
+        assert run.returncode == 0, run.output[-3000:]
+    assert filling.losses() == pytest.approx(plain.losses(), rel=2e-4)
+    assert full.losses() == filling.losses()
+    assert [step["hpd/teacher_is_loaded"] for step in full.steps] == [0, 0, 0, 0]
+    validation = [step["val/hpd/reverse_kl_k1"] for step in plain.steps]
+    assert validation[-1] < validation[0]
+    assert plain.steps[0]["val/hpd/student_nll"] > 0
+
+    two_ranks = run_sft(*overrides, ranks=2)
+    assert two_ranks.returncode == 0, two_ranks.output[-3000:]
+    assert len(two_ranks.steps) == 4
+
+
+def test_killed_run_resumes_to_the_same_losses(run_sft: RunSFT, tmp_path: Path) -> None:
+    """SIGKILL after step 2 of 20, then the same command: the losses equal an uninterrupted run's exactly."""
+    overrides = ("trainer.total_training_steps=20", "trainer.save_freq=1", "trainer.max_ckpt_to_keep=2")
+    whole = run_sft(*overrides, f"trainer.default_local_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.output[-3000:]
+    killed = run_sft(*overrides, kill_after_step=2)
+    assert killed.returncode != 0
+    (tmp_path / "checkpoints" / "global_step_90").mkdir(parents=True)  # torn
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("90")
+    resumed = run_sft(*overrides)
+    assert resumed.returncode == 0, resumed.output[-3000:]
+    first = int(resumed.steps[0]["training/global_step"])
+    assert first > 1, "the run started anew"
+    assert resumed.losses() == whole.losses()[first - 1 :]
+
+
+def test_same_first_loss_as_main_ppo(run_sft: RunSFT, run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
+    """One batch of all rows, SFT's objective: both trainers see the same tokens and give the same loss and gradient."""
+    settings = ("data.train_batch_size=64", "algorithm.hpd.objective=sft", "trainer.total_training_steps=1")
+    lean = run_sft(*settings, "trainer.resume_mode=disable")
+    assert lean.returncode == 0, lean.output[-3000:]
+    full = run_main_ppo(*settings, "trainer.resume_mode=disable")
+    assert full.returncode == 0, full.output[-3000:]
+    for name in ("hpd/loss", "actor/grad_norm", "hpd/response_tokens"):
+        assert lean.steps[0][name] == pytest.approx(full.steps[0][name], rel=2e-4), name
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.model.path=null", "Error: teacher.model.path=None: give the teacher"),
+        ("teacher.model.path=/nowhere", "Error: teacher.model.path=/nowhere: no such folder"),
+        ("algorithm.hpd.on_policy_fraction=0.5", "Error: algorithm.hpd.on_policy_fraction=0.5: this trainer has"),
+        ("algorithm.hpd.pipeline=staged", "Error: algorithm.hpd.pipeline=staged: this trainer is one_pass only"),
+        (
+            "algorithm.hpd.teacher_cache=disk",
+            "Error: algorithm.hpd.teacher_cache_dir=None: ",
+        ),
+    ],
+)
+def test_bad_settings(run_sft: RunSFT, override: str, message: str) -> None:
+    run = run_sft(override)
+    assert run.returncode != 0
+    assert message in run.output
+    assert json.dumps(run.steps) == "[]"
