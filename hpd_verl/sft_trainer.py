@@ -30,7 +30,7 @@ from verl.utils.device import auto_set_device
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 from verl.utils.metric import Metric, reduce_metrics
 from verl.utils.tracking import Tracking
-from verl.workers.config import TrainingWorkerConfig
+from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
 from hpd_verl import batch as fields
 from hpd_verl import checkpoint
@@ -85,6 +85,57 @@ def teacher_worker_config(config: DictConfig) -> TrainingWorkerConfig:
     )
 
 
+def read_demonstrations(config: DictConfig, model: HFModelConfig, files: Any) -> DemonstrationDataset:
+    """The rows of ``files`` (a path or a list of them), checked, as sequences of the student's tokens."""
+    data = OmegaConf.merge(config.data, {"train_files": files})  # validation rows need demonstrations too
+    files = [files] if isinstance(files, str) else list(files)
+    rows = HPDDataset(files, model.tokenizer, data, max_samples=data.train_max_samples)
+    sequences = SequenceBuilder(
+        model, data.apply_chat_template_kwargs, data.max_prompt_length, data.max_response_length
+    )
+    return DemonstrationDataset(rows, sequences)
+
+
+def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int) -> TensorDict:
+    """Collated rows with the settings that verl's passes read."""
+    data = config.data
+    settings = {
+        "use_remove_padding": config.model.use_remove_padding,
+        "use_dynamic_bsz": data.use_dynamic_bsz,
+        "max_token_len_per_gpu": data.max_token_len_per_gpu,
+        "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
+        "temperature": config.algorithm.hpd.temperature,
+        "global_batch_size": data.train_batch_size,
+        "pad_mode": data.pad_mode,
+        "pad_token_id": model.tokenizer.pad_token_id,
+        fields.STEP: step,
+    }
+    return tu.get_tensordict(tensor_dict=dict(tensors), non_tensor_dict=settings)
+
+
+def lazy_teacher(config: DictConfig) -> TeacherWorker:
+    """The teacher's worker, its model not loaded yet."""
+    model = omega_conf_to_dataclass(teacher_model_config(config.model, config.teacher.model))
+    return TeacherWorker(teacher_worker_config(config), model=model, lazy=True)
+
+
+def checked(config: DictConfig) -> HPDConfig:
+    """Check configuration and models before anything loads; one line and the end of the process if they do not fit."""
+    auto_set_device(config)
+    try:
+        hpd = check_sft_config(config)
+        check_models(
+            student=config.model,
+            teacher=config.teacher.model,
+            student_setting="model.path",
+            teacher_setting="teacher.model.path",
+            needed_context=config.data.max_prompt_length + config.data.max_response_length,
+        )
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    return hpd
+
+
 class HPDSFTTrainer(SFTTrainer):
     """verl's SFT trainer with a teacher."""
 
@@ -105,13 +156,7 @@ class HPDSFTTrainer(SFTTrainer):
             )
 
     def _read(self, files: Any) -> DemonstrationDataset:
-        data = OmegaConf.merge(self.config.data, {"train_files": files})  # validation rows need demonstrations too
-        files = [files] if isinstance(files, str) else list(files)
-        rows = HPDDataset(files, self.model_config.tokenizer, data, max_samples=data.train_max_samples)
-        sequences = SequenceBuilder(
-            self.model_config, data.apply_chat_template_kwargs, data.max_prompt_length, data.max_response_length
-        )
-        return DemonstrationDataset(rows, sequences)
+        return read_demonstrations(self.config, self.model_config, files)
 
     def _build_engine(self) -> None:
         self.training_client = StudentWorker(
@@ -128,25 +173,11 @@ class HPDSFTTrainer(SFTTrainer):
 
     def _init_engine(self) -> None:
         super()._init_engine()
-        teacher = omega_conf_to_dataclass(teacher_model_config(self.config.model, self.config.teacher.model))
-        worker = TeacherWorker(teacher_worker_config(self.config), model=teacher, lazy=True)
-        self.one_pass = OnePass(self.training_client, worker, self.hpd, self.config.trainer.loss_agg_mode)
+        teacher = lazy_teacher(self.config)
+        self.one_pass = OnePass(self.training_client, teacher, self.hpd, self.config.trainer.loss_agg_mode)
 
     def _batch(self, tensors: Mapping[str, Any], step: int) -> TensorDict:
-        """A batch with the settings that verl's passes read."""
-        data = self.config.data
-        settings = {
-            "use_remove_padding": self.config.model.use_remove_padding,
-            "use_dynamic_bsz": data.use_dynamic_bsz,
-            "max_token_len_per_gpu": data.max_token_len_per_gpu,
-            "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
-            "temperature": self.hpd.temperature,
-            "global_batch_size": self.global_batch_size,
-            "pad_mode": data.pad_mode,
-            "pad_token_id": self.model_config.tokenizer.pad_token_id,
-            fields.STEP: step,
-        }
-        return tu.get_tensordict(tensor_dict=dict(tensors), non_tensor_dict=settings)
+        return as_batch(self.config, self.model_config, tensors, step)
 
     def _train_step(self, tensors: Mapping[str, Any], step: int) -> dict[str, Any]:
         start = time.perf_counter()
@@ -239,18 +270,7 @@ def _train_names(metrics: dict[str, Any]) -> dict[str, float]:
 @hydra.main(config_path=str(config_dir()), config_name="sft_trainer", version_base=None)
 def main(config: DictConfig) -> None:
     """Check the configuration before anything loads, then train."""
-    auto_set_device(config)
-    try:
-        check_sft_config(config)
-        check_models(
-            student=config.model,
-            teacher=config.teacher.model,
-            student_setting="model.path",
-            teacher_setting="teacher.model.path",
-            needed_context=config.data.max_prompt_length + config.data.max_response_length,
-        )
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
+    checked(config)
     initialize_global_process_group()
     HPDSFTTrainer(config).fit()
     destroy_global_process_group()

@@ -10,7 +10,7 @@ set -euo pipefail
 
 TEACHER_STEPS=${TEACHER_STEPS:-450}
 STUDENT_STEPS=${STUDENT_STEPS:-150}
-HPD_STEPS=${HPD_STEPS:-150}
+HPD_STEPS=${HPD_STEPS:-450}
 LR=${LR:-3e-3}
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -35,7 +35,7 @@ supervised() { # MODEL STEPS LEARNING_RATE: supervised fine-tuning by verl's own
     stage "$1" "$RUN_DIR/sft_$1.jsonl" "$2" \
         env VERL_FILE_LOGGER_PATH="$RUN_DIR/sft_$1.jsonl" torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
         data.train_files="$RUN_DIR/data/sft.parquet" data.train_batch_size=64 data.max_length=128 \
-        data.num_workers=1 data.max_token_len_per_gpu=1024 \
+        data.num_workers=1 \
         model.path="$RUN_DIR/data/$1_init" +model.override_config.attn_implementation=packed_sdpa \
         model.enable_gradient_checkpointing=False \
         engine.strategy=fsdp2 engine.use_torch_compile=False \
@@ -57,7 +57,7 @@ supervised student "$STUDENT_STEPS" 5e-3
 DATA=(
     data.train_files="$RUN_DIR/data/train.parquet"
     data.val_files="$RUN_DIR/data/val.parquet"
-    data.train_batch_size=192
+    data.train_batch_size=64
     data.max_prompt_length=24
     data.max_response_length=64
 )
@@ -66,9 +66,7 @@ MODEL=(
     actor_rollout_ref.ref.model.path="$TEACHER"
     actor_rollout_ref.model.enable_gradient_checkpointing=false
 )
-ACTOR=( # three updates a batch: the weights are corrected by PPO's clipped ratio
-    actor_rollout_ref.actor.ppo_mini_batch_size=64
-    actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1024 # attention over a longer pack costs a CPU more than it saves
+ACTOR=(
     actor_rollout_ref.actor.optim.lr="$LR"
     actor_rollout_ref.actor.optim.betas='[0.9,0.95]'
     actor_rollout_ref.actor.checkpoint.save_contents='[model,optimizer,extra,hf_model]'
