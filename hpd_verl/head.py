@@ -40,7 +40,7 @@ from hpd_verl.token_weights import row_objectives, token_weights
 
 _CPU_STEP = 1 << 17  # elements of [rows, vocabulary] worked on at a time: what a CPU's cache holds
 _STEP = 1 << 25  # the same on other devices
-_WEIGHT_ROWS = 8192  # rows of a low-precision weight gradient that are added to the float32 one at a time
+_WEIGHT_ROWS = 4096  # rows of a low-precision weight gradient that are added to the float32 one at a time
 
 
 @dataclass(frozen=True)
@@ -412,8 +412,11 @@ class _Gradients:
             tokens, order = tokens.sort()
             edges = torch.arange(0, vocabulary + _WEIGHT_ROWS, _WEIGHT_ROWS, device=tokens.device)
             bounds = torch.searchsorted(tokens, edges).tolist()
+        product = scaled.new_empty(min(vocabulary, _WEIGHT_ROWS), scaled.shape[1])
+        total_buffer = torch.empty_like(product, dtype=self.head.dtype)
         for block, rows in enumerate(_chunks(vocabulary, _WEIGHT_ROWS)):
-            total = (matrix[:, rows].T @ scaled).to(self.head.dtype)
+            size = rows.stop - rows.start
+            total = total_buffer[:size].copy_(torch.mm(matrix[:, rows].T, scaled, out=product[:size]))
             if self._sum is not None and not first:
                 total += self._sum[rows]
             if not last:
