@@ -20,7 +20,7 @@ Floating results are float32, or float64 where the student's weight is float64.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -35,11 +35,12 @@ from hpd_verl.objectives import (
     TokenLogProbs,
     VocabularyLogProbs,
 )
-from hpd_verl.sampling import sample_from
+from hpd_verl.sampling import BlockDraws, draw_blocks, draw_tokens
 from hpd_verl.token_weights import row_objectives, token_weights
 
-_CACHED_ELEMENTS = 1 << 18  # elements of the vocabulary-sized intermediates that a CPU works on at a time
-_WEIGHT_ROWS = 8192  # rows of a low-precision weight gradient that are added to the float32 one at a time
+_CPU_STEP = 1 << 17  # elements of [rows, vocabulary] worked on at a time: what a CPU's cache holds
+_STEP = 1 << 25  # the same on other devices
+_WEIGHT_ROWS = 4096  # rows of a low-precision weight gradient that are added to the float32 one at a time
 
 
 @dataclass(frozen=True)
@@ -75,32 +76,46 @@ class OutputHead:
         """[V, d]"""
         return self.weight[: self.vocabulary_size]
 
-    def scores(self, products: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor | None]:
-        """Logits over temperature, from products of hidden states and weight rows.
+    def all_scores(
+        self, products: Tensor, temperature: float, scratch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits over temperature of the whole vocabulary.
 
         Args:
-            products: floating, any shape.
-            bias: the bias of the products' tokens, broadcastable to them; None without bias.
+            products: hidden states times weight rows, [n, V]; overwritten if it has this head's ``dtype``.
             temperature: the distillation temperature.
+            scratch: [n, V] of this head's ``dtype``, for the scores of products of another one.
 
         Returns:
-            The scores and, with a soft cap, the derivative of the capping; of the products' shape and ``dtype``.
+            The scores and, with a soft cap, the derivative of the capping; [n, V], of this head's ``dtype``.
         """
-        scores = products.to(self.dtype)
+        bias = None if self.bias is None else self.bias[: self.vocabulary_size]
+        if products.dtype == self.dtype:
+            scores = products
+        else:
+            scores = products.to(self.dtype) if scratch is None else scratch.copy_(products)
+        return scores, self._finish_scores(scores, bias, temperature)
+
+    def token_scores(self, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """The same of chosen tokens [n, M], for hidden states [n, d] of the weight's dtype; both [n, M]."""
+        products = (self.weight[tokens].to(self.dtype) @ hidden.to(self.dtype).unsqueeze(2)).squeeze(2)
+        scores = products.to(self.weight.dtype).to(self.dtype)  # rounded as in the product with the whole weight
+        return scores, self._finish_scores(scores, None if self.bias is None else self.bias[tokens], temperature)
+
+    def _finish_scores(self, scores: Tensor, bias: Tensor | None, temperature: float) -> Tensor | None:
+        """Bias, scale, soft cap and temperature, in place; returns the derivative of the soft cap, if there is one."""
         if bias is not None:
-            scores = scores + bias
+            scores.add_(bias)
         if self.scale != 1.0:
-            scores = scores * self.scale
+            scores.mul_(self.scale)
         slope = None
         if self.soft_cap is not None:
-            capped = torch.tanh(scores / self.soft_cap)
-            slope = 1 - capped.square()
-            scores = capped * self.soft_cap
-        return (scores if temperature == 1.0 else scores / temperature), slope
-
-    def all_scores(self, products: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
-        """``scores`` of products [n, V] with all of the vocabulary."""
-        return self.scores(products, None if self.bias is None else self.bias[: self.vocabulary_size], temperature)
+            scores.div_(self.soft_cap).tanh_()
+            slope = 1 - scores.square()
+            scores.mul_(self.soft_cap)
+        if temperature != 1.0:
+            scores.div_(temperature)
+        return slope
 
 
 @dataclass(frozen=True)
@@ -157,10 +172,7 @@ class TeacherFeatures:
             [n, M], of the head's ``dtype``.
         """
         if self.hidden is not None and self.log_mass is not None:
-            hidden = self.hidden.to(head.weight.dtype).to(head.dtype)
-            rows = head.weight[tokens].to(head.dtype)
-            products = (rows @ hidden.unsqueeze(2)).squeeze(2).to(head.weight.dtype)  # rounded as the logits are
-            scores, _ = head.scores(products, None if head.bias is None else head.bias[tokens], temperature)
+            scores, _ = head.token_scores(self.hidden.to(head.weight.dtype), tokens, temperature)
             return scores - self.log_mass.unsqueeze(1)
         assert self.top_tokens is not None
         assert self.top_log_probs is not None
@@ -217,12 +229,14 @@ class HeadOutput:
     """KL(q || p), [n], with exact_kl."""
 
 
+def _step_rows(matrix: Tensor) -> int:
+    """Rows of [n, V] to work on at a time."""
+    elements = _CPU_STEP if matrix.device.type == "cpu" else _STEP
+    return max(1, min(len(matrix), elements // matrix.shape[1]))
+
+
 def _steps(matrix: Tensor) -> Iterator[slice]:
-    """Rows of [n, V] to work on at a time: on a CPU as many as its cache holds, elsewhere all."""
-    count, vocabulary = matrix.shape
-    rows = max(1, _CACHED_ELEMENTS // vocabulary) if matrix.device.type == "cpu" else max(1, count)
-    for start in range(0, count, rows):
-        yield slice(start, min(start + rows, count))
+    return _chunks(len(matrix), _step_rows(matrix))
 
 
 def _chunks(count: int, chunk_size: int) -> Iterator[slice]:
@@ -241,6 +255,30 @@ class _Products:
     def __getitem__(self, rows: slice) -> Tensor:
         """[rows, V], valid until the next chunk's."""
         return torch.mm(self.hidden[rows], self.weight.T, out=self.buffer[: rows.stop - rows.start])
+
+
+class _Scratch:
+    """Buffers of a step's rows, used again and again: a CPU pays fresh memory with page faults."""
+
+    def __init__(self, matrix: Tensor, dtype: torch.dtype, wide: bool) -> None:
+        rows, vocabulary = _step_rows(matrix), matrix.shape[1]
+        self.log_probs = matrix.new_empty(rows, vocabulary, dtype=dtype)
+        self.scores = None if matrix.dtype == dtype else torch.empty_like(self.log_probs)
+        self.wide = None
+        if wide and matrix.device.type == "cpu":
+            self.wide = torch.empty_like(self.log_probs, dtype=torch.float64)
+
+    def log_softmax(self, products: Tensor, head: OutputHead, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """Log-probs [n, V] of a step's products, valid until the next step, and the derivative of the soft cap."""
+        scratch = None if self.scores is None else self.scores[: len(products)]
+        scores, slope = head.all_scores(products, temperature, scratch)
+        return torch.log_softmax(scores, -1, out=self.log_probs[: len(products)]), slope
+
+
+def _concatenate(draws: list[BlockDraws]) -> BlockDraws:
+    return BlockDraws(
+        **{part.name: torch.cat([getattr(each, part.name) for each in draws]) for part in fields(BlockDraws)}
+    )
 
 
 def _take(matrix: Tensor, tokens: Tensor) -> Tensor:
@@ -264,13 +302,15 @@ def teacher_features(
     label_log_probs = torch.empty(len(hidden), dtype=head.dtype, device=hidden.device)
     log_mass = torch.empty_like(label_log_probs)
     products = _Products(hidden, head, chunk_size)
+    scratch = _Scratch(products.buffer, head.dtype, wide=False)
     for chunk in _chunks(len(hidden), chunk_size):
         matrix = products[chunk]
         for rows in _steps(matrix):
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            scores, _ = head.all_scores(matrix[rows], temperature)
-            log_mass[tokens] = scores.logsumexp(-1)
-            label_log_probs[tokens] = _take(scores, labels[tokens]) - log_mass[tokens]
+            log_probs, _ = scratch.log_softmax(matrix[rows], head, temperature)
+            label_log_probs[tokens] = _take(log_probs, labels[tokens])
+            scores = matrix[rows] if scratch.scores is None else scratch.scores[: len(log_probs)]
+            log_mass[tokens] = scores.amax(-1) - log_probs.amax(-1)
     return TeacherFeatures(label_log_probs, hidden=hidden.detach(), log_mass=log_mass)
 
 
@@ -289,30 +329,34 @@ def teacher_top_k(
     top_log_probs = torch.empty(len(hidden), k, dtype=head.dtype, device=hidden.device)
     top_tokens = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
     products = _Products(hidden, head, chunk_size)
+    scratch = _Scratch(products.buffer, head.dtype, wide=False)
     for chunk in _chunks(len(hidden), chunk_size):
         matrix = products[chunk]
         for rows in _steps(matrix):
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            log_probs = torch.log_softmax(head.all_scores(matrix[rows], temperature)[0], -1)
+            log_probs, _ = scratch.log_softmax(matrix[rows], head, temperature)
             label_log_probs[tokens] = _take(log_probs, labels[tokens])
             top_log_probs[tokens], top_tokens[tokens] = log_probs.topk(k, -1)
     return TeacherFeatures(label_log_probs, top_tokens=top_tokens, top_log_probs=top_log_probs)
 
 
 class _Gradients:
-    """Gradients of the loss in hidden, weight and bias, each where it is needed, accumulated over chunks."""
+    """Gradients of the loss in hidden, weight and bias, each where it is needed, from one chunk after the other."""
 
     def __init__(self, hidden: Tensor, head: OutputHead) -> None:
         recording = torch.is_grad_enabled()
         self.head = head
+        self.count = len(hidden)
         self.hidden = torch.empty_like(hidden) if recording and hidden.requires_grad else None
-        self.weight = self._zeros(head.weight) if recording and head.weight.requires_grad else None
+        self.weight = torch.empty_like(head.weight) if recording and head.weight.requires_grad else None
         self.bias = None
         if head.bias is not None and recording and head.bias.requires_grad:
-            self.bias = self._zeros(head.bias)
-
-    def _zeros(self, parameter: Tensor) -> Tensor:
-        return torch.zeros(parameter.shape, dtype=self.head.dtype, device=parameter.device)
+            self.bias = torch.zeros_like(head.bias, dtype=head.dtype)
+        if self.weight is not None:
+            # Rows in use are written by the first or the last chunk.
+            self.weight[head.vocabulary_size if self.count else 0 :] = 0
+        self._sum: Tensor | None = None  # of a low-precision weight's gradient over the chunks so far
+        self._one_hots: list[tuple[Tensor, Tensor, Tensor]] = []  # what the sum does not hold yet
 
     @property
     def needed(self) -> bool:
@@ -324,7 +368,7 @@ class _Gradients:
         """Take in the gradient ``factors * matrix - sum_k token_factors_k onehot(tokens_k)`` of the products.
 
         Args:
-            chunk: the tokens' place in hidden.
+            chunk: the place of the n tokens in hidden; the last chunk ends where hidden does.
             hidden: [n, d], of the weight's dtype.
             matrix: [n, V], of the weight's dtype.
             factors: [n].
@@ -337,31 +381,58 @@ class _Gradients:
                 gradient.addcmul_(weight[token].to(dtype), factor.unsqueeze(1), value=-1)
             self.hidden[chunk] = gradient
         if self.weight is not None:
-            wide = hidden.to(dtype)
-            scaled = (wide * factors.unsqueeze(1)).to(weight.dtype)
-            self._add_product(matrix.T, scaled)
-            for token, factor in zip(tokens.unbind(1), token_factors.unbind(1), strict=True):
-                self.weight.index_add_(0, token, wide * -factor.unsqueeze(1))
+            scaled = (hidden.to(dtype) * factors.unsqueeze(1)).to(weight.dtype)
+            if weight.dtype == dtype:
+                used = self.weight[: len(weight)]
+                torch.addmm(used, matrix.T, scaled, beta=int(chunk.start > 0), out=used)
+                for token, factor in zip(tokens.unbind(1), token_factors.unbind(1), strict=True):
+                    self.weight.index_add_(0, token, hidden * -factor.unsqueeze(1))
+            else:
+                self._one_hots.append((tokens, token_factors, hidden))
+                self._add_low_precision(matrix, scaled, first=chunk.start == 0, last=chunk.stop == self.count)
         if self.bias is not None:
             for rows in _steps(matrix):
                 self.bias[: matrix.shape[1]] += factors[rows] @ matrix[rows].to(dtype)
             self.bias.index_add_(0, tokens.flatten(), -token_factors.flatten())
 
-    def _add_product(self, left: Tensor, right: Tensor) -> None:
+    def _add_low_precision(self, matrix: Tensor, scaled: Tensor, first: bool, last: bool) -> None:
+        """Add ``matrix.T @ scaled`` in float32, block by block of the vocabulary, and round once, after the last chunk.
+
+        A single chunk needs no float32 copy of the gradient.
+        """
         assert self.weight is not None
-        if left.dtype == self.weight.dtype:
-            self.weight[: len(left)].addmm_(left, right)
-            return
-        for rows in _chunks(len(left), _WEIGHT_ROWS):
-            self.weight[rows] += (left[rows] @ right).to(self.weight.dtype)
+        vocabulary = matrix.shape[1]
+        if self._sum is None and not last:
+            self._sum = torch.empty(vocabulary, scaled.shape[1], dtype=self.head.dtype, device=scaled.device)
+        if last:
+            tokens = torch.cat([each.flatten() for each, _, _ in self._one_hots])
+            values = torch.cat([each.flatten() for _, each, _ in self._one_hots])
+            hidden = torch.cat([each for _, _, each in self._one_hots])
+            per_row = len(tokens) // len(hidden)
+            tokens, order = tokens.sort()
+            edges = torch.arange(0, vocabulary + _WEIGHT_ROWS, _WEIGHT_ROWS, device=tokens.device)
+            bounds = torch.searchsorted(tokens, edges).tolist()
+        product = scaled.new_empty(min(vocabulary, _WEIGHT_ROWS), scaled.shape[1])
+        total_buffer = torch.empty_like(product, dtype=self.head.dtype)
+        for block, rows in enumerate(_chunks(vocabulary, _WEIGHT_ROWS)):
+            size = rows.stop - rows.start
+            total = total_buffer[:size].copy_(torch.mm(matrix[:, rows].T, scaled, out=product[:size]))
+            if self._sum is not None and not first:
+                total += self._sum[rows]
+            if not last:
+                assert self._sum is not None
+                self._sum[rows] = total
+                continue
+            here = slice(bounds[block], bounds[block + 1])
+            one_hots = hidden[order[here] // per_row].to(self.head.dtype) * -values[order[here]].unsqueeze(1)
+            self.weight[rows] = total.index_add_(0, tokens[here] - rows.start, one_hots)
 
     def attach(self, loss: Tensor, hidden: Tensor) -> Tensor:
         """The loss, with these gradients as its backward pass."""
         if not self.needed:
             return loss
-        weight = None if self.weight is None else self.weight.to(self.head.weight.dtype)
         bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
-        return _LossWithGradients.apply(loss, hidden, self.head.weight, self.head.bias, self.hidden, weight, bias)
+        return _LossWithGradients.apply(loss, hidden, self.head.weight, self.head.bias, self.hidden, self.weight, bias)
 
 
 class _LossWithGradients(torch.autograd.Function):
@@ -448,7 +519,7 @@ def distillation_head(
         output = _sweep(
             hidden, head, labels, uniforms, token_scale, is_rollout, teacher, teacher_head, config, exact_kl, gradients
         )
-    return HeadOutput(**{**vars(output), "loss": gradients.attach(output.loss, hidden)})
+    return replace(output, loss=gradients.attach(output.loss, hidden))
 
 
 def _check(
@@ -522,10 +593,8 @@ def _sweep(
         forward_kl=empty(n) if exact_kl else None,
         reverse_kl=empty(n) if exact_kl else None,
     )
-    # With a soft cap: its derivative at the label and the draws.
-    slopes = None if head.soft_cap is None else empty(n, 1 + draws)
-
     products = _Products(hidden, head, config.token_chunk_size)
+    scratch = _Scratch(products.buffer, head.dtype, wide=draws > 0)
     teacher_products = None
     if whole_teacher and teacher is not None and teacher.hidden is not None and teacher_head is not None:
         teacher_products = _Products(teacher.hidden, teacher_head, config.token_chunk_size)
@@ -533,21 +602,18 @@ def _sweep(
     for chunk in _chunks(n, config.token_chunk_size):
         matrix = products[chunk]
         teacher_matrix = None if teacher_products is None else teacher_products[chunk]
+        narrowed = []
         for rows in _steps(matrix):
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            scores, slope = head.all_scores(matrix[rows], temperature)
-            log_probs = torch.log_softmax(scores, -1)
-            del scores
-            # Of the dtype of the products, the probabilities replace them.
-            in_place = slope is None and not on_vocabulary and matrix.dtype == head.dtype
-            probs = torch.exp(log_probs, out=matrix[rows]) if in_place else log_probs.exp()
-
-            for draw, uniform in enumerate(uniforms[tokens].unbind(1)):
-                output.sampled[tokens, draw] = sample_from(probs, uniform)
+            log_probs, slope = scratch.log_softmax(matrix[rows], head, temperature)
+            # The scores are no longer needed: the probabilities take their place.
+            probs = torch.exp(
+                log_probs, out=matrix[rows] if scratch.scores is None else scratch.scores[: len(log_probs)]
+            )
             output.label_log_probs[tokens] = _take(log_probs, labels[tokens])
-            output.sampled_log_probs[tokens] = log_probs.gather(1, output.sampled[tokens])
-            if slopes is not None and slope is not None:
-                slopes[tokens] = slope.gather(1, torch.cat([labels[tokens].unsqueeze(1), output.sampled[tokens]], 1))
+            if draws:
+                wide = None if scratch.wide is None else scratch.wide[: len(probs)]
+                narrowed.append(draw_blocks(probs, uniforms[tokens], wide))
 
             gradient = probs
             if whole_teacher and teacher is not None and teacher_head is not None:
@@ -569,9 +635,15 @@ def _sweep(
                     gradient = torch.where(here.unsqueeze(1), total * probs - result.weights, gradient)
 
             output.entropy[tokens] = -log_probs.clamp_min_(LOG_ZERO).mul_(probs).sum(-1)
-            if gradients.needed and not in_place:
-                matrix[rows] = gradient if slope is None else gradient * slope
+            if gradients.needed:
+                if slope is not None:
+                    gradient = gradient * slope
+                if gradient.dtype != matrix.dtype or gradient is not probs:
+                    matrix[rows] = gradient
 
+        if draws:
+            output.sampled[chunk], sampled_probs = draw_tokens(_concatenate(narrowed), head.vocabulary_size)
+            output.sampled_log_probs[chunk] = sampled_probs.log()
         samples = _token_log_probs(output, chunk, labels, teacher, teacher_head, temperature)
         weighted = [(name, where[chunk]) for name, where in on_tokens]
         label_weights, sampled_weights = token_weights(samples, weighted, config)
@@ -592,15 +664,11 @@ def _sweep(
 
         if gradients.needed:
             scale = token_scale[chunk].to(head.dtype) * (head.scale / temperature)
-            token_factors = weights if slopes is None else weights * slopes[chunk]
-            gradients.add(
-                chunk,
-                products.hidden[chunk],
-                matrix,
-                factors * scale,
-                torch.cat([labels[chunk].unsqueeze(1), output.sampled[chunk]], 1),
-                token_factors * scale.unsqueeze(1),
-            )
+            chosen = torch.cat([labels[chunk].unsqueeze(1), output.sampled[chunk]], 1)
+            _, slope = head.token_scores(products.hidden[chunk], chosen, temperature) if head.soft_cap else (None, None)
+            if slope is not None:
+                weights = weights * slope
+            gradients.add(chunk, products.hidden[chunk], matrix, factors * scale, chosen, weights * scale.unsqueeze(1))
 
     output.loss.copy_((output.token_losses.double() * token_scale.double()).sum())
     return output

@@ -181,8 +181,9 @@ def _finite(log_probs: Tensor) -> Tensor:
 
 
 def _log_mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """log(share * exp(first) + (1 - share) * exp(second)), finite."""
-    return _finite((share * first.exp() + (1 - share) * second.exp()).log())
+    """log(share * exp(first) + (1 - share) * exp(second)) of finite log-probs."""
+    log_share = math.log(share) if share else -math.inf
+    return torch.logaddexp(first + log_share, second + math.log1p(-share))
 
 
 @register_objective("hpd_exact")

@@ -7,6 +7,7 @@ which has the logits' dtype.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,6 +65,59 @@ def _chunks(logits: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         yield rows, logits[rows].to(dtype)
 
 
+@dataclass(frozen=True)
+class BlockDraws:
+    """Draws narrowed down to a block of the vocabulary, for n rows with K draws each."""
+
+    block: Tensor
+    """int64 [n, K]."""
+    target: Tensor
+    """float64 [n, K]: the cumulative mass to exceed inside the block."""
+    probs: Tensor
+    """The rows' probabilities of the block's tokens, [n, K, block size], 0 beyond the vocabulary."""
+
+
+def draw_blocks(probs: Tensor, uniforms: Tensor, wide: Tensor | None = None) -> BlockDraws:
+    """First level of an inverse-CDF draw: the block in which the cumulative mass exceeds the target.
+
+    Args:
+        probs: floating [n, V], non-negative, each row with positive mass (need not sum to exactly 1).
+        uniforms: float64 [n, K] in [0, 1), K >= 1.
+        wide: float64 [n, V] to copy ``probs`` to, which sums on a CPU do anyway; None allocates what is needed.
+    """
+    vocabulary = probs.shape[1]
+    whole = vocabulary // _BLOCK * _BLOCK
+    summands = probs if wide is None else wide.copy_(probs)
+    masses = summands[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)
+    if whole < vocabulary:
+        masses = torch.cat([masses, summands[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], 1)
+    cumulative = masses.cumsum(-1)
+    target = uniforms * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, target, right=True).clamp_max_(masses.shape[1] - 1)
+    target = target - F.pad(cumulative, (1, 0)).gather(1, block)
+    tokens = (block * _BLOCK).unsqueeze(2) + torch.arange(_BLOCK, device=probs.device)
+    inside = probs.gather(1, tokens.clamp_max(vocabulary - 1).flatten(1)).view_as(tokens)
+    return BlockDraws(block, target, inside.masked_fill_(tokens >= vocabulary, 0.0))
+
+
+def draw_tokens(draws: BlockDraws, vocabulary_size: int) -> tuple[Tensor, Tensor]:
+    """Second level: the first token of the block whose cumulative mass exceeds the target.
+
+    Returns:
+        ``(tokens, probs)``, int64 [n, K] and their probabilities.
+    """
+    within = draws.probs.cumsum(-1, dtype=torch.float64)
+    # The two sums of a block may differ in the last bit: a target at its very end belongs to its last token with mass.
+    target = draws.target.unsqueeze(2)
+    target = torch.minimum(target, torch.nextafter(within[..., -1:], torch.zeros_like(target)))
+    offset = torch.searchsorted(within, target, right=True).squeeze(2)
+    first = draws.block * _BLOCK
+    tokens = (first + offset).clamp_max_(vocabulary_size - 1)
+    # Only a row of NaN reaches the bounds.
+    offset = (tokens - first).clamp_max_(_BLOCK - 1)
+    return tokens, draws.probs.gather(2, offset.unsqueeze(2)).squeeze(2)
+
+
 def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
     """Inverse-CDF draw from each row of ``probs``: block sums first, then inside one block.
 
@@ -75,23 +129,8 @@ def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
         int64 [n]: the first token whose cumulative mass exceeds ``uniform`` times the row's mass; any token where the
         row holds a NaN.
     """
-    vocabulary = probs.shape[1]
-    whole = vocabulary // _BLOCK * _BLOCK
-    masses = [probs[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)]
-    if whole < vocabulary:
-        masses.append(probs[:, whole:].sum(-1, keepdim=True, dtype=torch.float64))
-    cumulative = torch.cat(masses, dim=1).cumsum(-1)
-    target = uniform.unsqueeze(1) * cumulative[:, -1:]
-    block = torch.searchsorted(cumulative, target, right=True).clamp_max(cumulative.shape[1] - 1)
-    target = target - F.pad(cumulative, (1, 0)).gather(1, block)
-    tokens = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)
-    inside = probs.gather(1, tokens.clamp_max(vocabulary - 1)).masked_fill_(tokens >= vocabulary, 0.0)
-    within = inside.cumsum(-1, dtype=torch.float64)
-    # The two sums of a block may differ in the last bit: a target at its very end belongs to its last token with mass.
-    target = torch.minimum(target, torch.nextafter(within[:, -1:], torch.zeros_like(target)))
-    offset = torch.searchsorted(within, target, right=True)
-    # Only a row of NaN reaches the bound.
-    return (block * _BLOCK + offset).squeeze(1).clamp_max(vocabulary - 1)
+    tokens, _ = draw_tokens(draw_blocks(probs, uniform.unsqueeze(1)), probs.shape[1])
+    return tokens.squeeze(1)
 
 
 @torch.no_grad()
@@ -114,7 +153,7 @@ def sample_tokens(
     for rows, chunk in _chunks(logits, chunk_size):
         log_probs = torch.log_softmax(chunk, dim=-1)
         probs = log_probs.exp()
-        sampled = torch.stack([sample_from(probs, uniform) for uniform in uniforms[rows].unbind(1)], dim=1)
+        sampled, _ = draw_tokens(draw_blocks(probs, uniforms[rows]), probs.shape[1])
         entropy = -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
         label_log_probs = log_probs.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
         outputs.append((label_log_probs, sampled, log_probs.gather(1, sampled), entropy))

@@ -368,7 +368,7 @@ def test_chunks_change_nothing(objective: str, monkeypatch: pytest.MonkeyPatch) 
     """Chunk size and rows per step: the same draws, and the same numbers up to the order of sums."""
     whole, gradients = Case(config=configured(objective, token_chunk_size=1000)).run_with_gradients(exact_kl=True)
     for chunk_size, elements in [(1, 1 << 17), (4, 1), (7, 40), (36, 100)]:
-        monkeypatch.setattr(head_module, "_CACHED_ELEMENTS", elements)
+        monkeypatch.setattr(head_module, "_CPU_STEP", elements)
         monkeypatch.setattr(head_module, "_WEIGHT_ROWS", 3)
         case = Case(config=configured(objective, token_chunk_size=chunk_size))
         output, others = case.run_with_gradients(exact_kl=True)

@@ -14,6 +14,7 @@ from reference import (
     OBJECTIVE_NAMES,
     VOCABULARY_OBJECTIVE_NAMES,
     naive_hpd_loss,
+    position_value,
     reference_loss,
     reference_weights,
 )
@@ -28,6 +29,7 @@ from hpd_verl.objectives import (
     SAMPLING_OBJECTIVES,
     TokenLogProbs,
     TokenWeights,
+    VocabularyLogProbs,
     gap,
     register_objective,
 )
@@ -405,6 +407,122 @@ def test_weights_are_detached_and_inputs_kept(objective: str) -> None:
     weights_of(objective, log_probs)
     for name, values in before.items():
         assert torch.equal(getattr(log_probs, name), values), name
+
+
+# Full-vocabulary objectives
+
+
+VOCABULARY_COEFFICIENTS: dict[str, list[dict[str, Any]]] = {
+    "hpd_exact": COEFFICIENTS,
+    "jsd_exact": [{}, {"beta": 0.1}, {"beta": 0.9}],
+    "skew_fkl": [{}, {"skew": 0.0}, {"skew": 0.6}],
+    "skew_rkl": [{}, {"skew": 0.0}, {"skew": 0.6}],
+    "akl": [{}, {"mu": 0.05}, {"mu": 0.95}],
+    "abkd": [{}, {"alpha": 1.0, "beta": 1e-3}, {"alpha": 1e-3, "beta": 1.0}, {"alpha": 0.5, "beta": 1.5}],
+}
+VOCABULARY_CASES = [
+    (name, coefficients)
+    for name in VOCABULARY_OBJECTIVE_NAMES
+    for coefficients in VOCABULARY_COEFFICIENTS.get(name, [{}])
+]
+each_vocabulary_case = pytest.mark.parametrize(("objective", "coefficients"), VOCABULARY_CASES, ids=str)
+each_vocabulary_objective = pytest.mark.parametrize("objective", VOCABULARY_OBJECTIVE_NAMES)
+
+
+def vocabulary_log_probs(batch: Batch) -> VocabularyLogProbs:
+    return VocabularyLogProbs(batch.student_logits.log_softmax(-1), batch.teacher_logits.log_softmax(-1), batch.labels)
+
+
+@each_vocabulary_case
+def test_vocabulary_values_and_gradients(objective: str, coefficients: dict[str, Any]) -> None:
+    """The value is the reference's, and the weights give its gradient in the logits: (sum w) q - w."""
+    batch = make_batch(seed=6)
+    logits = batch.student_logits.clone().requires_grad_()
+    log_q, log_p = logits.log_softmax(-1), batch.teacher_logits.log_softmax(-1)
+    names = {"alpha": "ab_alpha", "beta": "ab_beta"} if objective == "abkd" else {}
+    arguments = {names.get(key, key): value for key, value in coefficients.items()}
+    values = torch.stack(
+        [position_value(objective, log_q[t], log_p[t], int(batch.labels[t]), **arguments) for t in range(len(logits))]
+    )
+    (expected,) = torch.autograd.grad(values.sum(), logits)
+    found = OBJECTIVES[objective](vocabulary_log_probs(batch), **coefficients)
+    torch.testing.assert_close(found.value, values.detach(), rtol=1e-8, atol=1e-9)
+    grad = found.weights.sum(-1, keepdim=True) * log_q.detach().exp() - found.weights
+    torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-9)
+    assert found.weights.shape == logits.shape
+    assert not found.weights.requires_grad
+
+
+def test_vocabulary_limits() -> None:
+    """Known special cases: of the mixtures, of the exponents, of the head's mass, and the label's JSD."""
+    log_probs = vocabulary_log_probs(make_batch(seed=7))
+    fkl, rkl = (OBJECTIVES[name](log_probs) for name in ("fkl", "rkl_exact"))
+    for name, coefficients, limit, tolerance in [
+        ("skew_fkl", {"skew": 0.0}, fkl, 1e-12),
+        ("skew_rkl", {"skew": 0.0}, rkl, 1e-12),
+        ("abkd", {"alpha": 1.0, "beta": 1e-7}, fkl, 1e-5),
+        ("abkd", {"alpha": 1e-7, "beta": 1.0}, rkl, 1e-5),
+    ]:
+        found = OBJECTIVES[name](log_probs, **coefficients)
+        torch.testing.assert_close(found.value, limit.value, rtol=tolerance, atol=tolerance)
+    label = torch.arange(len(log_probs.labels)), log_probs.labels
+    tokens = TokenLogProbs(
+        log_probs.student[label],
+        log_probs.teacher[label],
+        log_probs.student[label],
+        log_probs.teacher[label],
+        torch.ones(len(log_probs.labels), dtype=torch.bool),
+    )
+    for exact, on_label in (("jsd_exact", "jsd"), ("rkl_exact", "rkl")):
+        weights = OBJECTIVES[exact](log_probs).weights[label]
+        torch.testing.assert_close(weights, OBJECTIVES[on_label](tokens).label, rtol=1e-9, atol=1e-12)
+
+
+def test_adaptive_kl_head_of_a_large_vocabulary() -> None:
+    """A head of more tokens than are looked at first."""
+    torch.manual_seed(0)
+    batch = Batch(*torch.randn(2, 4, 1000).double(), torch.zeros(4, dtype=torch.int64), *[torch.zeros(4)] * 2, 4)
+    log_probs = vocabulary_log_probs(batch)
+    for mu in (0.05, 0.5, 0.99):
+        values = [
+            position_value("akl", q, p, 0, mu=mu) for q, p in zip(log_probs.student, log_probs.teacher, strict=True)
+        ]
+        torch.testing.assert_close(OBJECTIVES["akl"](log_probs, mu=mu).value, torch.stack(values))
+
+
+@each_vocabulary_objective
+@property_test
+@given(seed=st.integers(0, 2**32), scale=st.sampled_from([0.0, 1.0, 30.0, 200.0]), vocabulary=st.integers(1, 9))
+def test_vocabulary_weights_are_finite(objective: str, seed: int, scale: float, vocabulary: int) -> None:
+    """With probabilities of zero in student, teacher and both; a divergence is never negative, and 0 if p == q."""
+    random = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(2, 5, vocabulary, generator=random)
+    removed = torch.rand(logits.shape, generator=random) < 0.3
+    removed[..., 0] = False
+    student, teacher = logits.masked_fill(removed, -math.inf).log_softmax(-1)
+    labels = torch.zeros(5, dtype=torch.int64)
+    found = OBJECTIVES[objective](VocabularyLogProbs(student, teacher, labels))
+    assert found.weights.isfinite().all()
+    assert found.value.isfinite().all()
+    equal = OBJECTIVES[objective](VocabularyLogProbs(student, student, labels))
+    if objective == "hpd_exact":
+        assert torch.equal(equal.weights[:, 0], student[:, 0].exp())
+        assert not equal.weights[:, 1:].any()
+    else:
+        assert (found.value > -1e-5).all()
+        assert (equal.value.abs() < 1e-5).all()
+
+
+@each_vocabulary_objective
+def test_vocabulary_nan_comes_out(objective: str) -> None:
+    batch = make_batch()
+    for logits in (batch.student_logits, batch.teacher_logits):
+        kept = logits[3].clone()
+        logits[3, 2] = math.nan
+        value = OBJECTIVES[objective](vocabulary_log_probs(batch)).value
+        assert value[3].isnan()
+        assert value.isnan().sum() == 1
+        logits[3] = kept
 
 
 # Registry

@@ -1,0 +1,220 @@
+"""Time and memory of the output head against its bare matrix products and against plain logits.
+
+    python benchmarks/head.py
+
+Forward and backward of HPD at two shapes in two dtypes, side by side in one process; medians are appended to
+benchmarks/results/head.csv with the machine and the versions.
+
+    gemms               the student's three products: logits, gradient of hidden, gradient of weight
+    gemms_and_teacher   and the teacher's logits
+    head                hpd_verl.head.distillation_head, the teacher's features known
+    head_and_teacher    and the features computed
+    plain               whole logits and log-probs of both models, autograd (tests/reference.py, naive_hpd_loss)
+
+A ratio is to the bare products with the teacher for plain and head_and_teacher, without it for head. Memory is the
+growth of the peak resident set over what is resident before, measured once in a process of its own; it holds the
+gradients of hidden and weight. It needs Linux.
+"""
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from reference import naive_hpd_loss  # noqa: E402
+
+from hpd_verl.config import HPDConfig  # noqa: E402
+from hpd_verl.head import OutputHead, TeacherFeatures, distillation_head, teacher_features  # noqa: E402
+
+SHAPES = [(1024, 49_152, 576, 576), (512, 151_936, 896, 1536)]
+DTYPES = ["float32", "bfloat16"]
+BASELINE = {"head": "gemms", "head_and_teacher": "gemms_and_teacher", "plain": "gemms_and_teacher"}
+
+
+class Case:
+    """Inputs of one shape and dtype, and the implementations as methods without arguments."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, chunk_size: int) -> None:
+        tokens, self.vocabulary, hidden, teacher_hidden = shape
+        torch.manual_seed(0)
+        self.config = HPDConfig(token_chunk_size=chunk_size)
+        self.hidden = torch.randn(tokens, hidden, dtype=dtype).requires_grad_()
+        self.weight = torch.randn(self.vocabulary, hidden, dtype=dtype).mul_(0.05).requires_grad_()
+        self.teacher_hidden = torch.randn(tokens, teacher_hidden, dtype=dtype)
+        self.teacher_weight = torch.randn(self.vocabulary, teacher_hidden, dtype=dtype).mul_(0.05)
+        self.labels = torch.randint(self.vocabulary, (tokens,))
+        self.uniforms = torch.rand(tokens, 1, dtype=torch.float64)
+        self.token_scale = torch.full((tokens,), 1 / tokens)
+        self.is_rollout = torch.zeros(tokens, dtype=torch.bool)
+        self.teacher_head = OutputHead(self.teacher_weight, self.vocabulary)
+        self.features = self._features()
+
+    def _features(self) -> TeacherFeatures:
+        return teacher_features(self.teacher_hidden, self.teacher_head, self.labels, 1.0, self.config.token_chunk_size)
+
+    @torch.no_grad()
+    def gemms(self) -> None:
+        matrix = self.hidden @ self.weight.T
+        matrix @ self.weight
+        matrix.T @ self.hidden
+
+    def gemms_and_teacher(self) -> None:
+        self.gemms()
+        self.teacher_hidden @ self.teacher_weight.T
+
+    def head(self) -> None:
+        self._backward(
+            distillation_head(
+                self.hidden,
+                OutputHead(self.weight, self.vocabulary),
+                self.labels,
+                self.uniforms,
+                self.token_scale,
+                self.is_rollout,
+                self.features,
+                self.teacher_head,
+                self.config,
+            ).loss
+        )
+
+    def head_and_teacher(self) -> None:
+        self.features = self._features()
+        self.head()
+
+    def plain(self) -> None:
+        mask = torch.ones_like(self.token_scale)
+        self._backward(
+            naive_hpd_loss(
+                self.hidden @ self.weight.T,
+                self.teacher_hidden @ self.teacher_weight.T,
+                self.labels,
+                mask,
+                len(self.labels),
+            )
+        )
+
+    def _backward(self, loss: Tensor) -> None:
+        self.hidden.grad = self.weight.grad = None
+        loss.backward()
+
+
+IMPLEMENTATIONS = ["gemms", "gemms_and_teacher", "head", "head_and_teacher", "plain"]
+
+
+def medians(case: Case, repeats: int) -> dict[str, float]:
+    """Seconds of each implementation; they take turns, so that a busy moment of the machine hits all."""
+    functions: dict[str, Callable[[], None]] = {name: getattr(case, name) for name in IMPLEMENTATIONS}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repeat:  # the first is a warm-up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _resident(field: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def peak_memory(case: Case, implementation: str) -> int:
+    """Bytes by which the peak resident set of one run exceeds what was resident before."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _resident("VmRSS")
+    getattr(case, implementation)()
+    return _resident("VmHWM") - before
+
+
+def _peak_memory_in_own_process(arguments: argparse.Namespace, shape: int, dtype: str, implementation: str) -> int:
+    command = [sys.executable, __file__, "--memory", implementation, "--shape", str(shape), "--dtype", dtype]
+    command += ["--threads", str(arguments.threads), "--chunk-size", str(arguments.chunk_size)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers depend on."""
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count() or 0,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--chunk-size", type=int, default=HPDConfig().token_chunk_size)
+    parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), help="one of the shapes only")
+    parser.add_argument("--dtype", choices=DTYPES, help="one of the dtypes only")
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "head.csv")
+    parser.add_argument("--memory", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory:
+        case = Case(SHAPES[arguments.shape], getattr(torch, arguments.dtype), arguments.chunk_size)
+        print(peak_memory(case, arguments.memory))
+        return
+
+    rows = []
+    for index in range(len(SHAPES)) if arguments.shape is None else [arguments.shape]:
+        for dtype in DTYPES if arguments.dtype is None else [arguments.dtype]:
+            tokens, vocabulary, hidden, teacher_hidden = SHAPES[index]
+            seconds = medians(Case(SHAPES[index], getattr(torch, dtype), arguments.chunk_size), arguments.repeats)
+            for name in IMPLEMENTATIONS:
+                memory = _peak_memory_in_own_process(arguments, index, dtype, name)
+                row = {
+                    **machine(),
+                    "threads": arguments.threads,
+                    "tokens": tokens,
+                    "vocabulary": vocabulary,
+                    "hidden": hidden,
+                    "teacher_hidden": teacher_hidden,
+                    "dtype": dtype,
+                    "chunk_size": arguments.chunk_size,
+                    "implementation": name,
+                    "seconds": round(seconds[name], 4),
+                    "ratio": round(seconds[name] / seconds[BASELINE.get(name, name)], 3),
+                    "extra_mb": round(memory / 1e6),
+                }
+                rows.append(row)
+                shape = f"{tokens} x {vocabulary} {dtype}"
+                print(
+                    f"{shape:26} {name:18} {row['seconds']:8.3f} s {row['ratio']:6.2f} x {row['extra_mb']:6} MB",
+                    flush=True,
+                )
+
+    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    new = not arguments.csv.exists()
+    with open(arguments.csv, "a", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
