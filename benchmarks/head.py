@@ -17,10 +17,6 @@ gradients of hidden and weight. It needs Linux.
 """
 
 import argparse
-import csv
-import datetime
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from reference import naive_hpd_loss  # noqa: E402
+from results import append_rows, machine  # noqa: E402
 
 from hpd_verl.config import HPDConfig  # noqa: E402
 from hpd_verl.head import OutputHead, TeacherFeatures, distillation_head, teacher_features  # noqa: E402
@@ -147,22 +144,6 @@ def _peak_memory_in_own_process(arguments: argparse.Namespace, shape: int, dtype
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def machine() -> dict[str, str | int]:
-    """What the numbers depend on."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count() or 0,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -207,13 +188,7 @@ def main() -> None:
                     flush=True,
                 )
 
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    new = not arguments.csv.exists()
-    with open(arguments.csv, "a", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from hpd_verl.hydra_config import config_dir
 from hpd_verl.sft_trainer import as_batch, checked, lazy_teacher, read_demonstrations
 from hpd_verl.teacher import Teacher
 
-_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""Environment of torch.distributed for one process that torchrun did not start."""
 
 
 def fill(config: DictConfig) -> dict[str, float]:
@@ -59,7 +60,7 @@ def main(config: DictConfig) -> None:
     """Fill the store and report what it holds."""
     with open_dict(config):
         config.algorithm.hpd.teacher_cache = "disk"
-    for name, value in _ALONE.items():
+    for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     initialize_global_process_group()
     metrics = fill(config)

@@ -1,0 +1,272 @@
+"""A whole training step inside verl's engine: supervised fine-tuning, and HPD in every pipeline.
+
+    python benchmarks/step.py --student DIR --teacher DIR --data train.parquet
+
+Forward, backward, clipping and AdamW of one batch, in one process without Ray, the implementations taking turns on one
+student; medians are appended to benchmarks/results/step.csv with the machine and the versions.
+
+    verl_sft            verl's own supervised loss on logits of all tokens: what ratios are to
+    sft                 objective sft through HPD's output layer, which sees response tokens only
+    staged              student pass, teacher pass, weights, update
+    one_pass            teacher's features, then one student pass
+    one_pass_bf16       the same with a bfloat16 teacher
+    one_pass_stored     the same with all rows in a bfloat16 store on disk
+    one_pass_topk       the same with all rows in a store of 64 log-probs a token
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+os.environ.setdefault("VERL_PLATFORM", "cpu")
+
+import torch  # noqa: E402
+import verl  # noqa: E402, F401 - loads the plugin
+from hydra import compose, initialize_config_dir  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from results import append_rows, machine  # noqa: E402
+from tensordict import TensorDict  # noqa: E402
+from verl.utils import tensordict_utils as tu  # noqa: E402
+from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
+from verl.utils.dataset.dataset_utils import SFTTensorCollator  # noqa: E402
+from verl.utils.distributed import initialize_global_process_group  # noqa: E402
+from verl.workers.config import ActorConfig, TrainingWorkerConfig  # noqa: E402
+from verl.workers.utils.losses import sft_loss  # noqa: E402
+from verl.workers.utils.padding import response_from_nested, response_to_nested  # noqa: E402
+
+from hpd_verl import batch as fields  # noqa: E402
+from hpd_verl.config import HPDConfig  # noqa: E402
+from hpd_verl.hydra_config import config_dir  # noqa: E402
+from hpd_verl.objectives import TokenLogProbs  # noqa: E402
+from hpd_verl.one_pass import OnePass, StudentWorker  # noqa: E402
+from hpd_verl.sft_trainer import DemonstrationDataset, as_batch, lazy_teacher, read_demonstrations  # noqa: E402
+from hpd_verl.teacher import TeacherWorker  # noqa: E402
+from hpd_verl.token_weights import row_objectives, token_weights  # noqa: E402
+from hpd_verl.worker import StudentLoss, TeacherLogProbs  # noqa: E402
+
+Step = Callable[[], Any]
+LOGITS_TO_LOSS = {"distillation_use_topk": True, "distillation_only": True}
+
+
+class Steps:
+    """The implementations, on one student and one batch."""
+
+    def __init__(self, config: DictConfig, rows: int, longest: int, store: Path) -> None:
+        self.config = config
+        self.store = store
+        self.model = omega_conf_to_dataclass(config.model)
+        self.optimizer = omega_conf_to_dataclass(config.optim)
+        self.optimizer.total_training_steps = 1_000_000
+        self.student = StudentWorker(
+            TrainingWorkerConfig(
+                model_type="language_model",
+                model_config=self.model,
+                engine_config=omega_conf_to_dataclass(config.engine),
+                optimizer_config=self.optimizer,
+                checkpoint_config=omega_conf_to_dataclass(config.checkpoint),
+            )
+        )
+        self.student.reset()
+        self.teacher = lazy_teacher(config)
+        dataset = read_demonstrations(config, self.model, config.data.train_files)
+        self.rows = _rows_of_length(dataset, rows, longest)
+        self.vocabulary_size = min(self.model.hf_config.vocab_size, self.teacher.model_config.hf_config.vocab_size)
+
+    def batch(self, **settings: Any) -> TensorDict:
+        collated = SFTTensorCollator("no_padding")(self.rows)
+        data = as_batch(self.config, self.model, collated, step=1)
+        size = len(self.rows)
+        tu.assign_non_tensor(
+            data, mini_batch_size=size, global_batch_size=size, epochs=1, dataloader_kwargs={"shuffle": False}
+        )
+        tu.assign_non_tensor(data, **settings)
+        return data
+
+    def verl_sft(self) -> Step:
+        loss = partial(sft_loss, config=None)
+
+        def step() -> None:
+            self.student.set_loss_fn(loss)
+            data = self.batch()
+            lengths = [torch.zeros(len(row["prompts"]), dtype=torch.int64) for row in self.rows]
+            masks = [torch.cat([zeros, row["loss_mask"]]) for zeros, row in zip(lengths, self.rows, strict=True)]
+            data["loss_mask"] = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
+            self.student.train_mini_batch(data)
+
+        return step
+
+    def one_pass(self, teacher: TeacherWorker | None = None, **settings: Any) -> Step:
+        hpd = dataclasses.replace(HPDConfig.from_config(self.config.algorithm.hpd), **settings)
+        one_pass = OnePass(self.student, teacher or self.teacher, hpd)
+
+        def step() -> None:
+            self.student.set_loss_fn(one_pass.loss)
+            if one_pass.teacher is not None and one_pass.teacher.worker.is_loaded:
+                one_pass.teacher.worker.set_loss_fn(one_pass.teacher.loss)
+            one_pass.update(self.batch())
+
+        return step
+
+    def stored(self, form: str) -> Step:
+        return self.one_pass(
+            teacher_cache="disk",
+            teacher_cache_dir=str(self.store / form),
+            teacher_cache_format=form,
+            teacher_cache_max_gib=1.0,
+        )
+
+    def bf16_teacher(self) -> Step:
+        config = self.config.copy()
+        precision = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+        OmegaConf.update(
+            config, "teacher.engine", {"model_dtype": "bf16", "mixed_precision": precision}, force_add=True
+        )
+        return self.one_pass(lazy_teacher(config))
+
+    def staged(self) -> Step:
+        """What worker.py and trainer.py do under ``pipeline=staged``, without the queue between."""
+        hpd = HPDConfig.from_config(self.config.algorithm.hpd)
+        actor = ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, optim=self.optimizer)
+        student_loss = StudentLoss(actor, hpd, self.vocabulary_size)
+        teacher_loss = TeacherLogProbs(hpd, self.vocabulary_size)
+        self.teacher.load()
+
+        def step() -> None:
+            self.student.set_loss_fn(student_loss)
+            self.teacher.set_loss_fn(teacher_loss)
+            data = self.batch(**LOGITS_TO_LOSS)
+            data.update(self.student.infer_batch(data).select(*STUDENT_OUTPUTS))
+            data.update(self.teacher.infer_batch(data).select(*TEACHER_OUTPUTS))
+            mask = data["response_mask"]
+
+            def response(name: str) -> torch.Tensor:
+                return response_from_nested(data[name], mask).to_padded_tensor(0)
+
+            log_probs = TokenLogProbs(
+                student_label=response(fields.STUDENT_LABEL_LOG_PROBS),
+                teacher_label=response(fields.TEACHER_LABEL_LOG_PROBS),
+                student_sampled=response(fields.student_sampled_log_probs(0)),
+                teacher_sampled=response(fields.teacher_sampled_log_probs(0)),
+                sampled_is_label=response(fields.sampled_tokens(0)) == data["responses"].to_padded_tensor(0),
+            )
+            demonstrations = row_objectives(torch.zeros(len(self.rows), 1, dtype=torch.bool), hpd)
+            label_weights, sampled_weights = token_weights([log_probs], demonstrations, hpd)
+            data[fields.LABEL_WEIGHTS] = response_to_nested(label_weights, mask)
+            data[fields.sampled_weights(0)] = response_to_nested(sampled_weights[0], mask)
+            self.student.train_mini_batch(data)
+
+        return step
+
+
+STUDENT_OUTPUTS = (
+    fields.STUDENT_LABEL_LOG_PROBS,
+    fields.sampled_tokens(0),
+    fields.student_sampled_log_probs(0),
+)
+TEACHER_OUTPUTS = (fields.TEACHER_LABEL_LOG_PROBS, fields.teacher_sampled_log_probs(0))
+
+
+def _rows_of_length(dataset: DemonstrationDataset, count: int, longest: int) -> list[dict[str, torch.Tensor]]:
+    """The first rows of at most ``longest`` tokens, prompt and response."""
+    rows = []
+    for index in range(len(dataset)):
+        row = dataset[index]
+        if len(row["input_ids"]) <= longest:
+            rows.append(row)
+        if len(rows) == count:
+            return rows
+    raise SystemExit(f"only {len(rows)} rows of at most {longest} tokens")
+
+
+def compose_config(arguments: argparse.Namespace) -> DictConfig:
+    overrides = [
+        f"model.path={arguments.student}",
+        "model.enable_gradient_checkpointing=false",
+        f"teacher.model.path={arguments.teacher}",
+        f"data.train_files={arguments.data}",
+        f"data.train_batch_size={arguments.rows}",
+        f"data.max_prompt_length={arguments.longest}",
+        f"data.max_response_length={arguments.longest}",
+        "trainer.device=cpu",
+        "optim.lr_scheduler_type=constant",
+    ]
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        return compose("sft_trainer", overrides=overrides)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("student", "teacher", "data"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--longest", type=int, default=256, help="tokens of prompt and response")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", nargs="*", help="some implementations; verl_sft is always one of them")
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "step.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    os.environ.update(
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    )
+    initialize_global_process_group()
+    store = Path(tempfile.mkdtemp(prefix="teacher_store"))
+    try:
+        steps = Steps(compose_config(arguments), arguments.rows, arguments.longest, store)
+        make: dict[str, Callable[[], Step]] = {
+            "verl_sft": steps.verl_sft,
+            "sft": partial(steps.one_pass, objective="sft"),
+            "staged": steps.staged,
+            "one_pass": steps.one_pass,
+            "one_pass_bf16": steps.bf16_teacher,
+            "one_pass_stored": partial(steps.stored, "hidden"),
+            "one_pass_topk": partial(steps.stored, "topk"),
+        }
+        chosen = [name for name in make if not arguments.only or name in ["verl_sft", *arguments.only]]
+        functions = {name: make[name]() for name in chosen}
+        seconds: dict[str, list[float]] = {name: [] for name in functions}
+        for repeat in range(arguments.repeats + 1):
+            for name, function in functions.items():
+                start = time.perf_counter()
+                function()
+                if repeat:  # the first is a warm-up
+                    seconds[name].append(time.perf_counter() - start)
+    finally:
+        shutil.rmtree(store)
+
+    tokens = sum(len(row["input_ids"]) for row in steps.rows)
+    response_tokens = sum(len(row["responses"]) for row in steps.rows)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = []
+    for name, value in median.items():
+        rows.append(
+            {
+                **machine(),
+                "threads": arguments.threads,
+                "student": arguments.student.name,
+                "teacher": arguments.teacher.name,
+                "rows": arguments.rows,
+                "tokens": tokens,
+                "response_tokens": response_tokens,
+                "implementation": name,
+                "seconds": round(value, 4),
+                "ratio": round(value / median["verl_sft"], 3),
+            }
+        )
+        print(f"{name:18} {value:8.3f} s {value / median['verl_sft']:6.2f} x", flush=True)
+    append_rows(arguments.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
