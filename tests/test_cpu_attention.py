@@ -1,5 +1,7 @@
 """packed_sdpa gives what a model computes for each sequence alone, and nothing leaks between packed sequences."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -52,3 +54,24 @@ def test_padded_batches_use_their_mask() -> None:
     logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
     alone = model(input_ids=ids[:1, 4:], position_ids=position_ids[:1, 4:], use_cache=False).logits
     torch.testing.assert_close(logits[0, 4:], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_saved_models_load_without_it(tmp_path: Path) -> None:
+    """verl sets the attention's name on the configuration; a saved one does not carry it."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4)
+    config.attn_implementation = attention.NAME
+    config.save_pretrained(tmp_path)
+    assert attention.NAME not in (tmp_path / "config.json").read_text()
+    config.attn_implementation = "sdpa"
+    assert config.to_dict()["attn_implementation"] == "sdpa"
+
+
+def test_verl_still_writes_the_name() -> None:
+    """Fails when verl no longer sets it on the configuration: then the patch of to_dict can go."""
+    import inspect
+
+    from verl.utils import model
+
+    assert "setattr(module_config, key, val)" in inspect.getsource(model.update_model_config)

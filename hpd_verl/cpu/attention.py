@@ -5,11 +5,13 @@ pack; this one calls it once per sequence. It also serves verl's Ulysses sequenc
 into flash attention only: with plain sdpa each rank would see its own part of a sequence alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,6 +21,8 @@ from verl.utils.ulysses import (
     get_ulysses_sequence_parallel_group,
     get_ulysses_sequence_parallel_world_size,
 )
+
+from hpd_verl.cpu.patches import replace
 
 NAME = "packed_sdpa"
 
@@ -113,5 +117,18 @@ def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any)
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
+def _loads_anywhere(original: Callable[..., Any]) -> Callable[..., Any]:
+    """verl writes the attention's name into saved configurations, with which they would load on a CPU of ours only."""
+
+    def to_dict(self: PretrainedConfig) -> dict[str, Any]:
+        config = original(self)
+        if config.get("attn_implementation") == NAME:
+            del config["attn_implementation"]
+        return config
+
+    return to_dict
+
+
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_sdpa)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, packed_mask)
+replace(PretrainedConfig, "to_dict", _loads_anywhere)
