@@ -80,13 +80,14 @@ class Steps:
         self.student.reset()
         self.teacher = lazy_teacher(config)
         dataset = read_demonstrations(config, self.model, config.data.train_files)
-        self.rows = _rows_of_length(dataset, rows, longest)
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.rows = _rows_of_length(dataset, rows, longest)[rank::ranks]  # verl shares a global batch out
         self.vocabulary_size = min(self.model.hf_config.vocab_size, self.teacher.model_config.hf_config.vocab_size)
 
     def batch(self, **settings: Any) -> TensorDict:
         collated = SFTTensorCollator("no_padding")(self.rows)
         data = as_batch(self.config, self.model, collated, step=1)
-        size = len(self.rows)
+        size = self.config.data.train_batch_size
         tu.assign_non_tensor(
             data, mini_batch_size=size, global_batch_size=size, epochs=1, dataloader_kwargs={"shuffle": False}
         )
@@ -221,7 +222,7 @@ def main() -> None:
         {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     )
     initialize_global_process_group()
-    store = Path(tempfile.mkdtemp(prefix="teacher_store"))
+    store = Path(tempfile.gettempdir()) / f"teacher_store_{os.environ['MASTER_PORT']}_{os.getppid()}"  # of all ranks
     try:
         steps = Steps(compose_config(arguments), arguments.rows, arguments.longest, store)
         make: dict[str, Callable[[], Step]] = {
@@ -243,9 +244,11 @@ def main() -> None:
                 if repeat:  # the first is a warm-up
                     seconds[name].append(time.perf_counter() - start)
     finally:
-        shutil.rmtree(store)
+        shutil.rmtree(store, ignore_errors=True)  # another rank may be first
+    if torch.distributed.get_rank() != 0:
+        return
 
-    tokens = sum(len(row["input_ids"]) for row in steps.rows)
+    tokens = sum(len(row["input_ids"]) for row in steps.rows)  # of this rank
     response_tokens = sum(len(row["responses"]) for row in steps.rows)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rows = []
@@ -256,6 +259,7 @@ def main() -> None:
                 "threads": arguments.threads,
                 "student": arguments.student.name,
                 "teacher": arguments.teacher.name,
+                "ranks": torch.distributed.get_world_size(),
                 "rows": arguments.rows,
                 "tokens": tokens,
                 "response_tokens": response_tokens,

@@ -175,7 +175,8 @@ class OnePass:
         self.student.engine.offer_head(vocabulary_size)
         self.loss = OnePassLoss(config, loss_agg_mode, loss_scale_factor)
         self.student.set_loss_fn(self.loss)
-        self.teacher = Teacher(teacher, config, vocabulary_size) if config.needs_teacher else None
+        tokenizer = student.model_config.tokenizer
+        self.teacher = Teacher(teacher, config, vocabulary_size, tokenizer) if config.needs_teacher else None
 
     def update(self, data: TensorDict) -> TensorDict | None:
         """verl's ``train_mini_batch`` of the student, with the teacher's metrics added."""

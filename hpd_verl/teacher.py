@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.config import EngineConfig, HFModelConfig, TrainingWorkerConfig
@@ -21,7 +22,7 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.engine import MODEL_TYPE, HeadLoss
 from hpd_verl.head import OutputHead, TeacherFeatures, teacher_features, teacher_top_k
 from hpd_verl.response_tokens import column, response_tokens, row_numbers
-from hpd_verl.teacher_store import DiskStore, MemoryStore, TeacherStore, row_key, teacher_identity
+from hpd_verl.teacher_store import DiskStore, MemoryStore, TeacherStore, row_key, teacher_identity, tokenisation_hash
 
 _GIB = 1 << 30
 
@@ -89,11 +90,15 @@ class Teacher:
         worker: the teacher's model, lazy.
         config: the algorithm's configuration.
         vocabulary_size: logits that student and teacher share.
+        tokenizer: the student's, which rows are tokenised with.
     """
 
-    def __init__(self, worker: TeacherWorker, config: HPDConfig, vocabulary_size: int) -> None:
+    def __init__(
+        self, worker: TeacherWorker, config: HPDConfig, vocabulary_size: int, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         self.worker = worker
         self.config = config
+        self.tokenizer = tokenizer
         self.vocabulary_size = vocabulary_size
         self.loss = _FeatureLoss(config)
         self.store = self._open_store()
@@ -112,6 +117,7 @@ class Teacher:
             dtype=self.config.teacher_cache_dtype,
             top_k=self.config.teacher_cache_top_k,
             teacher_dtype=_dtype_name(self.worker.engine_config),
+            tokenisation=tokenisation_hash(self.tokenizer.get_vocab(), self.tokenizer.chat_template),
         )
         max_bytes = int(self.config.teacher_cache_max_gib * _GIB)
         if self.config.teacher_cache == "memory":

@@ -38,7 +38,7 @@ def fill(config: DictConfig) -> dict[str, float]:
     model = omega_conf_to_dataclass(config.model)
     worker = lazy_teacher(config)
     vocabulary_size = min(model.hf_config.vocab_size, worker.model_config.hf_config.vocab_size)
-    teacher = Teacher(worker, hpd, vocabulary_size)
+    teacher = Teacher(worker, hpd, vocabulary_size, model.tokenizer)
     for files in (config.data.train_files, config.data.val_files):
         if not files:
             continue

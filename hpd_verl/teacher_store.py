@@ -29,7 +29,7 @@ import shutil
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +84,9 @@ class StoreIdentity:
     teacher_dtype: str | None = None
     """Dtype that the teacher computes in."""
 
+    tokenisation: str | None = None
+    """sha256 of what turns a row's text into tokens; see ``tokenisation_hash``."""
+
     def to_json(self) -> str:
         """One line; the same text for equal identities."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -107,6 +110,7 @@ def teacher_identity(
     dtype: str,
     top_k: int,
     teacher_dtype: str | None = None,
+    tokenisation: str | None = None,
 ) -> StoreIdentity:
     """Identify a teacher and the features taken of it.
 
@@ -121,6 +125,8 @@ def teacher_identity(
         dtype: of stored hidden states, bf16 or float32; without meaning for format topk.
         top_k: tokens kept per position; without meaning for format hidden.
         teacher_dtype: dtype that the teacher computes in, where it matters to the caller.
+        tokenisation: of ``tokenisation_hash``; rows are keyed by their tokens, so that other tokenisation could only
+            miss, and is refused instead.
 
     Raises:
         ValueError: the folder is not that of a model, or the format or dtype is unknown.
@@ -149,6 +155,7 @@ def teacher_identity(
         dtype=dtype if format == "hidden" else "float32",
         top_k=min(top_k, vocabulary_size) if format == "topk" else 0,
         teacher_dtype=teacher_dtype,
+        tokenisation=tokenisation,
     )
 
 
@@ -170,6 +177,12 @@ def _weight_file_hash(file: Path, blocks: int = 64, block_size: int = 1 << 16) -
             stream.seek(offset)
             digest.update(stream.read(length))
     return digest.digest()
+
+
+def tokenisation_hash(vocabulary: Mapping[str, int], chat_template: str | None) -> str:
+    """sha256 of a tokenizer's vocabulary and of the template that its chats are written with."""
+    text = json.dumps([sorted(vocabulary.items()), chat_template], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def output_head_hash(weight: Tensor, bias: Tensor | None = None) -> str:

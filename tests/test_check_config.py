@@ -1,14 +1,16 @@
 """The check of a whole run: what cannot work is refused before anything loads, by name."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
 from conftest import WORDS, Tiny, make_model
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import DictConfig
 
-from hpd_verl.config import check_config, needs_rollout_server, updates_per_batch
+from hpd_verl.config import check_config, check_sft_config, needs_rollout_server, updates_per_batch
+from hpd_verl.hydra_config import config_dir
 from hpd_verl.models import check_models
 
 MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x")
@@ -99,3 +101,30 @@ def test_student_as_its_own_teacher_is_warned_of(tiny: Tiny, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         check(tiny.student, tiny.student)
     assert "the gap between them starts at zero" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.model.path=null"], "teacher.model.path=None: give the teacher"),
+        (["algorithm.hpd.on_policy_fraction=0.5"], "algorithm.hpd.on_policy_fraction=0.5: this trainer has demonst"),
+        (["algorithm.hpd.missing_demonstration=rollout"], "algorithm.hpd.missing_demonstration=rollout: this trainer"),
+        (["algorithm.hpd.pipeline=staged"], "algorithm.hpd.pipeline=staged: this trainer is one_pass only"),
+        (["algorithm.hpd.teacher_cache=disk"], "algorithm.hpd.teacher_cache_dir=None: "),
+        (["engine.strategy=fsdp"], "engine.strategy=fsdp: choose fsdp2"),
+        (["engine.ulysses_sequence_parallel_size=2"], "engine.ulysses_sequence_parallel_size=2: one_pass does not"),
+        (["model.use_fused_kernels=true"], "model.use_fused_kernels=True: HPD has its own output layer"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_lean_trainer_refuses(overrides: list[str], message: str) -> None:
+    with (
+        initialize_config_dir(str(config_dir()), version_base=None),
+        pytest.raises(ValueError, match=re.escape(message)),
+    ):
+        check_sft_config(compose("sft_trainer", overrides=["model.path=S", "teacher.model.path=T", *overrides]))
+
+
+def test_the_lean_trainers_defaults_pass() -> None:
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        check_sft_config(compose("sft_trainer", overrides=["model.path=S", "teacher.model.path=T"]))

@@ -26,6 +26,7 @@ from hpd_verl.teacher_store import (
     output_head_hash,
     row_key,
     teacher_identity,
+    tokenisation_hash,
 )
 
 HIDDEN = StoreIdentity(
@@ -579,6 +580,7 @@ def test_refuses_a_limit_that_would_fill_the_disk(tmp_path: Path) -> None:
         ("vocabulary_size", 101),
         ("dtype", "float32"),
         ("teacher_dtype", "fp32"),
+        ("tokenisation", "1" * 64),
     ],
 )
 def test_refuses_a_store_of_something_else(name: str, value: Any, tmp_path: Path) -> None:
@@ -663,3 +665,9 @@ def test_damaged_output_head(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=refusal(tmp_path, r"its output_head\.safetensors is damaged")):
             store.load_output_head()
+
+
+def test_tokenisation_hash_sees_vocabulary_and_template() -> None:
+    first = tokenisation_hash({"a": 0, "b": 1}, "template")
+    assert first == tokenisation_hash({"b": 1, "a": 0}, "template")
+    assert len({first, tokenisation_hash({"a": 1, "b": 0}, "template"), tokenisation_hash({"a": 0, "b": 1}, None)}) == 3
