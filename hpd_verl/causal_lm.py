@@ -1,5 +1,6 @@
 """A causal language model of transformers whose output layer can be replaced by a function, for one call."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,11 @@ def output_head(module: nn.Module, vocabulary_size: int | None = None) -> Output
     model = _causal_lm(module)
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{type(model).__name__}: its output layer is {type(layer).__name__}, not a linear layer")
+        found = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        raise ValueError(
+            f"algorithm.hpd.pipeline=one_pass: the output layer of {type(model).__name__} is {found}, not a linear "
+            "layer; use algorithm.hpd.pipeline=staged"
+        )
     scale, soft_cap = head_scaling(model.config)
     return OutputHead(
         weight=layer.weight,
@@ -63,16 +68,22 @@ def offer_head(module: nn.Module, vocabulary_size: int) -> None:
         vocabulary_size: number of logits to use.
 
     Raises:
-        ValueError: the output layer is no linear layer.
+        ValueError: the output layer is no linear layer, or the model does not tell which part precedes it.
     """
     model = _causal_lm(module)
     output_head(model, vocabulary_size)  # refuses what is not understood
+    if model.base_model is model:
+        raise ValueError(
+            f"algorithm.hpd.pipeline=one_pass: {type(model).__name__} has no part named {model.base_model_prefix!r}, "
+            "which would make the hidden states; use algorithm.hpd.pipeline=staged"
+        )
     layer = model.get_output_embeddings()
     plain_model_forward, plain_layer_forward = model.forward, layer.forward
 
     def layer_forward(hidden: Tensor, head: Head | None = None) -> Any:
         return plain_layer_forward(hidden) if head is None else head(hidden, output_head(model, vocabulary_size))
 
+    @functools.wraps(plain_model_forward)  # transformers reads the signature
     def model_forward(*args: Any, head: Head | None = None, **kwargs: Any) -> Any:
         if head is None:
             return plain_model_forward(*args, **kwargs)
@@ -103,8 +114,9 @@ def check_head(module: nn.Module) -> None:
         return (OutputHead(weight, len(weight), layer.bias, layer.scale, layer.soft_cap).all_scores(products, 1.0)[0],)
 
     (expected,) = module(**inputs, head=from_hidden)
+    # The model rounds after each step to what its logits are in, which autocast or FSDP2 may have made bfloat16.
+    tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     logits = logits[..., : expected.shape[-1]].float()
-    tolerance = 1e-4 if next(module.parameters()).dtype == torch.float32 else 5e-2
     difference = (logits - expected).abs().max().item()
     if not difference <= tolerance * (1 + logits.abs().max().item()):
         name = type(_causal_lm(module)).__name__
