@@ -364,7 +364,11 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
     """
     actor = config.actor_rollout_ref.actor
     cannot = {
-        "actor_rollout_ref.actor.strategy is not fsdp2": actor.strategy != "fsdp2",
+        "student and teacher are not both on fsdp2 (actor_rollout_ref.actor.strategy, ref.strategy)": {
+            actor.strategy,
+            config.actor_rollout_ref.ref.strategy,
+        }
+        != {"fsdp2"},
         "Ulysses sequence parallelism shares sequences out": max(
             actor.get("ulysses_sequence_parallel_size", 1),
             config.actor_rollout_ref.ref.get("ulysses_sequence_parallel_size", 1),
@@ -389,8 +393,8 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
             not reasons and hpd.pipeline != "staged",
             f"{PREFIX}.pipeline",
             hpd.pipeline,
-            f"{' and '.join(needed_by) or 'it'} needs one_pass, "
-            + (f"which does not work here: {'; '.join(reasons)}" if reasons else "so do not set staged"),
+            (f"{' and '.join(needed_by)} needs one_pass, which " if needed_by else "")
+            + (f"does not work here: {'; '.join(reasons)}" if reasons else "is not what is set: choose auto"),
         )
         return "one_pass", ", ".join(needed_by) or "set"
     if hpd.pipeline == "staged":

@@ -73,7 +73,9 @@ class OnePassLoss(HeadLoss):
         drawn = [
             counter_uniform(self.config.seed, step, rows[responses.row], positions, sample) for sample in range(samples)
         ]
-        return torch.stack(drawn, dim=1) if drawn else torch.empty(len(positions), 0, dtype=torch.float64)
+        if not drawn:
+            return torch.empty(len(positions), 0, dtype=torch.float64, device=positions.device)
+        return torch.stack(drawn, dim=1)
 
     def _token_scale(self, data: TensorDict) -> Tensor:
         """Factor of each token's loss in the global loss [n]: verl's aggregation, which is linear in the losses."""

@@ -257,17 +257,13 @@ def test_a_model_that_does_more_is_refused(model_class: type[LlamaForCausalLM], 
 def test_another_output_layer_is_refused() -> None:
     model = build(LlamaConfig(**SIZES))
     model.lm_head = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, VOCABULARY))
-    with pytest.raises(
-        ValueError, match=r"output layer of LlamaForCausalLM is torch\.\S+\.Sequential, not a linear layer; use"
-    ):
+    with pytest.raises(ValueError, match=r"of LlamaForCausalLM is torch\.\S+\.Sequential, not a linear layer; use"):
         offer_head(model, SHARED)
 
 
 def test_an_adapter_on_the_output_layer_is_refused() -> None:
     model = get_peft_model(build(LlamaConfig(**SIZES)), LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
-    with pytest.raises(
-        ValueError, match=r"output layer of LlamaForCausalLM is peft\.\S+\.Linear, not a linear layer; use"
-    ):
+    with pytest.raises(ValueError, match=r"of LlamaForCausalLM is peft\.\S+\.Linear, not a linear layer; use"):
         offer_head(model, SHARED)
 
 

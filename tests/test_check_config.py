@@ -9,7 +9,14 @@ from conftest import WORDS, Tiny, make_model
 from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import DictConfig
 
-from hpd_verl.config import check_config, check_sft_config, needs_rollout_server, updates_per_batch
+from hpd_verl.config import (
+    HPDConfig,
+    check_config,
+    check_sft_config,
+    choose_pipeline,
+    needs_rollout_server,
+    updates_per_batch,
+)
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.models import check_models
 
@@ -58,6 +65,100 @@ def test_what_cannot_work_is_refused(overrides: list[str], message: str) -> None
     with pytest.raises(Exception) as refusal:  # noqa: PT011 - Hydra's own exception or ValueError; the text decides
         check_config(composed(*overrides))
     assert message.replace("\\", "") in str(refusal.value)
+
+
+def chosen(*overrides: str) -> tuple[str, str]:
+    config = composed(*overrides)
+    return choose_pipeline(config, HPDConfig.from_config(config.algorithm.hpd))
+
+
+SEVERAL_UPDATES = ("data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=16")
+ULYSSES = "actor_rollout_ref.{}.ulysses_sequence_parallel_size=2"
+AGAINST_ONE_PASS = [
+    (ULYSSES.format("actor"), "Ulysses sequence parallelism shares sequences out"),
+    (ULYSSES.format("ref"), "Ulysses sequence parallelism shares sequences out"),
+    ("actor_rollout_ref.actor.entropy_coeff=0.1", "actor_rollout_ref.actor.entropy_coeff is set"),
+    ("actor_rollout_ref.rollout.calculate_log_probs=true", "calculate_log_probs compares with a student pass"),
+    ("actor_rollout_ref.actor.strategy=fsdp", "student and teacher are not both on fsdp2"),
+    ("actor_rollout_ref.ref.strategy=fsdp", "student and teacher are not both on fsdp2"),
+]
+NEEDING_ONE_PASS = [
+    (("algorithm.hpd.teacher_cache=memory",), "algorithm.hpd.teacher_cache=memory"),
+    (("algorithm.hpd.exact_kl_metrics=true",), "algorithm.hpd.exact_kl_metrics=true"),
+    (("algorithm.hpd.objective=jsd_exact",), "a full-vocabulary objective (jsd_exact)"),
+    (("algorithm.hpd.on_policy_objective=fkl",), "a full-vocabulary objective (fkl, hpd)"),
+    (
+        ("algorithm.hpd.objective=akl", "algorithm.hpd.exact_kl_metrics=true"),
+        "algorithm.hpd.exact_kl_metrics=true and a full-vocabulary objective (akl)",
+    ),
+]
+against_one_pass = pytest.mark.parametrize(("override", "reason"), AGAINST_ONE_PASS, ids=lambda value: value)
+needing_one_pass = pytest.mark.parametrize(("overrides", "need"), NEEDING_ONE_PASS, ids=str)
+
+
+def test_one_pass_is_the_default() -> None:
+    assert chosen() == ("one_pass", "a batch is one update")
+
+
+@pytest.mark.parametrize("updates", [SEVERAL_UPDATES, ("actor_rollout_ref.actor.ppo_epochs=2",)], ids=str)
+def test_several_updates_are_staged_unless_set(updates: tuple[str, ...]) -> None:
+    """The staged pipeline has PPO's ratio; one_pass computes the weights anew in each update."""
+    assert chosen(*updates) == ("staged", "a batch is several updates")
+    assert chosen(*updates, "algorithm.hpd.pipeline=one_pass") == ("one_pass", "set")
+    assert chosen(*updates, "algorithm.hpd.exact_kl_metrics=true")[0] == "one_pass"
+
+
+@against_one_pass
+def test_what_one_pass_cannot_do_is_staged(override: str, reason: str) -> None:
+    pipeline, why = chosen(override)
+    assert pipeline == "staged"
+    assert reason in why
+
+
+@against_one_pass
+def test_what_one_pass_cannot_do_is_refused_where_it_is_set(override: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.pipeline=one_pass: does not work here: ") as refusal:
+        chosen(override, "algorithm.hpd.pipeline=one_pass")
+    assert reason in str(refusal.value)
+
+
+def test_all_reasons_are_named() -> None:
+    overrides = (ULYSSES.format("actor"), "actor_rollout_ref.actor.entropy_coeff=0.1", *SEVERAL_UPDATES)
+    assert chosen(*overrides) == (
+        "staged",
+        "Ulysses sequence parallelism shares sequences out; actor_rollout_ref.actor.entropy_coeff is set; "
+        "a batch is several updates",
+    )
+
+
+def test_staged_where_it_is_set() -> None:
+    assert chosen("algorithm.hpd.pipeline=staged") == ("staged", "set")
+
+
+@needing_one_pass
+def test_what_needs_one_pass_gets_it(overrides: tuple[str, ...], need: str) -> None:
+    pipeline, why = chosen(*overrides)
+    assert pipeline == "one_pass"
+    assert why == need.replace(" and ", ", ")
+
+
+@needing_one_pass
+def test_staged_is_refused_where_one_pass_is_needed(overrides: tuple[str, ...], need: str) -> None:
+    with pytest.raises(ValueError, match="pipeline=staged") as refusal:
+        chosen(*overrides, "algorithm.hpd.pipeline=staged")
+    assert str(refusal.value) == (
+        f"algorithm.hpd.pipeline=staged: {need} needs one_pass, which is not what is set: choose auto"
+    )
+
+
+@needing_one_pass
+def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need: str) -> None:
+    with pytest.raises(ValueError, match="pipeline=auto") as refusal:
+        chosen(*overrides, "actor_rollout_ref.actor.entropy_coeff=0.1")
+    assert str(refusal.value) == (
+        f"algorithm.hpd.pipeline=auto: {need} needs one_pass, which does not work here: "
+        "actor_rollout_ref.actor.entropy_coeff is set"
+    )
 
 
 def check(student: Path, teacher: Path, needed_context: int = 128) -> None:
