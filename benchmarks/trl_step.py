@@ -2,7 +2,7 @@
 
     python benchmarks/trl_step.py --student DIR --teacher DIR --data train.parquet
 
-TRL needs an environment of its own, see README.md here. A step is the forward passes of student and teacher, the
+TRL is in an environment of its own, see README.md here. A step is the forward passes of student and teacher, the
 generalised Jensen-Shannon divergence of the whole vocabulary, backward, clipping and AdamW, in float32, all of it
 TRL's; the same batch every time. The median and the peak resident set are appended to benchmarks/results/trl_step.csv
 with the machine and the versions. It needs Linux.
