@@ -233,14 +233,16 @@ class _LouderLlama(LlamaForCausalLM):
         return output
 
 
-class _BrokenLlama(LlamaForCausalLM):
+class _NaNLlama(LlamaForCausalLM):
+    """NaN that its hidden states do not have."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         output.logits = output.logits * float("nan")
         return output
 
 
-@pytest.mark.parametrize("model_class", [_LouderLlama, _BrokenLlama])
+@pytest.mark.parametrize("model_class", [_LouderLlama, _NaNLlama])
 @pytest.mark.parametrize("how", ["float32", "bfloat16", "autocast"])
 def test_a_model_that_does_more_is_refused(model_class: type[LlamaForCausalLM], how: str) -> None:
     torch.manual_seed(0)
@@ -252,6 +254,14 @@ def test_a_model_that_does_more_is_refused(model_class: type[LlamaForCausalLM], 
     )
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), pytest.raises(ValueError, match=message):
         check_head(model)
+
+
+def test_a_model_of_nan_is_left_to_the_first_step() -> None:
+    """There the rows are named."""
+    model = build(LlamaConfig(**SIZES))
+    nn.init.constant_(model.model.layers[1].mlp.up_proj.weight, float("nan"))
+    offer_head(model, SHARED)
+    check_head(model)
 
 
 def test_another_output_layer_is_refused() -> None:
