@@ -52,6 +52,7 @@ from hpd_verl.objectives import TokenLogProbs  # noqa: E402
 from hpd_verl.one_pass import OnePass, StudentWorker  # noqa: E402
 from hpd_verl.sft_trainer import DemonstrationDataset, as_batch, lazy_teacher, read_demonstrations  # noqa: E402
 from hpd_verl.teacher import TeacherWorker  # noqa: E402
+from hpd_verl.teacher_cache import ALONE  # noqa: E402
 from hpd_verl.token_weights import row_objectives, token_weights  # noqa: E402
 from hpd_verl.worker import StudentLoss, TeacherLogProbs  # noqa: E402
 
@@ -218,9 +219,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "step.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    os.environ.update(
-        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    )
+    for name, value in ALONE.items():  # unless torchrun set them
+        os.environ.setdefault(name, value)
     initialize_global_process_group()
     store = Path(tempfile.gettempdir()) / f"teacher_store_{os.environ['MASTER_PORT']}_{os.getppid()}"  # of all ranks
     try:

@@ -98,9 +98,6 @@ def packed_sdpa(
 def _one_sequence(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -109,6 +106,7 @@ def _one_sequence(
         dropout_p=kwargs.get("dropout", 0.0),
         scale=kwargs.get("scaling"),
         is_causal=mask is None,
+        enable_gqa=query.shape[1] != key.shape[1],
     ).transpose(1, 2)
 
 
