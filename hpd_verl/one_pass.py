@@ -183,8 +183,9 @@ class OnePass:
     def update(self, data: TensorDict) -> TensorDict | None:
         """verl's ``train_mini_batch`` of the student, with the teacher's metrics added."""
         metrics = self._take_teacher_features(data)
+        start = time.perf_counter()
         output = self.student.train_mini_batch(data=data)
-        return self._with_metrics(output, metrics)
+        return self._with_metrics(output, metrics | {"timing_s/student": time.perf_counter() - start})
 
     def evaluate(self, data: TensorDict) -> TensorDict | None:
         """verl's ``infer_batch`` of the student: the same loss and metrics, no gradients."""

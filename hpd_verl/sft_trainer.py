@@ -21,7 +21,7 @@ import torch.distributed
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 from verl.trainer.sft_trainer import SFTTrainer
 from verl.utils import tensordict_utils as tu
@@ -85,11 +85,13 @@ def teacher_worker_config(config: DictConfig) -> TrainingWorkerConfig:
     )
 
 
-def read_demonstrations(config: DictConfig, model: HFModelConfig, files: Any) -> DemonstrationDataset:
+def read_demonstrations(
+    config: DictConfig, model: HFModelConfig, files: Any, max_samples: int = -1
+) -> DemonstrationDataset:
     """The rows of ``files`` (a path or a list of them), checked, as sequences of the student's tokens."""
     data = OmegaConf.merge(config.data, {"train_files": files})  # validation rows need demonstrations too
     files = [files] if isinstance(files, str) else list(files)
-    rows = HPDDataset(files, model.tokenizer, data, max_samples=data.train_max_samples)
+    rows = HPDDataset(files, model.tokenizer, data, max_samples=max_samples)
     sequences = SequenceBuilder(
         model, data.apply_chat_template_kwargs, data.max_prompt_length, data.max_response_length
     )
@@ -147,16 +149,17 @@ class HPDSFTTrainer(SFTTrainer):
         super().__init__(config)
 
     def _build_dataset(self) -> None:
-        self.train_dataset = self._read(self.config.data.train_files)
-        self.val_dataset = self._read(self.config.data.val_files) if self.config.data.val_files else None
+        data = self.config.data
+        self.train_dataset = self._read(data.train_files, data.train_max_samples)
+        self.val_dataset = self._read(data.val_files, data.val_max_samples) if data.val_files else None
         rows, batch_size = len(self.train_dataset), self.config.data.train_batch_size
         if rows < batch_size:
             raise ValueError(
                 f"data.train_batch_size={batch_size}: data.train_files has {rows} rows, less than one batch; lower it"
             )
 
-    def _read(self, files: Any) -> DemonstrationDataset:
-        return read_demonstrations(self.config, self.model_config, files)
+    def _read(self, files: Any, max_samples: int) -> DemonstrationDataset:
+        return read_demonstrations(self.config, self.model_config, files, max_samples)
 
     def _build_engine(self) -> None:
         self.training_client = StudentWorker(
@@ -170,6 +173,18 @@ class HPDSFTTrainer(SFTTrainer):
             )
         )
         self.engine = self.training_client.engine
+
+    def _build_dataloader(self) -> None:
+        super()._build_dataloader()
+        if self.val_dataset is not None:  # verl's drops rows that do not fill a batch
+            rank, ranks = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
+            self.val_dataloader = DataLoader(
+                self.val_dataset,
+                batch_size=self.train_batch_size_per_dp,
+                sampler=DistributedSampler(self.val_dataset, num_replicas=ranks, rank=rank, shuffle=False),
+                collate_fn=self.collate_fn,
+                num_workers=self.config.data.num_workers,
+            )
 
     def _init_engine(self) -> None:
         super()._init_engine()
@@ -195,6 +210,7 @@ class HPDSFTTrainer(SFTTrainer):
                 "run stops instead of going on without it"
             )
         metrics["hpd/truncated_demonstrations"] = int(tensors[fields.TRUNCATED].values().sum())
+        metrics["hpd/dropped_demonstrations"] = self.train_dataset.rows.dropped_demonstrations
         metrics["training/global_step"] = step
         metrics["timing_s/step"] = time.perf_counter() - start
         return metrics

@@ -39,10 +39,11 @@ def fill(config: DictConfig) -> dict[str, float]:
     worker = lazy_teacher(config)
     vocabulary_size = min(model.hf_config.vocab_size, worker.model_config.hf_config.vocab_size)
     teacher = Teacher(worker, hpd, vocabulary_size, model.tokenizer)
-    for files in (config.data.train_files, config.data.val_files):
+    data = config.data
+    for files, max_samples in ((data.train_files, data.train_max_samples), (data.val_files, data.val_max_samples)):
         if not files:
             continue
-        rows = read_demonstrations(config, model, files)
+        rows = read_demonstrations(config, model, files, max_samples)
         loader = DataLoader(
             rows,
             batch_size=config.data.train_batch_size // torch.distributed.get_world_size(),

@@ -86,6 +86,9 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
     validation = [step["val/hpd/reverse_kl_k1"] for step in plain.steps]
     assert validation[-1] < validation[0]
     assert plain.steps[0]["val/hpd/student_nll"] > 0
+    odd = run_sft(*overrides, "data.val_max_samples=5", "trainer.total_training_steps=1")  # less than a batch
+    assert odd.returncode == 0, odd.output[-3000:]
+    assert odd.steps[0]["val/hpd/student_nll"] != plain.steps[0]["val/hpd/student_nll"]
 
     two_ranks = run_sft(*overrides, ranks=2)
     assert two_ranks.returncode == 0, two_ranks.output[-3000:]
