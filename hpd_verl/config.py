@@ -268,6 +268,12 @@ class HPDConfig:
             limit,
             "give a number above 0",
         )
+        _require(
+            not self.exact_kl_metrics or self.teacher_cache == "off" or self.teacher_cache_format == "hidden",
+            f"{PREFIX}.exact_kl_metrics",
+            self.exact_kl_metrics,
+            f"{PREFIX}.teacher_cache_format=topk keeps a part of the teacher's distribution; choose hidden",
+        )
 
     @classmethod
     def from_config(cls, node: DictConfig) -> "HPDConfig":

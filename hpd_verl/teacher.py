@@ -65,9 +65,8 @@ class _FeatureLoss(HeadLoss):
         responses = response_tokens(data)
         hidden, config = hidden[responses.positions], self.config
         if config.teacher_cache != "off" and config.teacher_cache_format == "topk":
-            features = teacher_top_k(
-                hidden, head, responses.labels, config.temperature, config.token_chunk_size, config.teacher_cache_top_k
-            )
+            k = min(config.teacher_cache_top_k, head.vocabulary_size)
+            features = teacher_top_k(hidden, head, responses.labels, config.temperature, config.token_chunk_size, k)
         else:
             features = teacher_features(hidden, head, responses.labels, config.temperature, config.token_chunk_size)
         start = 0
@@ -78,9 +77,9 @@ class _FeatureLoss(HeadLoss):
 
 
 def local_folder(model: HFModelConfig) -> Path:
-    """The folder a model is loaded from: its path, or where the hub's copy of it lies."""
+    """The folder a model is loaded from: its path, or where the hub's copy of it lies, fetched if need be."""
     path = Path(model.local_path)
-    return path if path.is_dir() else Path(snapshot_download(str(path), local_files_only=True))
+    return path if path.is_dir() else Path(snapshot_download(str(path)))
 
 
 class Teacher:

@@ -228,6 +228,13 @@ def test_from_config_refuses_bad_values() -> None:
         HPDConfig.from_config(OmegaConf.create({"temperature": 0}))
 
 
+def test_exact_kl_needs_the_whole_teacher() -> None:
+    with pytest.raises(
+        ValueError, match=r"exact_kl_metrics=True: algorithm\.hpd\.teacher_cache_format=topk keeps a part"
+    ):
+        HPDConfig(exact_kl_metrics=True, teacher_cache="memory", teacher_cache_format="topk")
+
+
 # Derived
 
 
