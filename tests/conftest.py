@@ -65,6 +65,18 @@ def make_model(folder: Path, seed: int, words: list[str] = WORDS, vocab_size: in
     return folder
 
 
+def make_nan_model(source: Path, folder: Path) -> Path:
+    """A copy of a model whose logits are NaN."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
 def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Additions of small numbers, in verl's columns with a demonstration."""
     generator = random.Random(seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Run, RunMainPPO, Tiny, read_steps
+from conftest import Run, RunMainPPO, Tiny, make_nan_model, read_steps
 
 RunSFT = Callable[..., Run]
 
@@ -128,3 +128,12 @@ def test_bad_settings(run_sft: RunSFT) -> None:
     assert run.returncode != 0
     assert "Error: teacher.model.path=/nowhere: no such folder" in run.output
     assert run.steps == []
+
+
+def test_nan_logits_stop_the_run(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None:
+    """A student with NaN logits: one error with step and rows, and no checkpoint."""
+    broken = make_nan_model(tiny.student, tmp_path / "broken")
+    run = run_sft(f"model.path={broken}", "trainer.save_freq=1")
+    assert run.returncode != 0
+    assert "step 1: NaN in the student's logits" in run.output
+    assert not (tmp_path / "checkpoints").exists()
