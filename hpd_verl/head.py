@@ -396,36 +396,34 @@ class _Gradients:
             self.bias.index_add_(0, tokens.flatten(), -token_factors.flatten())
 
     def _add_low_precision(self, matrix: Tensor, scaled: Tensor, first: bool, last: bool) -> None:
-        """Add ``matrix.T @ scaled`` in float32, block by block of the vocabulary, and round once, after the last chunk.
+        """Add ``matrix.T @ scaled`` of one chunk; after the last, the one-hots, in float32, and round once.
 
-        A single chunk needs no float32 copy of the gradient.
+        A single chunk needs no float32 copy of the gradient: its product is in the weight's dtype already, and only the
+        rows with one-hots change.
         """
         assert self.weight is not None
-        vocabulary = matrix.shape[1]
-        if self._sum is None and not last:
-            self._sum = torch.empty(vocabulary, scaled.shape[1], dtype=self.head.dtype, device=scaled.device)
+        used = self.weight[: matrix.shape[1]]
+        if first and last:
+            torch.mm(matrix.T, scaled, out=used)
+        elif first:
+            self._sum = torch.mm(matrix.T, scaled).to(self.head.dtype)
+        else:
+            assert self._sum is not None
+            product = scaled.new_empty(min(len(used), _WEIGHT_ROWS), scaled.shape[1])
+            for rows in _chunks(len(used), _WEIGHT_ROWS):
+                self._sum[rows] += torch.mm(matrix[:, rows].T, scaled, out=product[: rows.stop - rows.start])
         if last:
+            total = used if self._sum is None else self._sum
             tokens = torch.cat([each.flatten() for each, _, _ in self._one_hots])
             values = torch.cat([each.flatten() for _, each, _ in self._one_hots])
-            hidden = torch.cat([each for _, _, each in self._one_hots])
-            per_row = len(tokens) // len(hidden)
-            tokens, order = tokens.sort()
-            edges = torch.arange(0, vocabulary + _WEIGHT_ROWS, _WEIGHT_ROWS, device=tokens.device)
-            bounds = torch.searchsorted(tokens, edges).tolist()
-        product = scaled.new_empty(min(vocabulary, _WEIGHT_ROWS), scaled.shape[1])
-        total_buffer = torch.empty_like(product, dtype=self.head.dtype)
-        for block, rows in enumerate(_chunks(vocabulary, _WEIGHT_ROWS)):
-            size = rows.stop - rows.start
-            total = total_buffer[:size].copy_(torch.mm(matrix[:, rows].T, scaled, out=product[:size]))
-            if self._sum is not None and not first:
-                total += self._sum[rows]
-            if not last:
-                assert self._sum is not None
-                self._sum[rows] = total
-                continue
-            here = slice(bounds[block], bounds[block + 1])
-            one_hots = hidden[order[here] // per_row].to(self.head.dtype) * -values[order[here]].unsqueeze(1)
-            self.weight[rows] = total.index_add_(0, tokens[here] - rows.start, one_hots)
+            hidden = torch.cat([each for _, _, each in self._one_hots]).to(self.head.dtype)
+            hidden = hidden.repeat_interleave(len(tokens) // len(hidden), dim=0)
+            rows_in_use, place = tokens.unique(return_inverse=True)
+            changed = total[rows_in_use].to(self.head.dtype)
+            changed.index_add_(0, place, hidden * -values.unsqueeze(1))
+            if self._sum is not None:
+                used.copy_(self._sum)
+            used[rows_in_use] = changed.to(used.dtype)
 
     def attach(self, loss: Tensor, hidden: Tensor) -> Tensor:
         """The loss, with these gradients as its backward pass."""
