@@ -73,7 +73,9 @@ class Comparison:
         def head(hidden: Tensor, layer: OutputHead) -> dict[str, TeacherFeatures]:
             hidden = hidden[0, prompt - 1 : -1]
             exact = teacher_features(hidden, layer, labels, CONFIG.temperature, CONFIG.token_chunk_size)
-            rounded = TeacherFeatures(exact.label_log_probs, hidden=hidden.to(torch.bfloat16), log_mass=exact.log_mass)
+            rounded = teacher_features(
+                hidden.to(torch.bfloat16).to(hidden.dtype), layer, labels, CONFIG.temperature, CONFIG.token_chunk_size
+            )
             top = teacher_top_k(hidden, layer, labels, CONFIG.temperature, CONFIG.token_chunk_size, self.top_k)
             return {"exact": exact, "hidden_bf16": rounded, f"topk_{self.top_k}": top}
 

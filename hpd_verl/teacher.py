@@ -68,6 +68,9 @@ class _FeatureLoss(HeadLoss):
             k = min(config.teacher_cache_top_k, head.vocabulary_size)
             features = teacher_top_k(hidden, head, responses.labels, config.temperature, config.token_chunk_size, k)
         else:
+            if config.teacher_cache != "off" and config.teacher_cache_dtype == "bf16":
+                # Log-probs of the hidden states as the store keeps them: rounded alone, these would not match log_mass.
+                hidden = hidden.to(torch.bfloat16).to(hidden.dtype)
             features = teacher_features(hidden, head, responses.labels, config.temperature, config.token_chunk_size)
         start = 0
         for row, length in zip(row_numbers(data).tolist(), responses.lengths.tolist(), strict=True):
