@@ -130,6 +130,29 @@ def test_bad_settings(run_sft: RunSFT) -> None:
     assert run.steps == []
 
 
+def test_bad_store(run_sft: RunSFT, run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
+    """A store that cannot be used: one error in either trainer, before a step."""
+    folder = tmp_path / "teacher"
+    cache = ("algorithm.hpd.teacher_cache=disk", "algorithm.hpd.teacher_cache_max_gib=0.01")
+    here = f"algorithm.hpd.teacher_cache_dir={folder}"
+    filling = run_sft(*cache, here, module="hpd_verl.teacher_cache")
+    assert filling.returncode == 0, filling.output[-3000:]
+    file = tmp_path / "file"
+    file.touch()
+    another_teacher = f"teacher_cache_dir={folder}: holds features of another teacher or of other settings (teacher"
+    new = f"algorithm.hpd.teacher_cache_dir={tmp_path / 'new'}"
+    runs = [
+        (another_teacher, run_sft(*cache, here, f"teacher.model.path={tiny.student}")),
+        (another_teacher, run_main_ppo(*cache, here, f"actor_rollout_ref.ref.model.path={tiny.student}")),
+        (f"{file}: cannot be written to", run_sft(*cache, f"algorithm.hpd.teacher_cache_dir={file}")),
+        ("=1e+09 lets it grow by", run_sft(*cache, new, "algorithm.hpd.teacher_cache_max_gib=1e9")),
+    ]
+    for message, run in runs:
+        assert run.returncode != 0
+        assert message in run.output, run.output[-3000:]
+        assert run.steps == []
+
+
 def test_nan_logits_stop_the_run(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None:
     """A student with NaN logits: one error with step and rows, and no checkpoint."""
     broken = make_nan_model(tiny.student, tmp_path / "broken")
