@@ -149,7 +149,8 @@ def test_plain_forward_is_unchanged(family: str) -> None:
     offered = model(**inputs())
     assert type(offered) is type(plain)
     assert torch.equal(offered.logits, plain.logits)
-    assert torch.equal(model(inputs()["input_ids"]).logits, plain.logits)
+    # Without the mask attention may take another kernel, equal up to rounding.
+    torch.testing.assert_close(model(inputs()["input_ids"]).logits, plain.logits)
     found = gradients(model, offered.logits.square().mean())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
