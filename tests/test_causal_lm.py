@@ -141,7 +141,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 @each_family
 def test_plain_forward_is_unchanged(family: str) -> None:
-    """Output and gradients are bit-identical, for positional and for keyword arguments."""
+    """Output and gradients of the same call are bit-identical; arguments may be positional."""
     model = FAMILIES[family]()
     plain = model(**inputs())
     expected = gradients(model, plain.logits.square().mean())
