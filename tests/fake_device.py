@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 NAME = "meta"
 """``device.type`` of the tensors: of those that a build for CPUs knows, the one whose autograd needs no driver."""
@@ -77,6 +77,15 @@ class FakeDeviceTensor(Tensor):
         kwargs = dict(kwargs or {})
         if func in (Tensor.repeat_interleave, torch.repeat_interleave) and isinstance(args[-1], Tensor):
             kwargs.setdefault("output_size", int(args[-1].sum()))  # torch asks for it on the device ``NAME`` alone
+        # Lists of indices and single numbers become tensors here: torch makes them on ``NAME`` out of sight.
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            tensor, index, *value = args
+            whole = index if isinstance(index, tuple) else (index,)
+            index = tuple(torch.tensor(each).long() if isinstance(each, list) else each for each in whole)
+            value = [
+                torch.tensor(each, dtype=tensor.dtype) if isinstance(each, int | float) else each for each in value
+            ]
+            args = (tensor, index, *value)
         with torch._C.DisableTorchFunctionSubclass():  # results are what they are, not of this class
             return func(*args, **kwargs)
 
@@ -100,6 +109,10 @@ class _FakeDevice(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         operands, structure = tree_flatten((args, kwargs))
+        if any(
+            isinstance(each, Tensor) and each.is_meta and not isinstance(each, FakeDeviceTensor) for each in operands
+        ):
+            raise NotImplementedError(f"{func}: an operand was made out of sight, its numbers are not known")
         on_device = iter(self._by_the_rules(func, operands, structure))
         numbers_args, numbers_kwargs = tree_unflatten([_numbers(each) for each in operands], structure)
         results, structure = tree_flatten(func(*numbers_args, **numbers_kwargs))
@@ -154,6 +167,8 @@ class _Constants(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and "device" in kwargs:
             device = kwargs.pop("device")
             return func(*args, **kwargs).to(device)
+        if func is torch.tensor and isinstance(args[0], list):
+            args = tree_map_only(FakeDeviceTensor, lambda each: each.numbers.item(), args)
         return func(*args, **kwargs)
 
 

@@ -1,6 +1,6 @@
-"""Losses, draws and gradients on a device that is no CPU: values are a CPU's, and mistakes that a CPU forgives are seen.
+"""Losses, draws and gradients on a device that is no CPU: a CPU's values, and mistakes that a CPU forgives are seen.
 
-``fake_device.py`` says what the device is and what it cannot see. Each mistake that is planted here would pass on a CPU.
+``fake_device.py`` says what the device is and what it cannot see.
 """
 
 import functools
@@ -367,13 +367,14 @@ ALLOWED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a number on the CPU": lambda there, here: there * here[0, 0],
     "an index on the CPU": lambda there, here: there[torch.arange(2)],
     "a copy": lambda there, here: there.copy_(here),
+    "a number at chosen places": lambda there, here: there.__setitem__(there > 0.5, 0.0) or there,
     "a part filled from the CPU": lambda there, here: there.index_put((torch.arange(2),), there[:2]),
 }
 
 
 @pytest.mark.parametrize("name", ON_TWO_DEVICES)
 def test_two_devices_are_refused(name: str) -> None:
-    with fake_device(), pytest.raises(RuntimeError, match="device|operands on"):
+    with fake_device(), pytest.raises(RuntimeError, match=r"device|operands on"):
         ON_TWO_DEVICES[name](torch.rand(4, 4).to(NAME), torch.rand(4, 4))
 
 
