@@ -41,8 +41,11 @@ class HeadEngine(FSDPEngineWithLMHead):
         super().__init__(**kwargs)
         self.model_config.model_type = "language_model"  # the name by which verl builds the module
 
-    def offer_head(self, vocabulary_size: int) -> None:
+    def offer_head(self, vocabulary_size: int | None = None) -> None:
         """Prepare the model, and refuse one whose output layer is not understood.
+
+        Args:
+            vocabulary_size: number of logits that the loss uses; None for all.
 
         Raises:
             ValueError: see ``causal_lm.check_head``.
@@ -55,6 +58,11 @@ class HeadEngine(FSDPEngineWithLMHead):
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the model's products are made in."""
         return self._autocast_dtype
+
+    @property
+    def compiles(self) -> bool:
+        """Whether elementwise work is fused by ``torch.compile``, verl's setting of the engine."""
+        return bool(self.engine_config.use_torch_compile)
 
     def _autocast(self) -> Any:
         if self.compute_dtype == torch.float32:

@@ -59,6 +59,7 @@ class _FeatureLoss(HeadLoss):
 
     def __init__(self, config: HPDConfig) -> None:
         self.config = config
+        self.compiled = False
         self.rows: dict[int, TeacherFeatures] = {}
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
@@ -66,12 +67,14 @@ class _FeatureLoss(HeadLoss):
         hidden, config = hidden[responses.positions], self.config
         if config.teacher_cache != "off" and config.teacher_cache_format == "topk":
             k = min(config.teacher_cache_top_k, head.vocabulary_size)
-            features = teacher_top_k(hidden, head, responses.labels, config.temperature, config.token_chunk_size, k)
+            features = teacher_top_k(hidden, head, responses.labels, config.temperature, config.token_chunk_size, k=k)
         else:
             if config.teacher_cache != "off" and config.teacher_cache_dtype == "bf16":
                 # Log-probs of the hidden states as the store keeps them: rounded alone, these would not match log_mass.
                 hidden = hidden.to(torch.bfloat16).to(hidden.dtype)
-            features = teacher_features(hidden, head, responses.labels, config.temperature, config.token_chunk_size)
+            features = teacher_features(
+                hidden, head, responses.labels, config.temperature, config.token_chunk_size, self.compiled
+            )
         start = 0
         for row, length in zip(row_numbers(data).tolist(), responses.lengths.tolist(), strict=True):
             self.rows[row] = features[start : start + length]
@@ -91,7 +94,7 @@ class Teacher:
     Args:
         worker: the teacher's model, lazy.
         config: the algorithm's configuration.
-        vocabulary_size: logits that student and teacher share.
+        vocabulary_size: the teacher's logits that are used: those that the student has too.
         tokenizer: the student's, which rows are tokenised with.
     """
 
@@ -149,6 +152,7 @@ class Teacher:
         self.worker.load()
         engine = self.worker.engine
         engine.offer_head(self.vocabulary_size)
+        self.loss.compiled = engine.compiles
         self.worker.set_loss_fn(self.loss)
         layer = output_head(engine.module, self.vocabulary_size)
         dtype = engine.compute_dtype

@@ -3,7 +3,8 @@
 A record holds the features of one row's T response tokens, in one of two formats:
 
     hidden   label_log_probs float32 [T], log_mass float32 [T], hidden bfloat16 or float32 [T, d]
-    topk     label_log_probs float32 [T], top_tokens int32 [T, K], top_log_probs float32 [T, K]
+    topk     label_log_probs float32 [T], rest_log_prob float32 [T], top_tokens int32 [T, K],
+             top_log_probs float32 [T, K]
 
 ``hidden`` is the final hidden state, before the output head; ``log_mass`` is the log-sum-exp of the teacher's logits at
 the temperature. ``MemoryStore`` keeps records in this process, ``DiskStore`` in a folder that all ranks and later runs
@@ -245,6 +246,7 @@ class _Schema:
             self.fields["log_mass"] = _Field(torch.float32, wide=False)
             self.fields["hidden"] = _Field(_DTYPES[identity.dtype], wide=True)
         else:
+            self.fields["rest_log_prob"] = _Field(torch.float32, wide=False)
             self.fields["top_tokens"] = _Field(torch.int32, wide=True)
             self.fields["top_log_probs"] = _Field(torch.float32, wide=True)
         self.top_k = identity.top_k

@@ -52,6 +52,7 @@ def make_record(identity: StoreIdentity, number: int, tokens: int = 3, hidden_si
         schema |= {"log_mass": (torch.float32, (tokens,)), "hidden": (dtype, (tokens, hidden_size))}
     else:
         shape = (tokens, identity.top_k)
+        schema |= {"rest_log_prob": (torch.float32, (tokens,))}
         schema |= {"top_tokens": (torch.int32, shape), "top_log_probs": (torch.float32, shape)}
     record = {}
     for name, (dtype, shape) in schema.items():
