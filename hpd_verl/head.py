@@ -499,7 +499,7 @@ class _Gradients:
                 self._add_low_precision(matrix, scaled, first=chunk.start == 0, last=chunk.stop == self.count)
         if self.bias is not None:
             for rows in _steps(matrix):
-                self.bias[: matrix.shape[1]] += factors[rows] @ matrix[rows].to(dtype)
+                self.bias[: matrix.shape[1]].add_(factors[rows] @ matrix[rows].to(dtype))
             self.bias.index_add_(0, tokens.flatten(), -token_factors.flatten())
 
     def _add_low_precision(self, matrix: Tensor, scaled: Tensor, first: bool, last: bool) -> None:
@@ -518,7 +518,7 @@ class _Gradients:
             assert self._sum is not None
             product = scaled.new_empty(min(len(used), _WEIGHT_ROWS), scaled.shape[1])
             for rows in _chunks(len(used), _WEIGHT_ROWS):
-                self._sum[rows] += torch.mm(matrix[:, rows].T, scaled, out=product[: rows.stop - rows.start])
+                self._sum[rows].add_(torch.mm(matrix[:, rows].T, scaled, out=product[: rows.stop - rows.start]))
         if last:
             total = used if self._sum is None else self._sum
             tokens = torch.cat([each.flatten() for each, _, _ in self._one_hots])
