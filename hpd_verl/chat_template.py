@@ -10,7 +10,6 @@ from typing import Any
 import jinja2
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
-from verl.utils.tokenizer.chat_template import apply_chat_template
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -49,9 +48,8 @@ def _literal_tokenizer(
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     for control, name in names.items():
         token = added[control]
-        literal.add_tokens(
-            [AddedToken(name, lstrip=token.lstrip, rstrip=token.rstrip, single_word=token.single_word, normalized=False)]
-        )
+        spaces = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
+        literal.add_tokens([AddedToken(name, normalized=False, **spaces)])
     own = _added_tokens(tokenizer)[0]
     ids = {literal.token_to_id(name): own[control] for control, name in names.items()}
     for token in settings["added_tokens"]:  # the ids of tokens outside the model's vocabulary may have moved
@@ -116,14 +114,10 @@ class ChatTemplate:
         self._turn_controls: frozenset[str] | None = None
 
     def render(self, messages: Messages, generation_prompt: bool = False) -> str:
-        """The template's text, exactly as verl's rollouts write it."""
+        """The template's text; a refusal stands, where verl would try again behind a made-up user message."""
         try:
-            return apply_chat_template(
-                self.tokenizer,
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self.template_kwargs,
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self.template_kwargs
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the student's chat template refuses the chat: {error}") from error
@@ -137,20 +131,25 @@ class ChatTemplate:
         return self._probe(messages)[1]
 
     def _probe(self, messages: Messages) -> tuple[str, TurnEnd, bool]:
-        """``(text before an answer, its end, whether the answer is a list of parts)``, from an answer to this prompt."""
+        """Text before an answer to this prompt, the answer's end, and whether the answer is a list of parts."""
         probe = "qzxanswer"
         while probe in str(messages):
             probe += "q"
+        refusal = ValueError("the student's chat template does not write the answer's text, once and as it is")
         for in_parts in (False, True):
-            written = self.render([*messages, _assistant(probe, in_parts)])
+            answer = _assistant(probe, in_parts)
+            try:
+                written = self.render([*messages, answer])
+            except ValueError as error:
+                refusal = error if not in_parts else refusal
+                continue
             if written.count(probe) == 1:
-                break
-        else:
-            raise ValueError("the student's chat template does not write the answer's text, once and as it is")
-        before, _, tail = written.partition(probe)
-        return before, self._end(messages, _assistant(probe, in_parts), tail), in_parts
+                before, _, tail = written.partition(probe)
+                return before, self._end([*messages, answer], probe, tail), in_parts
+        raise refusal
 
-    def _end(self, messages: Messages, answer: Mapping[str, Any], tail: str) -> TurnEnd:
+    def _end(self, chat: Messages, probe: str, tail: str) -> TurnEnd:
+        """The end of ``chat``, whose last message is the answer ``probe``."""
         found = self._added.search(tail)
         if found is None:
             return self._unmarked_end(tail)
@@ -158,9 +157,8 @@ class ChatTemplate:
         while following := self._added.match(tail, run[-1].end()):
             run.append(following)
         if len(run) > 1:  # all of them end the turn, unless some end the chat
-            probe = answer["content"] if isinstance(answer["content"], str) else answer["content"][0]["text"]
             try:
-                continued = self.render([*messages, answer, {**answer, "role": "user"}]).split(probe)[1]
+                continued = self.render([*chat, {**chat[-1], "role": "user"}]).split(probe)[1]
             except ValueError:  # it takes one turn only
                 continued = tail
             run = [token for token in run if continued.startswith(tail[: token.end()])] or run
@@ -185,16 +183,18 @@ class ChatTemplate:
         a second reasoning tag before the text's own, or lets the prompt end in one: then it is the text itself.
         """
         prompt = self.prompt(messages)
-        before, end, in_parts = self._probe(messages)
         self._refuse_unread(messages, prompt)
-        full = self.render([*messages, _assistant(text, in_parts)])
+        before, end, in_parts = self._probe(messages)
         opener = _reasoning_tag_at_end(prompt)
+        own_tag = _TAG.match(text.lstrip())
+        if own_tag and opener is None and own_tag[0] in self._reasoning_tags(messages, prompt):
+            raise _ended_reasoning(own_tag[0])
         repeats = opener is not None and text.lstrip().startswith(opener)
+        full = self.render([*messages, _assistant(text, in_parts)])
         if full.startswith(prompt) and full.endswith(end.tail) and len(prompt) + len(end.tail) <= len(full):
             written = full[len(prompt) : len(full) - len(end.tail)]
             shown, asked = _squeezed((opener or "") + written), _squeezed(text)
-            own_tag = _TAG.match(asked)
-            if shown.endswith(asked) and not (own_tag and own_tag[0] in shown[: len(shown) - len(asked)]):
+            if shown.endswith(asked) and not _tags_twice(shown[: len(shown) - len(asked)], asked):
                 return Answer(prompt, written + end.tail[: end.written], end, repeats)
         body = self._rewritten(messages, text, prompt, before, opener)
         return Answer(prompt, body + end.tail[: end.written], end, repeats)
@@ -208,28 +208,29 @@ class ChatTemplate:
             if not any(tag in text for tag in _closing_tags(opener)):
                 raise ValueError(
                     f"the student's generation prompt ends with {opener}, and the demonstration does not end this "
-                    f"reasoning ({_closing_tags(opener)[0]}); add it to the demonstration, or choose a prompt without it "
-                    "by data.apply_chat_template_kwargs or actor_rollout_ref.model.custom_chat_template"
+                    f"reasoning ({_closing_tags(opener)[0]}); add it to the demonstration, or choose another prompt by "
+                    "data.apply_chat_template_kwargs (enable_thinking) or actor_rollout_ref.model.custom_chat_template"
                 )
             return text
-        own_tag = _TAG.match(text.lstrip())
-        if own_tag and own_tag[0] in self._generation_prompt(messages, prompt):
-            raise ValueError(
-                f"the demonstration begins with {own_tag[0]}, which the student's generation prompt has already closed; "
-                "remove this part of the demonstration, or choose a prompt without it by "
-                "data.apply_chat_template_kwargs (enable_thinking) or actor_rollout_ref.model.custom_chat_template"
-            )
+        for tag in self._reasoning_tags(messages, prompt):
+            if tag in text:
+                raise _ended_reasoning(tag)
         if not before.startswith(prompt):
             raise ValueError(
                 "the student's chat template writes the prompt of an answered question otherwise than the prompt "
                 f"itself, which ends with {prompt[-20:]!r}; set actor_rollout_ref.model.custom_chat_template"
             )
         head = before[len(prompt) :]
+        own_tag = _TAG.match(text.lstrip())
         return text if own_tag and own_tag[0] in head else head + text
 
-    def _generation_prompt(self, messages: Messages, prompt: str) -> str:
+    def _reasoning_tags(self, messages: Messages, prompt: str) -> list[str]:
+        """The reasoning tags of the generation prompt."""
+        if not any(map(_REASONING.search, _TAG.findall(prompt[-200:]))):
+            return []
         bare = self.render(messages)
-        return prompt[len(bare) :] if prompt.startswith(bare) else prompt
+        shared = next((i for i, pair in enumerate(zip(bare, prompt, strict=False)) if pair[0] != pair[1]), len(bare))
+        return [tag for tag in _TAG.findall(prompt[shared:]) if _REASONING.search(tag)]
 
     def _refuse_unread(self, messages: Messages, prompt: str) -> None:
         """Refuse a prompt whose last message the template leaves out (some know lists of parts only)."""
@@ -263,7 +264,7 @@ class ChatTemplate:
         return frozenset(token for token in named if token in self._added_ids)
 
     def escape(self, messages: Messages, text: str = "") -> tuple[Messages, str]:
-        """Prompt and answer with every control token in their text marked as text, for ``prompt``, ``answer``, ``encode``.
+        """Prompt and answer with every control token in their text marked as text, for the other methods.
 
         Unchanged, and the same objects, where there is none.
         """
@@ -286,12 +287,31 @@ class ChatTemplate:
         if _BREAK not in rendered:
             return self.tokenizer.encode(rendered, add_special_tokens=False)
         if not self.tokenizer.is_fast:
-            raise ValueError("its text holds a control token, which a tokenizer in Python cannot take as text; remove it")
+            raise ValueError("its text holds a control token, which a slow tokenizer cannot take as text; remove it")
         controls = self._controls(messages)
         literal, names, ids = _literal_tokenizer(self.tokenizer, controls)
         renamed = _any_of(sorted(controls)).sub(lambda match: names[match[0]], rendered)
         encoded = literal.encode(renamed.replace(_BREAK, ""), add_special_tokens=False)
         return [ids.get(index, index) for index in encoded.ids]
+
+
+def _tags_twice(before: str, text: str) -> bool:
+    """Whether the template opens or ends a reasoning before a text that does so itself."""
+    own_tag = _TAG.match(text)
+    ending = [tag for tag in _TAG.findall(before) if _REASONING.search(tag) and _ends(tag)]
+    return bool(own_tag and own_tag[0] in before) or any(tag in text for tag in ending)
+
+
+def _ended_reasoning(tag: str) -> ValueError:
+    return ValueError(
+        f"the demonstration holds {tag}, and the student's generation prompt has already ended its reasoning; take the "
+        "reasoning out of the demonstration, or choose another prompt by data.apply_chat_template_kwargs "
+        "(enable_thinking) or actor_rollout_ref.model.custom_chat_template"
+    )
+
+
+def _ends(tag: str) -> bool:
+    return tag[1] == "/" or "end" in tag.lower()
 
 
 def _assistant(text: str, in_parts: bool) -> dict[str, Any]:
@@ -304,8 +324,7 @@ def _reasoning_tag_at_end(prompt: str) -> str | None:
     if not tags or tags[-1].end() != len(prompt[-100:].rstrip()):
         return None
     tag = tags[-1][0]
-    closes = tag[1] == "/" or "end" in tag.lower()
-    return tag if _REASONING.search(tag) and not closes else None
+    return tag if _REASONING.search(tag) and not _ends(tag) else None
 
 
 def _texts(content: Any) -> list[str]:

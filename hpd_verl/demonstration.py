@@ -83,10 +83,9 @@ class DemonstrationTokenizer:
         answer = self.template.answer(messages, text)
         prompt = self.template.encode(messages, answer.prompt)
         ids = self.template.encode(messages, answer.prompt + answer.text)
-        if ids[: len(prompt)] == prompt:
-            ids = ids[len(prompt) :]
-        else:  # prompt and answer would share a token; a rollout starts after the prompt's own tokens
-            ids = self.template.encode(messages, answer.text)
+        # Where prompt and answer would share a token, a rollout still starts after the prompt's own tokens.
+        starts = ids[: len(prompt)] == prompt
+        ids = ids[len(prompt) :] if starts else self.template.encode(messages, answer.text)
         if not answer.end.written:
             ids = [*ids, answer.end.token]
         if ids.index(answer.end.token) < len(ids) - 1:
