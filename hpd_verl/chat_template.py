@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 Messages = Sequence[Mapping[str, Any]]
 
 _NAMED_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_REASONING = re.compile("think|thought|reason|channel", re.IGNORECASE)
+_REASONING = re.compile(r"think|thought|reason|<\|channel>|<channel\|>", re.IGNORECASE)
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _BREAK = "\uf8fd"  # stands within a control token's text, so that neither template nor tokenizer knows it
 _STAND_IN = "\uf8fe"  # begins the names that template-written control tokens have in the literal tokenizer
@@ -95,9 +95,9 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Control tokens are those that make up the chat: the tokens of a named role (BOS, EOS, padding, ...), those the
-    template writes for a user's turn and for the generation prompt, and those that end an answer. Where the text of a
-    message holds one, ``escape`` and ``encode`` make it ordinary text. All other added tokens (``<think>``, tool and
-    image tags, special or not) are what a rollout's answer may consist of, and stay tokens.
+    template writes for a user's turn, for the generation prompt and around an answer, except reasoning tags. Where the
+    text of a message holds one, ``escape`` and ``encode`` make it ordinary text. All other added tokens (``<think>``,
+    tool and image tags, special or not) are what a rollout's answer may consist of, and stay tokens.
 
     Args:
         tokenizer: the student's.
@@ -128,6 +128,7 @@ class ChatTemplate:
 
     def turn_end(self, messages: Messages) -> TurnEnd:
         """How an answer to this prompt ends."""
+        self._refuse_unread(messages, self.prompt(messages))
         return self._probe(messages)[1]
 
     def _probe(self, messages: Messages) -> tuple[str, TurnEnd, bool]:
@@ -247,8 +248,10 @@ class ChatTemplate:
     def _controls(self, messages: Messages) -> frozenset[str]:
         if self._turn_controls is None:
             self._turn_controls = self._find_turn_controls(messages)
-        end = self.turn_end(messages)
-        return self._turn_controls | set(self._added.findall(end.tail[: end.written]))
+        before, end, _ = self._probe(messages)
+        head = before.removeprefix(self.prompt(messages))
+        head_tags = [] if head == before else [tag for tag in self._added.findall(head) if not _REASONING.search(tag)]
+        return self._turn_controls.union(head_tags, self._added.findall(end.tail[: end.written]))
 
     def _find_turn_controls(self, messages: Messages) -> frozenset[str]:
         user = {"role": "user", "content": "x"}
@@ -282,9 +285,9 @@ class ChatTemplate:
 
         return [_with_texts(message, escaped) for message in messages], escaped(text)
 
-    def encode(self, messages: Messages, rendered: str) -> list[int]:
-        """The tokens of a rendered text of the chat ``messages``; what ``escape`` marked becomes ordinary text."""
-        if _BREAK not in rendered:
+    def encode(self, messages: Messages, rendered: str, escaped: bool) -> list[int]:
+        """The tokens of a rendered text of the chat ``messages``; what ``escape`` marked is ordinary text."""
+        if not escaped:
             return self.tokenizer.encode(rendered, add_special_tokens=False)
         if not self.tokenizer.is_fast:
             raise ValueError("its text holds a control token, which a slow tokenizer cannot take as text; remove it")

@@ -79,13 +79,16 @@ class DemonstrationTokenizer:
 
     def _whole(self, messages: Messages, text: str) -> tuple[list[int], bool]:
         """The response tokens of the whole demonstration, and whether its opening reasoning tag is left out."""
-        messages, text = self.template.escape(messages, text)
-        answer = self.template.answer(messages, text)
-        prompt = self.template.encode(messages, answer.prompt)
-        ids = self.template.encode(messages, answer.prompt + answer.text)
+        chat, escaped_text = self.template.escape(messages, text)
+        escaped = chat is not messages
+        if escaped:
+            self.template.answer(messages, text)  # some templates refuse texts with control tokens
+        answer = self.template.answer(chat, escaped_text)
+        prompt = self.template.encode(chat, answer.prompt, escaped)
+        ids = self.template.encode(chat, answer.prompt + answer.text, escaped)
         # Where prompt and answer would share a token, a rollout still starts after the prompt's own tokens.
         starts = ids[: len(prompt)] == prompt
-        ids = ids[len(prompt) :] if starts else self.template.encode(messages, answer.text)
+        ids = ids[len(prompt) :] if starts else self.template.encode(chat, answer.text, escaped)
         if not answer.end.written:
             ids = [*ids, answer.end.token]
         if ids.index(answer.end.token) < len(ids) - 1:
@@ -128,7 +131,7 @@ class PromptTokenizer:
         escaped, _ = self._template.escape(messages)
         if escaped is messages:
             return self._build(list(messages))
-        return self._template.encode(escaped, self._template.prompt(escaped))
+        return self._template.encode(escaped, self._template.prompt(escaped), escaped=True)
 
 
 class SequenceBuilder:

@@ -288,6 +288,8 @@ def test_text_only_prompts_of_templates_for_parts_are_refused(case: Case) -> Non
         return
     with pytest.raises(ValueError, match="does not write the text of the prompt's user message"):
         case.demonstration().encode([USER], "d")
+    with pytest.raises(ValueError, match="does not write the text of the prompt's user message"):
+        roll_out(case, [USER], [case.end])
 
 
 def test_reasoning_is_opened_once(case: Case) -> None:
@@ -365,6 +367,26 @@ def test_tags_of_answers_stay_tokens(name: str, tag: str) -> None:
     ids = case.demonstration().encode([USER], f"a{tag}b").ids
     expected = 0 if tag == "<|im_sep|>" else 1  # which the template writes in every turn
     assert ids.count(case.tokenizer.convert_tokens_to_ids(tag)) == expected
+
+
+def test_template_that_refuses_control_tokens() -> None:
+    case = Case("gptoss", TEMPLATES["gptoss"][0], make(*TEMPLATES["gptoss"]))
+    harmony = "<|channel|>analysis<|message|>r<|end|><|start|>assistant<|channel|>final<|message|>a"
+    with pytest.raises(ValueError, match=r"refuses the chat: You have passed a message containing <\|channel\|>"):
+        case.demonstration().encode([USER], harmony)
+    ids = case.demonstration().encode([USER], "say <|channel|> and <|message|>").ids
+    assert ids.count(case.tokenizer.convert_tokens_to_ids("<|channel|>")) == 1
+    assert case.tokenizer.decode(ids) == "<|channel|>final<|message|>say <|channel|> and <|message|><|return|>"
+
+
+@pytest.mark.parametrize("text", ["d \uf8fd", "\uf8fe1\uf8fe d"])
+def test_private_characters_are_kept(text: str) -> None:
+    case = Case("qwen2_5", CHATML, make(*TEMPLATES["qwen2_5"]))
+    messages = [case.message("user", text)]
+    prompt = case.ids(messages, add_generation_prompt=True)
+    assert prompt + case.demonstration().encode(messages, text).ids == case.whole(messages, text)
+    with pytest.raises(ValueError, match="both a control token and U"):
+        case.demonstration().encode(messages, f"{text} <|im_end|>")
 
 
 def test_spaces_of_a_sentence_piece_tokenizer() -> None:
