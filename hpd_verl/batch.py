@@ -16,6 +16,19 @@ IS_ROLLOUT = "is_rollout"
 TRUNCATED = "truncated_demonstration"
 """Tag or column of a sequence: its demonstration was cut at data.max_response_length."""
 
+REOPENED = "reopened_demonstration"
+"""Tag or column of a sequence: its demonstration's opening reasoning tag is left out, since the prompt ends with it."""
+
+TRUNCATED_PROMPT = "truncated_prompt"
+"""Tag or column of a demonstration, extra field of a rollout: its prompt lost its start at data.max_prompt_length."""
+
+COUNTED_FLAGS = {
+    TRUNCATED: "hpd/truncated_demonstrations",
+    REOPENED: "hpd/reopened_demonstrations",
+    TRUNCATED_PROMPT: "hpd/truncated_prompts",
+}
+"""Flags of a sequence and the metric that counts each in a batch."""
+
 STEP = "hpd_step"
 """int, batch-wide: the training step, a counter of the student's draws."""
 

@@ -63,10 +63,11 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.rows.dataframe[index]
-        text = demonstration_text(row.get(DEMONSTRATION), f"row {index}")
-        tensors, truncated = self.sequences.build(list(row[self.rows.prompt_key]), text)
-        flags = {fields.ROW: index, fields.IS_ROLLOUT: 0, fields.TRUNCATED: int(truncated)}
-        return tensors | {name: torch.tensor([value]) for name, value in flags.items()}
+        where = f"row {index}"
+        text = demonstration_text(row.get(DEMONSTRATION), where)
+        tensors, flags = self.sequences.build(list(row[self.rows.prompt_key]), text, where)
+        columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, **flags}
+        return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()}
 
 
 def teacher_worker_config(config: DictConfig) -> TrainingWorkerConfig:
@@ -209,7 +210,8 @@ class HPDSFTTrainer(SFTTrainer):
                 f"step {step}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the update, and the "
                 "run stops instead of going on without it"
             )
-        metrics["hpd/truncated_demonstrations"] = int(tensors[fields.TRUNCATED].values().sum())
+        for flag, metric in fields.COUNTED_FLAGS.items():
+            metrics[metric] = int(tensors[flag].values().sum())
         metrics["hpd/dropped_demonstrations"] = self.train_dataset.rows.dropped_demonstrations
         metrics["training/global_step"] = step
         metrics["timing_s/step"] = time.perf_counter() - start

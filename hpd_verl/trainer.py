@@ -177,7 +177,9 @@ class HPDTrainer(PPOTrainerSync):
                 "the agent loop workers' errors are in the log above"
             )
         batch.reorder(sorted(range(len(batch)), key=lambda index: _key_order(batch.keys[index])))
-        self.batch_counts["hpd/truncated_demonstrations"] = sum(bool(tag.get(fields.TRUNCATED)) for tag in batch.tags)
+        for flag, metric in fields.COUNTED_FLAGS.items():
+            self.batch_counts[metric] = sum(bool(tag.get(flag)) for tag in batch.tags)
+        self.batch_counts["hpd/truncated_prompts"] += self._truncated_rollout_prompts(batch)
         metrics.update(self.batch_counts)
         batch = super()._balance_batch(batch, metrics=metrics, **kwargs)
         number = {key: index for index, key in enumerate(sorted(batch.keys, key=_key_order))}
@@ -189,6 +191,14 @@ class HPDTrainer(PPOTrainerSync):
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(columns, batch_size=len(batch))
         )
         return batch
+
+    def _truncated_rollout_prompts(self, batch: KVBatchMeta) -> int:
+        """Rollouts whose prompt was cut; verl's workers set their tags, so the agent loop leaves it in a field."""
+        keys = [key for key, flag in zip(batch.keys, self._is_rollout(batch), strict=True) if flag]
+        if not keys:
+            return 0
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+        return sum(bool(getattr(extra, "data", extra).get(fields.TRUNCATED_PROMPT)) for extra in data["extra_fields"])
 
     def _is_rollout(self, batch: KVBatchMeta) -> Tensor:
         """bool [rows]: the student answered the row itself."""
