@@ -122,7 +122,8 @@ class HPDConfig:
     """one_pass: log exact KL(teacher || student) and KL(student || teacher); costs the teacher's logits again."""
 
     teacher_cache: str = "off"
-    """Keep the teacher's features of demonstrations for later epochs: off, memory (of each worker) or disk."""
+    """Keep the teacher's features of demonstrations for later epochs: off, memory (of the process; one rank only) or
+    disk."""
 
     teacher_cache_dir: str | None = None
     """Teacher cache on disk: its folder, shared by all ranks and by later runs with the same teacher."""
@@ -137,7 +138,9 @@ class HPDConfig:
     """Format topk: tokens kept per position."""
 
     teacher_cache_max_gib: float = 100.0
-    """Size limit: of the folder over all ranks, or of each worker's memory. Rows beyond it are not kept."""
+    """Size limit: of the folder, all ranks and runs together and the output head left out, or of the process's memory.
+    Rows beyond it are not kept. A token takes 2 (float32: 4) bytes a hidden unit and 8 more, or 8 bytes a top-k entry
+    and 4 more."""
 
     def __post_init__(self) -> None:
         names = ", ".join(sorted(OBJECTIVES))

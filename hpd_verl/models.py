@@ -60,6 +60,11 @@ def check_models(
         ValueError: one sentence that names the setting, what was found and what to do.
     """
     teacher_model = load_model_config(teacher_model_config(student, teacher), teacher_setting)
+    if teacher_model.lora_adapter_path is not None and teacher_model.lora_rank <= 0:
+        adapter = f"{teacher_setting.removesuffix('path')}lora_adapter_path={teacher_model.lora_adapter_path}"
+        raise ValueError(
+            f"{adapter}: verl loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both"
+        )
     student_model = load_model_config(student, student_setting)
     if student_model.path == teacher_model.path:
         logger.warning(

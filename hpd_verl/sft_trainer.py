@@ -9,9 +9,10 @@ one-pass pipeline.
 
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from hpd_verl.hydra_config import config_dir
 from hpd_verl.models import check_models, teacher_model_config
 from hpd_verl.one_pass import OnePass, StudentWorker
 from hpd_verl.teacher import TeacherWorker
+from hpd_verl.teacher_size import log_size
+from hpd_verl.teacher_store import check_memory_store
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)
@@ -99,6 +102,12 @@ def read_demonstrations(
     return DemonstrationDataset(rows, sequences)
 
 
+def log_store_size(config: DictConfig, hpd: HPDConfig, datasets: Sequence[DemonstrationDataset]) -> None:
+    """Log how much the teacher's features of these rows take, and how much of that is kept."""
+    rows = [dataset.rows for dataset in datasets]
+    log_size(hpd, config.model, config.teacher.model, rows, config.data.max_response_length)
+
+
 def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int) -> TensorDict:
     """Collated rows with the settings that verl's passes read."""
     data = config.data
@@ -127,6 +136,7 @@ def checked(config: DictConfig) -> HPDConfig:
     auto_set_device(config)
     try:
         hpd = check_sft_config(config)
+        check_memory_store(hpd.teacher_cache, int(os.environ.get("WORLD_SIZE", "1")))
         check_models(
             student=config.model,
             teacher=config.teacher.model,
@@ -158,6 +168,9 @@ class HPDSFTTrainer(SFTTrainer):
             raise ValueError(
                 f"data.train_batch_size={batch_size}: data.train_files has {rows} rows, less than one batch; lower it"
             )
+        if torch.distributed.get_rank() == 0:
+            datasets = [self.train_dataset] if self.val_dataset is None else [self.train_dataset, self.val_dataset]
+            log_store_size(self.config, self.hpd, datasets)
 
     def _read(self, files: Any, max_samples: int) -> DemonstrationDataset:
         return read_demonstrations(self.config, self.model_config, files, max_samples)

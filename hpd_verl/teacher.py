@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from huggingface_hub import snapshot_download
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -21,8 +20,19 @@ from hpd_verl.causal_lm import head_scaling, output_head
 from hpd_verl.config import HPDConfig
 from hpd_verl.engine import MODEL_TYPE, HeadLoss
 from hpd_verl.head import OutputHead, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.ranks import on_every_rank, on_rank_zero
 from hpd_verl.response_tokens import column, response_tokens, row_numbers
-from hpd_verl.teacher_store import DiskStore, MemoryStore, TeacherStore, row_key, teacher_identity, tokenisation_hash
+from hpd_verl.teacher_identity import FileHashes, teacher_hashes
+from hpd_verl.teacher_store import (
+    DiskStore,
+    MemoryStore,
+    StoreIdentity,
+    TeacherStore,
+    check_memory_store,
+    row_key,
+    teacher_identity,
+    tokenisation_hash,
+)
 
 _GIB = 1 << 30
 
@@ -82,12 +92,6 @@ class _FeatureLoss(HeadLoss):
         return torch.zeros((), device=hidden.device), {}
 
 
-def local_folder(model: HFModelConfig) -> Path:
-    """The folder a model is loaded from: its path, or where the hub's copy of it lies, fetched if need be."""
-    path = Path(model.local_path)
-    return path if path.is_dir() else Path(snapshot_download(str(path)))
-
-
 class Teacher:
     """Features of rows, from the store where they are there, else from the model; all ranks together.
 
@@ -112,10 +116,25 @@ class Teacher:
             self._load()
 
     def _open_store(self) -> TeacherStore | None:
-        if self.config.teacher_cache == "off":
+        kind, max_bytes = self.config.teacher_cache, int(self.config.teacher_cache_max_gib * _GIB)
+        if kind == "off":
             return None
-        identity = teacher_identity(
-            local_folder(self.worker.model_config),
+        if kind == "memory":
+            check_memory_store(kind, torch.distributed.get_world_size())
+            return MemoryStore(self._identity("", ""), max_bytes)  # of this process, which has one teacher
+        assert self.config.teacher_cache_dir is not None  # HPDConfig requires it
+        folder = Path(self.config.teacher_cache_dir).expanduser()
+        hashes = FileHashes(folder / "teacher_files.json")
+        # Of rank 0: its copy of the weights is what verl loads, and other nodes need not read theirs.
+        identity = self._identity(*on_rank_zero(lambda: teacher_hashes(self.worker.model_config, hashes)))
+        store = on_every_rank(lambda: DiskStore(folder, identity, max_bytes))
+        hashes.save()  # once the folder is known to be this teacher's
+        return store
+
+    def _identity(self, teacher: str, teacher_config: str) -> StoreIdentity:
+        return teacher_identity(
+            teacher,
+            teacher_config,
             temperature=self.config.temperature,
             vocabulary_size=self.vocabulary_size,
             format=self.config.teacher_cache_format,
@@ -124,11 +143,6 @@ class Teacher:
             teacher_dtype=_dtype_name(self.worker.engine_config),
             tokenisation=tokenisation_hash(self.tokenizer.get_vocab(), self.tokenizer.chat_template),
         )
-        max_bytes = int(self.config.teacher_cache_max_gib * _GIB)
-        if self.config.teacher_cache == "memory":
-            return MemoryStore(identity, max_bytes)
-        assert self.config.teacher_cache_dir is not None  # HPDConfig requires it
-        return DiskStore(Path(self.config.teacher_cache_dir).expanduser(), identity, max_bytes)
 
     def _stored_head(self) -> OutputHead | None:
         """The output layer as the store keeps it, with which the model need not be loaded; the same on all ranks."""
@@ -215,6 +229,7 @@ class Teacher:
             "hpd/teacher_cache_rows": stats.rows,
             "hpd/teacher_cache_gib": stats.bytes / _GIB,
             "hpd/teacher_cache_refused_rows": stats.refused,
+            "hpd/teacher_cache_non_finite_rows": stats.non_finite,
             "hpd/teacher_cache_damaged_rows": stats.damaged,
             "hpd/teacher_is_loaded": float(self.worker.is_loaded),
         }

@@ -40,6 +40,8 @@ from hpd_verl.metrics import token_metrics
 from hpd_verl.models import check_models
 from hpd_verl.objectives import LIKELIHOOD_OBJECTIVES, TokenLogProbs
 from hpd_verl.on_policy import choose_rollouts, rollout_quota
+from hpd_verl.teacher_size import log_size
+from hpd_verl.teacher_store import check_memory_store
 from hpd_verl.worker import HPDWorker, HPDWorkerWithoutRollout
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class HPDTrainer(PPOTrainerSync):
             teacher_setting="actor_rollout_ref.ref.model.path",
             needed_context=config.data.max_prompt_length + config.data.max_response_length,
         )
+        check_memory_store(hpd.teacher_cache, config.trainer.n_gpus_per_node * config.trainer.nnodes)
         self.serves_rollouts = needs_rollout_server(config, self.hpd)
         if not self.serves_rollouts:
             self._enable_hybrid_replicas = False  # verl's switch for an empty list of replicas
@@ -104,6 +107,8 @@ class HPDTrainer(PPOTrainerSync):
             raise ValueError(
                 f"data.train_batch_size={batch_size}: data.train_files has {rows} rows, less than one batch; lower it"
             )
+        models = self.config.actor_rollout_ref
+        log_size(self.hpd, models.model, models.ref.model, [self.train_dataset], self.config.data.max_response_length)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()

@@ -161,8 +161,10 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
     )
 
 
-def check(student: Path, teacher: Path, needed_context: int = 128) -> None:
-    config = composed(f"actor_rollout_ref.model.path={student}", f"actor_rollout_ref.ref.model.path={teacher}")
+def check(student: Path, teacher: Path, needed_context: int = 128, overrides: tuple[str, ...] = ()) -> None:
+    config = composed(
+        f"actor_rollout_ref.model.path={student}", f"actor_rollout_ref.ref.model.path={teacher}", *overrides
+    )
     check_models(
         student=config.actor_rollout_ref.model,
         teacher=config.actor_rollout_ref.ref.model,
@@ -229,3 +231,11 @@ def test_what_the_lean_trainer_refuses(overrides: list[str], message: str) -> No
 def test_the_lean_trainers_defaults_pass() -> None:
     with initialize_config_dir(str(config_dir()), version_base=None):
         check_sft_config(compose("sft_trainer", overrides=["model.path=S", "teacher.model.path=T"]))
+
+
+def test_an_adapter_that_verl_would_not_load(tiny: Tiny, tmp_path: Path) -> None:
+    adapter = f"+actor_rollout_ref.ref.model.lora_adapter_path={tmp_path}"
+    message = rf"^actor_rollout_ref\.ref\.model\.lora_adapter_path={tmp_path}: verl loads an adapter only where lora"
+    with pytest.raises(ValueError, match=message):
+        check(tiny.student, tiny.teacher, overrides=(adapter,))
+    check(tiny.student, tiny.teacher, overrides=(adapter, "+actor_rollout_ref.ref.model.lora_rank=4"))
