@@ -9,16 +9,10 @@ from conftest import WORDS, Tiny, make_model
 from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import DictConfig
 
-from hpd_verl.config import (
-    HPDConfig,
-    check_config,
-    check_sft_config,
-    choose_pipeline,
-    needs_rollout_server,
-    updates_per_batch,
-)
+from hpd_verl.checks.models import check_models
+from hpd_verl.checks.run import check_config, check_sft_config
+from hpd_verl.config import HPDConfig, choose_pipeline, needs_rollout_server, updates_per_batch
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.models import check_models
 
 MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x")
 
