@@ -386,12 +386,22 @@ class DataFile:
         """
         where, start = _Where(self.name, self.file), 0
         for batch, rows in self.batches(self.rules.columns(self.schema.names)):
-            _check_batch(batch, rows, self.rules, start, where)
+            try:
+                _check_batch(batch, rows, self.rules, start, where)
+            except ValueError as error:
+                if self._loaded is None:
+                    raise
+                # Columns of several types change as `datasets` reads them: the file itself names the row that is wrong.
+                _check_json(self.file, self.name, self.rules)
+                raise ValueError(f"{error} (as `datasets` reads a column of several types; write one type)") from error
             start += len(batch)
 
     def sample(self) -> datasets.Dataset:
-        """The file's columns without rows, for comparing files."""
-        return datasets.Dataset(self.schema.empty_table())
+        """The first row with all columns, for comparing files."""
+        if self._loaded is not None:
+            return self._loaded.select([0])
+        with pq.ParquetFile(self.file) as parquet:
+            return datasets.Dataset(pa.Table.from_batches([next(parquet.iter_batches(1))], schema=self.schema))
 
 
 def _of_columns(metadata: Mapping[bytes, bytes] | None, columns: Sequence[str]) -> dict[bytes, bytes] | None:
@@ -406,6 +416,21 @@ def _of_columns(metadata: Mapping[bytes, bytes] | None, columns: Sequence[str]) 
 def as_list(files: Any) -> list[Any]:
     """verl's file settings: one path or a list of them."""
     return [files] if files is None or isinstance(files, str) else list(files)
+
+
+def _check_columns_agree(first: DataFile, other: DataFile) -> None:
+    """Check that ``datasets`` can put the rows of two files together."""
+    samples = first.sample(), other.sample()
+    try:
+        datasets.concatenate_datasets(list(samples))
+    except (ValueError, pa.ArrowException) as error:
+        types = [sample.features for sample in samples]
+        differing = next((name for name in types[1] if name in types[0] and types[0][name] != types[1][name]), None)
+        found = one_line(error) if differing is None else f"{differing} is {types[1][differing]}, {types[0][differing]}"
+        raise ValueError(
+            f"{other.name}: its columns cannot be put beside those of {first.file} ({found} there); write both with "
+            "the same types"
+        ) from error
 
 
 def check_files(setting: str, files: Any, rules: RowRules) -> list[DataFile]:
@@ -434,13 +459,7 @@ def check_files(setting: str, files: Any, rules: RowRules) -> list[DataFile]:
         for file in group:
             file.check_rows()
     for group in checked[1:]:
-        try:
-            datasets.concatenate_datasets([checked[0][0].sample(), group[0].sample()])
-        except (ValueError, pa.ArrowException) as error:
-            raise ValueError(
-                f"{group[0].name}: its columns differ from those of {checked[0][0].file} ({one_line(error)}); write "
-                "both with the same types"
-            ) from error
+        _check_columns_agree(checked[0][0], group[0])
     return [file for group in checked for file in group]
 
 
