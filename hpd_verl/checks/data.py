@@ -69,6 +69,8 @@ class RowRules:
         return [name for name in names if name in wanted]
 
 
+_NO_ROWS = "the file has no rows; write it again, or leave it out"
+
 _NEEDED = (
     "; every row needs a demonstration where algorithm.hpd.on_policy_fraction < 1, unless "
     "algorithm.hpd.missing_demonstration=rollout lets the student answer"
@@ -102,9 +104,7 @@ def check_prompt(prompt: Any, where: str) -> None:
         raise ValueError(f"{where}: prompt is {found}, expected a chat list [{{role: user, content: text}}, ...]")
     for number, turn in enumerate(prompt):
         if not isinstance(turn["role"], str):
-            raise ValueError(
-                f"{where}: message {number} of the prompt has role {turn['role']!r}; write user or another"
-            )
+            raise ValueError(f"{where}: message {number} of the prompt has role {turn['role']!r}; write a string")
         _check_content(turn["content"], f"{where}: message {number} of the prompt ({turn['role']})")
 
 
@@ -243,12 +243,16 @@ def _check_json(file: str, name: str, rules: RowRules) -> None:
         raise ValueError(f"{name}: line {error.lineno} is not JSON ({error.msg}); write the file again") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); write it again") from None
+    is_empty = True
     for where, row in numbered if numbered is not None else _json_lines(file, name):
+        is_empty = False
         if not isinstance(row, Mapping):
             raise ValueError(f"{name}: {where} is {type(row).__name__}, expected an object with the columns")
         if rules.prompt_key not in row:
             raise ValueError(f"{name}: {where} has no {rules.prompt_key!r} (data.prompt_key)")
         check_row(row, rules, f"{name}: {where}")
+    if is_empty:
+        raise ValueError(f"{name}: {_NO_ROWS}")
 
 
 def _json_lines(file: str, name: str) -> Iterator[tuple[str, Any]]:
@@ -339,7 +343,7 @@ class DataFile:
             self._loaded = self._load_json()
             self.schema, self.rows = self._loaded.features.arrow_schema, len(self._loaded)
         if self.rows == 0:
-            raise ValueError(f"{self.name}: the file has no rows; write it again, or leave it out")
+            raise ValueError(f"{self.name}: {_NO_ROWS}")
         columns = ", ".join(self.schema.names)
         if rules.prompt_key not in self.schema.names:
             raise ValueError(
@@ -354,8 +358,6 @@ class DataFile:
                 return datasets.load_dataset("json", data_files=self.file)["train"]
         except Exception as error:  # of datasets, pyarrow or pandas: the file itself says more
             _check_json(self.file, self.name, self.rules)
-            if isinstance(error, StopIteration):
-                raise ValueError(f"{self.name}: the file has no rows; write it again, or leave it out") from error
             raise ValueError(
                 f"{self.name}: cannot be read ({one_line(error.__cause__ or error)}); write its columns with one type "
                 "in all rows, or as parquet"

@@ -125,7 +125,7 @@ def load_model_config(node: DictConfig, setting: str) -> HFModelConfig:
     if path.startswith("~"):
         raise ValueError(f"{setting}={path}: the shell leaves ~ as it is after =; write the whole path, or $HOME")
     if path.startswith(("/", "./", "../")) and not Path(path).exists():
-        raise ValueError(f"{setting}={path}: no such folder")
+        raise ValueError(f"{setting}={path}: no such folder; give a folder that is there, or a hub name")
     try:
         return omega_conf_to_dataclass(node)
     except Exception as error:  # Hydra wraps whatever Hugging Face raised

@@ -229,17 +229,14 @@ def check_sft_ranks(config: DictConfig, ranks: int, fills_store: bool) -> None:
     _check_micro_batches(config, {"data.micro_batch_size_per_gpu": (bool(config.data.use_dynamic_bsz), batch // ranks)})
 
 
-def check_checkpoint_folder(config: DictConfig) -> None:
-    """Check that the checkpoints' folder can be made and written, where anything is to be saved; nothing is left there.
+def check_checkpoint_folder(folder: Any) -> None:
+    """Check that the folder ``trainer.default_local_dir`` can be made and written; nothing is left there.
 
     Raises:
         ValueError: it cannot.
     """
-    setting, folder = "trainer.default_local_dir", config.trainer.default_local_dir
+    setting = "trainer.default_local_dir"
     _require(isinstance(folder, str) and folder != "", setting, folder, "give a folder for the checkpoints")
-    frequency = config.trainer.save_freq
-    if isinstance(frequency, int) and frequency <= 0:
-        return
     missing = Path(folder).absolute()
     existing = missing
     while not os.path.lexists(existing):
@@ -251,12 +248,9 @@ def check_checkpoint_folder(config: DictConfig) -> None:
             inside.mkdir(parents=True, exist_ok=True)
             (inside / "trial").write_bytes(b"0")
     except OSError as error:
-        _require(
-            False,
-            setting,
-            folder,
-            f"cannot be written ({error.strerror or error}); choose another place for checkpoints",
-        )
+        raise ValueError(
+            f"{setting}={folder}: cannot be written ({error.strerror or error}); choose another place for checkpoints"
+        ) from error
 
 
 def _is_set(config: DictConfig, key: str) -> bool:

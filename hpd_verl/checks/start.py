@@ -89,7 +89,8 @@ def check_main_ppo(config: DictConfig) -> None:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
     hpd = check_config(config)
-    check_checkpoint_folder(config)
+    if config.trainer.save_freq > 0:
+        check_checkpoint_folder(config.trainer.default_local_dir)
     rows_needed = {"data.train_files": config.data.train_batch_size}
     if as_list(config.data.val_files) != as_list(config.data.train_files):
         rows_needed["data.val_files"] = 1  # verl reads them whether or not it validates
@@ -118,8 +119,8 @@ def check_lean_run(config: DictConfig, ranks: int = 1, fills_store: bool = False
         ValueError: one sentence that names the setting, what was found and what to do.
     """
     hpd = check_sft_config(config, ranks, fills_store)
-    if not fills_store:
-        check_checkpoint_folder(config)
+    if not fills_store:  # the last step is saved in any case
+        check_checkpoint_folder(config.trainer.default_local_dir)
     rows_needed = {"data.train_files": 1 if fills_store else config.data.train_batch_size}
     if config.data.val_files:
         rows_needed["data.val_files"] = 1
