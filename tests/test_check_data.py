@@ -317,6 +317,10 @@ def test_the_files_of_a_whole_run(tiny: Tiny, tmp_path: Path) -> None:
         check_run("data.train_max_samples=4")
     with pytest.raises(ValueError, match=r"^data\.val_files=/gone\.parquet: no such file"):
         check_run("data.val_files=/gone.parquet")
+    rows = changed(make_rows(8), demonstration=None)
+    validation = write_parquet(rows, tmp_path / "validation.parquet")
+    with pytest.raises(ValueError, match=r"^data\.val_files=.*validation\.parquet: row 3: demonstration is null"):
+        check_run(f"data.val_files={validation}")
     with pytest.raises(ValueError, match=r"^trainer\.default_local_dir=/proc/a: cannot be written"):
         check_run("trainer.default_local_dir=/proc/a", "trainer.save_freq=-1")
     model = Path(shutil.copytree(tiny.student, tmp_path / "student"))

@@ -329,7 +329,12 @@ class DataFile:
         self.file = file
         self.rules = rules
         self._loaded: datasets.Dataset | None = None
-        if Path(file).stat().st_size == 0:
+        try:
+            with open(file, "rb") as stream:
+                is_empty = not stream.read(1)
+        except OSError as error:
+            raise ValueError(f"{self.name}: cannot be opened ({error.strerror}); give a readable file") from error
+        if is_empty:
             raise ValueError(f"{self.name}: the file is empty (0 bytes); write it again, or leave it out")
         if file.endswith(".parquet"):
             try:

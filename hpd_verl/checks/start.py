@@ -32,6 +32,7 @@ def _check_data_and_models(
     models: Mapping[str, DictConfig],
     settings: Mapping[str, Any],
     rows_needed: Mapping[str, int],
+    validates_on_demonstrations: bool = False,
 ) -> None:
     """Check files and rows, then models, then both together.
 
@@ -41,12 +42,13 @@ def _check_data_and_models(
         models: the model nodes of ``student`` and ``teacher``.
         settings: the names of these models' path settings.
         rows_needed: file setting to the rows that must be there at least.
+        validates_on_demonstrations: validation rows need demonstrations, too.
     """
     data = config.data
     checked = {}
     for setting, needed in rows_needed.items():
         files = as_list(OmegaConf.select(config, setting))
-        is_train = files == as_list(data.train_files)
+        is_train = files == as_list(data.train_files) or validates_on_demonstrations
         checked[setting] = check_files(setting, files, RowRules.of(data, hpd, is_train))
         if _has_remote(files):
             continue  # which may hold the rows
@@ -130,4 +132,5 @@ def check_lean_run(config: DictConfig, ranks: int = 1, fills_store: bool = False
         {"student": config.model, "teacher": config.teacher.model},
         {"student": "model.path", "teacher": "teacher.model.path"},
         rows_needed,
+        validates_on_demonstrations=True,
     )
