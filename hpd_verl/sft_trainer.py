@@ -35,15 +35,15 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
 from hpd_verl import batch as fields
 from hpd_verl import checkpoint
-from hpd_verl.config import HPDConfig, check_sft_config
+from hpd_verl.checks.start import check_lean_run
+from hpd_verl.config import HPDConfig
 from hpd_verl.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.demonstration import SequenceBuilder, demonstration_text
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.models import check_models, teacher_model_config
+from hpd_verl.models import teacher_model_config
 from hpd_verl.one_pass import OnePass, StudentWorker
 from hpd_verl.teacher import TeacherWorker
 from hpd_verl.teacher_size import log_size
-from hpd_verl.teacher_store import check_memory_store
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)
@@ -131,22 +131,23 @@ def lazy_teacher(config: DictConfig) -> TeacherWorker:
     return TeacherWorker(teacher_worker_config(config), model=model, lazy=True)
 
 
-def checked(config: DictConfig) -> HPDConfig:
-    """Check configuration and models before anything loads; one line and the end of the process if they do not fit."""
+def checked(config: DictConfig, fills_store: bool = False) -> None:
+    """Check settings, data and models before anything loads; one line and the end of the process if they do not fit.
+
+    The first rank of each machine checks for all of it. The others wait for it where the ranks meet, and torchrun ends
+    them with it.
+
+    Args:
+        config: the composed configuration.
+        fills_store: the teacher's store is to be filled, without training.
+    """
     auto_set_device(config)
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        return
     try:
-        hpd = check_sft_config(config)
-        check_memory_store(hpd.teacher_cache, int(os.environ.get("WORLD_SIZE", "1")))
-        check_models(
-            student=config.model,
-            teacher=config.teacher.model,
-            student_setting="model.path",
-            teacher_setting="teacher.model.path",
-            needed_context=config.data.max_prompt_length + config.data.max_response_length,
-        )
+        check_lean_run(config, int(os.environ.get("WORLD_SIZE", "1")), fills_store)
     except ValueError as error:
         sys.exit(f"Error: {error}")
-    return hpd
 
 
 class HPDSFTTrainer(SFTTrainer):
@@ -300,7 +301,7 @@ def _train_names(metrics: dict[str, Any]) -> dict[str, float]:
 
 @hydra.main(config_path=str(config_dir()), config_name="sft_trainer", version_base=None)
 def main(config: DictConfig) -> None:
-    """Check the configuration before anything loads, then train."""
+    """Check settings, data and models before anything loads, then train."""
     checked(config)
     initialize_global_process_group()
     HPDSFTTrainer(config).fit()

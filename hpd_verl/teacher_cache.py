@@ -22,6 +22,7 @@ from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.device import get_device_id
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
+from hpd_verl.config import HPDConfig
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.sft_trainer import as_batch, checked, lazy_teacher, log_store_size, read_demonstrations
 from hpd_verl.teacher import Teacher
@@ -40,7 +41,7 @@ def fill(config: DictConfig) -> dict[str, float]:
     Raises:
         FloatingPointError: the teacher's logits of some rows are not finite. The other rows are stored.
     """
-    hpd = checked(config)
+    hpd = HPDConfig.from_config(config.algorithm.hpd)
     model = omega_conf_to_dataclass(config.model)
     worker = lazy_teacher(config)
     vocabulary_size = min(model.hf_config.vocab_size, worker.model_config.hf_config.vocab_size)
@@ -97,6 +98,7 @@ def main(config: DictConfig) -> None:
         config.algorithm.hpd.teacher_cache = "disk"
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
+    checked(config, fills_store=True)
     initialize_global_process_group()
     try:
         metrics = fill(config)

@@ -33,15 +33,15 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from hpd_verl import batch as fields
 from hpd_verl import checkpoint
-from hpd_verl.config import check_config, choose_pipeline, needs_rollout_server, updates_per_batch
+from hpd_verl.checks.models import check_models
+from hpd_verl.checks.run import check_config
+from hpd_verl.config import choose_pipeline, needs_rollout_server, updates_per_batch
 from hpd_verl.dataset import DEMONSTRATION
 from hpd_verl.demonstration import has_demonstration
 from hpd_verl.metrics import token_metrics
-from hpd_verl.models import check_models
 from hpd_verl.objectives import LIKELIHOOD_OBJECTIVES, TokenLogProbs
 from hpd_verl.on_policy import choose_rollouts, rollout_quota
 from hpd_verl.teacher_size import log_size
-from hpd_verl.teacher_store import check_memory_store
 from hpd_verl.worker import HPDWorker, HPDWorkerWithoutRollout
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,6 @@ class HPDTrainer(PPOTrainerSync):
             teacher_setting="actor_rollout_ref.ref.model.path",
             needed_context=config.data.max_prompt_length + config.data.max_response_length,
         )
-        check_memory_store(hpd.teacher_cache, config.trainer.n_gpus_per_node * config.trainer.nnodes)
         self.serves_rollouts = needs_rollout_server(config, self.hpd)
         if not self.serves_rollouts:
             self._enable_hybrid_replicas = False  # verl's switch for an empty list of replicas

@@ -112,21 +112,22 @@ def test_killed_run_resumes_to_the_same_losses(run_sft: RunSFT, tmp_path: Path) 
 
 
 def test_same_first_loss_as_main_ppo(run_sft: RunSFT, run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
-    """One batch of all rows, SFT's objective: both trainers see the same tokens and give the same loss and gradient."""
+    """All rows, SFT's objective, no teacher: both trainers see the same tokens and give the same loss and gradient."""
     settings = ("data.train_batch_size=64", "algorithm.hpd.objective=sft", "trainer.total_training_steps=1")
-    lean = run_sft(*settings, "trainer.resume_mode=disable")
+    lean = run_sft(*settings, "trainer.resume_mode=disable", "teacher.model.path=null")
     assert lean.returncode == 0, lean.output[-3000:]
-    full = run_main_ppo(*settings, "trainer.resume_mode=disable")
+    full = run_main_ppo(*settings, "trainer.resume_mode=disable", "actor_rollout_ref.ref.model.path=null")
     assert full.returncode == 0, full.output[-3000:]
     for name in ("hpd/loss", "actor/grad_norm", "hpd/response_tokens"):
         assert lean.steps[0][name] == pytest.approx(full.steps[0][name], rel=2e-4), name
 
 
 def test_bad_settings(run_sft: RunSFT) -> None:
-    """One line, before anything loads; test_check_config.py has the settings."""
-    run = run_sft("teacher.model.path=/nowhere")
+    """One line of one rank, before anything loads; test_check_*.py have all that is refused."""
+    run = run_sft("teacher.model.path=/nowhere", ranks=2)
     assert run.returncode != 0
-    assert "Error: teacher.model.path=/nowhere: no such folder" in run.output
+    errors = [line for line in run.output.splitlines() if line.startswith("Error")]
+    assert errors == ["Error: teacher.model.path=/nowhere: no such folder; give a folder that is there, or a hub name"]
     assert run.steps == []
 
 
