@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from hpd_verl.checkpoint import check_resume_path
 from hpd_verl.objectives import (
     FULL_VOCABULARY_OBJECTIVES,
     LIKELIHOOD_OBJECTIVES,
@@ -436,6 +437,22 @@ _UNSUPPORTED = {
 }
 
 
+def _refuse_float16(config: DictConfig, engine: str) -> None:
+    """Gradients of the student's output layer do not survive float16, with verl's factor of 65,536 or without."""
+    from verl.utils.torch_dtypes import PrecisionType
+
+    for name in ("mixed_precision.param_dtype", "mixed_precision.reduce_dtype", "model_dtype", "dtype"):
+        setting = f"{engine}.{name}"
+        found = OmegaConf.select(config, setting)
+        _require(
+            not PrecisionType.is_fp16(found),
+            setting,
+            found,
+            "the student is not trained in float16, whose range its gradients exceed; choose bfloat16 or float32 (the "
+            "teacher may be float16)",
+        )
+
+
 def check_config(config: DictConfig) -> HPDConfig:
     """Check a composed configuration of a run with ``algorithm=hpd``; loads nothing.
 
@@ -520,6 +537,8 @@ def check_config(config: DictConfig) -> HPDConfig:
             actor_rollout_ref.rollout.name,
             "rollouts come from a server: choose vllm or sglang",
         )
+    _refuse_float16(config, "actor_rollout_ref.actor.fsdp_config")
+    check_resume_path(config.trainer)
     choose_pipeline(config, hpd)
     return hpd
 
@@ -555,4 +574,8 @@ def check_sft_config(config: DictConfig) -> HPDConfig:
     }
     for setting, (found, allowed, remedy) in required.items():
         _require(found in allowed, setting, found, remedy)
+    seed = config.data.seed
+    _require(type(seed) is int, "data.seed", seed, "give an integer, the seed of the order of the rows")
+    _refuse_float16(config, "engine")
+    check_resume_path(config.trainer)
     return hpd

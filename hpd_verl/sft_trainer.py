@@ -11,9 +11,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import hydra
 import torch
@@ -44,6 +44,11 @@ from hpd_verl.teacher import TeacherWorker
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)
+
+Value = TypeVar("Value")
+
+CONTENTS = "data_0.pt"
+"""A file of every checkpoint, beside the marker."""
 
 
 class DemonstrationDataset(Dataset[dict[str, Tensor]]):
@@ -143,9 +148,7 @@ class HPDSFTTrainer(SFTTrainer):
 
     def __init__(self, config: DictConfig) -> None:
         self.hpd = HPDConfig.from_config(config.algorithm.hpd)
-        if config.trainer.resume_mode == "auto" and int(torch.distributed.get_rank()) == 0:
-            checkpoint.repair_tracker(Path(config.trainer.default_local_dir).absolute(), contents="data_0.pt")
-        torch.distributed.barrier()
+        self.checkpoint_root = Path(config.trainer.default_local_dir).absolute()
         super().__init__(config)
 
     def _build_dataset(self) -> None:
@@ -267,15 +270,43 @@ class HPDSFTTrainer(SFTTrainer):
                     break
         bar.close()
 
+    def _build_ckpt_handler(self) -> None:
+        """verl's, told which checkpoint to resume from and that old ones are removed here."""
+        super()._build_ckpt_handler()
+        handler = self.ckpt_handler
+        handler.max_ckpt_to_keep = None
+        if handler.resume_mode == "auto" and handler.resume_from_path is None:
+            found = _of_rank_0(lambda: checkpoint.checkpoint_to_resume(self.checkpoint_root, CONTENTS))
+            handler.resume_mode = "disable" if found is None else "resume_path"
+            handler.resume_from_path = None if found is None else str(found)
+        resumed = None if handler.resume_mode == "disable" else handler.resume_from_path
+        self.previous_checkpoint = Path(resumed).absolute() if resumed else None
+
     def _save(self, step: int) -> None:
-        root = Path(self.config.trainer.default_local_dir).absolute()
-        if torch.distributed.get_rank() == 0:
-            checkpoint.mark_incomplete(root, step)
+        """Save, mark the checkpoint complete, and only then remove old ones."""
+        root, keep = self.checkpoint_root, self.config.trainer.max_ckpt_to_keep
+        leads = torch.distributed.get_rank() == 0
+        if leads:
+            checkpoint.mark_incomplete(root, step, self.previous_checkpoint)
         torch.distributed.barrier()
         self.ckpt_handler.save_checkpoint(step=step)
         torch.distributed.barrier()
-        if torch.distributed.get_rank() == 0:
-            checkpoint.mark_complete(root, step)
+        if leads:
+            checkpoint.mark_complete(root, step, limited=bool(keep))
+        self.previous_checkpoint = root / f"global_step_{step}"
+        old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, CONTENTS))
+        if leads:
+            checkpoint.remove(old)
+        torch.distributed.barrier()
+        for folder in old:  # where ranks have disks of their own
+            checkpoint.remove_files(folder)
+
+
+def _of_rank_0(make: Callable[[], Value]) -> Value:
+    """What ``make`` returns on rank 0, on every rank."""
+    values = [make() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return cast(Value, values[0])
 
 
 def _train_names(metrics: dict[str, Any]) -> dict[str, float]:
