@@ -116,21 +116,22 @@ def mark_incomplete(root: Path, step: int, previous: Path | None = None) -> None
     root.mkdir(parents=True, exist_ok=True)
     _write_atomically(_incomplete(root, step), _SAVING)
     marked = _marked(root)
-    if previous is not None and previous.parent == root and marked:
+    if previous is not None and previous.parent.resolve() == root.resolve():
         for checkpoint in marked[:-1]:
-            if _step_dir(root, checkpoint.step) == previous:
+            if _step_dir(root, checkpoint.step).name == previous.name:
                 _write_marker(replace(checkpoint, number=marked[-1].number + 1), root)
     (_step_dir(root, step) / COMPLETE).unlink(missing_ok=True)
 
 
-def mark_complete(root: Path, step: int, limited: bool = False) -> None:
+def mark_complete(root: Path, step: int, keep: int | None = None) -> None:
     """Mark a checkpoint whose files are all written, and name it in the tracker.
 
     Args:
         root: folder of the checkpoints.
         step: the checkpoint's.
-        limited: the run limits the number of its checkpoints, ``checkpoints_to_remove`` may name this one.
+        keep: verl's limit to the number of checkpoints; with one, ``checkpoints_to_remove`` may name this one.
     """
+    limited = keep is not None and keep > 0
     number = 1 + max((checkpoint.number for checkpoint in _marked(root)), default=0)
     _write_marker(Checkpoint(step, number, limited), root)
     _write_atomically(root / TRACKER, str(step))
@@ -176,7 +177,7 @@ def checkpoints_to_remove(root: Path, keep: int | None, contents: str = "actor")
         keep: verl's limit; None or less than 1 for none.
         contents: what must be in a checkpoint's folder beside the marker.
     """
-    if not keep or keep < 1:
+    if keep is None or keep < 1:
         return []
     complete = complete_checkpoints(root, contents)
     surplus = [_step_dir(root, checkpoint.step) for checkpoint in complete[:-keep] if checkpoint.limited]

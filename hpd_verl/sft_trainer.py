@@ -74,6 +74,26 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
         return tensors | {name: torch.tensor([value]) for name, value in flags.items()}
 
 
+class PaddedRows(Dataset[dict[str, Tensor]]):
+    """Rows filled up to a multiple, by copies that ``batch.IS_PADDING`` marks and that have row numbers of their own.
+
+    Args:
+        rows: the rows.
+        multiple: of what the length becomes a multiple.
+    """
+
+    def __init__(self, rows: DemonstrationDataset, multiple: int) -> None:
+        self.rows = rows
+        self.length = math.ceil(len(rows) / multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        flags = {fields.ROW: index, fields.IS_PADDING: int(index >= len(self.rows))}
+        return self.rows[index % len(self.rows)] | {name: torch.tensor([value]) for name, value in flags.items()}
+
+
 def teacher_worker_config(config: DictConfig) -> TrainingWorkerConfig:
     """verl's configuration of the teacher: the student's engine, for forward passes only, under ``teacher.engine``."""
     engine = OmegaConf.merge(config.engine, config.teacher.engine, {"forward_only": True})
@@ -179,20 +199,31 @@ class HPDSFTTrainer(SFTTrainer):
 
     def _build_dataloader(self) -> None:
         super()._build_dataloader()
-        if self.val_dataset is not None:  # verl's drops rows that do not fill a batch
-            rank, ranks = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
-            self.val_dataloader = DataLoader(
-                self.val_dataset,
-                batch_size=self.train_batch_size_per_dp,
-                sampler=DistributedSampler(self.val_dataset, num_replicas=ranks, rank=rank, shuffle=False),
-                collate_fn=self.collate_fn,
-                num_workers=self.config.data.num_workers,
-            )
+        self.train_sampler.seed = self.config.data.seed
+        if self.val_dataset is None:
+            return
+        # verl's drops rows that do not fill a batch. Here every row counts once, on all ranks together.
+        rank, ranks = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
+        data = self.config.data
+        rows = PaddedRows(self.val_dataset, ranks * (1 if data.use_dynamic_bsz else data.micro_batch_size_per_gpu))
+        self.val_dataloader = DataLoader(
+            rows,
+            batch_size=self.train_batch_size_per_dp,
+            sampler=DistributedSampler(rows, num_replicas=ranks, rank=rank, shuffle=False),
+            collate_fn=self.collate_fn,
+            num_workers=data.num_workers,
+        )
 
     def _init_engine(self) -> None:
         super()._init_engine()
         teacher = lazy_teacher(self.config)
-        self.one_pass = OnePass(self.training_client, teacher, self.hpd, self.config.trainer.loss_agg_mode)
+        self.one_pass = OnePass(
+            self.training_client,
+            teacher,
+            self.hpd,
+            self.config.trainer.loss_agg_mode,
+            loss_scale_factor=self.config.data.max_response_length,
+        )
 
     def _batch(self, tensors: Mapping[str, Any], step: int) -> TensorDict:
         return as_batch(self.config, self.model_config, tensors, step)
@@ -219,24 +250,36 @@ class HPDSFTTrainer(SFTTrainer):
         return metrics
 
     def _validate(self, step: int) -> dict[str, float]:
-        """The metrics of the validation rows, means over their response tokens."""
+        """The metrics of the validation rows, the same on any number of ranks and for any batch size.
+
+        The loss is that of all rows as one batch, the others are means over their response tokens.
+        """
         sums: dict[str, float] = {}
-        tokens = 0.0
+        loss, tokens = 0.0, 0.0
+        assert self.val_dataset is not None
         assert self.val_dataloader is not None
         for tensors in self.val_dataloader:
-            output = self.one_pass.evaluate(self._batch(tensors, step))
+            data = self._batch(tensors, step)
+            tu.assign_non_tensor(data, global_batch_size=len(self.val_dataset))
+            output = self.one_pass.evaluate(data)
             if output is None:
                 continue
             metrics = {
-                name: Metric.aggregate_dp(value) if isinstance(value, list) else value.aggregate()
+                name: float(Metric.aggregate_dp(value) if isinstance(value, list) else value.aggregate())
                 for name, value in tu.get(output, "metrics").items()
                 if isinstance(value, Metric) or (isinstance(value, list) and isinstance(value[0], Metric))
             }
-            count = metrics["hpd/response_tokens"]
+            count = metrics.pop("hpd/response_tokens")
+            # Means were taken over this batch's tokens; the loss of the other aggregations adds up as it is.
+            weight = count if self.one_pass.loss.loss_agg_mode == "token-mean" else 1.0
+            loss += weight * metrics.pop("hpd/loss")
             tokens += count
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * count
-        return {f"val/{name}": value / tokens for name, value in sums.items() if name != "hpd/response_tokens"}
+                sums[name] = sums.get(name, 0.0) + count * value
+        if tokens == 0.0:
+            return {}
+        loss = loss / tokens if self.one_pass.loss.loss_agg_mode == "token-mean" else loss
+        return {f"val/{name}": value / tokens for name, value in sums.items()} | {"val/hpd/loss": loss}
 
     def fit(self) -> None:
         """Train until ``trainer.total_training_steps`` or ``total_epochs``, resuming where a checkpoint is."""
@@ -292,7 +335,7 @@ class HPDSFTTrainer(SFTTrainer):
         self.ckpt_handler.save_checkpoint(step=step)
         torch.distributed.barrier()
         if leads:
-            checkpoint.mark_complete(root, step, limited=bool(keep))
+            checkpoint.mark_complete(root, step, keep)
         self.previous_checkpoint = root / f"global_step_{step}"
         old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, CONTENTS))
         if leads:

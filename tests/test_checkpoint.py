@@ -40,11 +40,11 @@ def write(root: Path, step: int) -> None:
     (root / TRACKER).write_text(str(step))
 
 
-def save(root: Path, *steps: int, previous: int | None = None, limited: bool = False) -> None:
+def save(root: Path, *steps: int, previous: int | None = None, keep: int | None = None) -> None:
     for step in steps:
         mark_incomplete(root, step, None if previous is None else step_dir(root, previous))
         write(root, step)
-        mark_complete(root, step, limited)
+        mark_complete(root, step, keep)
         previous = step
 
 
@@ -149,11 +149,12 @@ def test_checkpoint_without_its_actor_is_passed_over(tmp_path: Path) -> None:
 def test_what_is_removed(tmp_path: Path) -> None:
     """Checkpoints saved under a limit, but for the last completed; nothing else, whatever its step."""
     write(tmp_path, 1)
-    save(tmp_path, 10, 20)
-    save(tmp_path, 60, 80, 100, limited=True, previous=20)
+    save(tmp_path, 10, keep=-1)  # verl's other word for no limit
+    save(tmp_path, 20, previous=10)
+    save(tmp_path, 60, 80, 100, keep=2, previous=20)
     mark_incomplete(tmp_path, 95, step_dir(tmp_path, 100))  # killed
     write(tmp_path, 95)
-    save(tmp_path, 70, limited=True, previous=60)  # rolled back
+    save(tmp_path, 70, keep=2, previous=60)  # rolled back
     (tmp_path / "global_step_5_mine").mkdir()
     assert checkpoints_to_remove(tmp_path, None) == checkpoints_to_remove(tmp_path, 0) == []
     assert checkpoints_to_remove(tmp_path, 4) == []
