@@ -13,6 +13,9 @@ ROW = "row"
 IS_ROLLOUT = "is_rollout"
 """int64 [rows, 1]: 1 where the label is the student's own rollout, 0 where it is a demonstration."""
 
+IS_PADDING = "is_padding"
+"""int64 [rows, 1], in validation: 1 where a row only fills the batch up and counts for nothing."""
+
 TRUNCATED = "truncated_demonstration"
 """Tag or column of a sequence: its demonstration was cut at data.max_response_length."""
 

@@ -58,7 +58,7 @@ def head_scaling(config: PretrainedConfig) -> tuple[float, float | None]:
     return factor / divisor, getattr(text, "final_logit_softcapping", None)  # Gemma
 
 
-def offer_head(module: nn.Module, vocabulary_size: int | None) -> None:
+def offer_head(module: nn.Module, vocabulary_size: int | None = None) -> None:
     """Give a model's forward the keyword ``head``; without it, forward is what it was.
 
     The head is called from within the output layer's forward, since FSDP2 may shard that layer on its own.

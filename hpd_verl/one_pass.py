@@ -193,9 +193,25 @@ class OnePass:
         return self._with_metrics(output, metrics | {"timing_s/student": time.perf_counter() - start})
 
     def evaluate(self, data: TensorDict) -> TensorDict | None:
-        """verl's ``infer_batch`` of the student: the same loss and metrics, no gradients."""
+        """verl's ``infer_batch`` of the student: the same loss and metrics, no gradients.
+
+        Rows of ``batch.IS_PADDING`` take part, since ranks run the models together, and count for nothing.
+        """
         metrics = self._take_teacher_features(data)
+        if fields.IS_PADDING in data:
+            self._mask_padding(data)
         return self._with_metrics(self.student.infer_batch(data=data), metrics)
+
+    def _mask_padding(self, data: TensorDict) -> None:
+        """Take the response tokens of padding rows out of the masks and out of the teacher's features."""
+        is_padding = column(data, fields.IS_PADDING).bool()
+        for name in ("response_mask", "loss_mask"):
+            lengths = data[name].offsets().diff()
+            kept = data[name].values() * ~is_padding.repeat_interleave(lengths)
+            data[name] = torch.nested.nested_tensor_from_jagged(kept, data[name].offsets())
+        for row in row_numbers(data)[is_padding].tolist():
+            if row in self.loss.teacher_features:
+                self.loss.teacher_features[row] = self.loss.teacher_features[row][:0]
 
     def _take_teacher_features(self, data: TensorDict) -> dict[str, float]:
         if self.teacher is None:

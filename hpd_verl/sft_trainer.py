@@ -12,9 +12,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import hydra
 import torch
@@ -48,6 +48,11 @@ from hpd_verl.teacher_size import log_size
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)
 
+Value = TypeVar("Value")
+
+CONTENTS = "data_0.pt"
+"""A file of every checkpoint, beside the marker."""
+
 
 class DemonstrationDataset(Dataset[dict[str, Tensor]]):
     """Demonstrations as token sequences.
@@ -71,6 +76,26 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
         tensors, flags = self.sequences.build(list(row[self.rows.prompt_key]), text, where)
         columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, **flags}
         return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()}
+
+
+class PaddedRows(Dataset[dict[str, Tensor]]):
+    """Rows filled up to a multiple, by copies that ``batch.IS_PADDING`` marks and that have row numbers of their own.
+
+    Args:
+        rows: the rows.
+        multiple: of what the length becomes a multiple.
+    """
+
+    def __init__(self, rows: DemonstrationDataset, multiple: int) -> None:
+        self.rows = rows
+        self.length = math.ceil(len(rows) / multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        flags = {fields.ROW: index, fields.IS_PADDING: int(index >= len(self.rows))}
+        return self.rows[index % len(self.rows)] | {name: torch.tensor([value]) for name, value in flags.items()}
 
 
 def teacher_worker_config(config: DictConfig) -> TrainingWorkerConfig:
@@ -155,9 +180,7 @@ class HPDSFTTrainer(SFTTrainer):
 
     def __init__(self, config: DictConfig) -> None:
         self.hpd = HPDConfig.from_config(config.algorithm.hpd)
-        if config.trainer.resume_mode == "auto" and int(torch.distributed.get_rank()) == 0:
-            checkpoint.repair_tracker(Path(config.trainer.default_local_dir).absolute(), contents="data_0.pt")
-        torch.distributed.barrier()
+        self.checkpoint_root = Path(config.trainer.default_local_dir).absolute()
         super().__init__(config)
 
     def _build_dataset(self) -> None:
@@ -191,20 +214,31 @@ class HPDSFTTrainer(SFTTrainer):
 
     def _build_dataloader(self) -> None:
         super()._build_dataloader()
-        if self.val_dataset is not None:  # verl's drops rows that do not fill a batch
-            rank, ranks = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
-            self.val_dataloader = DataLoader(
-                self.val_dataset,
-                batch_size=self.train_batch_size_per_dp,
-                sampler=DistributedSampler(self.val_dataset, num_replicas=ranks, rank=rank, shuffle=False),
-                collate_fn=self.collate_fn,
-                num_workers=self.config.data.num_workers,
-            )
+        self.train_sampler.seed = self.config.data.seed
+        if self.val_dataset is None:
+            return
+        # verl's drops rows that do not fill a batch. Here every row counts once, on all ranks together.
+        rank, ranks = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
+        data = self.config.data
+        rows = PaddedRows(self.val_dataset, ranks * (1 if data.use_dynamic_bsz else data.micro_batch_size_per_gpu))
+        self.val_dataloader = DataLoader(
+            rows,
+            batch_size=self.train_batch_size_per_dp,
+            sampler=DistributedSampler(rows, num_replicas=ranks, rank=rank, shuffle=False),
+            collate_fn=self.collate_fn,
+            num_workers=data.num_workers,
+        )
 
     def _init_engine(self) -> None:
         super()._init_engine()
         teacher = lazy_teacher(self.config)
-        self.one_pass = OnePass(self.training_client, teacher, self.hpd, self.config.trainer.loss_agg_mode)
+        self.one_pass = OnePass(
+            self.training_client,
+            teacher,
+            self.hpd,
+            self.config.trainer.loss_agg_mode,
+            loss_scale_factor=self.config.data.max_response_length,
+        )
 
     def _batch(self, tensors: Mapping[str, Any], step: int) -> TensorDict:
         return as_batch(self.config, self.model_config, tensors, step)
@@ -232,24 +266,36 @@ class HPDSFTTrainer(SFTTrainer):
         return metrics
 
     def _validate(self, step: int) -> dict[str, float]:
-        """The metrics of the validation rows, means over their response tokens."""
+        """The metrics of the validation rows, the same on any number of ranks and for any batch size.
+
+        The loss is that of all rows as one batch, the others are means over their response tokens.
+        """
         sums: dict[str, float] = {}
-        tokens = 0.0
+        loss, tokens = 0.0, 0.0
+        assert self.val_dataset is not None
         assert self.val_dataloader is not None
         for tensors in self.val_dataloader:
-            output = self.one_pass.evaluate(self._batch(tensors, step))
+            data = self._batch(tensors, step)
+            tu.assign_non_tensor(data, global_batch_size=len(self.val_dataset))
+            output = self.one_pass.evaluate(data)
             if output is None:
                 continue
             metrics = {
-                name: Metric.aggregate_dp(value) if isinstance(value, list) else value.aggregate()
+                name: float(Metric.aggregate_dp(value) if isinstance(value, list) else value.aggregate())
                 for name, value in tu.get(output, "metrics").items()
                 if isinstance(value, Metric) or (isinstance(value, list) and isinstance(value[0], Metric))
             }
-            count = metrics["hpd/response_tokens"]
+            count = metrics.pop("hpd/response_tokens")
+            # Means were taken over this batch's tokens; the loss of the other aggregations adds up as it is.
+            weight = count if self.one_pass.loss.loss_agg_mode == "token-mean" else 1.0
+            loss += weight * metrics.pop("hpd/loss")
             tokens += count
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * count
-        return {f"val/{name}": value / tokens for name, value in sums.items() if name != "hpd/response_tokens"}
+                sums[name] = sums.get(name, 0.0) + count * value
+        if tokens == 0.0:
+            return {}
+        loss = loss / tokens if self.one_pass.loss.loss_agg_mode == "token-mean" else loss
+        return {f"val/{name}": value / tokens for name, value in sums.items()} | {"val/hpd/loss": loss}
 
     def fit(self) -> None:
         """Train until ``trainer.total_training_steps`` or ``total_epochs``, resuming where a checkpoint is."""
@@ -283,15 +329,43 @@ class HPDSFTTrainer(SFTTrainer):
                     break
         bar.close()
 
+    def _build_ckpt_handler(self) -> None:
+        """verl's, told which checkpoint to resume from and that old ones are removed here."""
+        super()._build_ckpt_handler()
+        handler = self.ckpt_handler
+        handler.max_ckpt_to_keep = None
+        if handler.resume_mode == "auto" and handler.resume_from_path is None:
+            found = _of_rank_0(lambda: checkpoint.checkpoint_to_resume(self.checkpoint_root, CONTENTS))
+            handler.resume_mode = "disable" if found is None else "resume_path"
+            handler.resume_from_path = None if found is None else str(found)
+        resumed = None if handler.resume_mode == "disable" else handler.resume_from_path
+        self.previous_checkpoint = Path(resumed).absolute() if resumed else None
+
     def _save(self, step: int) -> None:
-        root = Path(self.config.trainer.default_local_dir).absolute()
-        if torch.distributed.get_rank() == 0:
-            checkpoint.mark_incomplete(root, step)
+        """Save, mark the checkpoint complete, and only then remove old ones."""
+        root, keep = self.checkpoint_root, self.config.trainer.max_ckpt_to_keep
+        leads = torch.distributed.get_rank() == 0
+        if leads:
+            checkpoint.mark_incomplete(root, step, self.previous_checkpoint)
         torch.distributed.barrier()
         self.ckpt_handler.save_checkpoint(step=step)
         torch.distributed.barrier()
-        if torch.distributed.get_rank() == 0:
-            checkpoint.mark_complete(root, step)
+        if leads:
+            checkpoint.mark_complete(root, step, keep)
+        self.previous_checkpoint = root / f"global_step_{step}"
+        old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, CONTENTS))
+        if leads:
+            checkpoint.remove(old)
+        torch.distributed.barrier()
+        for folder in old:  # where ranks have disks of their own
+            checkpoint.remove_files(folder)
+
+
+def _of_rank_0(make: Callable[[], Value]) -> Value:
+    """What ``make`` returns on rank 0, on every rank."""
+    values = [make() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return cast(Value, values[0])
 
 
 def _train_names(metrics: dict[str, Any]) -> dict[str, float]:

@@ -8,6 +8,8 @@ rollout server; with one, weights are synced only before something is generated.
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -409,12 +411,48 @@ class HPDTrainer(PPOTrainerSync):
         return Path(self.config.trainer.default_local_dir).absolute()
 
     def _load_checkpoint(self) -> None:
-        if self.config.trainer.resume_mode == "auto":
-            step = checkpoint.repair_tracker(self._checkpoint_root())
-            logger.info("resuming from step %s", step) if step else logger.info("no complete checkpoint: starting anew")
-        super()._load_checkpoint()
+        """verl's, of the checkpoint that ``checkpoint.py`` chooses where verl would take its tracker's."""
+        trainer = self.config.trainer
+        chosen: dict[str, Any] = {}
+        self.previous_checkpoint: Path | None = None
+        if trainer.resume_mode == "auto":
+            self.previous_checkpoint = checkpoint.checkpoint_to_resume(self._checkpoint_root())
+            chosen = {"resume_mode": "disable"}
+            if self.previous_checkpoint is not None:
+                chosen = {"resume_mode": "resume_path", "resume_from_path": str(self.previous_checkpoint)}
+        elif trainer.resume_mode == "resume_path" and trainer.resume_from_path:
+            self.previous_checkpoint = Path(trainer.resume_from_path).absolute()
+        logger.info("resuming from %s", self.previous_checkpoint or "the beginning")
+        with _settings(trainer, **chosen):
+            super()._load_checkpoint()
 
     def _save_checkpoint(self) -> None:
-        checkpoint.mark_incomplete(self._checkpoint_root(), self.global_steps)
-        super()._save_checkpoint()
-        checkpoint.mark_complete(self._checkpoint_root(), self.global_steps)
+        """verl's; old checkpoints are removed only after the new one is marked complete."""
+        root, trainer = self._checkpoint_root(), self.config.trainer
+        keep = 1 if trainer.get("remove_previous_ckpt_in_save", False) else trainer.get("max_actor_ckpt_to_keep", None)
+        checkpoint.mark_incomplete(root, self.global_steps, self.previous_checkpoint)
+        with _settings(trainer, max_actor_ckpt_to_keep=None, remove_previous_ckpt_in_save=False):
+            super()._save_checkpoint()
+        checkpoint.mark_complete(root, self.global_steps, keep)
+        self.previous_checkpoint = root / f"global_step_{self.global_steps}"
+        old = checkpoint.checkpoints_to_remove(root, keep)
+        if old:
+            checkpoint.remove(old)
+            self.actor_rollout_wg.remove_checkpoints([str(folder) for folder in old])
+
+
+@contextmanager
+def _settings(node: DictConfig, **values: Any) -> Iterator[None]:
+    """Other values of a node's settings for the time of a call."""
+    before = {name: node[name] for name in values if name in node}
+    with open_dict(node):
+        node.update(values)
+    try:
+        yield
+    finally:
+        with open_dict(node):
+            for name in values:
+                if name in before:
+                    node[name] = before[name]
+                else:
+                    del node[name]

@@ -6,6 +6,7 @@ functions here turn logits into per-token log-probs; the names they carry are in
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
 from hpd_verl import batch as fields
+from hpd_verl.checkpoint import remove_files
 from hpd_verl.config import HPDConfig
 from hpd_verl.models import teacher_model_config
 from hpd_verl.objectives import LOG_ZERO
@@ -220,6 +222,12 @@ class HPDWorker(ActorRolloutRefWorker):
     def update_actor(self, data: TensorDict) -> TensorDict | None:
         """verl's update of the actor; in one pass, the teacher's features of these rows are taken first."""
         return super().update_actor(data) if self.one_pass is None else self.one_pass.update(data)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def remove_checkpoints(self, folders: list[str]) -> None:
+        """Remove this machine's files of checkpoints that the driver gave up, where it has a disk of its own."""
+        for folder in folders:
+            remove_files(Path(folder))
 
 
 class HPDWorkerWithoutRollout(HPDWorker):

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from verl.utils.torch_dtypes import PrecisionType
 
+from hpd_verl.checkpoint import check_resume_path
 from hpd_verl.config import (
     PREFIX,
     HPDConfig,
@@ -114,6 +116,7 @@ SFT_RULES: dict[str, Rule] = {
     "data.micro_batch_size_per_gpu": _COUNT,
     "data.max_token_len_per_gpu": _COUNT,
     "data.num_workers": _FROM_ZERO,
+    "data.seed": (_is_integer, "give an integer, the seed of the order of the rows"),
     "trainer.save_freq": _FREQUENCY,
     "trainer.test_freq": _FREQUENCY,
     "trainer.loss_agg_mode": _AGGREGATION,
@@ -280,6 +283,20 @@ _UNSUPPORTED = {
 }
 
 
+def _refuse_float16(config: DictConfig, engine: str) -> None:
+    """Gradients of the student's output layer do not survive float16, with verl's factor of 65,536 or without."""
+    for name in ("mixed_precision.param_dtype", "mixed_precision.reduce_dtype", "model_dtype", "dtype"):
+        setting = f"{engine}.{name}"
+        found = OmegaConf.select(config, setting)
+        _require(
+            not PrecisionType.is_fp16(found),
+            setting,
+            found,
+            "the student is not trained in float16, whose range its gradients exceed; choose bfloat16 or float32 (the "
+            "teacher may be float16)",
+        )
+
+
 def check_config(config: DictConfig) -> HPDConfig:
     """Check a composed configuration of a run with ``algorithm=hpd``; loads nothing.
 
@@ -385,6 +402,8 @@ def check_config(config: DictConfig) -> HPDConfig:
         f"the staged pipeline ({reason}) runs a teacher with every objective; give one",
     )
     check_ranks(config, hpd)
+    _refuse_float16(config, "actor_rollout_ref.actor.fsdp_config")
+    check_resume_path(config.trainer)
     check_memory_store(hpd.teacher_cache, config.trainer.n_gpus_per_node * config.trainer.nnodes)
     return hpd
 
@@ -431,5 +450,7 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
     for setting, (found, allowed, remedy) in required.items():
         _require(found in allowed, setting, found, remedy)
     check_sft_ranks(config, ranks, fills_store)
+    _refuse_float16(config, "engine")
+    check_resume_path(config.trainer)
     check_memory_store(hpd.teacher_cache, ranks)
     return hpd

@@ -59,8 +59,11 @@ def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMain
 
 
 def test_killed_run_resumes_to_the_same_losses(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
-    """SIGKILL after step 2 of 4, then the same command: the losses equal an uninterrupted run's exactly."""
-    overrides = ("trainer.total_training_steps=4", "trainer.save_freq=1")
+    """SIGKILL after step 2 of 4, then the same command: the losses equal an uninterrupted run's exactly.
+
+    With room for one checkpoint, of which old ones are removed whole.
+    """
+    overrides = ("trainer.total_training_steps=4", "trainer.save_freq=1", "trainer.max_actor_ckpt_to_keep=1")
     whole = run_main_ppo(*overrides, f"trainer.default_local_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.output[-3000:]
     killed = run_main_ppo(*overrides, kill_after_step=2)
@@ -74,6 +77,8 @@ def test_killed_run_resumes_to_the_same_losses(run_main_ppo: RunMainPPO, tmp_pat
     first = int(resumed.steps[0]["training/global_step"])
     assert first > 1, "the run started anew"
     assert resumed.losses() == whole.losses()[first - 1 :]
+    assert [folder.name for folder in (tmp_path / "whole").glob("global_step_*")] == ["global_step_4"]
+    assert [marker.parent.name for marker in root.glob("*/complete")] == ["global_step_4"]
 
 
 def test_stored_teacher_is_not_run_again(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
