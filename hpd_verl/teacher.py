@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
+from verl.utils.memory_utils import aggressive_empty_cache
 from verl.workers.config import EngineConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
@@ -172,14 +173,16 @@ class Teacher:
         dtype = engine.compute_dtype
         self.head = dataclasses.replace(
             layer,
-            weight=_whole(layer.weight).to(dtype),
-            bias=None if layer.bias is None else _whole(layer.bias).to(dtype),
+            weight=_whole_copy(layer.weight, dtype),
+            bias=None if layer.bias is None else _whole_copy(layer.bias, dtype),
         )
         if isinstance(self.store, DiskStore):
             self.store.check_output_head(self.head.weight, self.head.bias)
             if torch.distributed.get_rank() == 0:
                 self.store.save_output_head(self.head.weight, self.head.bias)
             torch.distributed.barrier()
+        # What loading took on the way goes back to the device: a rollout server counts what is free there.
+        aggressive_empty_cache(force_sync=True)
 
     def features(self, data: TensorDict) -> dict[int, TeacherFeatures]:
         """Features of the response tokens of each row.
@@ -253,9 +256,16 @@ def _dtype_name(engine: EngineConfig) -> str:
     return f"{engine.model_dtype}, {(engine.mixed_precision or {}).get('param_dtype', 'bf16')}"
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().to(get_device_id())
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _whole_copy(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter on the device, gathered, in memory of its own and no more: FSDP frees and moves the parameter's."""
+    whole = parameter.detach().to(get_device_id())
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
+    copy = whole.to(dtype)
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    storage = copy.untyped_storage()
+    is_own = storage.data_ptr() != local.untyped_storage().data_ptr() and storage.nbytes() == copy.nbytes
+    return copy if is_own else copy.clone()
 
 
 def _most_of_ranks(count: int) -> int:
@@ -283,7 +293,13 @@ def _select(data: TensorDict, rows: list[int]) -> TensorDict:
 
 
 def _features(record: dict[str, Tensor]) -> TeacherFeatures:
-    return TeacherFeatures(**{name: value.to(get_device_name()) for name, value in record.items()})
+    return TeacherFeatures(**{name: _to_device(value) for name, value in record.items()})
+
+
+def _to_device(value: Tensor) -> Tensor:
+    """A stored tensor on the device; from pinned memory the copy does not hold up the process."""
+    device = get_device_name()
+    return value if device == "cpu" else value.pin_memory().to(device, non_blocking=True)
 
 
 def _record(features: TeacherFeatures, config: HPDConfig) -> dict[str, Tensor]:

@@ -1,4 +1,8 @@
-"""Tiny models and data that verl, vLLM and transformers run for real, and a runner for the real command."""
+"""Tiny models and data that verl, vLLM and transformers run for real, and a runner for the real command.
+
+``HPD_TEST_DEVICE=cuda`` runs the unit tests of ``ON_DEVICE`` there; ``HPD_TEST_DEVICE=meta`` on the device of
+``fake_device.py``. Those but the last need neither verl nor transformers.
+"""
 
 import json
 import os
@@ -6,16 +10,23 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
-os.environ["VERL_PLATFORM"] = "cpu"
+DEVICE = os.environ.get("HPD_TEST_DEVICE", "cpu")
+"""Device of the unit tests in ``ON_DEVICE``."""
+ON_DEVICE = ["test_objectives", "test_head", "test_sampling", "test_one_pass"]
+
+if DEVICE != "cuda":
+    os.environ["VERL_PLATFORM"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -24,6 +35,41 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<turn> {{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<turn> assistant {% endif %}"
 )
+
+
+class TensorsOfTests(TorchFunctionMode):
+    """Tensors that a test makes are on ``DEVICE``; those of the code under test are where it puts them.
+
+    Random numbers are drawn on the CPU, so that every device sees the same.
+    """
+
+    MODULES = (*ON_DEVICE, "reference")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.makes_tensors = {*_device_constructors(), torch.from_numpy}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        in_a_test = sys._getframe(1).f_globals["__name__"] in self.MODULES
+        if in_a_test and func in self.makes_tensors and "device" not in kwargs and "out" not in kwargs:
+            gradient = kwargs.get("requires_grad", False)
+            made = made.detach().to(DEVICE).requires_grad_(gradient)
+        return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tensors_on_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The tests of ``ON_DEVICE`` run on ``DEVICE``."""
+    with ExitStack() as stack:
+        if DEVICE != "cpu" and request.module.__name__ in ON_DEVICE:
+            if DEVICE == "meta":
+                from fake_device import fake_device
+
+                stack.enter_context(fake_device())
+            stack.enter_context(TensorsOfTests())
+        yield
 
 
 def make_tokenizer(words: list[str]) -> Any:
@@ -105,6 +151,8 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write_parquet(rows: list[dict[str, Any]], file: Path) -> Path:
+    import pandas as pd
+
     pd.DataFrame(rows).to_parquet(file)
     return file
 

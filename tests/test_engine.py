@@ -1,85 +1,148 @@
-"""Two steps of the lean trainer in this process, with verl's settings that change how the engine runs a model."""
+"""verl's engine with a loss from hidden states, and the teacher on it: one rank in this process, tiny models."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Tiny, make_model
 from hydra import compose, initialize_config_dir
-from verl.utils.activation_offload import SynchronizedGroupOffloadHandler
-from verl.utils.device import auto_set_device
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
+from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
+from hpd_verl import teacher as teacher_module
+from hpd_verl.config import HPDConfig
+from hpd_verl.engine import HeadLoss
+from hpd_verl.head import OutputHead
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.sft_trainer import HPDSFTTrainer
+from hpd_verl.one_pass import StudentWorker
+from hpd_verl.sft_trainer import as_batch, lazy_teacher, read_demonstrations
+from hpd_verl.teacher import Teacher
 from hpd_verl.teacher_cache import ALONE
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A process group of this process alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ALONE.items():
-            patch.setenv(name, value)
-        initialize_global_process_group()
-        yield
-        destroy_global_process_group()
+BFLOAT16 = "{param_dtype: bf16, reduce_dtype: fp32, buffer_dtype: fp32}"
+PRECISIONS = {"float32": [], "bfloat16": [f"engine.mixed_precision={BFLOAT16}", "teacher.engine.model_dtype=bf16"]}
 
 
-def first_steps(tiny: Tiny, folder: Path, *overrides: str) -> dict[str, Any]:
-    """Metrics of the first two training steps, 8 rows each."""
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """torch.distributed with this process alone."""
+    added = {name: value for name, value in ALONE.items() if name not in os.environ}
+    os.environ.update(added)
+    initialize_global_process_group()
+    yield
+    destroy_global_process_group()
+    for name in added:
+        del os.environ[name]
+
+
+def configuration(tiny: Tiny, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(config_dir()), version_base=None):
-        config = compose(
+        return compose(
             "sft_trainer",
-            overrides=[
+            [
                 f"model.path={tiny.student}",
                 f"teacher.model.path={tiny.teacher}",
                 f"data.train_files={tiny.train}",
-                "data.train_batch_size=8",
+                "data.train_batch_size=4",
                 "data.max_prompt_length=16",
                 "data.max_response_length=16",
-                "data.max_token_len_per_gpu=64",
-                "trainer.total_training_steps=4",
-                f"trainer.default_local_dir={folder}",
                 *overrides,
             ],
         )
-    auto_set_device(config)
-    trainer = HPDSFTTrainer(config)
-    found = {}
-    for step, tensors in zip((1, 2), trainer.train_dataloader, strict=False):
-        metrics = trainer._train_step(tensors, step)
-        found |= {f"{name} {step}": metrics[name] for name in NAMES}
-    return found
 
 
-NAMES = ("hpd/loss", "actor/grad_norm", "hpd/reverse_kl_k1", "hpd/student_nll")
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
-def test_activations_on_the_cpu(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, recomputes: bool
-) -> None:
-    """model.enable_activation_offload changes neither loss nor gradient, whether the output layer is sharded alone."""
-    student = make_model(tmp_path / "student", seed=1, tie_word_embeddings=tied, num_hidden_layers=4)
-    plain = first_steps(tiny, tmp_path, f"model.path={student}", "model.enable_gradient_checkpointing=false")
-    monkeypatch.setattr(SynchronizedGroupOffloadHandler.offload, "__defaults__", (False,))  # no pinned memory here
-    offloaded = first_steps(
-        tiny,
-        tmp_path,
-        f"model.path={student}",
-        "model.enable_activation_offload=true",
-        f"model.enable_gradient_checkpointing={recomputes}",
+def make_student(config: DictConfig) -> StudentWorker:
+    student = StudentWorker(
+        TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=omega_conf_to_dataclass(config.model),
+            engine_config=omega_conf_to_dataclass(config.engine),
+            optimizer_config=omega_conf_to_dataclass(config.optim),
+            checkpoint_config=omega_conf_to_dataclass(config.checkpoint),
+        )
     )
-    assert offloaded == pytest.approx(plain, rel=1e-5)
+    student.reset()
+    return student
 
 
-def test_a_teacher_in_float16(tiny: Tiny, tmp_path: Path) -> None:
-    """Gives what one in float32 gives, up to float16's rounding; it has no gradients, which float16 would not hold."""
-    half = "+teacher.engine.mixed_precision={param_dtype: fp16, reduce_dtype: fp32, buffer_dtype: fp32}"
-    expected = first_steps(tiny, tmp_path)
-    found = first_steps(tiny, tmp_path, half, "teacher.engine.model_dtype=fp16")
-    assert found == pytest.approx(expected, rel=1e-2)
-    assert found["hpd/reverse_kl_k1 1"] != expected["hpd/reverse_kl_k1 1"]
+def make_batch(config: DictConfig, model: HFModelConfig) -> TensorDict:
+    rows = read_demonstrations(config, model, config.data.train_files)
+    collated = SFTTensorCollator("no_padding")([rows[index] for index in range(4)])
+    return as_batch(config, model, collated, step=1)
+
+
+class Precision(HeadLoss):
+    """Notes what a matrix product of float32 tensors is made in, inside the model and inside the loss."""
+
+    def __init__(self) -> None:
+        self.in_model: torch.dtype | None = None
+        self.in_loss: torch.dtype | None = None
+        self.hidden: torch.dtype | None = None
+
+    @staticmethod
+    def of_a_product() -> torch.dtype:
+        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
+        self.in_loss, self.hidden = self.of_a_product(), hidden.dtype
+        return hidden.sum() * 0.0, {}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_loss_is_out_of_autocast(tiny: Tiny) -> None:
+    """The model's products are bfloat16; those of the loss are in the dtype of their operands."""
+    config = configuration(tiny, *PRECISIONS["bfloat16"])
+    student = make_student(config)
+    student.engine.offer_head(29)
+    loss = Precision()
+    student.set_loss_fn(loss)
+
+    def note(*_: Any) -> None:
+        loss.in_model = loss.of_a_product()
+
+    handle = student.engine.module.model.norm.register_forward_hook(note)
+    student.infer_batch(make_batch(config, student.model_config))
+    handle.remove()
+    assert loss.in_model == torch.bfloat16
+    assert loss.hidden == torch.bfloat16
+    assert loss.in_loss == torch.float32
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_teacher_head_has_memory_of_its_own(
+    precision: str, tied: bool, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the weight's size, shared with no parameter; and the device's cache is released once it is made."""
+    folder = make_model(tmp_path / "teacher", seed=3, tie_word_embeddings=tied)
+    config = configuration(tiny, f"teacher.model.path={folder}", *PRECISIONS[precision])
+    worker = lazy_teacher(config)
+    loaded_at_release: list[bool] = []
+    monkeypatch.setattr(
+        teacher_module, "aggressive_empty_cache", lambda **_: loaded_at_release.append(worker.is_loaded)
+    )
+    teacher = Teacher(worker, HPDConfig(), 29, worker.model_config.tokenizer)
+    assert loaded_at_release == [True]
+    assert teacher.head is not None
+    weight = teacher.head.weight
+    assert weight.dtype == worker.engine.compute_dtype
+    assert weight.untyped_storage().nbytes() == weight.nbytes
+    parameters = [each.to_local() if isinstance(each, DTensor) else each for each in worker.engine.module.parameters()]
+    shares = {each.untyped_storage().data_ptr() for each in parameters} & {weight.untyped_storage().data_ptr()}
+    assert not shares
+    before = weight.clone()
+    with torch.no_grad():
+        for each in parameters:
+            each.zero_()
+    assert torch.equal(weight, before)
+    assert weight.any()
