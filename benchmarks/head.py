@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--chunk-size", type=int, default=HPDConfig().token_chunk_size)
+    parser.add_argument("--chunk-size", type=int, default=1024)
     parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), help="one of the shapes only")
     parser.add_argument("--dtype", choices=DTYPES, help="one of the dtypes only")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "head.csv")

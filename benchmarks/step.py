@@ -140,7 +140,7 @@ class Steps:
         """What worker.py and trainer.py do under ``pipeline=staged``, without the queue between."""
         hpd = HPDConfig.from_config(self.config.algorithm.hpd)
         actor = ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, optim=self.optimizer)
-        student_loss = StudentLoss(actor, hpd, self.vocabulary_size)
+        student_loss = StudentLoss(actor, hpd)
         teacher_loss = TeacherLogProbs(hpd, self.vocabulary_size)
         self.teacher.load()
 

@@ -76,7 +76,7 @@ class Comparison:
             rounded = teacher_features(
                 hidden.to(torch.bfloat16).to(hidden.dtype), layer, labels, CONFIG.temperature, CONFIG.token_chunk_size
             )
-            top = teacher_top_k(hidden, layer, labels, CONFIG.temperature, CONFIG.token_chunk_size, self.top_k)
+            top = teacher_top_k(hidden, layer, labels, CONFIG.temperature, CONFIG.token_chunk_size, k=self.top_k)
             return {"exact": exact, "hidden_bf16": rounded, f"topk_{self.top_k}": top}
 
         return self.teacher(input_ids=ids.unsqueeze(0), head=head)

@@ -12,7 +12,7 @@ from verl.utils.ray_utils import auto_await
 from verl.utils.tensordict_utils import index_select_tensor_dict, list_of_dict_to_tensordict
 from verl.workers.config import HFModelConfig
 
-from hpd_verl.batch import ON_POLICY, TRUNCATED
+from hpd_verl.batch import ON_POLICY
 from hpd_verl.config import HPDConfig, needs_rollout_server
 from hpd_verl.dataset import DEMONSTRATION
 from hpd_verl.demonstration import SequenceBuilder, demonstration_text
@@ -78,7 +78,7 @@ class HPDAgentLoopManager(AgentLoopManagerTQ):
         keys, fields, tags = [], [], []
         for row in rows:
             key = f"{row['uid']}_0_0"  # session 0, output 0
-            field, truncated = self._sequence(row)
+            field, flags = self._sequence(row)
             prompt_len, response_len = len(field["prompts"]), len(field["responses"])
             step = int(row["global_steps"])
             keys.append(key)
@@ -92,17 +92,18 @@ class HPDAgentLoopManager(AgentLoopManagerTQ):
                     "global_steps": step,
                     "min_global_steps": step,
                     "max_global_steps": step,
-                    TRUNCATED: truncated,
+                    **flags,
                 }
             )
         tq.kv_batch_put(keys=keys, partition_id="train", fields=list_of_dict_to_tensordict(fields), tags=tags)
         finished = [{"status": "finished"}] * len(rows)
         tq.kv_batch_put(keys=[row["uid"] for row in rows], partition_id="train", tags=finished)
 
-    def _sequence(self, row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """The fields verl's agent loop workers write for a sequence, and whether the demonstration was truncated."""
-        text = demonstration_text(row.get(DEMONSTRATION), f"row {row['uid']} (index {row.get('index')})")
-        tensors, truncated = self._sequences.build(list(row["raw_prompt"]), text)
+    def _sequence(self, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+        """The fields verl's agent loop workers write for a sequence, and the flags of its demonstration."""
+        where = f"row {row['uid']} (index {row.get('index')})"
+        text = demonstration_text(row.get(DEMONSTRATION), where)
+        tensors, flags = self._sequences.build(list(row["raw_prompt"]), text, where)
         sequence = {
             **row,
             **tensors,
@@ -114,4 +115,4 @@ class HPDAgentLoopManager(AgentLoopManagerTQ):
         }
         if self.config.actor_rollout_ref.rollout.calculate_log_probs:
             sequence["rollout_log_probs"] = torch.zeros(len(tensors["responses"]))  # masked out where it is read
-        return sequence, truncated
+        return sequence, flags

@@ -13,8 +13,24 @@ ROW = "row"
 IS_ROLLOUT = "is_rollout"
 """int64 [rows, 1]: 1 where the label is the student's own rollout, 0 where it is a demonstration."""
 
+IS_PADDING = "is_padding"
+"""int64 [rows, 1], in validation: 1 where a row only fills the batch up and counts for nothing."""
+
 TRUNCATED = "truncated_demonstration"
 """Tag or column of a sequence: its demonstration was cut at data.max_response_length."""
+
+REOPENED = "reopened_demonstration"
+"""Tag or column of a sequence: its demonstration's opening reasoning tag is left out, since the prompt ends with it."""
+
+TRUNCATED_PROMPT = "truncated_prompt"
+"""Tag or column of a demonstration, extra field of a rollout: its prompt lost its start at data.max_prompt_length."""
+
+COUNTED_FLAGS = {
+    TRUNCATED: "hpd/truncated_demonstrations",
+    REOPENED: "hpd/reopened_demonstrations",
+    TRUNCATED_PROMPT: "hpd/truncated_prompts",
+}
+"""Flags of a sequence and the metric that counts each in a batch."""
 
 STEP = "hpd_step"
 """int, batch-wide: the training step, a counter of the student's draws."""

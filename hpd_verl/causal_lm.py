@@ -58,14 +58,14 @@ def head_scaling(config: PretrainedConfig) -> tuple[float, float | None]:
     return factor / divisor, getattr(text, "final_logit_softcapping", None)  # Gemma
 
 
-def offer_head(module: nn.Module, vocabulary_size: int) -> None:
+def offer_head(module: nn.Module, vocabulary_size: int | None = None) -> None:
     """Give a model's forward the keyword ``head``; without it, forward is what it was.
 
     The head is called from within the output layer's forward, since FSDP2 may shard that layer on its own.
 
     Args:
         module: the model, possibly wrapped by PEFT or FSDP2; changed in place.
-        vocabulary_size: number of logits to use.
+        vocabulary_size: number of logits to use; None for all.
 
     Raises:
         ValueError: the output layer is no linear layer, or the model does not tell which part precedes it.
@@ -111,7 +111,7 @@ def check_head(module: nn.Module) -> None:
     def from_hidden(hidden: Tensor, layer: OutputHead) -> tuple[Tensor]:
         weight = layer.weight[: logits.shape[-1]]
         products = hidden.to(weight.dtype) @ weight.T
-        return (OutputHead(weight, len(weight), layer.bias, layer.scale, layer.soft_cap).all_scores(products, 1.0)[0],)
+        return (OutputHead(weight, len(weight), layer.bias, layer.scale, layer.soft_cap).logits(products, 1.0),)
 
     (expected,) = module(**inputs, head=from_hidden)
     if torch.isnan(logits).any() and torch.isnan(expected).any():

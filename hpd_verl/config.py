@@ -1,8 +1,7 @@
-"""Every setting of HPD, and the check of a whole run's configuration before anything starts."""
+"""Every setting of HPD, and what follows from them for a run."""
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from hpd_verl.objectives import (
     FULL_VOCABULARY_OBJECTIVES,
-    LIKELIHOOD_OBJECTIVES,
     OBJECTIVES,
     SAMPLING_OBJECTIVES,
     TEACHERLESS_OBJECTIVES,
@@ -110,8 +108,9 @@ class HPDConfig:
     seed: int = 42
     """Seed of the student's sampling and of the choice of on-policy rows."""
 
-    token_chunk_size: int = 1024
-    """Tokens whose [vocab] log-probs exist at once in float32; memory only, never the result."""
+    token_chunk_size: int | None = None
+    """Tokens whose logits exist at once; memory only, never the result. null: 1024, and 8192 in one_pass off the CPU,
+    where the logits of a chunk stay in the student's dtype."""
 
     pipeline: str = "auto"
     """one_pass (one student forward, loss inside the output layer), staged (verl's passes, with PPO's ratio over
@@ -121,7 +120,8 @@ class HPDConfig:
     """one_pass: log exact KL(teacher || student) and KL(student || teacher); costs the teacher's logits again."""
 
     teacher_cache: str = "off"
-    """Keep the teacher's features of demonstrations for later epochs: off, memory (of each worker) or disk."""
+    """Keep the teacher's features of demonstrations for later epochs: off, memory (of the process; one rank only) or
+    disk."""
 
     teacher_cache_dir: str | None = None
     """Teacher cache on disk: its folder, shared by all ranks and by later runs with the same teacher."""
@@ -136,7 +136,9 @@ class HPDConfig:
     """Format topk: tokens kept per position."""
 
     teacher_cache_max_gib: float = 100.0
-    """Size limit: of the folder over all ranks, or of each worker's memory. Rows beyond it are not kept."""
+    """Size limit: of the folder, all ranks and runs together and the output head left out, or of the process's memory.
+    Rows beyond it are not kept. A token takes 2 (float32: 4) bytes a hidden unit and 8 more, or 8 bytes a top-k entry
+    and 4 more."""
 
     def __post_init__(self) -> None:
         names = ", ".join(sorted(OBJECTIVES))
@@ -188,7 +190,13 @@ class HPDConfig:
         )
         for name in ("num_student_samples", "token_chunk_size"):
             value = getattr(self, name)
-            _require(type(value) is int and value >= 1, f"{PREFIX}.{name}", value, "give an integer of at least 1")
+            is_set = value is not None or name == "num_student_samples"
+            _require(
+                not is_set or (type(value) is int and value >= 1),
+                f"{PREFIX}.{name}",
+                value,
+                "give an integer of at least 1",
+            )
         _require(type(self.seed) is int, f"{PREFIX}.seed", self.seed, "give an integer")
         self._check_fraction()
         self._check_teacher_cache()
@@ -408,151 +416,3 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
     if updates_per_batch(config) > 1:
         reasons.append("a batch is several updates")
     return ("staged", "; ".join(reasons)) if reasons else ("one_pass", "a batch is one update")
-
-
-def _is_set(config: DictConfig, key: str) -> bool:
-    return bool(OmegaConf.select(config, key, default=None))
-
-
-# Settings that would silently do something else than they say, or that HPD's passes cannot serve.
-_UNSUPPORTED = {
-    "actor_rollout_ref.model.use_fused_kernels": "HPD reads the student's logits, which fused kernels do not keep",
-    "actor_rollout_ref.actor.use_fused_kernels": "HPD reads the student's logits, which fused kernels do not keep",
-    "actor_rollout_ref.actor.use_prefix_grouper": "the prefix grouper has its own loss",
-    "actor_rollout_ref.actor.pad_to_length": "verl's logits processor does not know static padding",
-    "actor_rollout_ref.ref.pad_to_length": "verl's logits processor does not know static padding",
-    "actor_rollout_ref.actor.use_kl_loss": "HPD's loss already holds the teacher",
-    "actor_rollout_ref.actor.calculate_sum_pi_squared": "it belongs to a baseline that HPD has no use for",
-    "actor_rollout_ref.model.mtp.enable": "multi-token prediction heads have no teacher",
-    "algorithm.use_kl_in_reward": "HPD's loss already holds the teacher",
-    "algorithm.filter_groups.enable": "HPD has no rewards to filter groups by",
-    "algorithm.rollout_correction.bypass_mode": "HPD always takes log-probs from the student itself",
-    "algorithm.rollout_correction.rollout_is": "HPD always takes log-probs from the student itself",
-    "algorithm.rollout_correction.rollout_rs": "HPD always takes log-probs from the student itself",
-    "distillation.enabled": "verl's own distillation is another algorithm",
-    "critic.enable": "HPD has no critic",
-    "reward.reward_model.enable": "HPD uses no reward model",
-    "actor_rollout_ref.actor.checkpoint.async_save": "a checkpoint could not be told complete",
-}
-
-
-def check_config(config: DictConfig) -> HPDConfig:
-    """Check a composed configuration of a run with ``algorithm=hpd``; loads nothing.
-
-    Returns:
-        The algorithm's settings.
-
-    Raises:
-        ValueError: one sentence that names the setting, what was found and what to do.
-    """
-    _require(
-        OmegaConf.select(config, PREFIX) is not None,
-        "trainer.v1.trainer_mode",
-        config.trainer.v1.trainer_mode,
-        "HPD's trainer needs algorithm=hpd on the command line",
-    )
-    hpd = HPDConfig.from_config(config.algorithm.hpd)
-    actor_rollout_ref = config.actor_rollout_ref
-
-    teacher = OmegaConf.select(config, "actor_rollout_ref.ref.model.path")
-    _require(bool(teacher), "actor_rollout_ref.ref.model.path", teacher, "give the teacher's folder or hub name")
-    for key, value in {
-        "trainer.v1.trainer_mode": "hpd",
-        "trainer.use_v1": True,
-        "algorithm.adv_estimator": "hpd",
-        "actor_rollout_ref.actor.policy_loss.loss_mode": "hpd",
-        "actor_rollout_ref.hybrid_engine": True,
-    }.items():
-        found = OmegaConf.select(config, key)
-        _require(found == value, key, found, f"algorithm=hpd works only with {key}={value}")
-    for role in ("actor", "ref"):
-        strategy = actor_rollout_ref[role].strategy
-        _require(
-            strategy in ("fsdp", "fsdp2"),
-            f"actor_rollout_ref.{role}.strategy",
-            strategy,
-            "HPD runs on fsdp2 and fsdp; megatron and the other engines are not supported",
-        )
-        sequence_parallel = actor_rollout_ref[role].get("ulysses_sequence_parallel_size", 1)
-        attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
-        _require(
-            sequence_parallel == 1 or attention not in ("sdpa", "eager"),
-            "actor_rollout_ref.model.override_config.attn_implementation",
-            attention,
-            f"with actor_rollout_ref.{role}.ulysses_sequence_parallel_size={sequence_parallel} each rank would see its "
-            "own part of a sequence alone; unset it",
-        )
-    _require(
-        os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu"
-        or {actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy} == {"fsdp2"},
-        "actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy",
-        f"{actor_rollout_ref.actor.strategy}, {actor_rollout_ref.ref.strategy}",
-        "verl's fsdp needs an accelerator; a CPU runs fsdp2",
-    )
-    for key, reason in _UNSUPPORTED.items():
-        _require(not _is_set(config, key), key, OmegaConf.select(config, key), f"not supported: {reason}; unset it")
-
-    batch, mini_batch = config.data.train_batch_size, actor_rollout_ref.actor.ppo_mini_batch_size
-    _require(
-        batch % mini_batch == 0,
-        "actor_rollout_ref.actor.ppo_mini_batch_size",
-        mini_batch,
-        f"must divide data.train_batch_size={batch}",
-    )
-    likelihood = hpd.objectives & LIKELIHOOD_OBJECTIVES
-    epochs = actor_rollout_ref.actor.ppo_epochs
-    _require(
-        epochs == 1 or not likelihood,
-        "actor_rollout_ref.actor.ppo_epochs",
-        epochs,
-        f"objective {', '.join(sorted(likelihood))} has no ratio to clip; repeat by trainer.total_epochs instead",
-    )
-    _require(
-        actor_rollout_ref.rollout.n == 1 or hpd.schedule.lowest == 1.0,
-        "actor_rollout_ref.rollout.n",
-        actor_rollout_ref.rollout.n,
-        f"several answers a prompt need {PREFIX}.on_policy_fraction=1: a demonstration is one answer",
-    )
-    if needs_rollout_server(config, hpd):
-        _require(
-            actor_rollout_ref.rollout.name != "hf",
-            "actor_rollout_ref.rollout.name",
-            actor_rollout_ref.rollout.name,
-            "rollouts come from a server: choose vllm or sglang",
-        )
-    choose_pipeline(config, hpd)
-    return hpd
-
-
-def check_sft_config(config: DictConfig) -> HPDConfig:
-    """Check a composed configuration of the lean trainer (configs/sft_trainer.yaml); loads nothing.
-
-    Returns:
-        The algorithm's settings.
-
-    Raises:
-        ValueError: one sentence that names the setting, what was found and what to do.
-    """
-    hpd = HPDConfig.from_config(config.algorithm.hpd)
-    if hpd.needs_teacher:
-        _require(bool(config.teacher.model.path), "teacher.model.path", config.teacher.model.path, "give the teacher")
-    rollouts = "this trainer has demonstrations only; python -m verl.trainer.main_ppo algorithm=hpd makes rollouts"
-    _require(hpd.schedule.highest == 0, f"{PREFIX}.on_policy_fraction", hpd.on_policy_fraction, rollouts)
-    _require(
-        hpd.missing_demonstration == "error", f"{PREFIX}.missing_demonstration", hpd.missing_demonstration, rollouts
-    )
-    required = {
-        f"{PREFIX}.pipeline": (hpd.pipeline, ("auto", "one_pass"), "this trainer is one_pass only"),
-        "engine.strategy": (config.engine.strategy, ("fsdp2",), "choose fsdp2"),
-        "engine.ulysses_sequence_parallel_size": (
-            config.engine.ulysses_sequence_parallel_size,
-            (1,),
-            "one_pass does not share sequences out; use main_ppo with staged",
-        ),
-        "data.pad_mode": (config.data.pad_mode, ("no_padding",), "keep no_padding"),
-        "model.use_fused_kernels": (config.model.use_fused_kernels, (False,), "HPD has its own output layer; unset it"),
-        "engine.pad_to_length": (config.engine.pad_to_length, (False,), "not supported; unset it"),
-    }
-    for setting, (found, allowed, remedy) in required.items():
-        _require(found in allowed, setting, found, remedy)
-    return hpd

@@ -1,22 +1,13 @@
 """verl's data set, with rows checked where they are read and overlong demonstrations dropped or refused."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import datasets
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
+from hpd_verl.checks.data import DEMONSTRATION, RowRules, as_list, check_files
+from hpd_verl.config import HPDConfig
 from hpd_verl.demonstration import DemonstrationTokenizer, demonstration_text, has_demonstration
 
-DEMONSTRATION = "demonstration"
-
-
-def _check_prompt(prompt: Any, where: str) -> None:
-    is_chat = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
-    if is_chat and all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in prompt):
-        return
-    found = type(prompt).__name__ if not is_chat else "a list without role and content in every message"
-    raise ValueError(f"{where}: prompt is {found}, expected a chat list [{{role: user, content: text}}, ...]")
+__all__ = ["DEMONSTRATION", "HPDDataset"]
 
 
 class HPDDataset(RLHFDataset):
@@ -25,8 +16,9 @@ class HPDDataset(RLHFDataset):
     ``config`` is verl's ``data`` node; its ``hpd`` holds ``algorithm.hpd``. Files are parquet, json or jsonl.
 
     Raises:
-        ValueError: at construction, naming file and row: no prompt or one that is not a chat list; for training, no
-            demonstration where one is needed, or an overlong one with ``overlong_demonstration=error``.
+        ValueError: at construction, naming file and row: a file that cannot be read, no prompt or one that is not a
+            chat list of text; for training, a demonstration of a wrong form, none where one is needed, or an overlong
+            one with ``overlong_demonstration=error``.
     """
 
     dataframe: datasets.Dataset
@@ -36,39 +28,16 @@ class HPDDataset(RLHFDataset):
 
     def _read_files_and_tokenize(self) -> None:
         # verl tells no one which split a data set is for; the validation rows need no demonstration.
-        train_files = self.config.train_files
-        self.is_train = list(self.original_data_files) == (
-            [train_files] if isinstance(train_files, str) else list(train_files)
+        self.is_train = list(self.original_data_files) == as_list(self.config.train_files)
+        setting = "data.train_files" if self.is_train else "data.val_files"
+        check_files(
+            setting,
+            self.data_files,
+            RowRules.of(self.config, HPDConfig.from_config(self.config.hpd), self.is_train),
         )
-        for file in self.data_files:
-            self._check_file(file)
         super()._read_files_and_tokenize()
         if self.is_train and self.config.hpd.overlong_demonstration != "truncate":
             self._handle_overlong()
-
-    def _check_file(self, file: str) -> None:
-        kind = "parquet" if file.endswith(".parquet") else "json"
-        rows = datasets.load_dataset(kind, data_files=file)["train"]
-        if self.prompt_key not in rows.column_names:
-            raise ValueError(
-                f"{file}: no column {self.prompt_key!r} (data.prompt_key); there are {', '.join(rows.column_names)}"
-            )
-        for index, prompt in enumerate(rows[self.prompt_key]):
-            _check_prompt(prompt, f"{file}, row {index}")
-        hpd = self.config.hpd
-        if not self.is_train or hpd.on_policy_fraction == 1 or hpd.missing_demonstration == "rollout":
-            return
-        remedy = (
-            "; every row needs one where algorithm.hpd.on_policy_fraction < 1, "
-            "unless algorithm.hpd.missing_demonstration=rollout lets the student answer"
-        )
-        if DEMONSTRATION not in rows.column_names:
-            raise ValueError(f"{file}: no column {DEMONSTRATION!r}, there are {', '.join(rows.column_names)}{remedy}")
-        for index, value in enumerate(rows[DEMONSTRATION]):
-            try:
-                demonstration_text(value, f"{file}, row {index}")
-            except ValueError as error:
-                raise ValueError(f"{error}{remedy}") from None
 
     def _handle_overlong(self) -> None:
         limit = self.config.max_response_length

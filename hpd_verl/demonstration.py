@@ -1,6 +1,8 @@
 """From a demonstration's text to the response tokens a rollout of the same answer would have."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl.workers.config import HFModelConfig
 
-_PROBE = "demonstration"
+from hpd_verl import batch as fields
+from hpd_verl.chat_template import ChatTemplate, Messages
+
+logger = logging.getLogger(__name__)
 
 
 def demonstration_text(value: Any, where: str) -> str:
@@ -48,23 +53,15 @@ def has_demonstration(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else value is not None
 
 
-def turn_end_token(tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> int:
-    """The token that ends an assistant's turn: what the chat template writes after its content, or the EOS.
+@dataclass(frozen=True)
+class TokenisedDemonstration:
+    """The response of a demonstration."""
 
-    Raises:
-        ValueError: the template writes no special token there and the tokenizer has no EOS.
-    """
-    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
-    rendered = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs)
-    tail = tokenizer.encode(rendered[rendered.rindex(_PROBE) + len(_PROBE) :], add_special_tokens=False)
-    if tail and tail[0] in tokenizer.all_special_ids:
-        return tail[0]
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "actor_rollout_ref.model.path: the student's chat template ends a turn without a special token and its "
-            "tokenizer has no eos_token; set one of them"
-        )
-    return tokenizer.eos_token_id
+    ids: list[int]
+    truncated: bool
+    """Cut at the maximum length; the response then has no turn's end."""
+    reopened: bool
+    """The demonstration's opening reasoning tag is left out, since the prompt ends with it."""
 
 
 class DemonstrationTokenizer:
@@ -77,44 +74,64 @@ class DemonstrationTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], max_length: int) -> None:
-        self.tokenizer = tokenizer
-        self.template_kwargs = dict(template_kwargs)
+        self.template = ChatTemplate(tokenizer, template_kwargs)
         self.max_length = max_length
-        self.turn_end = turn_end_token(tokenizer, **self.template_kwargs)
 
-    def _body(self, messages: list[dict[str, Any]], text: str) -> str:
-        """What the template writes between the generation prompt and the turn's end."""
+    def _whole(self, messages: Messages, text: str) -> tuple[list[int], bool]:
+        """The response tokens of the whole demonstration, and whether its opening reasoning tag is left out."""
+        chat, escaped_text = self.template.escape(messages, text)
+        escaped = chat is not messages
+        if escaped:
+            self.template.answer(messages, text)  # some templates refuse texts with control tokens
+        answer = self.template.answer(chat, escaped_text)
+        prompt = self.template.encode(chat, answer.prompt, escaped)
+        ids = self.template.encode(chat, answer.prompt + answer.text, escaped)
+        # Where prompt and answer would share a token, a rollout still starts after the prompt's own tokens.
+        starts = ids[: len(prompt)] == prompt
+        ids = ids[len(prompt) :] if starts else self.template.encode(chat, answer.text, escaped)
+        if not answer.end.written:
+            ids = [*ids, answer.end.token]
+        if ids.index(answer.end.token) < len(ids) - 1:
+            token = self.template.tokenizer.convert_ids_to_tokens(answer.end.token)
+            raise ValueError(f"the demonstration holds {token!r}, at which rollouts stop; remove it from its text")
+        return ids, answer.reopened
 
-        def render(chat: list[dict[str, Any]], **kwargs: Any) -> str:
-            return self.tokenizer.apply_chat_template(chat, tokenize=False, **kwargs, **self.template_kwargs)
-
-        prompt = render(messages, add_generation_prompt=True)
-        full = render([*messages, {"role": "assistant", "content": text}])
-        content = text.strip()
-        if full.startswith(prompt) and content in full[len(prompt) :]:
-            answer = full[len(prompt) :]
-            return answer[: answer.rindex(content) + len(content)]
-        # The template rewrites answers (some drop the reasoning of earlier turns): take the text as it is.
-        return text
-
-    def length(self, messages: list[dict[str, Any]], text: str) -> int:
+    def length(self, messages: Messages, text: str) -> int:
         """Response tokens of the whole demonstration, its turn's end included."""
-        return len(self.tokenizer.encode(self._body(messages, text), add_special_tokens=False)) + 1
+        return len(self._whole(messages, text)[0])
 
-    def encode(self, messages: list[dict[str, Any]], text: str) -> tuple[list[int], bool]:
+    def encode(self, messages: Messages, text: str) -> TokenisedDemonstration:
         """Tokenise one demonstration.
 
         Args:
             messages: the prompt's chat list.
             text: the demonstration.
 
-        Returns:
-            ``(response token ids, truncated)``; a truncated response has no turn's end.
+        Raises:
+            ValueError: no rollout could be this demonstration; the message does not name the row.
         """
-        ids = self.tokenizer.encode(self._body(messages, text), add_special_tokens=False)
-        if len(ids) + 1 > self.max_length:
-            return ids[: self.max_length], True
-        return [*ids, self.turn_end], False
+        ids, reopened = self._whole(messages, text)
+        return TokenisedDemonstration(ids[: self.max_length], len(ids) > self.max_length, reopened)
+
+
+class PromptTokenizer:
+    """Tokenises prompts, for demonstrations and rollouts alike.
+
+    Args:
+        template: the student's chat template.
+        build: verl's ``build_initial_tokens`` for the student.
+    """
+
+    def __init__(self, template: ChatTemplate, build: Callable[[list[Any]], list[int]]) -> None:
+        self._template = template
+        self._build = build
+
+    def encode(self, messages: Messages) -> list[int]:
+        """verl's own tokens, except that control tokens in the text of a message are text."""
+        escaped, _ = self._template.escape(messages)
+        if escaped is messages:
+            return self._build(list(messages))
+        return self._template.encode(escaped, self._template.prompt(escaped), escaped=True)
 
 
 class SequenceBuilder:
@@ -123,7 +140,8 @@ class SequenceBuilder:
     Args:
         model: the student.
         template_kwargs: verl's ``data.apply_chat_template_kwargs``.
-        max_prompt_length, max_response_length: verl's ``data`` settings, tokens. Prompts keep their end.
+        max_prompt_length, max_response_length: verl's ``data`` settings, tokens. Longer prompts lose their start, as in
+            verl's rollouts.
     """
 
     def __init__(
@@ -131,28 +149,48 @@ class SequenceBuilder:
     ) -> None:
         if model.custom_chat_template is not None:
             model.tokenizer.chat_template = model.custom_chat_template
+        self._demonstrations = DemonstrationTokenizer(model.tokenizer, template_kwargs, max_response_length)
         # The builder of verl's agent loops, so that demonstrations and rollouts get the same prompt.
-        self._prompts = create_continuous_token_builder(
+        builder = create_continuous_token_builder(
             model.tokenizer,
             hf_model_type=model.hf_config.model_type,
             chat_template_kwargs=dict(template_kwargs),
             mm_processor_kwargs={},
             processor=None,
         )
+        self._prompts = PromptTokenizer(self._demonstrations.template, builder.build_initial_tokens)
         self._max_prompt_length = max_prompt_length
-        self._demonstrations = DemonstrationTokenizer(model.tokenizer, template_kwargs, max_response_length)
 
-    def build(self, messages: list[dict[str, Any]], text: str) -> tuple[dict[str, Tensor], bool]:
+    def build(self, messages: Messages, text: str, where: str) -> tuple[dict[str, Tensor], dict[str, bool]]:
         """Tokenise one row.
 
+        Args:
+            messages: the prompt's chat list.
+            text: the demonstration.
+            where: names the row in errors and warnings.
+
         Returns:
-            ``(tensors, truncated)``: prompts [P], responses, response_mask, loss_mask [R], input_ids and position_ids
-            [P + R], all int64, and whether the demonstration was truncated.
+            ``(tensors, flags)``: prompts [P], responses, response_mask, loss_mask [R], input_ids and position_ids
+            [P + R], all int64; ``TRUNCATED``, ``REOPENED`` and ``TRUNCATED_PROMPT``.
+
+        Raises:
+            ValueError: naming the row, where no rollout could be this demonstration.
         """
-        response, truncated = self._demonstrations.encode(messages, text)
-        prompt = self._prompts.build_initial_tokens(messages)
+        try:
+            demonstration = self._demonstrations.encode(messages, text)
+            prompt = self._prompts.encode(messages)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        truncated_prompt = len(prompt) > self._max_prompt_length
+        if truncated_prompt:
+            logger.warning(
+                "%s: prompt of %d tokens, data.max_prompt_length=%d; its start is cut off",
+                where,
+                len(prompt),
+                self._max_prompt_length,
+            )
         prompts = torch.tensor(prompt[-self._max_prompt_length :], dtype=torch.int64)
-        responses = torch.tensor(response, dtype=torch.int64)
+        responses = torch.tensor(demonstration.ids, dtype=torch.int64)
         input_ids = torch.cat([prompts, responses])
         mask = torch.ones_like(responses)
         tensors = {
@@ -163,4 +201,9 @@ class SequenceBuilder:
             "input_ids": input_ids,
             "position_ids": torch.arange(len(input_ids)),
         }
-        return tensors, truncated
+        flags = {
+            fields.TRUNCATED: demonstration.truncated,
+            fields.REOPENED: demonstration.reopened,
+            fields.TRUNCATED_PROMPT: truncated_prompt,
+        }
+        return tensors, flags

@@ -1,12 +1,13 @@
 """verl's FSDP engine for losses that are computed from hidden states, in place of the model's output layer."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
@@ -40,14 +41,23 @@ class HeadEngine(FSDPEngineWithLMHead):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.model_config.model_type = "language_model"  # the name by which verl builds the module
+        self.vocabulary_size: int | None = None
 
-    def offer_head(self, vocabulary_size: int) -> None:
-        """Prepare the model, and refuse one whose output layer is not understood.
+    def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
+        # Before verl's wrapping: its offloading of activations counts the calls of each sharded layer's forward.
+        offer_head(module)
+        return super()._build_fsdp_module(module)
+
+    def offer_head(self, vocabulary_size: int | None = None) -> None:
+        """Say how many logits to use, and refuse a model whose output layer is not understood.
+
+        Args:
+            vocabulary_size: number of logits that the loss uses; None for all.
 
         Raises:
             ValueError: see ``causal_lm.check_head``.
         """
-        offer_head(self.module, vocabulary_size)
+        self.vocabulary_size = vocabulary_size
         with self.eval_mode(), self._autocast():
             check_head(self.module)
 
@@ -55,6 +65,11 @@ class HeadEngine(FSDPEngineWithLMHead):
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the model's products are made in."""
         return self._autocast_dtype
+
+    @property
+    def compiles(self) -> bool:
+        """Whether elementwise work is fused by ``torch.compile``, verl's setting of the engine."""
+        return bool(self.engine_config.use_torch_compile)
 
     def _autocast(self) -> Any:
         if self.compute_dtype == torch.float32:
@@ -68,6 +83,7 @@ class HeadEngine(FSDPEngineWithLMHead):
         inputs, _ = self.prepare_model_inputs(micro_batch=micro_batch)
 
         def head(hidden: Tensor, layer: OutputHead) -> Any:
+            layer = dataclasses.replace(layer, vocabulary_size=self.vocabulary_size or layer.vocabulary_size)
             with torch.autocast(device_type=get_device_name(), enabled=False):
                 hidden = self._tokens(hidden, micro_batch).to(layer.weight.dtype)
                 return loss_function.from_hidden(hidden, layer, micro_batch)

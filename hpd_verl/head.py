@@ -4,12 +4,15 @@
 per-token quantities that metrics are made of. Gradients are computed in the same sweep, while a chunk's probabilities
 exist; backward only scales them. What keeps it close to the cost of its matrix products:
 
-- The gradient of a position's logits is ``(w_y + w_a) q - w_y onehot(y) - w_a onehot(a)``. The factor and the one-hots
-  never touch the vocabulary-sized matrix: they go to the [tokens, hidden] side of the two gradient products.
+- The gradient of a position's logits is ``(w_y + w_a) q - w_y onehot(y) - w_a onehot(a)``. The factor, the
+  normalisation of q and the one-hots never touch the vocabulary-sized matrix: they go to the [tokens, hidden] side of
+  the two gradient products.
 - The teacher costs one dot product a token: its hidden state and the log-sum-exp of its logits (``TeacherFeatures``)
   give log p of any token. Only a full-vocabulary objective computes its logits again.
 - Products are made for a chunk of tokens (``token_chunk_size``), everything else for as many rows as a CPU's cache
-  holds, so that no float32 copy of a chunk exists.
+  holds, so that no float32 copy of a chunk exists. Each logit is exponentiated once.
+- With ``compiled``, the elementwise work on a chunk is fused by ``torch.compile``: what an accelerator pays for is
+  reading and writing the chunk, which then happens a few times instead of a dozen.
 
     features = teacher_features(teacher_hidden, teacher_head, labels, temperature=1.0, chunk_size=512)
     out = distillation_head(hidden, head, labels, uniforms, scale, is_rollout, features, teacher_head, HPDConfig())
@@ -18,13 +21,15 @@ exist; backward only scales them. What keeps it close to the cost of its matrix 
 Floating results are float32, or float64 where the student's weight is float64.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.objectives import (
@@ -35,11 +40,13 @@ from hpd_verl.objectives import (
     TokenLogProbs,
     VocabularyLogProbs,
 )
-from hpd_verl.sampling import BlockDraws, draw_blocks, draw_tokens
+from hpd_verl.sampling import BlockDraws, block_masses, block_tokens, draw_blocks, draw_tokens
 from hpd_verl.token_weights import row_objectives, token_weights
 
 _CPU_STEP = 1 << 17  # elements of [rows, vocabulary] worked on at a time: what a CPU's cache holds
 _STEP = 1 << 25  # the same on other devices
+_CPU_CHUNK = 1024  # tokens of a chunk, where no size is set
+_CHUNK = 8192  # the same on other devices: a low-precision weight gradient is added up once a chunk
 _WEIGHT_ROWS = 4096  # rows of a low-precision weight gradient that are added to the float32 one at a time
 
 
@@ -54,7 +61,7 @@ class OutputHead:
     weight: Tensor
     """[V_full, d], floating; the matrix products are made in its dtype."""
     vocabulary_size: int
-    """V: the first V rows are used, those that student and teacher share."""
+    """V: the first V rows are used: all of the student's; of the teacher's those that the student has too."""
     bias: Tensor | None = None
     """[V_full] or None."""
     scale: float = 1.0
@@ -76,73 +83,79 @@ class OutputHead:
         """[V, d]"""
         return self.weight[: self.vocabulary_size]
 
-    def all_scores(
-        self, products: Tensor, temperature: float, scratch: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits over temperature of the whole vocabulary.
+    def logits(
+        self, products: Tensor, temperature: float, tokens: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Logits over temperature.
 
         Args:
-            products: hidden states times weight rows, [n, V]; overwritten if it has this head's ``dtype``.
+            products: hidden states times weight rows, of any dtype: [n, V], or [n, M] of chosen tokens.
             temperature: the distillation temperature.
-            scratch: [n, V] of this head's ``dtype``, for the scores of products of another one.
+            tokens: int64 [n, M], the chosen tokens; None for the whole vocabulary.
+            out: of the products' shape and this head's ``dtype``, memory to use.
 
         Returns:
-            The scores and, with a soft cap, the derivative of the capping; [n, V], of this head's ``dtype``.
+            Of the products' shape, of this head's ``dtype``: the products themselves where nothing changes them.
         """
-        bias = None if self.bias is None else self.bias[: self.vocabulary_size]
-        if products.dtype == self.dtype:
-            scores = products
-        else:
-            scores = products.to(self.dtype) if scratch is None else scratch.copy_(products)
-        return scores, self._finish_scores(scores, bias, temperature)
-
-    def token_scores(self, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
-        """The same of chosen tokens [n, M], for hidden states [n, d] of the weight's dtype; both [n, M]."""
-        products = (self.weight[tokens].to(self.dtype) @ hidden.to(self.dtype).unsqueeze(2)).squeeze(2)
-        scores = products.to(self.weight.dtype).to(self.dtype)  # rounded as in the product with the whole weight
-        return scores, self._finish_scores(scores, None if self.bias is None else self.bias[tokens], temperature)
-
-    def _finish_scores(self, scores: Tensor, bias: Tensor | None, temperature: float) -> Tensor | None:
-        """Bias, scale, soft cap and temperature, in place; returns the derivative of the soft cap, if there is one."""
+        bias = self.bias
         if bias is not None:
-            scores.add_(bias)
+            bias = bias[: self.vocabulary_size] if tokens is None else bias[tokens]
+        plain = bias is None and self.soft_cap is None and self.scale == temperature == 1.0
+        if plain and products.dtype == self.dtype:
+            return products
+        logits = products.to(self.dtype, copy=True) if out is None else out.copy_(products)
+        if bias is not None:
+            logits.add_(bias)
         if self.scale != 1.0:
-            scores.mul_(self.scale)
-        slope = None
+            logits.mul_(self.scale)
         if self.soft_cap is not None:
-            scores.div_(self.soft_cap).tanh_()
-            slope = 1 - scores.square()
-            scores.mul_(self.soft_cap)
+            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         if temperature != 1.0:
-            scores.div_(temperature)
-        return slope
+            logits.div_(temperature)
+        return logits
+
+    def token_logits(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        """Logits over temperature of chosen tokens [n, M], for hidden states [n, d] of the weight's dtype; [n, M]."""
+        products = (self.weight[tokens].to(self.dtype) @ hidden.to(self.dtype).unsqueeze(2)).squeeze(2)
+        # Rounded as in the product with the whole weight.
+        return self.logits(products.to(self.weight.dtype), temperature, tokens)
+
+    def slope(self, logits: Tensor, temperature: float) -> Tensor | None:
+        """Derivative of the soft cap at logits over temperature, of their shape; None without one."""
+        return None if self.soft_cap is None else 1 - (logits * (temperature / self.soft_cap)).square()
 
 
 @dataclass(frozen=True)
 class TeacherFeatures:
     """What the objectives need to know of the teacher at n tokens, at the distillation temperature.
 
-    Either ``hidden`` and ``log_mass`` or ``top_tokens`` and ``top_log_probs`` are given.
+    Either ``hidden`` and ``log_mass`` or ``top_tokens``, ``top_log_probs`` and ``rest_log_prob`` are given. Tokens of
+    the student beyond the vocabulary of the teacher's head have probability 0 (``LOG_ZERO``).
 
     Raises:
         ValueError: neither or both of the forms, or half of one.
     """
 
     label_log_probs: Tensor
-    """log p(y), [n], float32 or float64."""
+    """log p(y), [n], float32 or float64; ``LOG_ZERO`` for a label beyond the teacher's vocabulary."""
     hidden: Tensor | None = None
     """[n, d_t], floating: the input of the teacher's output layer."""
     log_mass: Tensor | None = None
-    """[n], float32 or float64: log-sum-exp of the teacher's logits over temperature over the shared vocabulary."""
+    """[n], float32 or float64: log-sum-exp of the teacher's logits over temperature, over its head's vocabulary."""
     top_tokens: Tensor | None = None
     """[n, K], integer: the teacher's most likely tokens."""
     top_log_probs: Tensor | None = None
-    """[n, K], floating: their log-probs. The remaining mass is spread evenly over the V - K other tokens."""
+    """[n, K], floating: their log-probs."""
+    rest_log_prob: Tensor | None = None
+    """[n], float32 or float64: log-prob of all other tokens together. It is spread evenly over them."""
 
     def __post_init__(self) -> None:
-        given = [value is not None for value in (self.hidden, self.log_mass, self.top_tokens, self.top_log_probs)]
-        if given not in ([True, True, False, False], [False, False, True, True]):
-            raise ValueError("TeacherFeatures needs hidden and log_mass, or top_tokens and top_log_probs")
+        hidden = [value is not None for value in (self.hidden, self.log_mass)]
+        top = [value is not None for value in (self.top_tokens, self.top_log_probs, self.rest_log_prob)]
+        if not (all(hidden) and not any(top)) and not (all(top) and not any(hidden)):
+            raise ValueError(
+                "TeacherFeatures needs hidden and log_mass, or top_tokens, top_log_probs and rest_log_prob"
+            )
 
     @classmethod
     def cat(cls, parts: Sequence["TeacherFeatures"]) -> "TeacherFeatures":
@@ -164,41 +177,53 @@ class TeacherFeatures:
         """log p of chosen tokens.
 
         Args:
-            tokens: int64 [n, M].
+            tokens: int64 [n, M], of the student's vocabulary.
             head: the teacher's output layer; of the top-k form only ``vocabulary_size`` is used.
             temperature: that of the features.
 
         Returns:
             [n, M], of the head's ``dtype``.
         """
+        known = tokens < head.vocabulary_size
         if self.hidden is not None and self.log_mass is not None:
-            scores, _ = head.token_scores(self.hidden.to(head.weight.dtype), tokens, temperature)
-            return scores - self.log_mass.unsqueeze(1)
+            within = tokens.clamp_max(head.vocabulary_size - 1)
+            logits = head.token_logits(self.hidden.to(head.weight.dtype), within, temperature)
+            return torch.where(known, logits - self.log_mass.unsqueeze(1), LOG_ZERO)
         assert self.top_tokens is not None
         assert self.top_log_probs is not None
         matches = self.top_tokens.unsqueeze(1) == tokens.unsqueeze(2)
-        top = self.top_log_probs.to(head.dtype)
-        found = top.gather(1, matches.int().argmax(-1))
-        return torch.where(matches.any(-1), found, self._other_log_prob(top, head.vocabulary_size))
+        found = self.top_log_probs.to(head.dtype).gather(1, matches.int().argmax(-1))
+        others = self._other_log_prob(head).expand_as(found)
+        return torch.where(known, torch.where(matches.any(-1), found, others), LOG_ZERO)
 
-    def all_log_probs(self, products: Tensor | None, head: OutputHead, temperature: float) -> Tensor:
-        """log p of the whole vocabulary, [n, V]; of the hidden form from its products with the teacher's weight."""
+    def all_log_probs(
+        self, products: Tensor | None, head: OutputHead, temperature: float, vocabulary_size: int
+    ) -> Tensor:
+        """log p of the student's whole vocabulary, [n, vocabulary_size], of the head's ``dtype``.
+
+        Args:
+            products: [n, V] with the teacher's weight, needed of the hidden form.
+            head: the teacher's output layer.
+            temperature: that of the features.
+            vocabulary_size: of the student's output layer, at least the teacher's V.
+        """
         if self.log_mass is not None:
             assert products is not None
-            scores, _ = head.all_scores(products, temperature)
-            return scores - self.log_mass.unsqueeze(1)
-        assert self.top_tokens is not None
-        assert self.top_log_probs is not None
-        top = self.top_log_probs.to(head.dtype)
-        others = self._other_log_prob(top, head.vocabulary_size)
-        return others.repeat(1, head.vocabulary_size).scatter_(1, self.top_tokens.long(), top)
+            log_probs = head.logits(products, temperature) - self.log_mass.unsqueeze(1)
+        else:
+            assert self.top_tokens is not None
+            assert self.top_log_probs is not None
+            log_probs = self._other_log_prob(head).repeat(1, head.vocabulary_size)
+            log_probs.scatter_(1, self.top_tokens.long(), self.top_log_probs.to(head.dtype))
+        beyond = vocabulary_size - head.vocabulary_size
+        return F.pad(log_probs, (0, beyond), value=LOG_ZERO) if beyond else log_probs
 
-    @staticmethod
-    def _other_log_prob(top_log_probs: Tensor, vocabulary_size: int) -> Tensor:
+    def _other_log_prob(self, head: OutputHead) -> Tensor:
         """log p of each token outside the top K, [n, 1]."""
-        others = max(1, vocabulary_size - top_log_probs.shape[1])
-        remaining = -torch.expm1(top_log_probs.logsumexp(-1, keepdim=True))
-        return (remaining.clamp_min(0) / others).log()
+        assert self.top_tokens is not None
+        assert self.rest_log_prob is not None
+        others = max(1, head.vocabulary_size - self.top_tokens.shape[1])
+        return (self.rest_log_prob.to(head.dtype) - math.log(others)).unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -257,22 +282,79 @@ class _Products:
         return torch.mm(self.hidden[rows], self.weight.T, out=self.buffer[: rows.stop - rows.start])
 
 
+@dataclass(frozen=True)
 class _Scratch:
-    """Buffers of a step's rows, used again and again: a CPU pays fresh memory with page faults."""
+    """Memory of a step's rows, used again and again: a CPU pays fresh memory with page faults."""
 
-    def __init__(self, matrix: Tensor, dtype: torch.dtype, wide: bool) -> None:
-        rows, vocabulary = _step_rows(matrix), matrix.shape[1]
-        self.log_probs = matrix.new_empty(rows, vocabulary, dtype=dtype)
-        self.scores = None if matrix.dtype == dtype else torch.empty_like(self.log_probs)
-        self.wide = None
-        if wide and matrix.device.type == "cpu":
-            self.wide = torch.empty_like(self.log_probs, dtype=torch.float64)
+    logits: Tensor
+    exps: Tensor
 
-    def log_softmax(self, products: Tensor, head: OutputHead, temperature: float) -> tuple[Tensor, Tensor | None]:
-        """Log-probs [n, V] of a step's products, valid until the next step, and the derivative of the soft cap."""
-        scratch = None if self.scores is None else self.scores[: len(products)]
-        scores, slope = head.all_scores(products, temperature, scratch)
-        return torch.log_softmax(scores, -1, out=self.log_probs[: len(products)]), slope
+    @classmethod
+    def of(cls, matrix: Tensor, dtype: torch.dtype) -> "_Scratch":
+        """For the steps of a matrix [n, V]."""
+        shape = (_step_rows(matrix), matrix.shape[1])
+        return cls(matrix.new_empty(shape, dtype=dtype), matrix.new_empty(shape, dtype=dtype))
+
+    def rows(self, count: int) -> tuple[Tensor, Tensor]:
+        """[count, V] of each."""
+        return self.logits[:count], self.exps[:count]
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums of n positions over the vocabulary, of ``exps = exp(logits - top)``; all of the head's ``dtype``."""
+
+    top: Tensor
+    """The largest logit, [n]."""
+    masses: Tensor
+    """Sums of exps over blocks of the vocabulary, [n, blocks]."""
+    weighted: Tensor
+    """Sum of exps * (logits - top), [n]."""
+
+
+def _sums(
+    products: Tensor, head: OutputHead, temperature: float, scratch: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of ``_Sums`` of products [n, V]; the exps are left in the second scratch."""
+    logits_out, exps_out = scratch or (None, None)
+    logits = head.logits(products, temperature, out=logits_out)
+    top = logits.amax(-1, keepdim=True)
+    shifted = torch.sub(logits, top, out=logits_out)
+    exps = torch.exp(shifted, out=exps_out)
+    # An impossible token adds 0 * -inf to the weighted sum, and means 0; a NaN shows in the masses.
+    return top.squeeze(1), block_masses(exps), torch.mul(exps, shifted, out=logits_out).nansum(-1)
+
+
+def _exponentiate(products: Tensor, head: OutputHead, temperature: float, top: Tensor, exps: Tensor | None) -> None:
+    """Replace products [n, V] by ``exps``, computed again where they were not kept, times the soft cap's slope."""
+    if exps is None or head.soft_cap is not None:
+        logits = head.logits(products, temperature)
+        slope = head.slope(logits, temperature)
+        exps = torch.exp(logits - top.unsqueeze(1)) if exps is None else exps
+        exps = exps if slope is None else exps * slope
+    products.copy_(exps)
+
+
+def _log_sum_exp(products: Tensor, head: OutputHead, temperature: float, out: Tensor | None) -> Tensor:
+    """log-sum-exp over the vocabulary, [n], of products [n, V]; ``out`` is memory of their shape."""
+    logits = head.logits(products, temperature, out=out)
+    top = logits.amax(-1, keepdim=True)
+    shifted = torch.sub(logits, top, out=out)
+    return top.squeeze(1) + torch.exp(shifted, out=out).sum(-1).log()
+
+
+@functools.cache
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _run(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    return _fused(function) if compiled else function
+
+
+def _chunk_size(size: int | None, device: torch.device) -> int:
+    """Tokens of a chunk, by the setting and the device."""
+    return size or (_CPU_CHUNK if device.type == "cpu" else _CHUNK)
 
 
 def _concatenate(draws: list[BlockDraws]) -> BlockDraws:
@@ -286,9 +368,20 @@ def _take(matrix: Tensor, tokens: Tensor) -> Tensor:
     return matrix.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
+def _label_logits(matrix: Tensor, head: OutputHead, labels: Tensor, temperature: float) -> Tensor:
+    """Logits over temperature of the labels, [n], from products [n, V]."""
+    tokens = labels.unsqueeze(1)
+    return head.logits(matrix.gather(1, tokens), temperature, tokens).squeeze(1)
+
+
 @torch.no_grad()
 def teacher_features(
-    hidden: Tensor, head: OutputHead, labels: Tensor, temperature: float, chunk_size: int
+    hidden: Tensor,
+    head: OutputHead,
+    labels: Tensor,
+    temperature: float,
+    chunk_size: int | None = None,
+    compiled: bool = False,
 ) -> TeacherFeatures:
     """Features of the hidden form: one product with the teacher's weight, of which only a number a token is kept.
 
@@ -297,26 +390,30 @@ def teacher_features(
         head: the teacher's output layer.
         labels: int64 [n].
         temperature: the distillation temperature.
-        chunk_size: tokens whose logits exist at once; memory only.
+        chunk_size: tokens whose logits exist at once; memory only. None chooses by the device.
+        compiled: fuse the elementwise work by ``torch.compile``.
     """
     label_log_probs = torch.empty(len(hidden), dtype=head.dtype, device=hidden.device)
     log_mass = torch.empty_like(label_log_probs)
+    known = labels < head.vocabulary_size
+    within = labels.clamp_max(head.vocabulary_size - 1)
+    chunk_size = _chunk_size(chunk_size, hidden.device)
     products = _Products(hidden, head, chunk_size)
-    scratch = _Scratch(products.buffer, head.dtype, wide=False)
+    scratch = None if compiled else _Scratch.of(products.buffer, head.dtype)
     for chunk in _chunks(len(hidden), chunk_size):
         matrix = products[chunk]
+        label_log_probs[chunk] = _label_logits(matrix, head, within[chunk], temperature)
         for rows in _steps(matrix):
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            log_probs, _ = scratch.log_softmax(matrix[rows], head, temperature)
-            label_log_probs[tokens] = _take(log_probs, labels[tokens])
-            scores = matrix[rows] if scratch.scores is None else scratch.scores[: len(log_probs)]
-            log_mass[tokens] = scores.amax(-1) - log_probs.amax(-1)
+            out = None if scratch is None else scratch.logits[: rows.stop - rows.start]
+            log_mass[tokens] = _run(_log_sum_exp, compiled)(matrix[rows], head, temperature, out)
+    label_log_probs = torch.where(known, label_log_probs - log_mass, LOG_ZERO)
     return TeacherFeatures(label_log_probs, hidden=hidden.detach(), log_mass=log_mass)
 
 
 @torch.no_grad()
 def teacher_top_k(
-    hidden: Tensor, head: OutputHead, labels: Tensor, temperature: float, chunk_size: int, k: int
+    hidden: Tensor, head: OutputHead, labels: Tensor, temperature: float, chunk_size: int | None = None, *, k: int
 ) -> TeacherFeatures:
     """Features of the top-k form; arguments as of ``teacher_features``, and k, the number of tokens kept.
 
@@ -326,18 +423,28 @@ def teacher_top_k(
     if not 1 <= k <= head.vocabulary_size:
         raise ValueError(f"k={k}: the vocabulary has {head.vocabulary_size} tokens")
     label_log_probs = torch.empty(len(hidden), dtype=head.dtype, device=hidden.device)
+    rest_log_prob = torch.empty_like(label_log_probs)
     top_log_probs = torch.empty(len(hidden), k, dtype=head.dtype, device=hidden.device)
     top_tokens = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
+    known = labels < head.vocabulary_size
+    within = labels.clamp_max(head.vocabulary_size - 1)
+    chunk_size = _chunk_size(chunk_size, hidden.device)
     products = _Products(hidden, head, chunk_size)
-    scratch = _Scratch(products.buffer, head.dtype, wide=False)
     for chunk in _chunks(len(hidden), chunk_size):
         matrix = products[chunk]
         for rows in _steps(matrix):
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            log_probs, _ = scratch.log_softmax(matrix[rows], head, temperature)
-            label_log_probs[tokens] = _take(log_probs, labels[tokens])
+            log_probs = torch.log_softmax(head.logits(matrix[rows], temperature), -1)
+            label_log_probs[tokens] = _take(log_probs, within[tokens])
             top_log_probs[tokens], top_tokens[tokens] = log_probs.topk(k, -1)
-    return TeacherFeatures(label_log_probs, top_tokens=top_tokens, top_log_probs=top_log_probs)
+            # In the logarithm: what remains of 1 would cancel where the top tokens hold nearly everything.
+            rest_log_prob[tokens] = log_probs.scatter_(1, top_tokens[tokens], -math.inf).logsumexp(-1)
+    return TeacherFeatures(
+        label_log_probs=torch.where(known, label_log_probs, LOG_ZERO),
+        top_tokens=top_tokens,
+        top_log_probs=top_log_probs,
+        rest_log_prob=rest_log_prob.clamp_min_(LOG_ZERO),
+    )
 
 
 class _Gradients:
@@ -392,7 +499,7 @@ class _Gradients:
                 self._add_low_precision(matrix, scaled, first=chunk.start == 0, last=chunk.stop == self.count)
         if self.bias is not None:
             for rows in _steps(matrix):
-                self.bias[: matrix.shape[1]] += factors[rows] @ matrix[rows].to(dtype)
+                self.bias[: matrix.shape[1]].add_(factors[rows] @ matrix[rows].to(dtype))
             self.bias.index_add_(0, tokens.flatten(), -token_factors.flatten())
 
     def _add_low_precision(self, matrix: Tensor, scaled: Tensor, first: bool, last: bool) -> None:
@@ -411,7 +518,7 @@ class _Gradients:
             assert self._sum is not None
             product = scaled.new_empty(min(len(used), _WEIGHT_ROWS), scaled.shape[1])
             for rows in _chunks(len(used), _WEIGHT_ROWS):
-                self._sum[rows] += torch.mm(matrix[:, rows].T, scaled, out=product[: rows.stop - rows.start])
+                self._sum[rows].add_(torch.mm(matrix[:, rows].T, scaled, out=product[: rows.stop - rows.start]))
         if last:
             total = used if self._sum is None else self._sum
             tokens = torch.cat([each.flatten() for each, _, _ in self._one_hots])
@@ -471,6 +578,7 @@ def distillation_head(
     teacher_head: OutputHead | None,
     config: HPDConfig,
     exact_kl: bool = False,
+    compiled: bool = False,
 ) -> HeadOutput:
     """Loss of the configured objectives at n tokens, its gradients, and what metrics are made of.
 
@@ -480,19 +588,21 @@ def distillation_head(
     Args:
         hidden: floating [n, d], the input of the student's output layer.
         head: the student's output layer.
-        labels: int64 [n], in the shared vocabulary.
+        labels: int64 [n], in the student's vocabulary.
         uniforms: float64 [n, K] in [0, 1), a number for each of K draws (``sampling.counter_uniform``). K is
             ``config.samples`` where that is not 0, else any number: draws are then only for metrics, K = 0 skips them.
         token_scale: floating [n], factor of each token's loss in the sum, e.g. 1 / (response tokens of the global
             batch). Tokens of scale 0 are skipped: no cost, no gradient, zeros in all outputs.
         is_rollout: bool [n], True where the label is the student's own.
         teacher: features at ``config.temperature``; None if the objectives need no teacher (sft).
-        teacher_head: the teacher's output layer, with the student's ``vocabulary_size``; None without teacher.
+        teacher_head: the teacher's output layer; its vocabulary is the student's or the first part of it, beyond which
+            p is 0. None without teacher.
         config: objectives, coefficients, temperature and ``token_chunk_size``, which changes memory, not the result.
         exact_kl: also compute both KL divergences, from the teacher's logits.
+        compiled: fuse the elementwise work of token-level objectives by ``torch.compile``: the same within rounding.
 
     Raises:
-        ValueError: a teacher is missing or has another vocabulary, K is not ``config.samples``, or exact_kl is asked
+        ValueError: a teacher is missing or has a larger vocabulary, K is not ``config.samples``, or exact_kl is asked
             of a teacher whose distribution is known in part.
     """
     _check(uniforms, head, teacher, teacher_head, config, exact_kl)
@@ -509,13 +619,25 @@ def distillation_head(
             teacher_head,
             config,
             exact_kl,
+            compiled,
         )
         return _spread(part, active, len(hidden))
 
     gradients = _Gradients(hidden, head)
     with torch.no_grad():
         output = _sweep(
-            hidden, head, labels, uniforms, token_scale, is_rollout, teacher, teacher_head, config, exact_kl, gradients
+            hidden,
+            head,
+            labels,
+            uniforms,
+            token_scale,
+            is_rollout,
+            teacher,
+            teacher_head,
+            config,
+            exact_kl,
+            compiled,
+            gradients,
         )
     return replace(output, loss=gradients.attach(output.loss, hidden))
 
@@ -535,10 +657,10 @@ def _check(
         if needing or exact_kl or teacher is not None:
             raise ValueError(f"{', '.join(needing) or 'exact_kl'}: give the teacher's features and its output head")
     else:
-        if teacher_head.vocabulary_size != head.vocabulary_size:
+        if teacher_head.vocabulary_size > head.vocabulary_size:
             raise ValueError(
                 f"vocabulary_size is {head.vocabulary_size} of the student and {teacher_head.vocabulary_size} of the "
-                "teacher: cut both to the vocabulary they share"
+                "teacher: cut the teacher's to the student's"
             )
         if exact_kl and teacher.hidden is None:
             raise ValueError("exact_kl: needs the teacher's hidden states, top-k features hold a part of p")
@@ -565,6 +687,7 @@ def _sweep(
     teacher_head: OutputHead | None,
     config: HPDConfig,
     exact_kl: bool,
+    compiled: bool,
     gradients: _Gradients,
 ) -> HeadOutput:
     """``distillation_head`` of tokens that all count, with the loss detached and ``gradients`` filled."""
@@ -591,37 +714,44 @@ def _sweep(
         forward_kl=empty(n) if exact_kl else None,
         reverse_kl=empty(n) if exact_kl else None,
     )
-    products = _Products(hidden, head, config.token_chunk_size)
-    scratch = _Scratch(products.buffer, head.dtype, wide=draws > 0)
+    chunk_size = _chunk_size(config.token_chunk_size, hidden.device)
+    compiled = compiled and not whole_teacher
+    products = _Products(hidden, head, chunk_size)
+    scratch = None if compiled else _Scratch.of(products.buffer, head.dtype)
     teacher_products = None
     if whole_teacher and teacher is not None and teacher.hidden is not None and teacher_head is not None:
-        teacher_products = _Products(teacher.hidden, teacher_head, config.token_chunk_size)
+        teacher_products = _Products(teacher.hidden, teacher_head, chunk_size)
 
-    for chunk in _chunks(n, config.token_chunk_size):
+    for chunk in _chunks(n, chunk_size):
         matrix = products[chunk]
         teacher_matrix = None if teacher_products is None else teacher_products[chunk]
-        narrowed = []
+        label_logits = _label_logits(matrix, head, labels[chunk], temperature)
+        sums, narrowed = [], []
         for rows in _steps(matrix):
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            log_probs, slope = scratch.log_softmax(matrix[rows], head, temperature)
-            # The scores are no longer needed: the probabilities take their place.
-            probs = torch.exp(
-                log_probs, out=matrix[rows] if scratch.scores is None else scratch.scores[: len(log_probs)]
-            )
-            output.label_log_probs[tokens] = _take(log_probs, labels[tokens])
+            buffers = None if scratch is None else scratch.rows(rows.stop - rows.start)
+            exps = None if buffers is None else buffers[1]
+            sums.append(_Sums(*_run(_sums, compiled)(matrix[rows], head, temperature, buffers)))
             if draws:
-                wide = None if scratch.wide is None else scratch.wide[: len(probs)]
-                narrowed.append(draw_blocks(probs, uniforms[tokens], wide))
-
-            gradient = probs
+                narrowed.append(_narrow(matrix[rows], exps, sums[-1], uniforms[tokens], head, temperature))
             if whole_teacher and teacher is not None and teacher_head is not None:
-                teacher_log_probs = teacher[tokens].all_log_probs(
-                    None if teacher_matrix is None else teacher_matrix[rows], teacher_head, temperature
+                assert buffers is not None
+                assert exps is not None
+                both = VocabularyLogProbs(
+                    student=_log_probs(matrix[rows], sums[-1], head, temperature, out=buffers[0]),
+                    teacher=teacher[tokens].all_log_probs(
+                        None if teacher_matrix is None else teacher_matrix[rows],
+                        teacher_head,
+                        temperature,
+                        head.vocabulary_size,
+                    ),
+                    labels=labels[tokens],
                 )
-                both = VocabularyLogProbs(log_probs, teacher_log_probs, labels[tokens])
                 if output.forward_kl is not None and output.reverse_kl is not None:
                     output.forward_kl[tokens] = OBJECTIVES["fkl"](both).value
                     output.reverse_kl[tokens] = OBJECTIVES["rkl_exact"](both).value
+                if on_vocabulary:
+                    exps = torch.exp(both.student, out=buffers[1])
                 for name, where in on_vocabulary:
                     result = OBJECTIVES[name](both, **config.coefficients(name))
                     here = where[tokens]
@@ -630,18 +760,17 @@ def _sweep(
                         here, _take(result.weights, labels[tokens]), output.label_weights[tokens]
                     )
                     total = result.weights.sum(-1, keepdim=True)
-                    gradient = torch.where(here.unsqueeze(1), total * probs - result.weights, gradient)
-
-            output.entropy[tokens] = -log_probs.clamp_min_(LOG_ZERO).mul_(probs).sum(-1)
+                    exps = torch.where(here.unsqueeze(1), total * buffers[1] - result.weights, exps)
             if gradients.needed:
-                if slope is not None:
-                    gradient = gradient * slope
-                if gradient.dtype != matrix.dtype or gradient is not probs:
-                    matrix[rows] = gradient
+                _run(_exponentiate, compiled)(matrix[rows], head, temperature, sums[-1].top, exps)
 
+        mass = torch.cat([each.masses.sum(-1, dtype=torch.float64) for each in sums])
+        log_mass = mass.log().to(head.dtype)
+        output.label_log_probs[chunk] = label_logits - torch.cat([each.top for each in sums]) - log_mass
+        output.entropy[chunk] = log_mass - torch.cat([each.weighted for each in sums]) / mass
         if draws:
-            output.sampled[chunk], sampled_probs = draw_tokens(_concatenate(narrowed), head.vocabulary_size)
-            output.sampled_log_probs[chunk] = sampled_probs.log()
+            output.sampled[chunk], sampled_masses = draw_tokens(_concatenate(narrowed), head.vocabulary_size)
+            output.sampled_log_probs[chunk] = sampled_masses.log() - log_mass.unsqueeze(1)
         samples = _token_log_probs(output, chunk, labels, teacher, teacher_head, temperature)
         weighted = [(name, where[chunk]) for name, where in on_tokens]
         label_weights, sampled_weights = token_weights(samples, weighted, config)
@@ -649,7 +778,8 @@ def _sweep(
         log_probs = torch.cat([output.label_log_probs[chunk].unsqueeze(1), output.sampled_log_probs[chunk]], 1)
         # A token that is impossible and has no weight adds nothing.
         terms = torch.where((weights == 0) & (log_probs == -math.inf), 0.0, weights * log_probs)
-        factors = weights.sum(1)
+        # The matrix holds probabilities where an objective needs them all, else exps, which the mass normalises.
+        factors = weights.sum(1) if on_vocabulary else weights.sum(1) / mass.to(head.dtype)
         losses = -terms.sum(1)
         for _, where in on_vocabulary:
             here = where[chunk]
@@ -663,13 +793,34 @@ def _sweep(
         if gradients.needed:
             scale = token_scale[chunk].to(head.dtype) * (head.scale / temperature)
             chosen = torch.cat([labels[chunk].unsqueeze(1), output.sampled[chunk]], 1)
-            _, slope = head.token_scores(products.hidden[chunk], chosen, temperature) if head.soft_cap else (None, None)
-            if slope is not None:
+            if head.soft_cap is not None:
+                slope = head.slope(head.token_logits(products.hidden[chunk], chosen, temperature), temperature)
+                assert slope is not None
                 weights = weights * slope
             gradients.add(chunk, products.hidden[chunk], matrix, factors * scale, chosen, weights * scale.unsqueeze(1))
 
     output.loss.copy_((output.token_losses.double() * token_scale.double()).sum())
     return output
+
+
+def _narrow(
+    products: Tensor, exps: Tensor | None, sums: _Sums, uniforms: Tensor, head: OutputHead, temperature: float
+) -> BlockDraws:
+    """Draws [n, K] narrowed down to blocks, from the sums of products [n, V] and, where they were kept, the exps."""
+    block, target = draw_blocks(sums.masses, uniforms)
+    tokens, beyond = block_tokens(block, head.vocabulary_size)
+    inside = tokens.flatten(1)
+    if exps is not None:
+        masses = exps.gather(1, inside)
+    else:
+        masses = torch.exp(head.logits(products.gather(1, inside), temperature, inside) - sums.top.unsqueeze(1))
+    return BlockDraws(block, target, masses.view_as(tokens).masked_fill_(beyond, 0.0))
+
+
+def _log_probs(products: Tensor, sums: _Sums, head: OutputHead, temperature: float, out: Tensor) -> Tensor:
+    """Log-probs of the whole vocabulary [n, V], in the memory of ``out``."""
+    log_sum_exp = sums.top + sums.masses.sum(-1, dtype=torch.float64).log().to(sums.top.dtype)
+    return torch.sub(head.logits(products, temperature, out=out), log_sum_exp.unsqueeze(1), out=out)
 
 
 def _token_log_probs(

@@ -111,13 +111,13 @@ class HPDSearchPath(SearchPathPlugin):
 
 
 class CheckConfig(Callback):
-    """Hydra callback named by hpd.yaml: refuses a bad configuration in the driver, before Ray starts."""
+    """Hydra callback named by hpd.yaml: refuses bad settings, data and models in the driver, before Ray starts."""
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        from hpd_verl.config import check_config
+        from hpd_verl.checks.start import check_main_ppo
 
         try:
-            check_config(config)
+            check_main_ppo(config)
         except ValueError as error:
             # Hydra turns a callback's exceptions into warnings; SystemExit ends the run with this one line.
             raise SystemExit(f"Error: {error}") from error

@@ -31,12 +31,16 @@ class OnePassLoss(HeadLoss):
         config: the algorithm's configuration.
         loss_agg_mode: verl's aggregation of token losses.
         loss_scale_factor: verl's setting of that name.
+        compiled: fuse the output layer's elementwise work by ``torch.compile``.
     """
 
-    def __init__(self, config: HPDConfig, loss_agg_mode: str, loss_scale_factor: int | None) -> None:
+    def __init__(
+        self, config: HPDConfig, loss_agg_mode: str, loss_scale_factor: int | None, compiled: bool = False
+    ) -> None:
         self.config = config
         self.loss_agg_mode = loss_agg_mode
         self.loss_scale_factor = loss_scale_factor
+        self.compiled = compiled
         self.teacher_features: dict[int, TeacherFeatures] = {}
         """Features of the current batch, by row number."""
         self.teacher_head: OutputHead | None = None
@@ -56,6 +60,7 @@ class OnePassLoss(HeadLoss):
             teacher_head=self.teacher_head,
             config=self.config,
             exact_kl=self.config.exact_kl_metrics,
+            compiled=self.compiled,
         )
         self._refuse_nan(output, teacher, responses, rows, data)
         return output.loss, self._metrics(output, teacher, responses, data)
@@ -174,8 +179,8 @@ class OnePass:
     ) -> None:
         vocabulary_size = min(worker.model_config.hf_config.vocab_size for worker in (student, teacher))
         self.student = student
-        self.student.engine.offer_head(vocabulary_size)
-        self.loss = OnePassLoss(config, loss_agg_mode, loss_scale_factor)
+        self.student.engine.offer_head()
+        self.loss = OnePassLoss(config, loss_agg_mode, loss_scale_factor, self.student.engine.compiles)
         self.student.set_loss_fn(self.loss)
         tokenizer = student.model_config.tokenizer
         self.teacher = Teacher(teacher, config, vocabulary_size, tokenizer) if config.needs_teacher else None
@@ -188,9 +193,25 @@ class OnePass:
         return self._with_metrics(output, metrics | {"timing_s/student": time.perf_counter() - start})
 
     def evaluate(self, data: TensorDict) -> TensorDict | None:
-        """verl's ``infer_batch`` of the student: the same loss and metrics, no gradients."""
+        """verl's ``infer_batch`` of the student: the same loss and metrics, no gradients.
+
+        Rows of ``batch.IS_PADDING`` take part, since ranks run the models together, and count for nothing.
+        """
         metrics = self._take_teacher_features(data)
+        if fields.IS_PADDING in data:
+            self._mask_padding(data)
         return self._with_metrics(self.student.infer_batch(data=data), metrics)
+
+    def _mask_padding(self, data: TensorDict) -> None:
+        """Take the response tokens of padding rows out of the masks and out of the teacher's features."""
+        is_padding = column(data, fields.IS_PADDING).bool()
+        for name in ("response_mask", "loss_mask"):
+            lengths = data[name].offsets().diff()
+            kept = data[name].values() * ~is_padding.repeat_interleave(lengths)
+            data[name] = torch.nested.nested_tensor_from_jagged(kept, data[name].offsets())
+        for row in row_numbers(data)[is_padding].tolist():
+            if row in self.loss.teacher_features:
+                self.loss.teacher_features[row] = self.loss.teacher_features[row][:0]
 
     def _take_teacher_features(self, data: TensorDict) -> dict[str, float]:
         if self.teacher is None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MASK_64 = (1 << 64) - 1
+_CHUNK_SIZE = 1024  # tokens per chunk, where no size is given
 _BLOCK = 256  # vocabulary entries per block of the two-level inverse-CDF search
 
 
@@ -57,12 +58,29 @@ def counter_uniform(seed: int, step: int, row: Tensor, position: Tensor, sample:
     return _shift_right(state, 11).to(torch.float64) * 2.0**-53
 
 
-def _chunks(logits: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(logits: Tensor, chunk_size: int | None) -> Iterator[tuple[slice, Tensor]]:
     """Slices of rows with their logits in float32 (float64 stays float64)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    for start in range(0, logits.shape[0], chunk_size):
-        rows = slice(start, start + chunk_size)
+    size = chunk_size or _CHUNK_SIZE
+    for start in range(0, logits.shape[0], size):
+        rows = slice(start, start + size)
         yield rows, logits[rows].to(dtype)
+
+
+def block_masses(values: Tensor) -> Tensor:
+    """Sums of non-negative values over blocks of the vocabulary, the last of which may be shorter.
+
+    Args:
+        values: floating [n, V].
+
+    Returns:
+        [n, blocks], of the values' dtype.
+    """
+    whole = values.shape[1] // _BLOCK * _BLOCK
+    masses = values[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
+    if whole < values.shape[1]:
+        masses = torch.cat([masses, values[:, whole:].sum(-1, keepdim=True)], 1)
+    return masses
 
 
 @dataclass(frozen=True)
@@ -73,40 +91,44 @@ class BlockDraws:
     """int64 [n, K]."""
     target: Tensor
     """float64 [n, K]: the cumulative mass to exceed inside the block."""
-    probs: Tensor
-    """The rows' probabilities of the block's tokens, [n, K, block size], 0 beyond the vocabulary."""
+    masses: Tensor
+    """floating [n, K, block size]: masses of the block's tokens, 0 beyond the vocabulary."""
 
 
-def draw_blocks(probs: Tensor, uniforms: Tensor, wide: Tensor | None = None) -> BlockDraws:
+def draw_blocks(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """First level of an inverse-CDF draw: the block in which the cumulative mass exceeds the target.
 
     Args:
-        probs: floating [n, V], non-negative, each row with positive mass (need not sum to exactly 1).
+        masses: floating [n, blocks], of ``block_masses``; each row with positive mass, of any sum.
         uniforms: float64 [n, K] in [0, 1), K >= 1.
-        wide: float64 [n, V] to copy ``probs`` to, which sums on a CPU do anyway; None allocates what is needed.
+
+    Returns:
+        ``(block int64 [n, K], target float64 [n, K])``, see ``BlockDraws``.
     """
-    vocabulary = probs.shape[1]
-    whole = vocabulary // _BLOCK * _BLOCK
-    summands = probs if wide is None else wide.copy_(probs)
-    masses = summands[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)
-    if whole < vocabulary:
-        masses = torch.cat([masses, summands[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], 1)
-    cumulative = masses.cumsum(-1)
+    cumulative = masses.cumsum(-1, dtype=torch.float64)
     target = uniforms * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, target, right=True).clamp_max_(masses.shape[1] - 1)
-    target = target - F.pad(cumulative, (1, 0)).gather(1, block)
-    tokens = (block * _BLOCK).unsqueeze(2) + torch.arange(_BLOCK, device=probs.device)
-    inside = probs.gather(1, tokens.clamp_max(vocabulary - 1).flatten(1)).view_as(tokens)
-    return BlockDraws(block, target, inside.masked_fill_(tokens >= vocabulary, 0.0))
+    return block, target - F.pad(cumulative, (1, 0)).gather(1, block)
+
+
+def block_tokens(block: Tensor, vocabulary_size: int) -> tuple[Tensor, Tensor]:
+    """The tokens of blocks [n, K].
+
+    Returns:
+        ``(tokens, beyond)``, [n, K, block size] each: int64, within the vocabulary, and bool, True where the block
+        reaches beyond it.
+    """
+    tokens = (block * _BLOCK).unsqueeze(2) + torch.arange(_BLOCK, device=block.device)
+    return tokens.clamp_max(vocabulary_size - 1), tokens >= vocabulary_size
 
 
 def draw_tokens(draws: BlockDraws, vocabulary_size: int) -> tuple[Tensor, Tensor]:
     """Second level: the first token of the block whose cumulative mass exceeds the target.
 
     Returns:
-        ``(tokens, probs)``, int64 [n, K] and their probabilities.
+        ``(tokens, masses)``, int64 [n, K] and the tokens' masses.
     """
-    within = draws.probs.cumsum(-1, dtype=torch.float64)
+    within = draws.masses.cumsum(-1, dtype=torch.float64)
     # The two sums of a block may differ in the last bit: a target at its very end belongs to its last token with mass.
     target = draws.target.unsqueeze(2)
     target = torch.minimum(target, torch.nextafter(within[..., -1:], torch.zeros_like(target)))
@@ -115,7 +137,15 @@ def draw_tokens(draws: BlockDraws, vocabulary_size: int) -> tuple[Tensor, Tensor
     tokens = (first + offset).clamp_max_(vocabulary_size - 1)
     # Only a row of NaN reaches the bounds.
     offset = (tokens - first).clamp_max_(_BLOCK - 1)
-    return tokens, draws.probs.gather(2, offset.unsqueeze(2)).squeeze(2)
+    return tokens, draws.masses.gather(2, offset.unsqueeze(2)).squeeze(2)
+
+
+def _draw(masses: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF draws from each row: int64 [n, K] from masses [n, V] and uniforms [n, K]."""
+    block, target = draw_blocks(block_masses(masses), uniforms)
+    tokens, beyond = block_tokens(block, masses.shape[1])
+    inside = masses.gather(1, tokens.flatten(1)).view_as(tokens).masked_fill_(beyond, 0.0)
+    return draw_tokens(BlockDraws(block, target, inside), masses.shape[1])[0]
 
 
 def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -129,13 +159,12 @@ def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
         int64 [n]: the first token whose cumulative mass exceeds ``uniform`` times the row's mass; any token where the
         row holds a NaN.
     """
-    tokens, _ = draw_tokens(draw_blocks(probs, uniform.unsqueeze(1)), probs.shape[1])
-    return tokens.squeeze(1)
+    return _draw(probs, uniform.unsqueeze(1)).squeeze(1)
 
 
 @torch.no_grad()
 def sample_tokens(
-    logits: Tensor, labels: Tensor, uniforms: Tensor, chunk_size: int
+    logits: Tensor, labels: Tensor, uniforms: Tensor, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw tokens from the student and take the log-probs needed of it, in one sweep.
 
@@ -153,7 +182,7 @@ def sample_tokens(
     for rows, chunk in _chunks(logits, chunk_size):
         log_probs = torch.log_softmax(chunk, dim=-1)
         probs = log_probs.exp()
-        sampled, _ = draw_tokens(draw_blocks(probs, uniforms[rows]), probs.shape[1])
+        sampled = _draw(probs, uniforms[rows])
         entropy = -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
         label_log_probs = log_probs.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
         outputs.append((label_log_probs, sampled, log_probs.gather(1, sampled), entropy))
@@ -163,7 +192,7 @@ def sample_tokens(
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, chunk_size: int | None) -> Tensor:
         log_mass = torch.cat([chunk.logsumexp(-1) for _, chunk in _chunks(logits, chunk_size)])
         ctx.save_for_backward(logits, tokens, log_mass)
         ctx.chunk_size = chunk_size
@@ -181,7 +210,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return grad, None, None
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
+def token_log_probs(logits: Tensor, tokens: Tensor, chunk_size: int | None = None) -> Tensor:
     """``log_softmax(logits).gather(1, tokens)`` without the [n, V] log-probs, differentiable in the logits.
 
     Args:

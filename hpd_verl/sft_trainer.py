@@ -9,11 +9,12 @@ one-pass pipeline.
 
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import hydra
 import torch
@@ -34,16 +35,23 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
 from hpd_verl import batch as fields
 from hpd_verl import checkpoint
-from hpd_verl.config import HPDConfig, check_sft_config
+from hpd_verl.checks.start import check_lean_run
+from hpd_verl.config import HPDConfig
 from hpd_verl.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.demonstration import SequenceBuilder, demonstration_text
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.models import check_models, teacher_model_config
+from hpd_verl.models import teacher_model_config
 from hpd_verl.one_pass import OnePass, StudentWorker
 from hpd_verl.teacher import TeacherWorker
+from hpd_verl.teacher_size import log_size
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)
+
+Value = TypeVar("Value")
+
+CONTENTS = "data_0.pt"
+"""A file of every checkpoint, beside the marker."""
 
 
 class DemonstrationDataset(Dataset[dict[str, Tensor]]):
@@ -63,10 +71,31 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.rows.dataframe[index]
-        text = demonstration_text(row.get(DEMONSTRATION), f"row {index}")
-        tensors, truncated = self.sequences.build(list(row[self.rows.prompt_key]), text)
-        flags = {fields.ROW: index, fields.IS_ROLLOUT: 0, fields.TRUNCATED: int(truncated)}
-        return tensors | {name: torch.tensor([value]) for name, value in flags.items()}
+        where = f"row {index}"
+        text = demonstration_text(row.get(DEMONSTRATION), where)
+        tensors, flags = self.sequences.build(list(row[self.rows.prompt_key]), text, where)
+        columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, **flags}
+        return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()}
+
+
+class PaddedRows(Dataset[dict[str, Tensor]]):
+    """Rows filled up to a multiple, by copies that ``batch.IS_PADDING`` marks and that have row numbers of their own.
+
+    Args:
+        rows: the rows.
+        multiple: of what the length becomes a multiple.
+    """
+
+    def __init__(self, rows: DemonstrationDataset, multiple: int) -> None:
+        self.rows = rows
+        self.length = math.ceil(len(rows) / multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        flags = {fields.ROW: index, fields.IS_PADDING: int(index >= len(self.rows))}
+        return self.rows[index % len(self.rows)] | {name: torch.tensor([value]) for name, value in flags.items()}
 
 
 def teacher_worker_config(config: DictConfig) -> TrainingWorkerConfig:
@@ -98,6 +127,12 @@ def read_demonstrations(
     return DemonstrationDataset(rows, sequences)
 
 
+def log_store_size(config: DictConfig, hpd: HPDConfig, datasets: Sequence[DemonstrationDataset]) -> None:
+    """Log how much the teacher's features of these rows take, and how much of that is kept."""
+    rows = [dataset.rows for dataset in datasets]
+    log_size(hpd, config.model, config.teacher.model, rows, config.data.max_response_length)
+
+
 def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int) -> TensorDict:
     """Collated rows with the settings that verl's passes read."""
     data = config.data
@@ -121,21 +156,23 @@ def lazy_teacher(config: DictConfig) -> TeacherWorker:
     return TeacherWorker(teacher_worker_config(config), model=model, lazy=True)
 
 
-def checked(config: DictConfig) -> HPDConfig:
-    """Check configuration and models before anything loads; one line and the end of the process if they do not fit."""
+def checked(config: DictConfig, fills_store: bool = False) -> None:
+    """Check settings, data and models before anything loads; one line and the end of the process if they do not fit.
+
+    The first rank of each machine checks for all of it. The others wait for it where the ranks meet, and torchrun ends
+    them with it.
+
+    Args:
+        config: the composed configuration.
+        fills_store: the teacher's store is to be filled, without training.
+    """
     auto_set_device(config)
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        return
     try:
-        hpd = check_sft_config(config)
-        check_models(
-            student=config.model,
-            teacher=config.teacher.model,
-            student_setting="model.path",
-            teacher_setting="teacher.model.path",
-            needed_context=config.data.max_prompt_length + config.data.max_response_length,
-        )
+        check_lean_run(config, int(os.environ.get("WORLD_SIZE", "1")), fills_store)
     except ValueError as error:
         sys.exit(f"Error: {error}")
-    return hpd
 
 
 class HPDSFTTrainer(SFTTrainer):
@@ -143,9 +180,7 @@ class HPDSFTTrainer(SFTTrainer):
 
     def __init__(self, config: DictConfig) -> None:
         self.hpd = HPDConfig.from_config(config.algorithm.hpd)
-        if config.trainer.resume_mode == "auto" and int(torch.distributed.get_rank()) == 0:
-            checkpoint.repair_tracker(Path(config.trainer.default_local_dir).absolute(), contents="data_0.pt")
-        torch.distributed.barrier()
+        self.checkpoint_root = Path(config.trainer.default_local_dir).absolute()
         super().__init__(config)
 
     def _build_dataset(self) -> None:
@@ -157,6 +192,9 @@ class HPDSFTTrainer(SFTTrainer):
             raise ValueError(
                 f"data.train_batch_size={batch_size}: data.train_files has {rows} rows, less than one batch; lower it"
             )
+        if torch.distributed.get_rank() == 0:
+            datasets = [self.train_dataset] if self.val_dataset is None else [self.train_dataset, self.val_dataset]
+            log_store_size(self.config, self.hpd, datasets)
 
     def _read(self, files: Any, max_samples: int) -> DemonstrationDataset:
         return read_demonstrations(self.config, self.model_config, files, max_samples)
@@ -176,20 +214,31 @@ class HPDSFTTrainer(SFTTrainer):
 
     def _build_dataloader(self) -> None:
         super()._build_dataloader()
-        if self.val_dataset is not None:  # verl's drops rows that do not fill a batch
-            rank, ranks = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
-            self.val_dataloader = DataLoader(
-                self.val_dataset,
-                batch_size=self.train_batch_size_per_dp,
-                sampler=DistributedSampler(self.val_dataset, num_replicas=ranks, rank=rank, shuffle=False),
-                collate_fn=self.collate_fn,
-                num_workers=self.config.data.num_workers,
-            )
+        self.train_sampler.seed = self.config.data.seed
+        if self.val_dataset is None:
+            return
+        # verl's drops rows that do not fill a batch. Here every row counts once, on all ranks together.
+        rank, ranks = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
+        data = self.config.data
+        rows = PaddedRows(self.val_dataset, ranks * (1 if data.use_dynamic_bsz else data.micro_batch_size_per_gpu))
+        self.val_dataloader = DataLoader(
+            rows,
+            batch_size=self.train_batch_size_per_dp,
+            sampler=DistributedSampler(rows, num_replicas=ranks, rank=rank, shuffle=False),
+            collate_fn=self.collate_fn,
+            num_workers=data.num_workers,
+        )
 
     def _init_engine(self) -> None:
         super()._init_engine()
         teacher = lazy_teacher(self.config)
-        self.one_pass = OnePass(self.training_client, teacher, self.hpd, self.config.trainer.loss_agg_mode)
+        self.one_pass = OnePass(
+            self.training_client,
+            teacher,
+            self.hpd,
+            self.config.trainer.loss_agg_mode,
+            loss_scale_factor=self.config.data.max_response_length,
+        )
 
     def _batch(self, tensors: Mapping[str, Any], step: int) -> TensorDict:
         return as_batch(self.config, self.model_config, tensors, step)
@@ -209,31 +258,44 @@ class HPDSFTTrainer(SFTTrainer):
                 f"step {step}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the update, and the "
                 "run stops instead of going on without it"
             )
-        metrics["hpd/truncated_demonstrations"] = int(tensors[fields.TRUNCATED].values().sum())
+        for flag, metric in fields.COUNTED_FLAGS.items():
+            metrics[metric] = int(tensors[flag].values().sum())
         metrics["hpd/dropped_demonstrations"] = self.train_dataset.rows.dropped_demonstrations
         metrics["training/global_step"] = step
         metrics["timing_s/step"] = time.perf_counter() - start
         return metrics
 
     def _validate(self, step: int) -> dict[str, float]:
-        """The metrics of the validation rows, means over their response tokens."""
+        """The metrics of the validation rows, the same on any number of ranks and for any batch size.
+
+        The loss is that of all rows as one batch, the others are means over their response tokens.
+        """
         sums: dict[str, float] = {}
-        tokens = 0.0
+        loss, tokens = 0.0, 0.0
+        assert self.val_dataset is not None
         assert self.val_dataloader is not None
         for tensors in self.val_dataloader:
-            output = self.one_pass.evaluate(self._batch(tensors, step))
+            data = self._batch(tensors, step)
+            tu.assign_non_tensor(data, global_batch_size=len(self.val_dataset))
+            output = self.one_pass.evaluate(data)
             if output is None:
                 continue
             metrics = {
-                name: Metric.aggregate_dp(value) if isinstance(value, list) else value.aggregate()
+                name: float(Metric.aggregate_dp(value) if isinstance(value, list) else value.aggregate())
                 for name, value in tu.get(output, "metrics").items()
                 if isinstance(value, Metric) or (isinstance(value, list) and isinstance(value[0], Metric))
             }
-            count = metrics["hpd/response_tokens"]
+            count = metrics.pop("hpd/response_tokens")
+            # Means were taken over this batch's tokens; the loss of the other aggregations adds up as it is.
+            weight = count if self.one_pass.loss.loss_agg_mode == "token-mean" else 1.0
+            loss += weight * metrics.pop("hpd/loss")
             tokens += count
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * count
-        return {f"val/{name}": value / tokens for name, value in sums.items() if name != "hpd/response_tokens"}
+                sums[name] = sums.get(name, 0.0) + count * value
+        if tokens == 0.0:
+            return {}
+        loss = loss / tokens if self.one_pass.loss.loss_agg_mode == "token-mean" else loss
+        return {f"val/{name}": value / tokens for name, value in sums.items()} | {"val/hpd/loss": loss}
 
     def fit(self) -> None:
         """Train until ``trainer.total_training_steps`` or ``total_epochs``, resuming where a checkpoint is."""
@@ -267,15 +329,43 @@ class HPDSFTTrainer(SFTTrainer):
                     break
         bar.close()
 
+    def _build_ckpt_handler(self) -> None:
+        """verl's, told which checkpoint to resume from and that old ones are removed here."""
+        super()._build_ckpt_handler()
+        handler = self.ckpt_handler
+        handler.max_ckpt_to_keep = None
+        if handler.resume_mode == "auto" and handler.resume_from_path is None:
+            found = _of_rank_0(lambda: checkpoint.checkpoint_to_resume(self.checkpoint_root, CONTENTS))
+            handler.resume_mode = "disable" if found is None else "resume_path"
+            handler.resume_from_path = None if found is None else str(found)
+        resumed = None if handler.resume_mode == "disable" else handler.resume_from_path
+        self.previous_checkpoint = Path(resumed).absolute() if resumed else None
+
     def _save(self, step: int) -> None:
-        root = Path(self.config.trainer.default_local_dir).absolute()
-        if torch.distributed.get_rank() == 0:
-            checkpoint.mark_incomplete(root, step)
+        """Save, mark the checkpoint complete, and only then remove old ones."""
+        root, keep = self.checkpoint_root, self.config.trainer.max_ckpt_to_keep
+        leads = torch.distributed.get_rank() == 0
+        if leads:
+            checkpoint.mark_incomplete(root, step, self.previous_checkpoint)
         torch.distributed.barrier()
         self.ckpt_handler.save_checkpoint(step=step)
         torch.distributed.barrier()
-        if torch.distributed.get_rank() == 0:
-            checkpoint.mark_complete(root, step)
+        if leads:
+            checkpoint.mark_complete(root, step, keep)
+        self.previous_checkpoint = root / f"global_step_{step}"
+        old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, CONTENTS))
+        if leads:
+            checkpoint.remove(old)
+        torch.distributed.barrier()
+        for folder in old:  # where ranks have disks of their own
+            checkpoint.remove_files(folder)
+
+
+def _of_rank_0(make: Callable[[], Value]) -> Value:
+    """What ``make`` returns on rank 0, on every rank."""
+    values = [make() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return cast(Value, values[0])
 
 
 def _train_names(metrics: dict[str, Any]) -> dict[str, float]:
@@ -285,7 +375,7 @@ def _train_names(metrics: dict[str, Any]) -> dict[str, float]:
 
 @hydra.main(config_path=str(config_dir()), config_name="sft_trainer", version_base=None)
 def main(config: DictConfig) -> None:
-    """Check the configuration before anything loads, then train."""
+    """Check settings, data and models before anything loads, then train."""
     checked(config)
     initialize_global_process_group()
     HPDSFTTrainer(config).fit()

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from huggingface_hub import snapshot_download
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -22,8 +21,19 @@ from hpd_verl.causal_lm import head_scaling, output_head
 from hpd_verl.config import HPDConfig
 from hpd_verl.engine import MODEL_TYPE, HeadLoss
 from hpd_verl.head import OutputHead, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.ranks import on_every_rank, on_rank_zero
 from hpd_verl.response_tokens import column, response_tokens, row_numbers
-from hpd_verl.teacher_store import DiskStore, MemoryStore, TeacherStore, row_key, teacher_identity, tokenisation_hash
+from hpd_verl.teacher_identity import FileHashes, teacher_hashes
+from hpd_verl.teacher_store import (
+    DiskStore,
+    MemoryStore,
+    StoreIdentity,
+    TeacherStore,
+    check_memory_store,
+    row_key,
+    teacher_identity,
+    tokenisation_hash,
+)
 
 _GIB = 1 << 30
 
@@ -60,6 +70,7 @@ class _FeatureLoss(HeadLoss):
 
     def __init__(self, config: HPDConfig) -> None:
         self.config = config
+        self.compiled = False
         self.rows: dict[int, TeacherFeatures] = {}
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
@@ -67,23 +78,19 @@ class _FeatureLoss(HeadLoss):
         hidden, config = hidden[responses.positions], self.config
         if config.teacher_cache != "off" and config.teacher_cache_format == "topk":
             k = min(config.teacher_cache_top_k, head.vocabulary_size)
-            features = teacher_top_k(hidden, head, responses.labels, config.temperature, config.token_chunk_size, k)
+            features = teacher_top_k(hidden, head, responses.labels, config.temperature, config.token_chunk_size, k=k)
         else:
             if config.teacher_cache != "off" and config.teacher_cache_dtype == "bf16":
                 # Log-probs of the hidden states as the store keeps them: rounded alone, these would not match log_mass.
                 hidden = hidden.to(torch.bfloat16).to(hidden.dtype)
-            features = teacher_features(hidden, head, responses.labels, config.temperature, config.token_chunk_size)
+            features = teacher_features(
+                hidden, head, responses.labels, config.temperature, config.token_chunk_size, self.compiled
+            )
         start = 0
         for row, length in zip(row_numbers(data).tolist(), responses.lengths.tolist(), strict=True):
             self.rows[row] = features[start : start + length]
             start += length
         return torch.zeros((), device=hidden.device), {}
-
-
-def local_folder(model: HFModelConfig) -> Path:
-    """The folder a model is loaded from: its path, or where the hub's copy of it lies, fetched if need be."""
-    path = Path(model.local_path)
-    return path if path.is_dir() else Path(snapshot_download(str(path)))
 
 
 class Teacher:
@@ -92,7 +99,7 @@ class Teacher:
     Args:
         worker: the teacher's model, lazy.
         config: the algorithm's configuration.
-        vocabulary_size: logits that student and teacher share.
+        vocabulary_size: the teacher's logits that are used: those that the student has too.
         tokenizer: the student's, which rows are tokenised with.
     """
 
@@ -110,10 +117,25 @@ class Teacher:
             self._load()
 
     def _open_store(self) -> TeacherStore | None:
-        if self.config.teacher_cache == "off":
+        kind, max_bytes = self.config.teacher_cache, int(self.config.teacher_cache_max_gib * _GIB)
+        if kind == "off":
             return None
-        identity = teacher_identity(
-            local_folder(self.worker.model_config),
+        if kind == "memory":
+            check_memory_store(kind, torch.distributed.get_world_size())
+            return MemoryStore(self._identity("", ""), max_bytes)  # of this process, which has one teacher
+        assert self.config.teacher_cache_dir is not None  # HPDConfig requires it
+        folder = Path(self.config.teacher_cache_dir).expanduser()
+        hashes = FileHashes(folder / "teacher_files.json")
+        # Of rank 0: its copy of the weights is what verl loads, and other nodes need not read theirs.
+        identity = self._identity(*on_rank_zero(lambda: teacher_hashes(self.worker.model_config, hashes)))
+        store = on_every_rank(lambda: DiskStore(folder, identity, max_bytes))
+        hashes.save()  # once the folder is known to be this teacher's
+        return store
+
+    def _identity(self, teacher: str, teacher_config: str) -> StoreIdentity:
+        return teacher_identity(
+            teacher,
+            teacher_config,
             temperature=self.config.temperature,
             vocabulary_size=self.vocabulary_size,
             format=self.config.teacher_cache_format,
@@ -122,11 +144,6 @@ class Teacher:
             teacher_dtype=_dtype_name(self.worker.engine_config),
             tokenisation=tokenisation_hash(self.tokenizer.get_vocab(), self.tokenizer.chat_template),
         )
-        max_bytes = int(self.config.teacher_cache_max_gib * _GIB)
-        if self.config.teacher_cache == "memory":
-            return MemoryStore(identity, max_bytes)
-        assert self.config.teacher_cache_dir is not None  # HPDConfig requires it
-        return DiskStore(Path(self.config.teacher_cache_dir).expanduser(), identity, max_bytes)
 
     def _stored_head(self) -> OutputHead | None:
         """The output layer as the store keeps it, with which the model need not be loaded; the same on all ranks."""
@@ -150,6 +167,7 @@ class Teacher:
         self.worker.load()
         engine = self.worker.engine
         engine.offer_head(self.vocabulary_size)
+        self.loss.compiled = engine.compiles
         self.worker.set_loss_fn(self.loss)
         layer = output_head(engine.module, self.vocabulary_size)
         dtype = engine.compute_dtype
@@ -214,6 +232,7 @@ class Teacher:
             "hpd/teacher_cache_rows": stats.rows,
             "hpd/teacher_cache_gib": stats.bytes / _GIB,
             "hpd/teacher_cache_refused_rows": stats.refused,
+            "hpd/teacher_cache_non_finite_rows": stats.non_finite,
             "hpd/teacher_cache_damaged_rows": stats.damaged,
             "hpd/teacher_is_loaded": float(self.worker.is_loaded),
         }

@@ -10,6 +10,7 @@ stored too, if given. Rows that are stored already are skipped.
 """
 
 import os
+import sys
 
 import hydra
 import torch.distributed
@@ -18,11 +19,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
+from verl.utils.device import get_device_id
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
+from hpd_verl.config import HPDConfig
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.sft_trainer import as_batch, checked, lazy_teacher, read_demonstrations
+from hpd_verl.sft_trainer import as_batch, checked, lazy_teacher, log_store_size, read_demonstrations
 from hpd_verl.teacher import Teacher
+from hpd_verl.teacher_store import DiskStore
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """Environment of torch.distributed for one process that torchrun did not start."""
@@ -32,18 +36,25 @@ def fill(config: DictConfig) -> dict[str, float]:
     """Take the features of every row and store them.
 
     Returns:
-        The store's metrics.
+        The store's metrics; counts of rows that were not stored are those of all ranks.
+
+    Raises:
+        FloatingPointError: the teacher's logits of some rows are not finite. The other rows are stored.
     """
-    hpd = checked(config)
+    hpd = HPDConfig.from_config(config.algorithm.hpd)
     model = omega_conf_to_dataclass(config.model)
     worker = lazy_teacher(config)
     vocabulary_size = min(model.hf_config.vocab_size, worker.model_config.hf_config.vocab_size)
-    teacher = Teacher(worker, hpd, vocabulary_size, model.tokenizer)
     data = config.data
-    for files, max_samples in ((data.train_files, data.train_max_samples), (data.val_files, data.val_max_samples)):
-        if not files:
-            continue
-        rows = read_demonstrations(config, model, files, max_samples)
+    sources = ((data.train_files, data.train_max_samples), (data.val_files, data.val_max_samples))
+    datasets = [
+        (str(files), read_demonstrations(config, model, files, max_samples)) for files, max_samples in sources if files
+    ]
+    if torch.distributed.get_rank() == 0:
+        log_store_size(config, hpd, [rows for _, rows in datasets])
+    teacher = Teacher(worker, hpd, vocabulary_size, model.tokenizer)
+    broken: list[str] = []
+    for name, rows in datasets:
         loader = DataLoader(
             rows,
             batch_size=config.data.train_batch_size // torch.distributed.get_world_size(),
@@ -51,9 +62,33 @@ def fill(config: DictConfig) -> dict[str, float]:
             collate_fn=SFTTensorCollator(config.data.pad_mode),
             num_workers=config.data.num_workers,
         )
-        for batch in tqdm(loader, desc=str(files), unit="batch", disable=torch.distributed.get_rank() != 0):
-            teacher.features(as_batch(config, model, batch, step=0))
-    return teacher.metrics()
+        for batch in tqdm(loader, desc=name, unit="batch", disable=torch.distributed.get_rank() != 0):
+            features = teacher.features(as_batch(config, model, batch, step=0))
+            broken += [
+                f"{name} row {row}" for row, each in features.items() if not each.label_log_probs.isfinite().all()
+            ]
+    torch.distributed.barrier()
+    if isinstance(teacher.store, DiskStore):
+        teacher.store.refresh()  # what the other ranks stored last
+    metrics = teacher.metrics()
+    for count in ("refused_rows", "non_finite_rows", "damaged_rows"):
+        metrics[f"hpd/teacher_cache_{count}"] = _sum_of_ranks(metrics[f"hpd/teacher_cache_{count}"])
+    if metrics["hpd/teacher_cache_non_finite_rows"]:
+        everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(everywhere, broken)
+        named = sorted({row for rank in everywhere for row in rank})
+        raise FloatingPointError(
+            f"NaN or infinity in the teacher's features of {metrics['hpd/teacher_cache_non_finite_rows']:.0f} rows "
+            f"({', '.join(named[:8])}); they are not stored, and training would stop at them: check the teacher and "
+            "its dtype"
+        )
+    return metrics
+
+
+def _sum_of_ranks(count: float) -> float:
+    value = torch.tensor(count, device=get_device_id())
+    torch.distributed.all_reduce(value)
+    return value.item()
 
 
 @hydra.main(config_path=str(config_dir()), config_name="sft_trainer", version_base=None)
@@ -63,8 +98,12 @@ def main(config: DictConfig) -> None:
         config.algorithm.hpd.teacher_cache = "disk"
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
+    checked(config, fills_store=True)
     initialize_global_process_group()
-    metrics = fill(config)
+    try:
+        metrics = fill(config)
+    except FloatingPointError as error:
+        sys.exit(f"Error: {error}")
     if torch.distributed.get_rank() == 0:
         print(
             f"{config.algorithm.hpd.teacher_cache_dir}: {metrics['hpd/teacher_cache_rows']:.0f} distinct rows, "

@@ -3,7 +3,8 @@
 A record holds the features of one row's T response tokens, in one of two formats:
 
     hidden   label_log_probs float32 [T], log_mass float32 [T], hidden bfloat16 or float32 [T, d]
-    topk     label_log_probs float32 [T], top_tokens int32 [T, K], top_log_probs float32 [T, K]
+    topk     label_log_probs float32 [T], rest_log_prob float32 [T], top_tokens int32 [T, K],
+             top_log_probs float32 [T, K]
 
 ``hidden`` is the final hidden state, before the output head; ``log_mass`` is the log-sum-exp of the teacher's logits at
 the temperature. ``MemoryStore`` keeps records in this process, ``DiskStore`` in a folder that all ranks and later runs
@@ -11,11 +12,16 @@ share:
 
     store.json                 what the records are features of, and the version of this format
     output_head.safetensors    optional: the teacher's output head, which turns hidden states into logits
+    teacher_files.json         optional: hashes of the teacher's files, so that they need not be read again
     part-X.data, part-X.index  records of one writer: raw little-endian values, and one entry of fixed size a record
 
 A part is only appended to, only by the process that created it, and data before their entry. A writer killed at any
-byte leaves a part whose entries are all whole but perhaps the last. Entries and payloads have checksums: what is torn
-or damaged is never returned, its row merely counts as missing.
+byte leaves a part whose entries are all whole but perhaps the last. Entries and payloads have checksums, verified at
+every read (0.3 s a GiB on one core of an AMD EPYC): what is torn or damaged is never returned, its row merely counts as
+missing. Nor is what is NaN or infinite, which is not stored at all.
+
+store.json appears whole and once: of two runs that open a new folder at the same time with different teachers, the
+second finds the first's and is refused. The output head carries the identity too.
 """
 
 import errno
@@ -27,6 +33,7 @@ import re
 import secrets
 import shutil
 import struct
+import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,10 +50,11 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 DIR_SETTING = "algorithm.hpd.teacher_cache_dir"
 LIMIT_SETTING = "algorithm.hpd.teacher_cache_max_gib"
+FORMAT_SETTING = "algorithm.hpd.teacher_cache_format"
 
 Record = dict[str, Tensor]
 """The named tensors of one row, on the CPU."""
@@ -64,7 +72,7 @@ class StoreIdentity:
     """Everything that a record depends on beside the row's tokens. Made by ``teacher_identity``."""
 
     teacher: str
-    """sha256 of the teacher's config and weights."""
+    """sha256 of the teacher's weights, adapters and own code."""
 
     temperature: float
     """Temperature of ``log_mass`` and of all log-probs."""
@@ -80,6 +88,9 @@ class StoreIdentity:
 
     top_k: int
     """K of format topk; 0 for format hidden."""
+
+    teacher_config: str | None = None
+    """sha256 of the teacher's configuration as loaded, overrides applied."""
 
     teacher_dtype: str | None = None
     """Dtype that the teacher computes in."""
@@ -102,7 +113,8 @@ class StoreIdentity:
 
 
 def teacher_identity(
-    folder: Path,
+    teacher: str,
+    teacher_config: str,
     *,
     temperature: float,
     vocabulary_size: int,
@@ -112,13 +124,10 @@ def teacher_identity(
     teacher_dtype: str | None = None,
     tokenisation: str | None = None,
 ) -> StoreIdentity:
-    """Identify a teacher and the features taken of it.
-
-    Of the weights, a few MiB a file are read: the safetensors header, both ends, and blocks spread evenly between. Any
-    further training changes those, and a large teacher is identified at once.
+    """The identity of a teacher's features; what the format has no use for is left out.
 
     Args:
-        folder: the teacher's folder, with config.json and its weights in *.safetensors or *.bin.
+        teacher, teacher_config: of ``teacher_identity.teacher_hashes``.
         temperature: distillation temperature.
         vocabulary_size: logits that student and teacher share.
         format: hidden or topk.
@@ -129,26 +138,15 @@ def teacher_identity(
             miss, and is refused instead.
 
     Raises:
-        ValueError: the folder is not that of a model, or the format or dtype is unknown.
+        ValueError: the format or dtype is unknown.
     """
     if format not in ("hidden", "topk"):
-        raise ValueError(f"algorithm.hpd.teacher_cache_format={format}: choose hidden or topk")
+        raise ValueError(f"{FORMAT_SETTING}={format}: choose hidden or topk")
     if dtype not in _DTYPES:
         raise ValueError(f"algorithm.hpd.teacher_cache_dtype={dtype}: choose {' or '.join(_DTYPES)}")
-    config = folder / "config.json"
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")], key=lambda file: file.name)
-    if not config.is_file() or not weights:
-        raise ValueError(
-            f"actor_rollout_ref.ref.model.path={folder}: no {'weights' if config.is_file() else 'config.json'} there; "
-            "give a folder with config.json and weights in *.safetensors or *.bin"
-        )
-    digest = hashlib.sha256()
-    digest.update(hashlib.sha256(config.read_bytes()).digest())
-    for file in weights:
-        digest.update(hashlib.sha256(file.name.encode()).digest())
-        digest.update(_weight_file_hash(file))
     return StoreIdentity(
-        teacher=digest.hexdigest(),
+        teacher=teacher,
+        teacher_config=teacher_config,
         temperature=float(temperature),
         vocabulary_size=vocabulary_size,
         format=format,
@@ -159,24 +157,19 @@ def teacher_identity(
     )
 
 
-def _weight_file_hash(file: Path, blocks: int = 64, block_size: int = 1 << 16) -> bytes:
-    """sha256 of a file's size, safetensors header and sampled content; of all its content if that is little."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(struct.pack("<Q", size))
-    with open(file, "rb") as stream:
-        if size <= 2 * _MIB + blocks * block_size:
-            digest.update(stream.read())
-            return digest.digest()
-        if file.suffix == ".safetensors":
-            (header_size,) = struct.unpack("<Q", stream.read(8))
-            digest.update(stream.read(min(header_size, 100 * _MIB)))  # 100 MiB: the format's own limit
-        spans = [(0, _MIB), (size - _MIB, _MIB)]
-        step = (size - 2 * _MIB - block_size) / (blocks - 1)
-        spans += [(_MIB + round(index * step), block_size) for index in range(blocks)]
-        for offset, length in spans:
-            stream.seek(offset)
-            digest.update(stream.read(length))
-    return digest.digest()
+def estimate_bytes(*, format: str, dtype: str, top_k: int, hidden_size: int, rows: int, tokens: int) -> int:
+    """Size of a store on the disk, its output head left out.
+
+    Args:
+        format, dtype, top_k: as of ``StoreIdentity``.
+        hidden_size: of the teacher.
+        rows: how many rows.
+        tokens: response tokens of all rows together.
+    """
+    schema = _Schema(
+        teacher_identity("", "", temperature=1.0, vocabulary_size=top_k, format=format, dtype=dtype, top_k=top_k)
+    )
+    return rows * _ENTRY.size + schema.size(tokens, hidden_size if format == "hidden" else top_k)
 
 
 def tokenisation_hash(vocabulary: Mapping[str, int], chat_template: str | None) -> str:
@@ -245,6 +238,7 @@ class _Schema:
             self.fields["log_mass"] = _Field(torch.float32, wide=False)
             self.fields["hidden"] = _Field(_DTYPES[identity.dtype], wide=True)
         else:
+            self.fields["rest_log_prob"] = _Field(torch.float32, wide=False)
             self.fields["top_tokens"] = _Field(torch.int32, wide=True)
             self.fields["top_log_probs"] = _Field(torch.float32, wide=True)
         self.top_k = identity.top_k
@@ -291,6 +285,24 @@ class _Schema:
 # Stores
 
 
+def check_memory_store(kind: str, ranks: int) -> None:
+    """Check that a store in memory has all rows in one process.
+
+    Args:
+        kind: algorithm.hpd.teacher_cache.
+        ranks: processes that train.
+
+    Raises:
+        ValueError: there are several. Each epoch's shuffling hands a row to another rank, which would not find it.
+    """
+    if kind == "memory" and ranks > 1:
+        raise ValueError(
+            f"algorithm.hpd.teacher_cache=memory: each of the {ranks} ranks would keep rows that the next epoch gives "
+            f"to another; set algorithm.hpd.teacher_cache=disk and {DIR_SETTING} to a folder that all ranks share (on "
+            "one node, one in /dev/shm keeps them in memory)"
+        )
+
+
 @dataclass(frozen=True)
 class StoreStats:
     """Counts of this process since the store was opened; rows and bytes of the whole store as last seen."""
@@ -310,6 +322,9 @@ class StoreStats:
     refused: int
     """Rows not stored because the store was full."""
 
+    non_finite: int
+    """Rows not stored because a value was NaN or infinite."""
+
     damaged: int
     """Stored rows whose checksum was wrong, and which count as missing."""
 
@@ -326,7 +341,7 @@ class TeacherStore(ABC):
         self.identity = identity
         self.max_bytes = max_bytes
         self._schema = _Schema(identity)
-        self._hits = self._misses = self._refused = self._damaged = 0
+        self._hits = self._misses = self._refused = self._non_finite = self._damaged = 0
 
     @abstractmethod
     def get(self, keys: Sequence[bytes]) -> list[Record | None]:
@@ -334,7 +349,7 @@ class TeacherStore(ABC):
 
     @abstractmethod
     def put(self, key: bytes, record: Record) -> None:
-        """Store a copy of a record, unless its key is known or the store is full.
+        """Store a copy of a record, unless its key is known, a value is NaN or infinite, or the store is full.
 
         Raises:
             ValueError: the tensors are not those of the store's format.
@@ -359,7 +374,19 @@ class TeacherStore(ABC):
         return records
 
     def _make_stats(self, rows: int, size: int) -> StoreStats:
-        return StoreStats(self._hits, self._misses, rows, size, self._refused, self._damaged)
+        return StoreStats(self._hits, self._misses, rows, size, self._refused, self._non_finite, self._damaged)
+
+    def _is_finite(self, record: Record) -> bool:
+        """Whether all values are; if not, count and warn once."""
+        for name, field in self._schema.fields.items():
+            tensor = record[name]
+            # Both ends of a tensor are NaN if any value is; many times faster than a look at each value.
+            if field.dtype.is_floating_point and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                if not self._non_finite:
+                    logger.warning("%s of a row's teacher features is NaN or infinite; such rows are not stored", name)
+                self._non_finite += 1
+                return False
+        return True
 
     def _fits(self, stored: int, more: int) -> bool:
         """Whether ``more`` bytes may be stored; if not, count and warn once."""
@@ -390,7 +417,7 @@ class MemoryStore(TeacherStore):
 
     def put(self, key: bytes, record: Record) -> None:
         size = self._schema.size(*self._schema.check(record))
-        if key in self._records or not self._fits(self._bytes, size):
+        if key in self._records or not self._is_finite(record) or not self._fits(self._bytes, size):
             return
         # A copy: the caller's tensors may be views that keep a whole batch alive.
         self._records[key] = {name: record[name].detach().cpu().clone() for name in self._schema.fields}
@@ -419,8 +446,6 @@ class _Entry:
     tokens: int
     width: int
     crc: int
-    checked: bool = False
-    """The payload's checksum was found right."""
 
 
 class _Part:
@@ -444,6 +469,16 @@ class _Part:
     def close(self) -> None:
         self._data.close()
         self._index.close()
+
+
+def _read_whole(file: Path) -> str:
+    """The text of a file that ends with a line break, or what there is of it after a moment."""
+    for _ in range(5):
+        text = file.read_text()
+        if text.endswith("\n"):
+            break
+        time.sleep(0.05)  # another process is writing it, on a file system without links
+    return text
 
 
 def _write(file: int, data: bytes) -> None:
@@ -512,15 +547,37 @@ class DiskStore(TeacherStore):
             if used:
                 remedy = "give another folder, or delete this one"
                 raise self._error("holds stored features but no store.json that says of what", remedy)
-            with self._replacing(file) as temporary:
-                temporary.write_text(
-                    json.dumps({"format_version": FORMAT_VERSION, "identity": asdict(self.identity)}, indent=2) + "\n"
-                )
+            self._create(
+                file,
+                json.dumps({"format_version": FORMAT_VERSION, "identity": asdict(self.identity)}, indent=2) + "\n",
+            )
         self._check_identity(file)
+
+    def _create(self, file: Path, text: str) -> None:
+        """Make a file, unless another process does first; it appears with its whole text, or not at all."""
+        temporary = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            with open(temporary, "x") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            try:
+                os.link(temporary, file)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links: there, a crash within the next line leaves half a file
+                with suppress(FileExistsError), open(file, "x") as stream:
+                    stream.write(text)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+        except OSError as error:
+            raise self._write_error(error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _check_identity(self, file: Path) -> None:
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(_read_whole(file))
             version, stored = content["format_version"], dict(content["identity"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             remedy = "give another folder, or delete this one"
@@ -565,7 +622,16 @@ class DiskStore(TeacherStore):
             temporary.unlink(missing_ok=True)
             raise self._write_error(error) from error
 
+    def _lost(self, error: OSError) -> OSError:
+        found = f"cannot be read any more ({error.strerror or error})" if self.folder.is_dir() else "is gone"
+        return OSError(
+            f"{DIR_SETTING}={self.folder}: it was there at the start and {found}; give a folder that stays, and start "
+            "again: training resumes from its last checkpoint"
+        )
+
     def _write_error(self, error: OSError) -> OSError:
+        if not self.folder.is_dir():
+            return self._lost(error)
         remedy = (
             f"free some, lower {LIMIT_SETTING}, or give another folder"
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -583,13 +649,22 @@ class DiskStore(TeacherStore):
         return sum(self._sizes.values())
 
     def refresh(self) -> None:
-        """Take in what other processes have stored: one ``stat`` a file, and the new end of each index."""
+        """Take in what other processes have stored: one ``stat`` a file, and the new end of each index.
+
+        Raises:
+            OSError: the folder is gone or cannot be read; the message names the setting.
+        """
         sizes = {}
-        for file in os.scandir(self.folder):
-            if re.fullmatch(r"part-\w+\.(data|index)", file.name):
-                with suppress(FileNotFoundError):
-                    sizes[file.name] = file.stat().st_size
+        try:
+            for file in os.scandir(self.folder):
+                if re.fullmatch(r"part-\w+\.(data|index)", file.name):
+                    with suppress(FileNotFoundError):
+                        sizes[file.name] = file.stat().st_size
+        except OSError as error:
+            raise self._lost(error) from error
         self._sizes = sizes
+        if self._part is not None and f"{self._part.name}.data" not in sizes:
+            self.close()  # removed: what is written to it now, nobody will find
         for name, size in sizes.items():
             if name.endswith(".index") and size - self._index_read.get(name, 0) >= _ENTRY.size:
                 self._read_index(name)
@@ -639,13 +714,10 @@ class DiskStore(TeacherStore):
             payload = _read(files.open(f"{entry.part}.data"), entry.offset, entry.length)
         except FileNotFoundError:
             return None
-        if payload is None or entry.checked:
-            return payload
-        entry.checked = zlib.crc32(payload) == entry.crc
-        return payload if entry.checked else None
+        return payload if payload is not None and zlib.crc32(payload) == entry.crc else None
 
     def put(self, key: bytes, record: Record) -> None:
-        """Store a copy of a record, unless its key is known or the store is full.
+        """Store a copy of a record, unless its key is known, a value is NaN or infinite, or the store is full.
 
         Raises:
             ValueError: the tensors are not those of the store's format.
@@ -654,7 +726,7 @@ class DiskStore(TeacherStore):
         assert len(key) == 32, "a key is 32 bytes: row_key"
         tokens, width = self._schema.check(record)
         size = self._schema.size(tokens, width)
-        if key in self._entries or not self._fits(self._stored, size + _ENTRY.size):
+        if key in self._entries or not self._is_finite(record) or not self._fits(self._stored, size + _ENTRY.size):
             return
         try:
             self._part = self._part or _Part(self.folder)
@@ -700,9 +772,10 @@ class DiskStore(TeacherStore):
             return
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"output_head_hash": output_head_hash(weight, bias), "identity": self.identity.digest}
         with self._replacing(self._head_file) as temporary:
             try:
-                save_file(tensors, temporary, metadata={"output_head_hash": output_head_hash(weight, bias)})
+                save_file(tensors, temporary, metadata=metadata)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
 
@@ -710,19 +783,25 @@ class DiskStore(TeacherStore):
         """The stored output head, ``(weight [V, d], bias [V] or None)``; None if none is stored.
 
         Raises:
-            ValueError: the file is damaged.
+            ValueError: the file is damaged, or not this identity's.
         """
         if not self._head_file.exists():
             return None
         found, cause = "its output_head.safetensors is damaged", None
+        metadata: dict[str, str] = {}
         try:
             with safe_open(self._head_file, framework="pt") as file:
                 tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                stored_hash = (file.metadata() or {}).get("output_head_hash")
+                metadata = file.metadata() or {}
         except SafetensorError as error:
-            tensors, stored_hash, cause = {}, None, error
+            tensors, cause = {}, error
         weight, bias = tensors.get("weight"), tensors.get("bias")
-        if weight is None or stored_hash != output_head_hash(weight, bias):
+        if weight is not None and metadata.get("identity") != self.identity.digest:
+            raise self._error(
+                "its output_head.safetensors is of another teacher or of other settings",
+                "delete that file: it is written again from the teacher",
+            )
+        if weight is None or metadata.get("output_head_hash") != output_head_hash(weight, bias):
             raise self._error(found, "delete that file: it is written again from the teacher") from cause
         return weight, bias
 

@@ -8,6 +8,8 @@ rollout server; with one, weights are synced only before something is generated.
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,15 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from hpd_verl import batch as fields
 from hpd_verl import checkpoint
-from hpd_verl.config import check_config, choose_pipeline, needs_rollout_server, updates_per_batch
+from hpd_verl.checks.models import check_models
+from hpd_verl.checks.run import check_config
+from hpd_verl.config import choose_pipeline, needs_rollout_server, updates_per_batch
 from hpd_verl.dataset import DEMONSTRATION
 from hpd_verl.demonstration import has_demonstration
 from hpd_verl.metrics import token_metrics
-from hpd_verl.models import check_models
 from hpd_verl.objectives import LIKELIHOOD_OBJECTIVES, TokenLogProbs
 from hpd_verl.on_policy import choose_rollouts, rollout_quota
+from hpd_verl.teacher_size import log_size
 from hpd_verl.worker import HPDWorker, HPDWorkerWithoutRollout
 
 logger = logging.getLogger(__name__)
@@ -104,6 +108,8 @@ class HPDTrainer(PPOTrainerSync):
             raise ValueError(
                 f"data.train_batch_size={batch_size}: data.train_files has {rows} rows, less than one batch; lower it"
             )
+        models = self.config.actor_rollout_ref
+        log_size(self.hpd, models.model, models.ref.model, [self.train_dataset], self.config.data.max_response_length)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -177,7 +183,9 @@ class HPDTrainer(PPOTrainerSync):
                 "the agent loop workers' errors are in the log above"
             )
         batch.reorder(sorted(range(len(batch)), key=lambda index: _key_order(batch.keys[index])))
-        self.batch_counts["hpd/truncated_demonstrations"] = sum(bool(tag.get(fields.TRUNCATED)) for tag in batch.tags)
+        for flag, metric in fields.COUNTED_FLAGS.items():
+            self.batch_counts[metric] = sum(bool(tag.get(flag)) for tag in batch.tags)
+        self.batch_counts["hpd/truncated_prompts"] += self._truncated_rollout_prompts(batch)
         metrics.update(self.batch_counts)
         batch = super()._balance_batch(batch, metrics=metrics, **kwargs)
         number = {key: index for index, key in enumerate(sorted(batch.keys, key=_key_order))}
@@ -189,6 +197,14 @@ class HPDTrainer(PPOTrainerSync):
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(columns, batch_size=len(batch))
         )
         return batch
+
+    def _truncated_rollout_prompts(self, batch: KVBatchMeta) -> int:
+        """Rollouts whose prompt was cut; verl's workers set their tags, so the agent loop leaves it in a field."""
+        keys = [key for key, flag in zip(batch.keys, self._is_rollout(batch), strict=True) if flag]
+        if not keys:
+            return 0
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+        return sum(bool(getattr(extra, "data", extra).get(fields.TRUNCATED_PROMPT)) for extra in data["extra_fields"])
 
     def _is_rollout(self, batch: KVBatchMeta) -> Tensor:
         """bool [rows]: the student answered the row itself."""
@@ -395,12 +411,48 @@ class HPDTrainer(PPOTrainerSync):
         return Path(self.config.trainer.default_local_dir).absolute()
 
     def _load_checkpoint(self) -> None:
-        if self.config.trainer.resume_mode == "auto":
-            step = checkpoint.repair_tracker(self._checkpoint_root())
-            logger.info("resuming from step %s", step) if step else logger.info("no complete checkpoint: starting anew")
-        super()._load_checkpoint()
+        """verl's, of the checkpoint that ``checkpoint.py`` chooses where verl would take its tracker's."""
+        trainer = self.config.trainer
+        chosen: dict[str, Any] = {}
+        self.previous_checkpoint: Path | None = None
+        if trainer.resume_mode == "auto":
+            self.previous_checkpoint = checkpoint.checkpoint_to_resume(self._checkpoint_root())
+            chosen = {"resume_mode": "disable"}
+            if self.previous_checkpoint is not None:
+                chosen = {"resume_mode": "resume_path", "resume_from_path": str(self.previous_checkpoint)}
+        elif trainer.resume_mode == "resume_path" and trainer.resume_from_path:
+            self.previous_checkpoint = Path(trainer.resume_from_path).absolute()
+        logger.info("resuming from %s", self.previous_checkpoint or "the beginning")
+        with _settings(trainer, **chosen):
+            super()._load_checkpoint()
 
     def _save_checkpoint(self) -> None:
-        checkpoint.mark_incomplete(self._checkpoint_root(), self.global_steps)
-        super()._save_checkpoint()
-        checkpoint.mark_complete(self._checkpoint_root(), self.global_steps)
+        """verl's; old checkpoints are removed only after the new one is marked complete."""
+        root, trainer = self._checkpoint_root(), self.config.trainer
+        keep = 1 if trainer.get("remove_previous_ckpt_in_save", False) else trainer.get("max_actor_ckpt_to_keep", None)
+        checkpoint.mark_incomplete(root, self.global_steps, self.previous_checkpoint)
+        with _settings(trainer, max_actor_ckpt_to_keep=None, remove_previous_ckpt_in_save=False):
+            super()._save_checkpoint()
+        checkpoint.mark_complete(root, self.global_steps, keep)
+        self.previous_checkpoint = root / f"global_step_{self.global_steps}"
+        old = checkpoint.checkpoints_to_remove(root, keep)
+        if old:
+            checkpoint.remove(old)
+            self.actor_rollout_wg.remove_checkpoints([str(folder) for folder in old])
+
+
+@contextmanager
+def _settings(node: DictConfig, **values: Any) -> Iterator[None]:
+    """Other values of a node's settings for the time of a call."""
+    before = {name: node[name] for name in values if name in node}
+    with open_dict(node):
+        node.update(values)
+    try:
+        yield
+    finally:
+        with open_dict(node):
+            for name in values:
+                if name in before:
+                    node[name] = before[name]
+                else:
+                    del node[name]

@@ -1,4 +1,4 @@
-"""Do student and teacher speak the same tokens? Checked once at start; logits are then cut to the shared prefix."""
+"""Do student and teacher speak the same tokens? Checked once at start, by their tokenizers."""
 
 import logging
 
@@ -23,8 +23,9 @@ def shared_vocabulary_size(
 ) -> int:
     """Check that the tokenizers agree and return how many logits student and teacher share.
 
-    Models pad their vocabulary: the sizes may differ while the tokenizers agree. Tokens that only one of the two
-    tokenizers defines are allowed where the other has none.
+    Models pad their vocabulary: the sizes may differ while the tokenizers agree. The student is normalised over all its
+    logits and the teacher over those that the student has too; what only the student has is taught probability 0.
+    Tokens that only one of the two tokenizers defines are allowed where the other has none.
 
     Args:
         student, teacher: tokenizers.
@@ -80,8 +81,14 @@ def shared_vocabulary_size(
             tokens = student_tokens if name == "student" else teacher_tokens
             shown = ", ".join(repr(tokens[index]) for index in sorted(only)[:5])
             logger.warning("%d tokens are defined by the %s only: %s", len(only), name, shown)
-    if student_size != teacher_size:
+    if student_size < teacher_size:
         logger.warning(
-            "student and teacher logits are cut to their first %d (%d, %d)", size, student_size, teacher_size
+            "of the teacher's %d logits the first %d are used, as many as the student has", teacher_size, size
+        )
+    if student_size > teacher_size:
+        logger.warning(
+            "the student's last %d logits (of %d) are unknown to the teacher, which gives them probability 0",
+            student_size - teacher_size,
+            student_size,
         )
     return size

@@ -6,6 +6,7 @@ functions here turn logits into per-token log-probs; the names they carry are in
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
 from hpd_verl import batch as fields
+from hpd_verl.checkpoint import remove_files
 from hpd_verl.config import HPDConfig
 from hpd_verl.models import teacher_model_config
+from hpd_verl.objectives import LOG_ZERO
 from hpd_verl.one_pass import OnePass, StudentWorker
 from hpd_verl.policy_loss import compute_hpd_policy_loss
 from hpd_verl.response_tokens import row_numbers
@@ -71,18 +74,16 @@ class StudentLoss:
     Args:
         actor: the actor's configuration.
         hpd: the algorithm's configuration.
-        vocabulary_size: size of the vocabulary shared with the teacher.
     """
 
-    def __init__(self, actor: ActorConfig, hpd: HPDConfig, vocabulary_size: int) -> None:
+    def __init__(self, actor: ActorConfig, hpd: HPDConfig) -> None:
         self.actor = actor
         self.hpd = hpd
-        self.vocabulary_size = vocabulary_size
 
     def __call__(self, data: TensorDict, student_logits: Tensor | None = None, **kwargs: Any) -> Any:
         updating = fields.LABEL_WEIGHTS in data
         if student_logits is not None:
-            logits = student_logits.squeeze(0)[:, : self.vocabulary_size]
+            logits = student_logits.squeeze(0)
             return self._chosen_tokens(logits, data) if updating else self._draw(logits, data)
         if updating:
             return self._loss(kwargs["model_output"], data)
@@ -159,7 +160,13 @@ class StudentLoss:
 
 
 class TeacherLogProbs:
-    """verl's loss function of the teacher: log-probs of the label and of the student's draws, never a loss."""
+    """verl's loss function of the teacher: log-probs of the label and of the student's draws, never a loss.
+
+    Args:
+        hpd: the algorithm's configuration.
+        vocabulary_size: the teacher's logits that are used, those that the student has too; other tokens of the student
+            have probability 0 (``objectives.LOG_ZERO``).
+    """
 
     def __init__(self, hpd: HPDConfig, vocabulary_size: int) -> None:
         self.hpd = hpd
@@ -176,7 +183,10 @@ class TeacherLogProbs:
             *(fields.teacher_sampled_log_probs(sample) for sample in samples),
         ]
         logits = student_logits.squeeze(0)[:, : self.vocabulary_size]  # verl's name; these are the teacher's
-        log_probs = token_log_probs(logits, torch.stack(tokens, dim=1), self.hpd.token_chunk_size)
+        chosen = torch.stack(tokens, dim=1)
+        known = chosen < logits.shape[1]
+        log_probs = token_log_probs(logits, chosen.clamp_max(logits.shape[1] - 1), self.hpd.token_chunk_size)
+        log_probs = torch.where(known, log_probs, LOG_ZERO)
         return _as_outputs(dict(zip(names, log_probs.unbind(1), strict=True)))
 
 
@@ -204,7 +214,7 @@ class HPDWorker(ActorRolloutRefWorker):
             )
         else:
             vocabulary_size = min(self.actor.model_config.hf_config.vocab_size, teacher.hf_config.vocab_size)
-            self.actor.set_loss_fn(StudentLoss(actor_config, hpd, vocabulary_size))
+            self.actor.set_loss_fn(StudentLoss(actor_config, hpd))
             self.ref.set_loss_fn(TeacherLogProbs(hpd, vocabulary_size))
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
@@ -212,6 +222,12 @@ class HPDWorker(ActorRolloutRefWorker):
     def update_actor(self, data: TensorDict) -> TensorDict | None:
         """verl's update of the actor; in one pass, the teacher's features of these rows are taken first."""
         return super().update_actor(data) if self.one_pass is None else self.one_pass.update(data)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def remove_checkpoints(self, folders: list[str]) -> None:
+        """Remove this machine's files of checkpoints that the driver gave up, where it has a disk of its own."""
+        for folder in folders:
+            remove_files(Path(folder))
 
 
 class HPDWorkerWithoutRollout(HPDWorker):

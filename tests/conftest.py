@@ -85,8 +85,15 @@ def make_tokenizer(words: list[str]) -> Any:
     return fast
 
 
-def make_model(folder: Path, seed: int, words: list[str] = WORDS, vocab_size: int | None = None, **config: Any) -> Path:
-    """A randomly initialised Llama of two layers, saved with its tokenizer."""
+def make_model(
+    folder: Path,
+    seed: int,
+    words: list[str] = WORDS,
+    vocab_size: int | None = None,
+    num_hidden_layers: int = 2,
+    **config: Any,
+) -> Path:
+    """A randomly initialised Llama, saved with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer(words)
@@ -97,7 +104,7 @@ def make_model(folder: Path, seed: int, words: list[str] = WORDS, vocab_size: in
             vocab_size=vocab_size or len(tokenizer),
             hidden_size=64,  # heads of 32: the smallest that vLLM knows on a CPU
             intermediate_size=96,
-            num_hidden_layers=2,
+            num_hidden_layers=num_hidden_layers,
             num_attention_heads=2,
             num_key_value_heads=2,
             eos_token_id=tokenizer.eos_token_id,

@@ -1,31 +1,46 @@
 """The check of a whole run: what cannot work is refused before anything loads, by name."""
 
-import logging
+import copy
+import functools
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from conftest import WORDS, Tiny, make_model
 from hydra import compose, initialize_config_dir, initialize_config_module
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from hpd_verl.config import (
-    HPDConfig,
-    check_config,
-    check_sft_config,
-    choose_pipeline,
-    needs_rollout_server,
-    updates_per_batch,
-)
+from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
+from hpd_verl.config import HPDConfig, choose_pipeline, needs_rollout_server, updates_per_batch
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.models import check_models
 
 MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x")
 
 
-def composed(*overrides: str) -> DictConfig:
+@functools.cache
+def base() -> DictConfig:
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=["algorithm=hpd", *MODELS, *overrides])
+        return compose("ppo_trainer", overrides=["algorithm=hpd", *MODELS])
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The configuration of a run; composed once, for Hydra takes a second."""
+    config = copy.deepcopy(base())
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        with read_write(config), open_dict(config) if override.is_add() else nullcontext():
+            OmegaConf.update(config, override.key_or_group, override.value())
+    return config
+
+
+ULYSSES = "actor_rollout_ref.{}.ulysses_sequence_parallel_size=2"
+FSDP_SIZE = "actor_rollout_ref.actor.fsdp_config.fsdp_size={}"
+ROLLOUTS = "algorithm.hpd.on_policy_fraction=1"
+NO_TEACHER = ("actor_rollout_ref.ref.model.path=null", "algorithm.hpd.objective=sft")
+
+
+def batches(batch: int, mini_batch: int) -> list[str]:
+    return [f"data.train_batch_size={batch}", f"actor_rollout_ref.actor.ppo_mini_batch_size={mini_batch}"]
 
 
 def test_the_defaults_pass() -> None:
@@ -37,7 +52,7 @@ def test_the_defaults_pass() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["algorithm.hpd.objektive=sft"], "Could not override 'algorithm.hpd.objektive'"),
+        (["algorithm.hpd.objektive=sft"], "Key 'objektive' is not in struct"),
         (["+algorithm.hpd.objektive=sft"], r"algorithm.hpd.objektive=sft: no such setting; there are "),
         (["actor_rollout_ref.ref.model.path=null"], "actor_rollout_ref.ref.model.path=None: give the teacher"),
         (["actor_rollout_ref.actor.strategy=megatron"], "actor_rollout_ref.actor.strategy=megatron: HPD runs on"),
@@ -57,7 +72,56 @@ def test_the_defaults_pass() -> None:
         (["algorithm.hpd.objective=sft", "actor_rollout_ref.actor.ppo_epochs=2"], "ppo_epochs=2: objective sft has no"),
         (["actor_rollout_ref.rollout.n=2"], "actor_rollout_ref.rollout.n=2: several answers a prompt need"),
         (["algorithm.hpd.on_policy_fraction={start: 0, end: 1}"], "on_policy_fraction={'start': 0, 'end': 1}: a sche"),
+        (
+            ["+actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype: fp16}"],
+            "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp16: the student is not trained in float",
+        ),
+        (["actor_rollout_ref.actor.fsdp_config.model_dtype=float16"], "fsdp_config.model_dtype=float16: the student"),
+        (["actor_rollout_ref.actor.fsdp_config.dtype=float16"], "actor.fsdp_config.dtype=float16: the student is not"),
         (["algorithm.hpd.objective=opd"], "algorithm.hpd.objective=opd: opd is for the student's own rollouts"),
+        (["data.train_batch_size=0"], "data.train_batch_size=0: give an integer of at least 1"),
+        (["data.train_batch_size=many"], "data.train_batch_size=many: give an integer"),
+        (["data.train_batch_size=8.0"], "data.train_batch_size=8.0: give an integer"),
+        (["data.gen_batch_size=3"], "data.gen_batch_size=3: must divide data.train_batch_size=256"),
+        (["data.max_prompt_length=0"], "data.max_prompt_length=0: give an integer of at least 1"),
+        (["data.max_response_length=-1"], "data.max_response_length=-1: give an integer of at least 1"),
+        (["trainer.n_gpus_per_node=0"], "trainer.n_gpus_per_node=0: give an integer of at least 1"),
+        (["trainer.total_epochs=0"], "trainer.total_epochs=0: give an integer of at least 1"),
+        (["trainer.total_training_steps=0"], "trainer.total_training_steps=0: give an integer of at least 1"),
+        (["trainer.resume_mode=always"], "trainer.resume_mode=always: choose auto, disable or resume_path"),
+        (["actor_rollout_ref.actor.optim.lr=-1e-5"], "actor_rollout_ref.actor.optim.lr=-1e-05: give a number of at"),
+        (["actor_rollout_ref.actor.optim.lr=nan"], "actor_rollout_ref.actor.optim.lr=nan: give a number of at least"),
+        (["actor_rollout_ref.actor.optim.lr=fast"], "actor_rollout_ref.actor.optim.lr=fast: give a number of at"),
+        (["actor_rollout_ref.actor.optim.lr_scheduler_type=line"], "lr_scheduler_type=line: choose constant or cosine"),
+        (["actor_rollout_ref.actor.optim.clip_grad=0"], "actor_rollout_ref.actor.optim.clip_grad=0: give a number"),
+        (["actor_rollout_ref.actor.loss_agg_mode=mean"], "actor.loss_agg_mode=mean: choose token-mean, "),
+        (["trainer.n_gpus_per_node=3"], "data.train_batch_size=256: an update's sequences must divide among 3 data-"),
+        (
+            ["trainer.n_gpus_per_node=4", "trainer.nnodes=2", *batches(24, 12)],
+            "actor_rollout_ref.actor.ppo_mini_batch_size=12: an update's sequences must divide among 8 data-parallel "
+            "ranks (trainer.n_gpus_per_node * trainer.nnodes = 8); choose a multiple of 8",
+        ),
+        (
+            ["trainer.n_gpus_per_node=8", ULYSSES.format("actor"), *batches(6, 6)],
+            "data.train_batch_size=6: an update's sequences must divide among 4 data-parallel ranks",
+        ),
+        (
+            ["trainer.n_gpus_per_node=3", ULYSSES.format("actor")],
+            "parallel_size=2: must divide the ranks, trainer.",
+        ),
+        (["trainer.n_gpus_per_node=4", FSDP_SIZE.format(3)], "fsdp_config.fsdp_size=3: must divide the ranks"),
+        (
+            ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3", "trainer.n_gpus_per_node=2", *batches(16, 8)],
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3: must divide the 4 sequences that a rank gets",
+        ),
+        (
+            ["actor_rollout_ref.rollout.tensor_model_parallel_size=2", "algorithm.hpd.on_policy_fraction=0.5"],
+            "actor_rollout_ref.rollout.tensor_model_parallel_size=2: a rollout server takes 2 ranks",
+        ),
+        (
+            [*NO_TEACHER, "algorithm.hpd.pipeline=staged"],
+            "actor_rollout_ref.ref.model.path=None: the staged pipeline (set) runs a teacher with every objective",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -67,13 +131,44 @@ def test_what_cannot_work_is_refused(overrides: list[str], message: str) -> None
     assert message.replace("\\", "") in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # 3 prompts with 4 rollouts each are 12 sequences: verl shares out sequences, not prompts.
+        ["trainer.n_gpus_per_node=4", *batches(6, 3), "actor_rollout_ref.rollout.n=4", ROLLOUTS],
+        ["trainer.n_gpus_per_node=8", ULYSSES.format("actor"), *batches(4, 4)],
+        ["trainer.n_gpus_per_node=4", FSDP_SIZE.format(2)],
+        ["trainer.n_gpus_per_node=4", FSDP_SIZE.format(16)],
+        ["trainer.nnodes=2", "trainer.n_gpus_per_node=2", *batches(8, 4)],
+        ["actor_rollout_ref.actor.optim.lr=0", "actor_rollout_ref.actor.optim.clip_grad=inf"],
+        [*NO_TEACHER],
+    ],
+    ids=" ".join,
+)
+def test_what_works_is_not_refused(overrides: list[str]) -> None:
+    check_config(composed(*overrides))
+
+
+def test_checkpoint_folder(tmp_path: Path) -> None:
+    """One that can be made is not made; a file on the way and a place without write access are refused."""
+    check_checkpoint_folder(str(tmp_path / "a" / "b"))
+    check_checkpoint_folder(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^trainer\.default_local_dir=.*/file/a: /.*/file is not a folder; choose"):
+        check_checkpoint_folder(str(tmp_path / "file" / "a"))
+    with pytest.raises(ValueError, match=r"^trainer\.default_local_dir=/proc/a/b: cannot be written \(.*\); choose"):
+        check_checkpoint_folder("/proc/a/b")
+    with pytest.raises(ValueError, match=r"^trainer\.default_local_dir=None: give a folder"):
+        check_checkpoint_folder(None)
+
+
 def chosen(*overrides: str) -> tuple[str, str]:
     config = composed(*overrides)
     return choose_pipeline(config, HPDConfig.from_config(config.algorithm.hpd))
 
 
 SEVERAL_UPDATES = ("data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=16")
-ULYSSES = "actor_rollout_ref.{}.ulysses_sequence_parallel_size=2"
 AGAINST_ONE_PASS = [
     (ULYSSES.format("actor"), "Ulysses sequence parallelism shares sequences out"),
     (ULYSSES.format("ref"), "Ulysses sequence parallelism shares sequences out"),
@@ -161,49 +256,6 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
     )
 
 
-def check(student: Path, teacher: Path, needed_context: int = 128) -> None:
-    config = composed(f"actor_rollout_ref.model.path={student}", f"actor_rollout_ref.ref.model.path={teacher}")
-    check_models(
-        student=config.actor_rollout_ref.model,
-        teacher=config.actor_rollout_ref.ref.model,
-        student_setting="actor_rollout_ref.model.path",
-        teacher_setting="actor_rollout_ref.ref.model.path",
-        needed_context=needed_context,
-    )
-
-
-def test_models_that_fit(tiny: Tiny) -> None:
-    check(tiny.student, tiny.teacher)
-
-
-def test_missing_teacher_folder(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"actor_rollout_ref\.ref\.model\.path=.*nowhere: no such folder"):
-        check(tiny.student, tmp_path / "nowhere")
-
-
-def test_folder_without_a_model(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"actor_rollout_ref\.ref\.model\.path=.*: cannot load its configuration"):
-        check(tiny.student, tmp_path)
-
-
-def test_short_context(tiny: Tiny) -> None:
-    with pytest.raises(ValueError, match=r"ref\.model\.path=.*: its context has 128 tokens, .* = 129; shorten them"):
-        check(tiny.student, tiny.teacher, needed_context=129)
-
-
-def test_disagreeing_tokenizers(tiny: Tiny, tmp_path: Path) -> None:
-    swapped = [*WORDS[:9], *reversed(WORDS[9:])]
-    other = make_model(tmp_path / "other", seed=3, words=swapped)
-    with pytest.raises(ValueError, match=r"tokenizers disagree at 20 token ids \(id 9: student '0', teacher '19'"):
-        check(tiny.student, other)
-
-
-def test_student_as_its_own_teacher_is_warned_of(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        check(tiny.student, tiny.student)
-    assert "the gap between them starts at zero" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -214,7 +266,19 @@ def test_student_as_its_own_teacher_is_warned_of(tiny: Tiny, caplog: pytest.LogC
         (["algorithm.hpd.teacher_cache=disk"], "algorithm.hpd.teacher_cache_dir=None: "),
         (["engine.strategy=fsdp"], "engine.strategy=fsdp: choose fsdp2"),
         (["engine.ulysses_sequence_parallel_size=2"], "engine.ulysses_sequence_parallel_size=2: one_pass does not"),
+        (["engine.mixed_precision.param_dtype=fp16"], "engine.mixed_precision.param_dtype=fp16: the student is"),
+        (["engine.model_dtype=fp16"], "engine.model_dtype=fp16: the student is not trained in float16"),
+        (["data.seed=null"], "data.seed=None: give an integer"),
         (["model.use_fused_kernels=true"], "model.use_fused_kernels=True: HPD has its own output layer"),
+        (["optim.lr=-1"], "optim.lr=-1: give a number of at least 0"),
+        (["data.train_batch_size=0"], "data.train_batch_size=0: give an integer of at least 1"),
+        (["trainer.save_freq=often"], "trainer.save_freq=often: give a number of steps, -1 for never, or after_each"),
+        (["trainer.loss_agg_mode=mean"], "trainer.loss_agg_mode=mean: choose token-mean, "),
+        (["data.train_batch_size=7"], "data.train_batch_size=7: must divide among 2 ranks (torchrun's processes)"),
+        (
+            ["data.use_dynamic_bsz=false", "data.train_batch_size=12"],
+            "data.micro_batch_size_per_gpu=4: must divide the 6 sequences that a rank gets at once",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -223,9 +287,21 @@ def test_what_the_lean_trainer_refuses(overrides: list[str], message: str) -> No
         initialize_config_dir(str(config_dir()), version_base=None),
         pytest.raises(ValueError, match=re.escape(message)),
     ):
-        check_sft_config(compose("sft_trainer", overrides=["model.path=S", "teacher.model.path=T", *overrides]))
+        check_sft_config(lean(*overrides), ranks=2)
 
 
-def test_the_lean_trainers_defaults_pass() -> None:
+def lean(*overrides: str) -> DictConfig:
+    return compose("sft_trainer", overrides=["model.path=S", "teacher.model.path=T", *overrides])
+
+
+def test_what_works_in_the_lean_trainer() -> None:
+    """Its defaults; no teacher where none is needed; to fill the store, any batch of at least a row a rank."""
     with initialize_config_dir(str(config_dir()), version_base=None):
-        check_sft_config(compose("sft_trainer", overrides=["model.path=S", "teacher.model.path=T"]))
+        check_sft_config(lean())
+        check_sft_config(lean("trainer.save_freq=after_each_epoch"), ranks=8)
+        check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"))
+        check_sft_config(lean("data.train_batch_size=7"), ranks=2, fills_store=True)
+        with pytest.raises(ValueError, match=r"^data\.train_batch_size=7: less than a row for each of 8 ranks"):
+            check_sft_config(lean("data.train_batch_size=7"), ranks=8, fills_store=True)
+        with pytest.raises(ValueError, match=r"^teacher\.model\.path=None: give the teacher's folder or hub name"):
+            check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"), fills_store=True)

@@ -49,8 +49,8 @@ def test_demonstration_as_chat_list(tmp_path: Path) -> None:
     [
         ({"demonstration": None}, "row 3: demonstration is null"),
         ({"demonstration": "  "}, "row 3: demonstration is empty"),
-        ({"prompt": None}, "row 3: prompt is NoneType, expected a chat list"),
-        ({"prompt": []}, "row 3: prompt is list, expected a chat list"),
+        ({"prompt": None}, "row 3: prompt is null, expected a chat list"),
+        ({"prompt": []}, "row 3: prompt is an empty list, expected a chat list"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:

@@ -3,7 +3,11 @@
 import copy
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -497,6 +501,120 @@ def test_top_k_features(objective: str, top: int) -> None:
         close(gradient, wanted, 1e-7)
 
 
+@pytest.mark.parametrize("objective", ["rkl_exact", "akl", "todi", "hpd_exact", "hpd"])
+def test_top_k_that_hold_nearly_everything(objective: str) -> None:
+    """In float32 the mass outside the top k keeps its size, however small: gradients are those of float64."""
+    gradients = {}
+    for dtype in (torch.float64, torch.float32):
+        case = Case(dtype=dtype, config=configured(objective))
+        case.teacher_hidden, case.teacher_weight = case.teacher_hidden.sign() * 3, case.teacher_weight.sign() * 3
+        teacher = case.teacher(top=3)
+        assert teacher.rest_log_prob is not None
+        assert teacher.rest_log_prob.min() < -25  # below the smallest step of a float32 near 1
+        gradients[dtype] = case.run_with_gradients(teacher=teacher)[1]
+    for found, wanted in zip(gradients[torch.float32], gradients[torch.float64], strict=True):
+        assert (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("top", [0, 3])
+@each_objective
+def test_student_of_a_larger_vocabulary(objective: str, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student is normalised over all its logits; beyond the teacher's vocabulary the teacher's probability is 0."""
+    impossible = -600.0  # a probability that float64 can still hold, for the reference's logarithm
+    monkeypatch.setattr(head_module, "LOG_ZERO", impossible)
+    known = VOCABULARY - 5
+    case = Case(draws=2, config=configured(objective, num_student_samples=2))
+    case.labels %= known
+    teacher_head = dataclasses.replace(case.teacher_head(), vocabulary_size=known)
+    arguments = (case.teacher_hidden, teacher_head, case.labels, 1.0, 6)
+    teacher = teacher_top_k(*arguments, k=top) if top else teacher_features(*arguments)
+    log_p = torch.log_softmax(case.teacher_logits()[:, :known], -1)
+    if top:
+        best, tokens = log_p.topk(top, -1)
+        rest = (1 - best.exp().sum(-1, keepdim=True)) / (known - top)
+        log_p = rest.log().repeat(1, known).scatter(1, tokens, best)
+        teacher = dataclasses.replace(teacher, label_log_probs=log_p.gather(1, case.labels.unsqueeze(1)).squeeze(1))
+    dense = torch.nn.functional.pad(log_p, (0, VOCABULARY - known), value=impossible)
+    output, gradients = case.run_with_gradients(teacher=teacher, teacher_head=teacher_head)
+    assert (output.sampled >= known).any()
+    loss, _, expected = case.expected(output.sampled, dense)
+    close(output.loss, loss, 1e-7)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        close(gradient, wanted, 1e-7)
+
+
+@pytest.mark.parametrize("objective", ["fkl", "hpd_exact", "rkl_exact", "hpd"])
+def test_mass_beyond_the_teachers_vocabulary_is_trained_away(objective: str) -> None:
+    known = VOCABULARY - 9
+    case = Case(tokens=200, config=configured(objective))
+    case.labels %= known
+    teacher_head = dataclasses.replace(case.teacher_head(), vocabulary_size=known)
+    teacher = teacher_features(case.teacher_hidden, teacher_head, case.labels, 1.0)
+
+    def beyond() -> float:
+        return case.logits().detach().softmax(-1)[:, known:].sum(-1).mean().item()
+
+    before = beyond()
+    assert before > 0.4
+    for _ in range(40):
+        _, gradients = case.run_with_gradients(teacher=teacher, teacher_head=teacher_head)
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        with torch.no_grad():
+            for parameter, gradient in zip(case.parameters(), gradients, strict=True):
+                parameter -= gradient / norm
+    assert beyond() < 0.6 * before
+
+
+@each_objective
+def test_label_beyond_the_teachers_vocabulary(objective: str) -> None:
+    """Its log-prob is that of an impossible token, and everything stays finite."""
+    case = Case(config=configured(objective))
+    teacher_head = dataclasses.replace(case.teacher_head(), vocabulary_size=VOCABULARY - 5)
+    case.labels[:] = VOCABULARY - 1
+    for top in (0, 3):
+        arguments = (case.teacher_hidden, teacher_head, case.labels, 1.0, 6)
+        teacher = teacher_top_k(*arguments, k=top) if top else teacher_features(*arguments)
+        assert (teacher.label_log_probs == head_module.LOG_ZERO).all()
+        output, gradients = case.run_with_gradients(teacher=teacher, teacher_head=teacher_head)
+        assert output.loss.isfinite()
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+COMPILED_CASES = """
+import sys, torch
+sys.path[:0] = sys.argv[1:]
+from test_head import Case, close, configured
+from hpd_verl.head import teacher_features
+for dtype, tolerance, layer in (
+    (torch.float32, 2e-5, {"soft_cap": 3.0, "scale": 0.7}),
+    (torch.bfloat16, 2e-2, {}),
+):
+    case = Case(dtype=dtype, vocabulary=600, draws=2, layer=layer, config=configured("hpd", num_student_samples=2))
+    plain, gradients = case.run_with_gradients()
+    arguments = (case.teacher_hidden, case.teacher_head(), case.labels, 1.0, 6)
+    teacher = teacher_features(*arguments, compiled=True)
+    close(teacher.log_mass, case.teacher().log_mass, 1e-5)
+    fused, others = case.run_with_gradients(teacher=teacher, compiled=True)
+    assert torch.equal(plain.sampled, fused.sampled)
+    for name, value in vars(plain).items():
+        if value is not None:
+            close(getattr(fused, name), value, 2e-5)
+    for gradient, other in zip(gradients, others, strict=True):
+        assert (gradient - other).double().norm() <= tolerance * gradient.double().norm()
+frames = torch._dynamo.utils.counters["frames"]
+assert frames["ok"] >= 3 and frames["total"] == frames["ok"], frames
+"""
+
+
+def test_compiled_is_the_same_within_rounding() -> None:
+    """The elementwise part through torch.compile, in a process of its own: a CPU run disables the compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", COMPILED_CASES, *paths]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_features_can_be_indexed() -> None:
     """Slices, indices and masks, of both forms."""
     case = Case()
@@ -557,13 +675,13 @@ def test_refuses_what_cannot_work() -> None:
         case.run(teacher=None, teacher_head=None, config=configured("sft"), exact_kl=True)
     with pytest.raises(ValueError, match="exact_kl: needs the teacher's hidden states"):
         case.run(teacher=case.teacher(top=3), exact_kl=True)
-    with pytest.raises(ValueError, match="vocabulary_size is 19 of the student and 18 of the teacher"):
-        case.run(teacher_head=dataclasses.replace(case.teacher_head(), vocabulary_size=18))
+    with pytest.raises(ValueError, match="vocabulary_size is 19 of the student and 20 of the teacher"):
+        case.run(teacher_head=dataclasses.replace(case.teacher_head(), vocabulary_size=20))
     with pytest.raises(ValueError, match="vocabulary_size=99: the weight has 23 rows"):
         OutputHead(case.weight, 99)
     with pytest.raises(ValueError, match="k=20: the vocabulary has 19 tokens"):
         case.teacher(top=20)
-    with pytest.raises(ValueError, match="hidden and log_mass, or top_tokens and top_log_probs"):
+    with pytest.raises(ValueError, match="hidden and log_mass, or top_tokens, top_log_probs and rest_log_prob"):
         TeacherFeatures(case.teacher_hidden[:, 0], hidden=case.teacher_hidden)
 
 
@@ -587,7 +705,8 @@ def test_nan_comes_out(objective: str, where: str) -> None:
         else:
             teacher = case.teacher(top=3)
             assert teacher.top_log_probs is not None
-            teacher.top_log_probs[3] = math.nan
+            assert teacher.rest_log_prob is not None
+            teacher.top_log_probs[3] = teacher.rest_log_prob[3] = math.nan
             if objective in OBJECTIVE_NAMES:
                 output = case.run(teacher=teacher)
                 assert output.teacher_sampled_log_probs is not None

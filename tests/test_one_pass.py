@@ -99,7 +99,7 @@ class Batch:
         for (number, _, prompt, mask), ids, hidden in zip(self.rows, self.ids, self.teacher_hidden, strict=True):
             at = [prompt - 1 + t for t, counts in enumerate(mask) if counts]
             arguments = (hidden[at], self.teacher_head(), ids[[p + 1 for p in at]], self.config.temperature, 4)
-            found[number] = teacher_features(*arguments) if top_k is None else teacher_top_k(*arguments, top_k)
+            found[number] = teacher_features(*arguments) if top_k is None else teacher_top_k(*arguments, k=top_k)
         return found
 
     def loss_function(self) -> OnePassLoss:

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hpd_verl.config import check_config
+from hpd_verl.checks.run import check_config
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"

@@ -1,5 +1,6 @@
 """Storage of teacher features: exact, shared by processes, and never wrong after a crash."""
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -14,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from hpd_verl.teacher_store import (
     DiskStore,
@@ -23,6 +23,7 @@ from hpd_verl.teacher_store import (
     StoreIdentity,
     StoreStats,
     TeacherStore,
+    check_memory_store,
     output_head_hash,
     row_key,
     teacher_identity,
@@ -43,7 +44,7 @@ def make_key(number: int) -> bytes:
 
 
 def make_record(identity: StoreIdentity, number: int, tokens: int = 3, hidden_size: int = 7) -> Record:
-    """A function of its arguments, with values of all bit patterns a dtype has."""
+    """A function of its arguments, with values of all bit patterns that a dtype has of finite numbers."""
     generator = torch.Generator().manual_seed(number)
     shape: tuple[int, ...]
     schema: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"label_log_probs": (torch.float32, (tokens,))}
@@ -52,11 +53,13 @@ def make_record(identity: StoreIdentity, number: int, tokens: int = 3, hidden_si
         schema |= {"log_mass": (torch.float32, (tokens,)), "hidden": (dtype, (tokens, hidden_size))}
     else:
         shape = (tokens, identity.top_k)
+        schema |= {"rest_log_prob": (torch.float32, (tokens,))}
         schema |= {"top_tokens": (torch.int32, shape), "top_log_probs": (torch.float32, shape)}
     record = {}
     for name, (dtype, shape) in schema.items():
         size = (*shape[:-1], shape[-1] * dtype.itemsize)
-        record[name] = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator).view(dtype)
+        values = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator).view(dtype)
+        record[name] = values.where(values.isfinite(), 0) if dtype.is_floating_point else values
     return record
 
 
@@ -93,7 +96,7 @@ def open_store(kind: str, folder: Path, identity: StoreIdentity = HIDDEN, max_by
 @pytest.mark.parametrize("identity", IDENTITIES.values(), ids=IDENTITIES)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 256])
 def test_round_trip_is_exact(kind: str, identity: StoreIdentity, tokens: int, tmp_path: Path) -> None:
-    """Every bit of every tensor, NaN payloads included, for lengths that differ from row to row."""
+    """Every bit of every tensor, for lengths that differ from row to row."""
     store = open_store(kind, tmp_path, identity)
     records = [make_record(identity, number, tokens + number) for number in range(4)]
     for number, record in enumerate(records):
@@ -115,7 +118,7 @@ def test_misses_and_stats(kind: str, tmp_path: Path) -> None:
     assert store.missing([make_key(0), make_key(1)]) == [make_key(1)]
     store.get([make_key(0), make_key(1), make_key(0)])
     size = 3 * (4 + 4 + 7 * 2) + (64 if kind == "disk" else 0)
-    assert store.stats == StoreStats(hits=2, misses=2, rows=1, bytes=size, refused=0, damaged=0)
+    assert store.stats == StoreStats(hits=2, misses=2, rows=1, bytes=size, refused=0, non_finite=0, damaged=0)
 
 
 def test_first_record_of_a_key_stays(kind: str, tmp_path: Path) -> None:
@@ -189,6 +192,35 @@ def test_size_limit(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture)
         assert same(store.get([make_key(number)])[0], make_record(HIDDEN, number))
 
 
+@pytest.mark.parametrize("identity", IDENTITIES.values(), ids=IDENTITIES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_does_not_store_what_is_not_finite(
+    kind: str, identity: StoreIdentity, value: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One value of any tensor is enough; said once, counted, and the row may come again with finite values."""
+    store = open_store(kind, tmp_path, identity)
+    names = [name for name, tensor in make_record(identity, 0).items() if tensor.is_floating_point()]
+    with caplog.at_level(logging.WARNING):
+        for name in names:
+            for position in (0, -1, 10):
+                record = make_record(identity, 0, tokens=20)
+                record[name].view(-1)[position] = value
+                store.put(make_key(0), record)
+    assert (store.stats.rows, store.stats.bytes, store.stats.non_finite) == (0, 0, 3 * len(names))
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{names[0]} of a row's teacher features is NaN or infinite")
+    assert store.get([make_key(0)]) == [None]
+    store.put(make_key(0), make_record(identity, 0))
+    assert same(store.get([make_key(0)])[0], make_record(identity, 0))
+
+
+def test_a_store_in_memory_is_of_one_rank() -> None:
+    for kind, ranks in (("memory", 1), ("disk", 8), ("off", 8)):
+        check_memory_store(kind, ranks)
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.teacher_cache=memory: each of the 8 ranks .*; set .*=disk"):
+        check_memory_store("memory", 8)
+
+
 # Keys and identities
 
 
@@ -210,101 +242,33 @@ def test_row_key() -> None:
     assert row_key("a", torch.tensor([5, 0, 6, 0, 7])[::2], 1) == row_key("a", tokens, 1)
 
 
-def make_teacher(folder: Path, numel: int = 64) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text('{"hidden_size": 8}')
-    weight = torch.arange(numel, dtype=torch.float32)
-    save_file({"weight": weight}, folder / "model-1.safetensors")
-    torch.save({"bias": weight[:9].clone()}, folder / "model-2.bin")
-    (folder / "README.md").write_text("A teacher.")
-    return folder
-
-
-def identify(folder: Path, **changes: object) -> StoreIdentity:
+def identify(**changes: object) -> StoreIdentity:
     settings = {"temperature": 1.0, "vocabulary_size": 100, "format": "hidden", "dtype": "bf16", "top_k": 64}
-    return teacher_identity(folder, **(settings | changes))  # type: ignore[arg-type]
-
-
-def test_identity_of_a_copy_is_the_same(tmp_path: Path) -> None:
-    """Neither the folder, nor times, nor files that are not the model's count."""
-    identity = identify(make_teacher(tmp_path / "teacher"))
-    shutil.copytree(tmp_path / "teacher", tmp_path / "copy")
-    os.utime(tmp_path / "copy" / "model-1.safetensors", (1, 1))
-    (tmp_path / "copy" / "README.md").unlink()
-    assert identify(tmp_path / "copy") == identity
-    assert identify(tmp_path / "copy").digest == identity.digest
-    assert StoreIdentity.from_json(identity.to_json()) == identity
-
-
-@pytest.mark.parametrize("name", ["config.json", "model-1.safetensors", "model-2.bin"])
-def test_identity_changes_with_any_byte_of_a_small_file(name: str, tmp_path: Path) -> None:
-    folder = make_teacher(tmp_path / "teacher")
-    identity, content = identify(folder), (folder / name).read_bytes()
-    for position in range(len(content)):
-        changed = bytearray(content)
-        changed[position] ^= 1
-        (folder / name).write_bytes(changed)
-        assert identify(folder).teacher != identity.teacher, position
-    for other in (content[:-1], content + b"\0"):
-        (folder / name).write_bytes(other)
-        assert identify(folder).teacher != identity.teacher
-
-
-def test_identity_changes_with_the_files(tmp_path: Path) -> None:
-    folder = make_teacher(tmp_path / "teacher")
-    identity = identify(folder)
-    (folder / "model-1.safetensors").rename(folder / "model-0.safetensors")
-    renamed = identify(folder)
-    (folder / "model-2.bin").unlink()
-    assert len({identity.teacher, renamed.teacher, identify(folder).teacher}) == 3
-
-
-def test_identity_of_a_large_file_changes_with_training(tmp_path: Path) -> None:
-    """64 MiB of weights: a change of 2% of them, anywhere, is seen, and one of the first or the last weight."""
-    folder, numel = make_teacher(tmp_path / "teacher", numel=16 * MIB), 16 * MIB
-    identity, weight = identify(folder), torch.arange(numel, dtype=torch.float32)
-    spans = [(0, 1), (numel - 1, numel), *((start, start + numel // 50) for start in range(0, numel, numel // 7))]
-    for start, end in spans:
-        changed = weight.clone()
-        changed[start:end] += 1
-        save_file({"weight": changed}, folder / "model-1.safetensors")
-        assert identify(folder).teacher != identity.teacher, (start, end)
-    save_file({"weights": weight}, folder / "model-1.safetensors")
-    assert identify(folder).teacher != identity.teacher
-    save_file({"weight": weight}, folder / "model-1.safetensors")
-    assert identify(folder).teacher == identity.teacher
+    return teacher_identity("a", "b", **(settings | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "change", [{"temperature": 0.9}, {"vocabulary_size": 99}, {"format": "topk"}, {"dtype": "float32"}], ids=str
 )
-def test_identity_changes_with_a_setting(change: dict[str, object], tmp_path: Path) -> None:
-    folder = make_teacher(tmp_path / "teacher")
-    assert identify(folder, **change) != identify(folder)
-    assert identify(folder, **change).digest != identify(folder).digest
-    assert identify(folder, teacher_dtype="bf16") != identify(folder)
+def test_identity_changes_with_a_setting(change: dict[str, object]) -> None:
+    assert identify(**change) != identify()
+    assert identify(**change).digest != identify().digest
+    assert identify(teacher_dtype="bf16") != identify()
+    assert StoreIdentity.from_json(identify(**change).to_json()) == identify(**change)
 
 
-def test_identity_ignores_settings_of_the_other_format(tmp_path: Path) -> None:
-    folder = make_teacher(tmp_path / "teacher")
-    assert identify(folder, top_k=1) == identify(folder)
-    assert identify(folder, format="topk", dtype="float32") == identify(folder, format="topk")
-    assert identify(folder, format="topk", top_k=1) != identify(folder, format="topk")
-    assert identify(folder, format="topk", top_k=500).top_k == 100
+def test_identity_ignores_settings_of_the_other_format() -> None:
+    assert identify(top_k=1) == identify()
+    assert identify(format="topk", dtype="float32") == identify(format="topk")
+    assert identify(format="topk", top_k=1) != identify(format="topk")
+    assert identify(format="topk", top_k=500).top_k == 100
 
 
-def test_identity_refuses_what_is_no_teacher(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^actor_rollout_ref\.ref\.model\.path=.*: no config\.json there; give"):
-        identify(tmp_path)
-    folder = make_teacher(tmp_path / "teacher")
+def test_identity_refuses_unknown_settings() -> None:
     with pytest.raises(ValueError, match=r"^algorithm\.hpd\.teacher_cache_format=logits: choose"):
-        identify(folder, format="logits")
+        identify(format="logits")
     with pytest.raises(ValueError, match=r"^algorithm\.hpd\.teacher_cache_dtype=float16: choose"):
-        identify(folder, dtype="float16")
-    for file in folder.glob("model*"):
-        file.unlink()
-    with pytest.raises(ValueError, match=r"^actor_rollout_ref\.ref\.model\.path=.*: no weights there; give"):
-        identify(folder)
+        identify(dtype="float16")
 
 
 # Sharing
@@ -503,6 +467,48 @@ def test_a_second_copy_stands_in_for_a_damaged_one(tmp_path: Path) -> None:
             assert same(DiskStore(tmp_path, HIDDEN, MIB).get([make_key(0)])[0], make_record(HIDDEN, 0))
 
 
+def test_damage_is_found_at_every_read(tmp_path: Path) -> None:
+    """Also of a record that was read and found right before."""
+    keys = make_small_store(tmp_path, HIDDEN)
+    store = DiskStore(tmp_path, HIDDEN, MIB)
+    assert all(record is not None for record in store.get(keys))
+    for file in parts(tmp_path, "data"):
+        file.write_bytes(bytes([255 - byte for byte in file.read_bytes()]))
+    assert store.get(keys) == [None, None, None]
+    assert store.stats.damaged == 3
+
+
+def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    """One line that names the setting and says what to do, whether it was to be read or written."""
+    gone = "it was there at the start and is gone"
+    for use in (
+        lambda store: store.get([make_key(9)]),
+        lambda store: store.missing([make_key(9)]),
+        lambda store: store.refresh(),
+        lambda store: store.put(make_key(9), make_record(HIDDEN, 9)),
+        lambda store: store.save_output_head(torch.randn(3, 2)),
+    ):
+        folder = tmp_path / "store"
+        make_small_store(folder, HIDDEN)
+        store = DiskStore(folder, HIDDEN, MIB)
+        shutil.rmtree(folder)
+        with pytest.raises(OSError, match=refusal(folder, gone)) as error:
+            use(store)
+        assert "\n" not in str(error.value)
+
+
+def test_a_writers_own_part_is_removed(tmp_path: Path) -> None:
+    """The next record goes to a new one, where others find it."""
+    store = DiskStore(tmp_path, HIDDEN, MIB)
+    store.put(make_key(0), make_record(HIDDEN, 0))
+    for file in tmp_path.glob("part-*"):
+        file.unlink()
+    assert store.get([make_key(0), make_key(1)]) == [None, None]
+    for number in range(2):
+        store.put(make_key(number), make_record(HIDDEN, number))
+    assert not DiskStore(tmp_path, HIDDEN, MIB).missing([make_key(0), make_key(1)])
+
+
 def test_removed_parts_are_missing_rows(tmp_path: Path) -> None:
     """Also while the store is open."""
     make_small_store(tmp_path, HIDDEN)
@@ -576,6 +582,7 @@ def test_refuses_a_limit_that_would_fill_the_disk(tmp_path: Path) -> None:
     ("name", "value"),
     [
         ("teacher", "1" * 64),
+        ("teacher_config", "1" * 64),
         ("temperature", 2.0),
         ("vocabulary_size", 101),
         ("dtype", "float32"),
@@ -597,8 +604,8 @@ def test_refuses_a_store_of_something_else(name: str, value: Any, tmp_path: Path
 def test_refuses_another_format_version(tmp_path: Path) -> None:
     DiskStore(tmp_path, HIDDEN, MIB)
     file = tmp_path / "store.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
-    with pytest.raises(ValueError, match=refusal(tmp_path, "holds features in format version 2, .* reads version 1")):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 1}))
+    with pytest.raises(ValueError, match=refusal(tmp_path, "holds features in format version 1, .* reads version 2")):
         DiskStore(tmp_path, HIDDEN, MIB)
 
 
@@ -654,6 +661,84 @@ def test_output_head_of_another_teacher(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=refusal(tmp_path, "its output head is not the teacher's")):
                 call(*other)
     store.check_output_head(weight, bias)
+
+
+def test_output_head_of_another_identity(tmp_path: Path) -> None:
+    """A head that another teacher's run left in the folder is not taken for this one's."""
+    (tmp_path / "other").mkdir()
+    other = DiskStore(tmp_path / "other", replace(HIDDEN, teacher="1" * 64), MIB)
+    other.save_output_head(torch.randn(10, 4))
+    store = DiskStore(tmp_path / "store", HIDDEN, MIB)
+    shutil.copy(other.folder / "output_head.safetensors", store.folder)
+    found = r"its output_head\.safetensors is of another teacher or of other settings"
+    with pytest.raises(ValueError, match=refusal(store.folder, found)):
+        store.load_output_head()
+    assert other.load_output_head() is not None
+
+
+def open_at_once(folder: Path, teacher: str, start: Any, result: Any) -> None:
+    start.wait()
+    try:
+        store = DiskStore(folder, replace(HIDDEN, teacher=teacher * 64), MIB)
+        store.save_output_head(torch.full((3, 2), float(teacher)))
+        result.put((teacher, "opened"))
+    except ValueError as error:
+        result.put((teacher, str(error)))
+
+
+def test_two_teachers_open_a_new_folder_at_once(
+    tmp_path: Path, processes: multiprocessing.context.ForkServerContext
+) -> None:
+    """One gets it, with its store.json and its head; the other is told of whose it is."""
+    for attempt in range(6):
+        folder, start, result = tmp_path / str(attempt), processes.Barrier(2), processes.Queue()
+        workers = [processes.Process(target=open_at_once, args=(folder, name, start, result)) for name in "12"]
+        for worker in workers:
+            worker.start()
+        outcomes = dict(result.get(timeout=60) for _ in workers)
+        for worker in workers:
+            worker.join(60)
+        (winner,) = [name for name, outcome in outcomes.items() if outcome == "opened"]
+        (refused,) = [outcome for outcome in outcomes.values() if outcome != "opened"]
+        assert "holds features of another teacher" in refused
+        stored = DiskStore(folder, replace(HIDDEN, teacher=winner * 64), MIB).load_output_head()
+        assert stored is not None
+        assert (stored[0] == float(winner)).all()
+        assert sorted(file.name for file in folder.iterdir()) == ["output_head.safetensors", "store.json"]
+
+
+def test_store_json_is_never_replaced(tmp_path: Path) -> None:
+    """Of two that both found none, the second finds the first's: with links, and on a file system without them."""
+    for links in (True, False):
+        folder = tmp_path / str(links)
+        with pytest.MonkeyPatch.context() as patch:
+            if not links:
+                patch.setattr(os, "link", _no_links)
+            first = DiskStore(folder, HIDDEN, MIB)
+            written = (folder / "store.json").read_bytes()
+            first._create(folder / "store.json", "another\n")
+            assert (folder / "store.json").read_bytes() == written
+            DiskStore(folder, HIDDEN, MIB)
+        assert [file.name for file in folder.iterdir()] == ["store.json"]
+
+
+def _no_links(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_what_a_kill_leaves_of_store_json_is_in_nobodys_way(tmp_path: Path) -> None:
+    """A temporary file, whole or in part, or both names of the same file."""
+    DiskStore(tmp_path / "whole", HIDDEN, MIB)
+    text = (tmp_path / "whole" / "store.json").read_text()
+    for content in ("", text[:20], text):
+        folder = tmp_path / f"before link {len(content)}"
+        folder.mkdir()
+        (folder / "store.json.abc.tmp").write_text(content)
+        make_small_store(folder, HIDDEN)
+        assert DiskStore(folder, HIDDEN, MIB).stats.rows == 3
+    os.link(tmp_path / "whole" / "store.json", tmp_path / "whole" / "store.json.abc.tmp")
+    make_small_store(tmp_path / "whole", HIDDEN)
+    assert DiskStore(tmp_path / "whole", HIDDEN, MIB).stats.rows == 3
 
 
 def test_damaged_output_head(tmp_path: Path) -> None:

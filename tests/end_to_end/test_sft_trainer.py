@@ -1,5 +1,6 @@
 """The lean trainer on tiny models, through torchrun."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,9 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
+import torch
 from conftest import Run, RunMainPPO, Tiny, make_nan_model, read_steps
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RunSFT = Callable[..., Run]
 
@@ -90,43 +94,117 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
     assert odd.returncode == 0, odd.output[-3000:]
     assert odd.steps[0]["val/hpd/student_nll"] != plain.steps[0]["val/hpd/student_nll"]
 
-    two_ranks = run_sft(*overrides, ranks=2)
+    two_ranks = run_sft(*overrides, "data.val_max_samples=5", ranks=2)
     assert two_ranks.returncode == 0, two_ranks.output[-3000:]
     assert len(two_ranks.steps) == 4
+    validated = {name for name in odd.steps[0] if name.startswith("val/")}
+    assert "val/hpd/reverse_kl_k1" in validated
+    for name in validated:
+        assert two_ranks.steps[0][name] == pytest.approx(odd.steps[0][name], rel=2e-4, abs=1e-6), name
 
 
-def test_killed_run_resumes_to_the_same_losses(run_sft: RunSFT, tmp_path: Path) -> None:
-    """SIGKILL after step 2 of 20, then the same command: the losses equal an uninterrupted run's exactly."""
-    overrides = ("trainer.total_training_steps=20", "trainer.save_freq=1", "trainer.max_ckpt_to_keep=2")
+def student_nlls(tiny: Tiny, rows: int) -> list[list[float]]:
+    """Negative log-likelihoods of the response tokens of the first validation rows, by transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.student)
+    model = AutoModelForCausalLM.from_pretrained(tiny.student)
+    found = []
+    for row in pd.read_parquet(tiny.validation).to_dict("records")[:rows]:
+        prompt = tokenizer.apply_chat_template(list(row["prompt"]), tokenize=False, add_generation_prompt=True)
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+        ids = torch.tensor([*prompt_ids, *tokenizer.encode(row["demonstration"]), tokenizer.eos_token_id])
+        with torch.no_grad():
+            log_probs = model(ids.unsqueeze(0)).logits[0].log_softmax(-1)
+        found.append([-log_probs[t - 1, ids[t]].item() for t in range(len(prompt_ids), len(ids))])
+    return found
+
+
+def test_validation_counts_every_row_once(
+    run_sft: RunSFT, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 rows: the same figures on 1 and 2 ranks, for any batch size, packed or not, and with each aggregation."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    rows = student_nlls(tiny, 5)
+    sums = [sum(row) for row in rows]
+    tokens = sum(map(len, rows))
+    expected = {
+        "token-mean": sum(sums) / tokens,
+        "token-sum": sum(sums),
+        "seq-mean-token-sum": sum(sums) / 5,
+        "seq-mean-token-sum-norm": sum(sums) / 5 / 16,  # data.max_response_length
+        "seq-mean-token-mean": sum(sum(row) / len(row) for row in rows) / 5,
+    }
+    assert len({len(row) for row in rows}) > 1, "rows of one length would not tell the aggregations apart"
+    orders = []
+    for ranks in (1, 2):
+        run = run_sft(
+            "trainer.resume_mode=disable",
+            "algorithm.hpd.objective=sft",
+            f"data.val_files={tiny.validation}",
+            "data.val_max_samples=5",
+            "data.micro_batch_size_per_gpu=2",
+            ranks=ranks,
+            module="validate",
+        )
+        assert run.returncode == 0, run.output[-3000:]
+        found = json.loads(run.output.split("RESULT ")[1].splitlines()[0])
+        orders.append([found.pop("order 1"), found.pop("order 2")])
+        assert len(found) == 20
+        for name, metrics in found.items():
+            assert metrics["val/hpd/loss"] == pytest.approx(expected[name.split(",")[0]], rel=1e-5), (ranks, name)
+            assert metrics["val/hpd/student_nll"] == pytest.approx(expected["token-mean"], rel=1e-5), (ranks, name)
+    for first, second in orders:
+        assert first != second, "data.seed does not change the order of the rows"
+    assert [orders[1][0], orders[0][0][::2]] == [orders[0][0][::2]] * 2
+
+
+def test_killed_run_resumes_to_the_same_losses(
+    run_sft: RunSFT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL after step 2 of 20, and again between the files of checkpoint 12 and its marker, with room for one.
+
+    Then the same command once more: the losses equal an uninterrupted run's exactly.
+    """
+    overrides = ("trainer.total_training_steps=20", "trainer.save_freq=1", "trainer.max_ckpt_to_keep=1")
     whole = run_sft(*overrides, f"trainer.default_local_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.output[-3000:]
     killed = run_sft(*overrides, kill_after_step=2)
     assert killed.returncode != 0
-    (tmp_path / "checkpoints" / "global_step_90").mkdir(parents=True)  # torn
-    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("90")
+    root = tmp_path / "checkpoints"
+    (root / "global_step_90").mkdir(parents=True)  # torn
+    (root / "latest_checkpointed_iteration.txt").write_text("90")
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    monkeypatch.setenv("KILLED_AT", "global_step_12/complete.tmp")
+    killed_again = run_sft(*overrides, module="killed_at")
+    assert killed_again.returncode != 0
+    assert (root / "latest_checkpointed_iteration.txt").read_text() == "12"
     resumed = run_sft(*overrides)
     assert resumed.returncode == 0, resumed.output[-3000:]
-    first = int(resumed.steps[0]["training/global_step"])
-    assert first > 1, "the run started anew"
-    assert resumed.losses() == whole.losses()[first - 1 :]
+    for run in (killed_again, resumed):
+        first = int(run.steps[0]["training/global_step"])
+        assert first > 1, "the run started anew"
+        assert run.losses() == whole.losses()[first - 1 :][: len(run.losses())]
+    assert int(resumed.steps[0]["training/global_step"]) == 12
+    assert [marker.parent.name for marker in root.glob("*/complete")] == ["global_step_20"]
 
 
 def test_same_first_loss_as_main_ppo(run_sft: RunSFT, run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
-    """One batch of all rows, SFT's objective: both trainers see the same tokens and give the same loss and gradient."""
+    """All rows, SFT's objective, no teacher: both trainers see the same tokens and give the same loss and gradient."""
     settings = ("data.train_batch_size=64", "algorithm.hpd.objective=sft", "trainer.total_training_steps=1")
-    lean = run_sft(*settings, "trainer.resume_mode=disable")
+    lean = run_sft(*settings, "trainer.resume_mode=disable", "teacher.model.path=null")
     assert lean.returncode == 0, lean.output[-3000:]
-    full = run_main_ppo(*settings, "trainer.resume_mode=disable")
+    full = run_main_ppo(*settings, "trainer.resume_mode=disable", "actor_rollout_ref.ref.model.path=null")
     assert full.returncode == 0, full.output[-3000:]
     for name in ("hpd/loss", "actor/grad_norm", "hpd/response_tokens"):
         assert lean.steps[0][name] == pytest.approx(full.steps[0][name], rel=2e-4), name
 
 
 def test_bad_settings(run_sft: RunSFT) -> None:
-    """One line, before anything loads; test_check_config.py has the settings."""
-    run = run_sft("teacher.model.path=/nowhere")
+    """One line of one rank, before anything loads; test_check_*.py have all that is refused."""
+    run = run_sft("teacher.model.path=/nowhere", ranks=2)
     assert run.returncode != 0
-    assert "Error: teacher.model.path=/nowhere: no such folder" in run.output
+    errors = [line for line in run.output.splitlines() if line.startswith("Error")]
+    assert errors == ["Error: teacher.model.path=/nowhere: no such folder; give a folder that is there, or a hub name"]
     assert run.steps == []
 
 

@@ -1,0 +1,136 @@
+"""All checks of a command, the cheap ones first, before Ray, ranks or models start."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from hpd_verl.checks.data import RowRules, as_list, check_files, check_prompts_fit, template_kwargs
+from hpd_verl.checks.models import can_check_here, check_models, is_remote, without_copies
+from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
+from hpd_verl.config import HPDConfig
+
+logger = logging.getLogger(__name__)
+logger.setLevel(logging.INFO)
+
+DATASET_MODULE = "pkg://hpd_verl.dataset"
+"""``data.custom_cls.path`` of configs/algorithm/hpd.yaml: the data set whose rows are known here."""
+
+
+def _has_remote(files: list[Any]) -> bool:
+    return any(isinstance(file, str) and is_remote(file) for file in files)
+
+
+def _max_samples(config: DictConfig, files_setting: str) -> int:
+    return OmegaConf.select(config, f"{files_setting.removesuffix('files')}max_samples", default=-1)
+
+
+def _check_data_and_models(
+    config: DictConfig,
+    hpd: HPDConfig,
+    models: Mapping[str, DictConfig],
+    settings: Mapping[str, Any],
+    rows_needed: Mapping[str, int],
+    validates_on_demonstrations: bool = False,
+) -> None:
+    """Check files and rows, then models, then both together.
+
+    Args:
+        config: the composed configuration.
+        hpd: the algorithm's settings.
+        models: the model nodes of ``student`` and ``teacher``.
+        settings: the names of these models' path settings.
+        rows_needed: file setting to the rows that must be there at least.
+        validates_on_demonstrations: validation rows need demonstrations, too.
+    """
+    data = config.data
+    checked = {}
+    for setting, needed in rows_needed.items():
+        files = as_list(OmegaConf.select(config, setting))
+        is_train = files == as_list(data.train_files) or validates_on_demonstrations
+        checked[setting] = check_files(setting, files, RowRules.of(data, hpd, is_train))
+        if _has_remote(files):
+            continue  # which may hold the rows
+        rows, limit = sum(file.rows for file in checked[setting]), _max_samples(config, setting)
+        used = min(rows, limit) if limit > 0 else rows
+        if used < needed:
+            raise ValueError(
+                f"data.train_batch_size={needed}: {setting} has {used} rows"
+                + (f" with {setting.removesuffix('files')}max_samples={limit}" if used < rows else "")
+                + ", less than one batch; lower it"
+            )
+    if not can_check_here(models["student"], models["teacher"]):
+        return
+    student = check_models(
+        student=without_copies(models["student"]),
+        teacher=without_copies(models["teacher"]),
+        student_setting=settings["student"],
+        teacher_setting=settings["teacher"],
+        needed_context=data.max_prompt_length + data.max_response_length,
+        template_kwargs=template_kwargs(data),
+    )
+    for setting, found in checked.items():
+        if _has_remote(as_list(OmegaConf.select(config, setting))):
+            continue
+        check_prompts_fit(
+            setting,
+            found,
+            student.tokenizer,
+            data,
+            hpd,
+            needed_rows=rows_needed[setting],
+            max_samples=-1 if data.get("shuffle", False) else _max_samples(config, setting),
+        )
+
+
+def check_main_ppo(config: DictConfig) -> None:
+    """Check a run of main_ppo with ``algorithm=hpd`` in the driver, before Ray starts.
+
+    Raises:
+        ValueError: one sentence that names the setting, what was found and what to do.
+    """
+    hpd = check_config(config)
+    if config.trainer.save_freq > 0:
+        check_checkpoint_folder(config.trainer.default_local_dir)
+    rows_needed = {"data.train_files": config.data.train_batch_size}
+    if as_list(config.data.val_files) != as_list(config.data.train_files):
+        rows_needed["data.val_files"] = 1  # verl reads them whether or not it validates
+    if config.data.custom_cls.path != DATASET_MODULE:
+        logger.info("data files are not checked before the run starts: data.custom_cls.path is not %s", DATASET_MODULE)
+        rows_needed = {}
+    nodes = config.actor_rollout_ref
+    _check_data_and_models(
+        config,
+        hpd,
+        {"student": nodes.model, "teacher": nodes.ref.model},
+        {"student": "actor_rollout_ref.model.path", "teacher": "actor_rollout_ref.ref.model.path"},
+        rows_needed,
+    )
+
+
+def check_lean_run(config: DictConfig, ranks: int = 1, fills_store: bool = False) -> None:
+    """Check a run of the lean trainer, or the filling of the teacher's store, before ranks meet.
+
+    Args:
+        config: the composed configuration.
+        ranks: processes that torchrun has started.
+        fills_store: the teacher's store is to be filled, without training.
+
+    Raises:
+        ValueError: one sentence that names the setting, what was found and what to do.
+    """
+    hpd = check_sft_config(config, ranks, fills_store)
+    if not fills_store:  # the last step is saved in any case
+        check_checkpoint_folder(config.trainer.default_local_dir)
+    rows_needed = {"data.train_files": 1 if fills_store else config.data.train_batch_size}
+    if config.data.val_files:
+        rows_needed["data.val_files"] = 1
+    _check_data_and_models(
+        config,
+        hpd,
+        {"student": config.model, "teacher": config.teacher.model},
+        {"student": "model.path", "teacher": "teacher.model.path"},
+        rows_needed,
+        validates_on_demonstrations=True,
+    )
