@@ -10,10 +10,12 @@ benchmarks/results/head.csv with the machine and the versions.
     head                hpd_verl.head.distillation_head, the teacher's features known
     head_and_teacher    and the features computed
     plain               whole logits and log-probs of both models, autograd (tests/reference.py, naive_hpd_loss)
+    fused_head, fused_head_and_teacher    with the elementwise work fused by torch.compile; not on a CPU unless named
+    trl                 TRL's fused divergence of the whole vocabulary, reverse KL, where TRL is installed
 
-A ratio is to the bare products with the teacher for plain and head_and_teacher, without it for head. Memory is the
-growth of the peak resident set over what is resident before, measured once in a process of its own; it holds the
-gradients of hidden and weight. It needs Linux.
+A ratio is to the bare products with the teacher, without it for head and fused_head. Memory is the
+growth of the peak resident set over what is resident before, measured once in a process of its own, or with
+``--device cuda`` that of what torch allocates there; it holds the gradients of hidden and weight. It needs Linux.
 """
 
 import argparse
@@ -38,13 +40,19 @@ from hpd_verl.head import OutputHead, TeacherFeatures, distillation_head, teache
 
 SHAPES = [(1024, 49_152, 576, 576), (512, 151_936, 896, 1536)]
 DTYPES = ["float32", "bfloat16"]
-BASELINE = {"head": "gemms", "head_and_teacher": "gemms_and_teacher", "plain": "gemms_and_teacher"}
+BASELINE = {"gemms": "gemms", "head": "gemms", "fused_head": "gemms"}  # others: gemms_and_teacher
 
 
 class Case:
     """Inputs of one shape and dtype, and the implementations as methods without arguments."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, chunk_size: int) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, chunk_size: int | None, device: str = "cpu"
+    ) -> None:
+        with torch.device(device):
+            self._make(shape, dtype, chunk_size)
+
+    def _make(self, shape: tuple[int, int, int, int], dtype: torch.dtype, chunk_size: int | None) -> None:
         tokens, self.vocabulary, hidden, teacher_hidden = shape
         torch.manual_seed(0)
         self.config = HPDConfig(token_chunk_size=chunk_size)
@@ -59,8 +67,9 @@ class Case:
         self.teacher_head = OutputHead(self.teacher_weight, self.vocabulary)
         self.features = self._features()
 
-    def _features(self) -> TeacherFeatures:
-        return teacher_features(self.teacher_hidden, self.teacher_head, self.labels, 1.0, self.config.token_chunk_size)
+    def _features(self, compiled: bool = False) -> TeacherFeatures:
+        arguments = (self.teacher_hidden, self.teacher_head, self.labels, 1.0, self.config.token_chunk_size)
+        return teacher_features(*arguments, compiled=compiled)
 
     @torch.no_grad()
     def gemms(self) -> None:
@@ -72,7 +81,7 @@ class Case:
         self.gemms()
         self.teacher_hidden @ self.teacher_weight.T
 
-    def head(self) -> None:
+    def head(self, compiled: bool = False) -> None:
         self._backward(
             distillation_head(
                 self.hidden,
@@ -84,12 +93,27 @@ class Case:
                 self.features,
                 self.teacher_head,
                 self.config,
+                compiled=compiled,
             ).loss
         )
 
-    def head_and_teacher(self) -> None:
-        self.features = self._features()
-        self.head()
+    def head_and_teacher(self, compiled: bool = False) -> None:
+        self.features = self._features(compiled)
+        self.head(compiled)
+
+    def fused_head(self) -> None:
+        self.head(compiled=True)
+
+    def fused_head_and_teacher(self) -> None:
+        self.head_and_teacher(compiled=True)
+
+    def trl(self) -> None:
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+        mask = torch.ones_like(self.labels).unsqueeze(0)
+        hidden, teacher_hidden = self.hidden.unsqueeze(0), self.teacher_hidden.unsqueeze(0)
+        loss, *_ = _chunked_divergence_loss(hidden, teacher_hidden, self.weight, self.teacher_weight, mask, beta=1.0)
+        self._backward(loss)
 
     def plain(self) -> None:
         mask = torch.ones_like(self.token_scale)
@@ -109,16 +133,25 @@ class Case:
 
 
 IMPLEMENTATIONS = ["gemms", "gemms_and_teacher", "head", "head_and_teacher", "plain"]
+OPTIONAL = ["fused_head", "fused_head_and_teacher", "trl"]
 
 
-def medians(case: Case, repeats: int) -> dict[str, float]:
+def _synchronise(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def medians(case: Case, repeats: int, implementations: list[str], device: str) -> dict[str, float]:
     """Seconds of each implementation; they take turns, so that a busy moment of the machine hits all."""
-    functions: dict[str, Callable[[], None]] = {name: getattr(case, name) for name in IMPLEMENTATIONS}
+    functions: dict[str, Callable[[], None]] = {name: getattr(case, name) for name in implementations}
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():
+            _synchronise(device)
             start = time.perf_counter()
             function()
+            _synchronise(device)
             if repeat:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -130,8 +163,15 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def peak_memory(case: Case, implementation: str) -> int:
-    """Bytes by which the peak resident set of one run exceeds what was resident before."""
+def peak_memory(case: Case, implementation: str, device: str) -> int:
+    """Bytes by which the peak of one run, of the resident set or on the device, exceeds what there was before."""
+    if device != "cpu":
+        memory = torch.get_device_module(device)
+        getattr(case, implementation)()  # what compiling and the libraries take once does not count
+        memory.reset_peak_memory_stats()
+        before = memory.memory_allocated()
+        getattr(case, implementation)()
+        return int(memory.max_memory_allocated() - before)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     getattr(case, implementation)()
@@ -140,7 +180,9 @@ def peak_memory(case: Case, implementation: str) -> int:
 
 def _peak_memory_in_own_process(arguments: argparse.Namespace, shape: int, dtype: str, implementation: str) -> int:
     command = [sys.executable, __file__, "--memory", implementation, "--shape", str(shape), "--dtype", dtype]
-    command += ["--threads", str(arguments.threads), "--chunk-size", str(arguments.chunk_size)]
+    command += ["--threads", str(arguments.threads), "--device", arguments.device]
+    command += ["--chunk-size", str(arguments.chunk_size)] if arguments.chunk_size else []
+    command += ["--tokens", str(arguments.tokens)] if arguments.tokens else []
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -148,24 +190,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--chunk-size", type=int, default=1024)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--chunk-size", type=int, help="tokens; 1024 on a CPU, else what the head takes")
+    parser.add_argument("--tokens", type=int, help="in place of the shape's")
+    parser.add_argument("--only", nargs="+", choices=[*IMPLEMENTATIONS, *OPTIONAL], default=IMPLEMENTATIONS)
     parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), help="one of the shapes only")
     parser.add_argument("--dtype", choices=DTYPES, help="one of the dtypes only")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "head.csv")
-    parser.add_argument("--memory", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=[*IMPLEMENTATIONS, *OPTIONAL], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.chunk_size is None and arguments.device == "cpu":
+        arguments.chunk_size = 1024
+
+    def shape_of(index: int) -> tuple[int, int, int, int]:
+        tokens, *others = SHAPES[index]
+        return (arguments.tokens or tokens, *others)
+
+    def case_of(index: int, dtype: str) -> Case:
+        return Case(shape_of(index), getattr(torch, dtype), arguments.chunk_size, arguments.device)
+
     if arguments.memory:
-        case = Case(SHAPES[arguments.shape], getattr(torch, arguments.dtype), arguments.chunk_size)
-        print(peak_memory(case, arguments.memory))
+        print(peak_memory(case_of(arguments.shape, arguments.dtype), arguments.memory, arguments.device))
         return
 
+    needed = {BASELINE.get(name, "gemms_and_teacher") for name in arguments.only} | set(arguments.only)
+    implementations = [name for name in [*IMPLEMENTATIONS, *OPTIONAL] if name in needed]
     rows = []
     for index in range(len(SHAPES)) if arguments.shape is None else [arguments.shape]:
         for dtype in DTYPES if arguments.dtype is None else [arguments.dtype]:
-            tokens, vocabulary, hidden, teacher_hidden = SHAPES[index]
-            seconds = medians(Case(SHAPES[index], getattr(torch, dtype), arguments.chunk_size), arguments.repeats)
-            for name in IMPLEMENTATIONS:
+            tokens, vocabulary, hidden, teacher_hidden = shape_of(index)
+            seconds = medians(case_of(index, dtype), arguments.repeats, implementations, arguments.device)
+            for name in implementations:
                 memory = _peak_memory_in_own_process(arguments, index, dtype, name)
                 row = {
                     **machine(),
@@ -177,16 +233,14 @@ def main() -> None:
                     "dtype": dtype,
                     "chunk_size": arguments.chunk_size,
                     "implementation": name,
-                    "seconds": round(seconds[name], 4),
-                    "ratio": round(seconds[name] / seconds[BASELINE.get(name, name)], 3),
+                    "seconds": round(seconds[name], 4 if arguments.device == "cpu" else 6),
+                    "ratio": round(seconds[name] / seconds[BASELINE.get(name, "gemms_and_teacher")], 3),
                     "extra_mb": round(memory / 1e6),
                 }
                 rows.append(row)
                 shape = f"{tokens} x {vocabulary} {dtype}"
-                print(
-                    f"{shape:26} {name:18} {row['seconds']:8.3f} s {row['ratio']:6.2f} x {row['extra_mb']:6} MB",
-                    flush=True,
-                )
+                time_taken = f"{seconds[name] * 1000:10.2f} ms {row['ratio']:6.2f} x"
+                print(f"{shape:26} {name:22} {time_taken} {row['extra_mb']:6} MB", flush=True)
 
     append_rows(arguments.csv, rows)
 
