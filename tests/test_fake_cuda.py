@@ -135,7 +135,7 @@ def layers(dtype: torch.dtype, bias: bool) -> list[Tensor | None]:
 
 def features_of(form: str, config: HPDConfig, *arguments: Any) -> TeacherFeatures:
     common = (*arguments, config.temperature, config.token_chunk_size)
-    return teacher_features(*common) if form == "hidden" else teacher_top_k(*common, 6)
+    return teacher_features(*common) if form == "hidden" else teacher_top_k(*common, k=6)
 
 
 def head_and_gradients(
@@ -266,7 +266,7 @@ def staged(batch: Batch, config: HPDConfig, dtype: torch.dtype, device: str) -> 
         for hidden, weight in ((batch.hidden, batch.weight), (batch.teacher_hidden, batch.teacher_weight))
     )
     logits.requires_grad_()
-    loss = StudentLoss(actor, config, vocabulary)
+    loss = StudentLoss(actor, config)
 
     def nested(values: Tensor, like: str) -> Tensor:
         return tu.nested_tensor_from_tensor_list(list(values.split(data[like].offsets().diff().tolist())))
