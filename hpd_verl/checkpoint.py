@@ -163,6 +163,8 @@ def checkpoint_to_resume(root: Path, contents: str = "actor") -> Path | None:
     if tracked is not None and _step_dir(root, tracked).exists() and not _incomplete(root, tracked).exists():
         logger.warning("%s has no marker of this plugin: taken as verl's tracker names it", _step_dir(root, tracked))
         return _step_dir(root, tracked)
+    if (root / TRACKER).exists():
+        logger.warning("%s names no whole checkpoint, and there is none: starting from the beginning", root / TRACKER)
     return None
 
 

@@ -17,12 +17,12 @@ from hpd_verl.objectives import (
 PREFIX = "algorithm.hpd"
 
 
-def _require(condition: bool, setting: str, found: Any, remedy: str) -> None:
+def require(condition: bool, setting: str, found: Any, remedy: str) -> None:
     if not condition:
         raise ValueError(f"{setting}={found}: {remedy}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -142,8 +142,8 @@ class HPDConfig:
 
     def __post_init__(self) -> None:
         names = ", ".join(sorted(OBJECTIVES))
-        _require(self.objective in list(OBJECTIVES), f"{PREFIX}.objective", self.objective, f"choose one of {names}")
-        _require(
+        require(self.objective in list(OBJECTIVES), f"{PREFIX}.objective", self.objective, f"choose one of {names}")
+        require(
             self.on_policy_objective is None or self.on_policy_objective in list(OBJECTIVES),
             f"{PREFIX}.on_policy_objective",
             self.on_policy_objective,
@@ -151,38 +151,38 @@ class HPDConfig:
         )
         for name in ("forward_coef", "reverse_coef", "reinforce_coef"):
             value = getattr(self, name)
-            _require(_is_number(value) and value >= 0, f"{PREFIX}.{name}", value, "give a number of at least 0")
+            require(is_number(value) and value >= 0, f"{PREFIX}.{name}", value, "give a number of at least 0")
         for name in ("jsd_beta", "akl_mu"):
             value = getattr(self, name)
-            _require(_is_number(value) and 0 < value < 1, f"{PREFIX}.{name}", value, "give a number between 0 and 1")
-        _require(
-            _is_number(self.skew) and 0 <= self.skew < 1,
+            require(is_number(value) and 0 < value < 1, f"{PREFIX}.{name}", value, "give a number between 0 and 1")
+        require(
+            is_number(self.skew) and 0 <= self.skew < 1,
             f"{PREFIX}.skew",
             self.skew,
             "give a number of at least 0 and below 1",
         )
         for name in ("ab_alpha", "ab_beta", "temperature"):
             value = getattr(self, name)
-            _require(_is_number(value) and value > 0, f"{PREFIX}.{name}", value, "give a number above 0")
-        _require(
+            require(is_number(value) and value > 0, f"{PREFIX}.{name}", value, "give a number above 0")
+        require(
             isinstance(self.student_sampling, bool),
             f"{PREFIX}.student_sampling",
             self.student_sampling,
             "give true or false",
         )
-        _require(
+        require(
             isinstance(self.score_rollouts, bool),
             f"{PREFIX}.score_rollouts",
             self.score_rollouts,
             "give true or false",
         )
-        _require(
+        require(
             self.pipeline in ("auto", "one_pass", "staged"),
             f"{PREFIX}.pipeline",
             self.pipeline,
             "choose auto, one_pass or staged",
         )
-        _require(
+        require(
             isinstance(self.exact_kl_metrics, bool),
             f"{PREFIX}.exact_kl_metrics",
             self.exact_kl_metrics,
@@ -191,28 +191,28 @@ class HPDConfig:
         for name in ("num_student_samples", "token_chunk_size"):
             value = getattr(self, name)
             is_set = value is not None or name == "num_student_samples"
-            _require(
+            require(
                 not is_set or (type(value) is int and value >= 1),
                 f"{PREFIX}.{name}",
                 value,
                 "give an integer of at least 1",
             )
-        _require(type(self.seed) is int, f"{PREFIX}.seed", self.seed, "give an integer")
+        require(type(self.seed) is int, f"{PREFIX}.seed", self.seed, "give an integer")
         self._check_fraction()
         self._check_teacher_cache()
-        _require(
+        require(
             self.missing_demonstration in ("error", "rollout"),
             f"{PREFIX}.missing_demonstration",
             self.missing_demonstration,
             "choose error or rollout",
         )
-        _require(
+        require(
             self.overlong_demonstration in ("truncate", "drop", "error"),
             f"{PREFIX}.overlong_demonstration",
             self.overlong_demonstration,
             "choose truncate, drop or error",
         )
-        _require(
+        require(
             self.objective != "opd" or self.schedule.lowest == 1.0,
             f"{PREFIX}.objective",
             self.objective,
@@ -225,7 +225,7 @@ class HPDConfig:
         value = self.on_policy_fraction
         if isinstance(value, FractionSchedule):
             ends = {"start": value.start, "end": value.end}
-            _require(
+            require(
                 type(value.steps) is int and value.steps >= 1,
                 f"{setting}.steps",
                 value.steps,
@@ -234,8 +234,8 @@ class HPDConfig:
         else:
             ends = {"": value}
         for name, end in ends.items():
-            _require(
-                _is_number(end) and 0 <= end <= 1,
+            require(
+                is_number(end) and 0 <= end <= 1,
                 f"{setting}.{name}".rstrip("."),
                 end,
                 "give a number from 0 (demonstrations only) to 1 (rollouts only), or {start: .., end: .., steps: ..}",
@@ -249,34 +249,34 @@ class HPDConfig:
         }
         for name, (values, remedy) in choices.items():
             value = getattr(self, name)
-            _require(value in values, f"{PREFIX}.{name}", value, remedy)
+            require(value in values, f"{PREFIX}.{name}", value, remedy)
         folder = self.teacher_cache_dir
-        _require(
+        require(
             folder is None or (isinstance(folder, str) and folder != ""),
             f"{PREFIX}.teacher_cache_dir",
             folder,
             "give a folder, or null",
         )
-        _require(
+        require(
             folder is not None or self.teacher_cache != "disk",
             f"{PREFIX}.teacher_cache_dir",
             folder,
             f"{PREFIX}.teacher_cache=disk needs a folder that every rank can write to",
         )
         top_k, limit = self.teacher_cache_top_k, self.teacher_cache_max_gib
-        _require(
+        require(
             type(top_k) is int and top_k >= 1,
             f"{PREFIX}.teacher_cache_top_k",
             top_k,
             "give an integer of at least 1",
         )
-        _require(
-            _is_number(limit) and limit > 0,
+        require(
+            is_number(limit) and limit > 0,
             f"{PREFIX}.teacher_cache_max_gib",
             limit,
             "give a number above 0",
         )
-        _require(
+        require(
             not self.exact_kl_metrics or self.teacher_cache == "off" or self.teacher_cache_format == "hidden",
             f"{PREFIX}.exact_kl_metrics",
             self.exact_kl_metrics,
@@ -295,7 +295,7 @@ class HPDConfig:
         values = {str(key): value for key, value in container.items()}
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:
-            _require(
+            require(
                 key in known,
                 f"{PREFIX}.{key}",
                 values[key],
@@ -303,7 +303,7 @@ class HPDConfig:
             )
         fraction = values.get("on_policy_fraction")
         if isinstance(fraction, dict):
-            _require(
+            require(
                 set(fraction) == {"start", "end", "steps"},
                 f"{PREFIX}.on_policy_fraction",
                 fraction,
@@ -403,7 +403,7 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
     reasons = [reason for reason, holds in cannot.items() if holds]
     needed_by = [reason for reason, holds in needs.items() if holds]
     if hpd.pipeline == "one_pass" or needed_by:
-        _require(
+        require(
             not reasons and hpd.pipeline != "staged",
             f"{PREFIX}.pipeline",
             hpd.pipeline,

@@ -14,10 +14,10 @@ from hpd_verl.checkpoint import check_resume_path
 from hpd_verl.config import (
     PREFIX,
     HPDConfig,
-    _is_number,
-    _require,
     choose_pipeline,
+    is_number,
     needs_rollout_server,
+    require,
 )
 from hpd_verl.objectives import LIKELIHOOD_OBJECTIVES
 from hpd_verl.teacher_store import check_memory_store
@@ -42,14 +42,14 @@ _FREQUENCY: Rule = (
     lambda value: _is_integer(value) or value == "after_each_epoch",
     "give a number of steps, -1 for never, or after_each_epoch",
 )
-_RATE: Rule = (lambda value: _is_number(value) and value >= 0, "give a number of at least 0")
+_RATE: Rule = (lambda value: is_number(value) and value >= 0, "give a number of at least 0")
 _NORM: Rule = (
-    lambda value: value == math.inf or (_is_number(value) and value > 0),
+    lambda value: value == math.inf or (is_number(value) and value > 0),
     "give a number above 0, or .inf for no clipping",
 )
-_SHARE: Rule = (lambda value: _is_number(value) and 0 <= value <= 1, "give a number from 0 to 1")
+_SHARE: Rule = (lambda value: is_number(value) and 0 <= value <= 1, "give a number from 0 to 1")
 _SHARE_OR_NULL: Rule = (
-    lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
+    lambda value: value is None or (is_number(value) and 0 <= value <= 1),
     "give a number from 0 to 1, or null",
 )
 
@@ -136,7 +136,7 @@ def check_values(config: DictConfig, rules: Mapping[str, Rule]) -> None:
         value = OmegaConf.select(config, setting, default=absent)
         if value is absent:
             continue
-        _require(accepts(value), setting, value, remedy)
+        require(accepts(value), setting, value, remedy)
 
 
 def _check_parallel_sizes(config: DictConfig, ranks: int, counted: str) -> None:
@@ -149,7 +149,7 @@ def _check_parallel_sizes(config: DictConfig, ranks: int, counted: str) -> None:
         for setting, size in sizes.items():
             if size is None or (setting.endswith("fsdp_size") and not 0 <= size < ranks):
                 continue  # one group of all ranks
-            _require(size >= 1 and ranks % size == 0, setting, size, f"must divide the ranks, {counted}")
+            require(size >= 1 and ranks % size == 0, setting, size, f"must divide the ranks, {counted}")
 
 
 def _check_micro_batches(config: DictConfig, rows_by_setting: Mapping[str, tuple[bool, int]]) -> None:
@@ -161,7 +161,7 @@ def _check_micro_batches(config: DictConfig, rows_by_setting: Mapping[str, tuple
     for setting, (is_dynamic, rows) in rows_by_setting.items():
         size = OmegaConf.select(config, setting)
         if not is_dynamic and size is not None:
-            _require(rows % size == 0, setting, size, f"must divide the {rows} sequences that a rank gets at once")
+            require(rows % size == 0, setting, size, f"must divide the {rows} sequences that a rank gets at once")
 
 
 def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
@@ -181,7 +181,7 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
     batch, mini_batch = config.data.train_batch_size, actor.ppo_mini_batch_size
     name = "data.train_batch_size" if batch == mini_batch else "actor_rollout_ref.actor.ppo_mini_batch_size"
     multiple = data_parallel // math.gcd(data_parallel, rollout.n)
-    _require(
+    require(
         mini_batch % multiple == 0,
         name,
         mini_batch,
@@ -189,7 +189,7 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
         + (", over Ulysses' size" if data_parallel != ranks else "")
         + f"); choose a multiple of {multiple}",
     )
-    _require(
+    require(
         actor.use_dynamic_bsz or batch * rollout.n % ranks == 0,
         "data.train_batch_size",
         batch,
@@ -206,7 +206,7 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
     _check_micro_batches(config, per_rank)
     if needs_rollout_server(config, hpd):
         size = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
-        _require(
+        require(
             ranks % size == 0,
             "actor_rollout_ref.rollout.tensor_model_parallel_size",
             rollout.tensor_model_parallel_size,
@@ -222,9 +222,9 @@ def check_sft_ranks(config: DictConfig, ranks: int, fills_store: bool) -> None:
     """
     batch = config.data.train_batch_size
     if fills_store:
-        _require(batch >= ranks, "data.train_batch_size", batch, f"less than a row for each of {ranks} ranks; raise it")
+        require(batch >= ranks, "data.train_batch_size", batch, f"less than a row for each of {ranks} ranks; raise it")
         return
-    _require(
+    require(
         batch % ranks == 0,
         "data.train_batch_size",
         batch,
@@ -240,12 +240,12 @@ def check_checkpoint_folder(folder: Any) -> None:
         ValueError: it cannot.
     """
     setting = "trainer.default_local_dir"
-    _require(isinstance(folder, str) and folder != "", setting, folder, "give a folder for the checkpoints")
+    require(isinstance(folder, str) and folder != "", setting, folder, "give a folder for the checkpoints")
     missing = Path(folder).absolute()
     existing = missing
     while not os.path.lexists(existing):
         existing = existing.parent
-    _require(existing.is_dir(), setting, folder, f"{existing} is not a folder; choose another place for checkpoints")
+    require(existing.is_dir(), setting, folder, f"{existing} is not a folder; choose another place for checkpoints")
     try:
         with tempfile.TemporaryDirectory(prefix=".hpd_verl_", dir=existing) as trial:
             inside = Path(trial) / missing.relative_to(existing)
@@ -288,7 +288,7 @@ def _refuse_float16(config: DictConfig, engine: str) -> None:
     for name in ("mixed_precision.param_dtype", "mixed_precision.reduce_dtype", "model_dtype", "dtype"):
         setting = f"{engine}.{name}"
         found = OmegaConf.select(config, setting)
-        _require(
+        require(
             not PrecisionType.is_fp16(found),
             setting,
             found,
@@ -307,7 +307,7 @@ def check_config(config: DictConfig) -> HPDConfig:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
     check_values(config, MAIN_PPO_RULES)
-    _require(
+    require(
         OmegaConf.select(config, PREFIX) is not None,
         "trainer.v1.trainer_mode",
         config.trainer.v1.trainer_mode,
@@ -317,7 +317,7 @@ def check_config(config: DictConfig) -> HPDConfig:
     actor_rollout_ref = config.actor_rollout_ref
 
     teacher = OmegaConf.select(config, "actor_rollout_ref.ref.model.path")
-    _require(
+    require(
         bool(teacher) or not hpd.needs_teacher,
         "actor_rollout_ref.ref.model.path",
         teacher,
@@ -331,10 +331,10 @@ def check_config(config: DictConfig) -> HPDConfig:
         "actor_rollout_ref.hybrid_engine": True,
     }.items():
         found = OmegaConf.select(config, key)
-        _require(found == value, key, found, f"algorithm=hpd works only with {key}={value}")
+        require(found == value, key, found, f"algorithm=hpd works only with {key}={value}")
     for role in ("actor", "ref"):
         strategy = actor_rollout_ref[role].strategy
-        _require(
+        require(
             strategy in ("fsdp", "fsdp2"),
             f"actor_rollout_ref.{role}.strategy",
             strategy,
@@ -342,14 +342,14 @@ def check_config(config: DictConfig) -> HPDConfig:
         )
         sequence_parallel = actor_rollout_ref[role].get("ulysses_sequence_parallel_size", 1)
         attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
-        _require(
+        require(
             sequence_parallel == 1 or attention not in ("sdpa", "eager"),
             "actor_rollout_ref.model.override_config.attn_implementation",
             attention,
             f"with actor_rollout_ref.{role}.ulysses_sequence_parallel_size={sequence_parallel} each rank would see its "
             "own part of a sequence alone; unset it",
         )
-    _require(
+    require(
         os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu"
         or {actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy} == {"fsdp2"},
         "actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy",
@@ -357,17 +357,17 @@ def check_config(config: DictConfig) -> HPDConfig:
         "verl's fsdp needs an accelerator; a CPU runs fsdp2",
     )
     for key, reason in _UNSUPPORTED.items():
-        _require(not _is_set(config, key), key, OmegaConf.select(config, key), f"not supported: {reason}; unset it")
+        require(not _is_set(config, key), key, OmegaConf.select(config, key), f"not supported: {reason}; unset it")
 
     batch, mini_batch = config.data.train_batch_size, actor_rollout_ref.actor.ppo_mini_batch_size
-    _require(
+    require(
         batch % mini_batch == 0,
         "actor_rollout_ref.actor.ppo_mini_batch_size",
         mini_batch,
         f"must divide data.train_batch_size={batch}",
     )
     prompts = OmegaConf.select(config, "data.gen_batch_size")
-    _require(
+    require(
         prompts is None or batch % prompts == 0,
         "data.gen_batch_size",
         prompts,
@@ -375,27 +375,27 @@ def check_config(config: DictConfig) -> HPDConfig:
     )
     likelihood = hpd.objectives & LIKELIHOOD_OBJECTIVES
     epochs = actor_rollout_ref.actor.ppo_epochs
-    _require(
+    require(
         epochs == 1 or not likelihood,
         "actor_rollout_ref.actor.ppo_epochs",
         epochs,
         f"objective {', '.join(sorted(likelihood))} has no ratio to clip; repeat by trainer.total_epochs instead",
     )
-    _require(
+    require(
         actor_rollout_ref.rollout.n == 1 or hpd.schedule.lowest == 1.0,
         "actor_rollout_ref.rollout.n",
         actor_rollout_ref.rollout.n,
         f"several answers a prompt need {PREFIX}.on_policy_fraction=1: a demonstration is one answer",
     )
     if needs_rollout_server(config, hpd):
-        _require(
+        require(
             actor_rollout_ref.rollout.name != "hf",
             "actor_rollout_ref.rollout.name",
             actor_rollout_ref.rollout.name,
             "rollouts come from a server: choose vllm or sglang",
         )
     pipeline, reason = choose_pipeline(config, hpd)
-    _require(
+    require(
         bool(teacher) or pipeline == "one_pass",
         "actor_rollout_ref.ref.model.path",
         teacher,
@@ -424,15 +424,15 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
     """
     check_values(config, SFT_RULES)
     hpd = HPDConfig.from_config(config.algorithm.hpd)
-    _require(
+    require(
         bool(config.teacher.model.path) or not (hpd.needs_teacher or fills_store),
         "teacher.model.path",
         config.teacher.model.path,
         "give the teacher's folder or hub name",
     )
     rollouts = "this trainer has demonstrations only; python -m verl.trainer.main_ppo algorithm=hpd makes rollouts"
-    _require(hpd.schedule.highest == 0, f"{PREFIX}.on_policy_fraction", hpd.on_policy_fraction, rollouts)
-    _require(
+    require(hpd.schedule.highest == 0, f"{PREFIX}.on_policy_fraction", hpd.on_policy_fraction, rollouts)
+    require(
         hpd.missing_demonstration == "error", f"{PREFIX}.missing_demonstration", hpd.missing_demonstration, rollouts
     )
     required = {
@@ -448,7 +448,7 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
         "engine.pad_to_length": (config.engine.pad_to_length, (False,), "not supported; unset it"),
     }
     for setting, (found, allowed, remedy) in required.items():
-        _require(found in allowed, setting, found, remedy)
+        require(found in allowed, setting, found, remedy)
     check_sft_ranks(config, ranks, fills_store)
     _refuse_float16(config, "engine")
     check_resume_path(config.trainer)

@@ -116,7 +116,6 @@ def test_mixed_batches_with_vllm(run_main_ppo: RunMainPPO, tiny: Tiny) -> None:
     assert run.returncode == 0, run.output[-3000:]
     assert [step["hpd/on_policy_fraction"] for step in run.steps] == [0.5, 0.5]
     assert [step["hpd/truncated_prompts"] for step in run.steps] == [8, 8]  # demonstrations and rollouts
-    assert "prompt of 9 tokens, data.max_prompt_length=8; its start is cut off" in run.output
     for step in run.steps:  # the server has the student's weights, at step 2 the updated ones
         assert step["training/rollout_probs_diff_max"] < 1e-4
     assert any(name.startswith("val-core/tests/addition") for name in run.steps[-1])
