@@ -157,4 +157,4 @@ def test_memory_on_several_ranks_is_refused_by_the_driver(tiny: Tiny, monkeypatc
     with pytest.raises(SystemExit, match=f"^Error: {message}"):
         checked(configured(tiny, Path("unused"), "algorithm.hpd.teacher_cache=memory"))
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert checked(configured(tiny, Path("unused"), "algorithm.hpd.teacher_cache=memory")).teacher_cache == "memory"
+    checked(configured(tiny, Path("unused"), "algorithm.hpd.teacher_cache=memory"))  # one rank may
