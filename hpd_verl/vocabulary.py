@@ -14,14 +14,14 @@ def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
-def shared_vocabulary_size(
+def check_vocabularies(
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
     student_size: int,
     teacher_size: int,
     settings: str,
-) -> int:
-    """Check that the tokenizers agree and return how many logits student and teacher share.
+) -> None:
+    """Check that the tokenizers of student and teacher agree.
 
     Models pad their vocabulary: the sizes may differ while the tokenizers agree. The student is normalised over all its
     logits and the teacher over those that the student has too; what only the student has is taught probability 0.
@@ -31,9 +31,6 @@ def shared_vocabulary_size(
         student, teacher: tokenizers.
         student_size, teacher_size: rows of the models' output heads.
         settings: names the two models' settings in errors.
-
-    Returns:
-        The size of the shared prefix, the smaller of the two sizes.
 
     Raises:
         ValueError: the tokenizers disagree (the message shows the first differing tokens), or the student uses tokens
@@ -91,4 +88,3 @@ def shared_vocabulary_size(
             student_size - teacher_size,
             student_size,
         )
-    return size

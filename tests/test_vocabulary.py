@@ -3,21 +3,29 @@
 import pytest
 from conftest import WORDS, make_tokenizer
 
-from hpd_verl.vocabulary import shared_vocabulary_size
+from hpd_verl.vocabulary import check_vocabularies
 
 
-def test_padded_vocabularies_are_cut_to_the_shorter() -> None:
+@pytest.mark.parametrize(
+    ("student_size", "teacher_size", "said"),
+    [(3, 9, "the teacher's 38 logits"), (9, 3, "the student's last 6 logits (of 38)"), (9, 9, None)],
+)
+def test_padded_vocabularies_pass(
+    student_size: int, teacher_size: int, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of any two sizes; the log says what becomes of the logits that one of them lacks."""
     tokenizer = make_tokenizer(WORDS)
-    assert shared_vocabulary_size(tokenizer, tokenizer, len(WORDS) + 3, len(WORDS) + 9, "the models") == len(WORDS) + 3
+    check_vocabularies(tokenizer, tokenizer, len(WORDS) + student_size, len(WORDS) + teacher_size, "the models")
+    assert said in caplog.text if said else not caplog.text
 
 
 def test_disagreeing_tokenizers_are_refused() -> None:
     other = [*WORDS[:9], *reversed(WORDS[9:])]
     with pytest.raises(ValueError, match=r"disagree at 20 token ids \(id 9: student '0', teacher '19'"):
-        shared_vocabulary_size(make_tokenizer(WORDS), make_tokenizer(other), len(WORDS), len(WORDS), "the models")
+        check_vocabularies(make_tokenizer(WORDS), make_tokenizer(other), len(WORDS), len(WORDS), "the models")
 
 
 def test_student_tokens_without_teacher_logits_are_refused() -> None:
     tokenizer = make_tokenizer(WORDS)
     with pytest.raises(ValueError, match="the student defines 4 tokens from id 25"):
-        shared_vocabulary_size(tokenizer, tokenizer, len(WORDS), len(WORDS) - 4, "the models")
+        check_vocabularies(tokenizer, tokenizer, len(WORDS), len(WORDS) - 4, "the models")

@@ -14,7 +14,7 @@ from verl.workers.config import HFModelConfig
 
 from hpd_verl.chat_template import ChatTemplate
 from hpd_verl.models import teacher_model_config
-from hpd_verl.vocabulary import shared_vocabulary_size
+from hpd_verl.vocabulary import check_vocabularies
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)
@@ -208,7 +208,7 @@ def check_models(
                 teacher_setting,
                 student_model.path,
             )
-        shared_vocabulary_size(
+        check_vocabularies(
             student_model.tokenizer,
             teacher_model.tokenizer,
             student_model.hf_config.vocab_size,
