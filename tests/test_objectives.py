@@ -224,12 +224,12 @@ def golden_batch(golden: dict[str, np.ndarray]) -> Batch:
     """Position t predicts labels[t + 1]; -100 is no response token; the loss is the mean over the others."""
     vocabulary = golden["student_logits"].shape[-1]
     student, teacher = (
-        torch.from_numpy(golden[name])[:, :-1].reshape(-1, vocabulary).double()
+        torch.tensor(golden[name])[:, :-1].reshape(-1, vocabulary).double()
         for name in ("student_logits", "teacher_logits")
     )
-    labels = torch.from_numpy(golden["labels"])[:, 1:].flatten()
+    labels = torch.tensor(golden["labels"])[:, 1:].flatten()
     mask = labels != -100
-    sampled = torch.from_numpy(golden["sampled"]).flatten()
+    sampled = torch.tensor(golden["sampled"]).flatten()
     return Batch(student, teacher, labels.clamp_min(0), sampled, mask, int(mask.sum()))
 
 
@@ -253,7 +253,7 @@ def test_golden_has_no_gap_of_zero(golden: dict[str, np.ndarray]) -> None:
 def test_golden_loss_and_gradient(golden: dict[str, np.ndarray], loss: Callable[[Batch], Tensor]) -> None:
     """Their loss and gradient, given their samples; the last position predicts nothing: gradient 0."""
     value, grad = value_and_grad(loss, golden_batch(golden))
-    expected = torch.from_numpy(golden["grad"]).double()
+    expected = torch.tensor(golden["grad"]).double()
     assert not expected[:, -1].any()
     assert value.item() == pytest.approx(float(golden["loss"]), rel=1e-4, abs=1e-6)
     torch.testing.assert_close(grad.view_as(expected[:, :-1]), expected[:, :-1], rtol=1e-4, atol=1e-6)
