@@ -7,7 +7,7 @@ benchmarks/results/head.csv with the machine and the versions.
 
     gemms               the student's three products: logits, gradient of hidden, gradient of weight
     gemms_and_teacher   and the teacher's logits
-    head                hpd_verl.head.distillation_head, the teacher's features known
+    head                hpd_verl.head.distillation_head.distillation_head, the teacher's features known
     head_and_teacher    and the features computed
     plain               whole logits and log-probs of both models, autograd (tests/reference.py, naive_hpd_loss)
     fused_head, fused_head_and_teacher    with the elementwise work fused by torch.compile; not on a CPU unless named
@@ -36,7 +36,7 @@ from reference import naive_hpd_loss  # noqa: E402
 from results import append_rows, machine  # noqa: E402
 
 from hpd_verl.config import HPDConfig  # noqa: E402
-from hpd_verl.head import OutputHead, TeacherFeatures, distillation_head, teacher_features  # noqa: E402
+from hpd_verl.head.distillation_head import OutputHead, TeacherFeatures, distillation_head, teacher_features  # noqa: E402
 
 SHAPES = [(1024, 49_152, 576, 576), (512, 151_936, 896, 1536)]
 DTYPES = ["float32", "bfloat16"]

@@ -45,16 +45,16 @@ from verl.workers.config import ActorConfig, TrainingWorkerConfig  # noqa: E402
 from verl.workers.utils.losses import sft_loss  # noqa: E402
 from verl.workers.utils.padding import response_from_nested, response_to_nested  # noqa: E402
 
-from hpd_verl import batch as fields  # noqa: E402
 from hpd_verl.config import HPDConfig  # noqa: E402
+from hpd_verl.data import fields  # noqa: E402
+from hpd_verl.head.token_weights import row_objectives, token_weights  # noqa: E402
 from hpd_verl.hydra_config import config_dir  # noqa: E402
-from hpd_verl.objectives import TokenLogProbs  # noqa: E402
-from hpd_verl.one_pass import OnePass, StudentWorker  # noqa: E402
+from hpd_verl.objectives.weights import TokenLogProbs  # noqa: E402
+from hpd_verl.pipelines.one_pass import OnePass, StudentWorker  # noqa: E402
+from hpd_verl.ppo.worker import StudentLoss, TeacherLogProbs  # noqa: E402
 from hpd_verl.sft_trainer import DemonstrationDataset, as_batch, lazy_teacher, read_demonstrations  # noqa: E402
-from hpd_verl.teacher import TeacherWorker  # noqa: E402
+from hpd_verl.teacher.teacher import TeacherWorker  # noqa: E402
 from hpd_verl.teacher_cache import ALONE  # noqa: E402
-from hpd_verl.token_weights import row_objectives, token_weights  # noqa: E402
-from hpd_verl.worker import StudentLoss, TeacherLogProbs  # noqa: E402
 
 Step = Callable[[], Any]
 LOGITS_TO_LOSS = {"distillation_use_topk": True, "distillation_only": True}

@@ -23,9 +23,9 @@ from results import append_rows, machine  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from hpd_verl.causal_lm import offer_head, output_head  # noqa: E402
 from hpd_verl.config import HPDConfig  # noqa: E402
-from hpd_verl.head import (  # noqa: E402
+from hpd_verl.engine.causal_lm import offer_head, output_head  # noqa: E402
+from hpd_verl.head.distillation_head import (  # noqa: E402
     HeadOutput,
     OutputHead,
     TeacherFeatures,
@@ -33,7 +33,7 @@ from hpd_verl.head import (  # noqa: E402
     teacher_features,
     teacher_top_k,
 )
-from hpd_verl.sampling import counter_uniform  # noqa: E402
+from hpd_verl.head.sampling import counter_uniform  # noqa: E402
 
 CONFIG = HPDConfig()
 

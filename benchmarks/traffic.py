@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hpd_verl import head as head_module  # noqa: E402
 from hpd_verl.config import HPDConfig  # noqa: E402
-from hpd_verl.head import OutputHead, distillation_head, teacher_features  # noqa: E402
+from hpd_verl.head import distillation_head as head_module  # noqa: E402
+from hpd_verl.head.distillation_head import OutputHead, distillation_head, teacher_features  # noqa: E402
 
 VOCABULARY, HIDDEN, CHUNK = 151_936, 1536, 8192
 _PRODUCTS = ("mm", "addmm", "bmm", "matmul")

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpd_verl.objectives import (
+from hpd_verl.objectives.weights import (
     FULL_VOCABULARY_OBJECTIVES,
     OBJECTIVES,
     SAMPLING_OBJECTIVES,
@@ -55,7 +55,7 @@ class HPDConfig:
 
     objective: str = "hpd"
     """hpd, sft, seqkd, rkl, jsd or opd; of the whole vocabulary hpd_exact, fkl, rkl_exact, jsd_exact, skew_fkl,
-    skew_rkl, akl, abkd or todi (hpd_verl/objectives.py)."""
+    skew_rkl, akl, abkd or todi (hpd_verl/objectives/weights.py)."""
 
     on_policy_objective: str | None = None
     """Objective of rows whose label is the student's own rollout; null: the same as ``objective``."""

@@ -19,16 +19,16 @@ def _register_hydra() -> None:
 
 
 def _register_core_algorithms() -> None:
-    import hpd_verl.advantage
-    import hpd_verl.policy_loss  # noqa: F401
+    import hpd_verl.pipelines.advantage
+    import hpd_verl.pipelines.policy_loss  # noqa: F401
 
 
 def _register_agent_loop() -> None:
-    import hpd_verl.agent_loop  # noqa: F401
+    import hpd_verl.ppo.agent_loop  # noqa: F401
 
 
 def _register_trainer() -> None:
-    import hpd_verl.trainer  # noqa: F401
+    import hpd_verl.ppo.trainer  # noqa: F401
 
 
 def register() -> None:

@@ -33,17 +33,17 @@ from verl.utils.metric import Metric, reduce_metrics
 from verl.utils.tracking import Tracking
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
-from hpd_verl import batch as fields
 from hpd_verl import checkpoint
 from hpd_verl.checks.start import check_lean_run
 from hpd_verl.config import HPDConfig
-from hpd_verl.dataset import DEMONSTRATION, HPDDataset
-from hpd_verl.demonstration import SequenceBuilder, demonstration_text
+from hpd_verl.data import fields
+from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
+from hpd_verl.data.demonstration import SequenceBuilder, demonstration_text
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.models import teacher_model_config
-from hpd_verl.one_pass import OnePass, StudentWorker
-from hpd_verl.teacher import TeacherWorker
-from hpd_verl.teacher_size import log_size
+from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
+from hpd_verl.teacher.model_config import teacher_model_config
+from hpd_verl.teacher.size import log_size
+from hpd_verl.teacher.teacher import TeacherWorker
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)

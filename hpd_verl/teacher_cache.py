@@ -25,8 +25,8 @@ from verl.utils.distributed import destroy_global_process_group, initialize_glob
 from hpd_verl.config import HPDConfig
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.sft_trainer import as_batch, checked, lazy_teacher, log_store_size, read_demonstrations
-from hpd_verl.teacher import Teacher
-from hpd_verl.teacher_store import DiskStore
+from hpd_verl.teacher.store import DiskStore
+from hpd_verl.teacher.teacher import Teacher
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """Environment of torch.distributed for one process that torchrun did not start."""

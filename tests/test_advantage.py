@@ -9,9 +9,9 @@ from reference import reference_weights
 from torch import Tensor
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-from hpd_verl.advantage import compute_hpd_advantage
 from hpd_verl.config import HPDConfig
-from hpd_verl.objectives import FULL_VOCABULARY_OBJECTIVES, OBJECTIVES, TokenLogProbs
+from hpd_verl.objectives.weights import FULL_VOCABULARY_OBJECTIVES, OBJECTIVES, TokenLogProbs
+from hpd_verl.pipelines.advantage import compute_hpd_advantage
 
 ROWS, RESPONSE, VOCABULARY = 4, 7, 9
 

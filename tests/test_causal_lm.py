@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from hpd_verl.causal_lm import check_head, offer_head, output_head
 from hpd_verl.config import HPDConfig
-from hpd_verl.head import OutputHead, distillation_head
+from hpd_verl.engine.causal_lm import check_head, offer_head, output_head
+from hpd_verl.head.distillation_head import OutputHead, distillation_head
 
 VOCABULARY, SHARED = 40, 33
 SIZES: dict[str, Any] = {

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hpd_verl.agent_loop import HPDAgentLoop
-from hpd_verl.demonstration import DemonstrationTokenizer
+from hpd_verl.data.demonstration import DemonstrationTokenizer
+from hpd_verl.ppo.agent_loop import HPDAgentLoop
 
 TRL = Path(sys.prefix) / "share" / "trl"
 ANSWERS = ["d", "e", "i", "m", "n", "o", "t", "4", "id", "im", "end", "s", "4 t", "<b>x</b>", "a\n\nb"]

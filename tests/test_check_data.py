@@ -13,10 +13,11 @@ import pytest
 from conftest import WORDS, Tiny, make_rows, make_tokenizer, write_parquet
 from omegaconf import OmegaConf
 
-from hpd_verl.checks.data import RowRules, check_files, check_prompts_fit
+from hpd_verl.checks.data import check_prompts_fit
 from hpd_verl.checks.start import check_lean_run
 from hpd_verl.config import HPDConfig
-from hpd_verl.dataset import HPDDataset
+from hpd_verl.data.dataset import HPDDataset
+from hpd_verl.data.files import RowRules, check_files
 
 Rows = list[dict[str, Any]]
 

@@ -215,7 +215,7 @@ def composed() -> DictConfig:
 
 def trainer_in(root: Path, keep: int) -> Any:
     """main_ppo's trainer, as far as it saves."""
-    from hpd_verl.trainer import HPDTrainer
+    from hpd_verl.ppo.trainer import HPDTrainer
 
     config = composed()
     config.trainer.default_local_dir = str(root)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from hpd_verl.config import FractionSchedule, HPDConfig
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.objectives import OBJECTIVES
+from hpd_verl.objectives.weights import OBJECTIVES
 
 fractions = st.floats(0, 1)
 

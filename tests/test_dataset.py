@@ -7,7 +7,7 @@ import pytest
 from conftest import WORDS, make_rows, make_tokenizer, write_parquet
 from omegaconf import OmegaConf
 
-from hpd_verl.dataset import HPDDataset
+from hpd_verl.data.dataset import HPDDataset
 
 
 def read(file: Path, **hpd: Any) -> HPDDataset:

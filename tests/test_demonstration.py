@@ -7,9 +7,9 @@ from conftest import WORDS, Tiny, make_rows, make_tokenizer, write_parquet
 from omegaconf import OmegaConf
 from verl.workers.config import HFModelConfig
 
-from hpd_verl import batch as fields
-from hpd_verl.dataset import HPDDataset
-from hpd_verl.demonstration import DemonstrationTokenizer, SequenceBuilder
+from hpd_verl.data import fields
+from hpd_verl.data.dataset import HPDDataset
+from hpd_verl.data.demonstration import DemonstrationTokenizer, SequenceBuilder
 from hpd_verl.sft_trainer import DemonstrationDataset
 
 MESSAGES = [{"role": "user", "content": "1 plus 2 ?"}]

@@ -18,14 +18,14 @@ from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
-from hpd_verl import teacher as teacher_module
 from hpd_verl.config import HPDConfig
-from hpd_verl.engine import HeadLoss
-from hpd_verl.head import OutputHead
+from hpd_verl.engine.head_engine import HeadLoss
+from hpd_verl.head.distillation_head import OutputHead
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.one_pass import StudentWorker
+from hpd_verl.pipelines.one_pass import StudentWorker
 from hpd_verl.sft_trainer import as_batch, lazy_teacher, read_demonstrations
-from hpd_verl.teacher import Teacher
+from hpd_verl.teacher import teacher as teacher_module
+from hpd_verl.teacher.teacher import Teacher
 from hpd_verl.teacher_cache import ALONE
 
 BFLOAT16 = "{param_dtype: bf16, reduce_dtype: fp32, buffer_dtype: fp32}"

@@ -17,18 +17,24 @@ from torch.utils._pytree import tree_map_only
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPActorConfig
 
-from hpd_verl import batch as fields
 from hpd_verl.config import HPDConfig
-from hpd_verl.head import OutputHead, TeacherFeatures, distillation_head, teacher_features, teacher_top_k
-from hpd_verl.objectives import (
+from hpd_verl.data import fields
+from hpd_verl.head.distillation_head import (
+    OutputHead,
+    TeacherFeatures,
+    distillation_head,
+    teacher_features,
+    teacher_top_k,
+)
+from hpd_verl.head.sampling import counter_uniform, sample_from, sample_tokens, token_log_probs
+from hpd_verl.objectives.weights import (
     FULL_VOCABULARY_OBJECTIVES,
     OBJECTIVES,
     TokenLogProbs,
     VocabularyLogProbs,
 )
-from hpd_verl.one_pass import OnePassLoss
-from hpd_verl.sampling import counter_uniform, sample_from, sample_tokens, token_log_probs
-from hpd_verl.worker import StudentLoss, TeacherLogProbs
+from hpd_verl.pipelines.one_pass import OnePassLoss
+from hpd_verl.ppo.worker import StudentLoss, TeacherLogProbs
 
 pytestmark = pytest.mark.skipif(not is_available, reason="this torch lets Python declare no device")
 

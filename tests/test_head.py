@@ -22,9 +22,9 @@ from reference import (
 )
 from torch import Tensor
 
-from hpd_verl import head as head_module
 from hpd_verl.config import HPDConfig
-from hpd_verl.head import (
+from hpd_verl.head import distillation_head as head_module
+from hpd_verl.head.distillation_head import (
     HeadOutput,
     OutputHead,
     TeacherFeatures,
@@ -32,8 +32,8 @@ from hpd_verl.head import (
     teacher_features,
     teacher_top_k,
 )
-from hpd_verl.objectives import OBJECTIVES
-from hpd_verl.sampling import counter_uniform, sample_tokens
+from hpd_verl.head.sampling import counter_uniform, sample_tokens
+from hpd_verl.objectives.weights import OBJECTIVES
 
 TOKENS, VOCABULARY, PADDING, HIDDEN, TEACHER_HIDDEN = 37, 19, 4, 8, 12
 COEFFICIENTS: dict[str, Any] = {
@@ -584,7 +584,7 @@ COMPILED_CASES = """
 import sys, torch
 sys.path[:0] = sys.argv[1:]
 from test_head import Case, close, configured
-from hpd_verl.head import teacher_features
+from hpd_verl.head.distillation_head import teacher_features
 for dtype, tolerance, layer in (
     (torch.float32, 2e-5, {"soft_cap": 3.0, "scale": 0.7}),
     (torch.bfloat16, 2e-2, {}),

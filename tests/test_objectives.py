@@ -20,8 +20,9 @@ from reference import (
 )
 from torch import Tensor
 
-from hpd_verl import objectives
-from hpd_verl.objectives import (
+from hpd_verl.head.sampling import token_log_probs
+from hpd_verl.objectives import weights as objectives
+from hpd_verl.objectives.weights import (
     FULL_VOCABULARY_OBJECTIVES,
     LIKELIHOOD_OBJECTIVES,
     LOG_ZERO,
@@ -33,7 +34,6 @@ from hpd_verl.objectives import (
     gap,
     register_objective,
 )
-from hpd_verl.sampling import token_log_probs
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hpd_verl.config import FractionSchedule
-from hpd_verl.on_policy import choose_rollouts, rollout_quota
+from hpd_verl.data.on_policy import choose_rollouts, rollout_quota
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1.0])

@@ -14,11 +14,11 @@ from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import Metric
 
-from hpd_verl import batch as fields
 from hpd_verl.config import HPDConfig
-from hpd_verl.head import OutputHead, TeacherFeatures, teacher_features, teacher_top_k
-from hpd_verl.one_pass import OnePassLoss
-from hpd_verl.sampling import counter_uniform, sample_tokens
+from hpd_verl.data import fields
+from hpd_verl.head.distillation_head import OutputHead, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.sampling import counter_uniform, sample_tokens
+from hpd_verl.pipelines.one_pass import OnePassLoss
 
 VOCABULARY, HIDDEN, TEACHER_HIDDEN, STEP = 23, 8, 12, 7
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]

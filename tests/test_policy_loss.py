@@ -10,7 +10,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig
 
-from hpd_verl.policy_loss import compute_hpd_policy_loss
+from hpd_verl.pipelines.policy_loss import compute_hpd_policy_loss
 
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 GLOBAL_BATCH = {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 6, "loss_scale_factor": 5}

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed
 
-from hpd_verl.ranks import on_every_rank, on_rank_zero
+from hpd_verl.engine.ranks import on_every_rank, on_rank_zero
 
 TIMEOUT = timedelta(seconds=3)
 
@@ -58,7 +58,7 @@ def test_three_ranks() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd_verl.ranks", "hpd_verl.teacher_store"])
+    context.set_forkserver_preload(["hpd_verl.engine.ranks", "hpd_verl.teacher.store"])
     results = context.Queue()
     workers = [context.Process(target=run_steps, args=(rank, port, results)) for rank in range(3)]
     for worker in workers:

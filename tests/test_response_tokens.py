@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from hpd_verl import batch as fields
-from hpd_verl.response_tokens import column, response_tokens, row_numbers
+from hpd_verl.data import fields
+from hpd_verl.data.response_tokens import column, response_tokens, row_numbers
 
 
 @dataclass

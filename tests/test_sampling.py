@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpd_verl.sampling import counter_uniform, sample_from, sample_tokens, token_log_probs
+from hpd_verl.head.sampling import counter_uniform, sample_from, sample_tokens, token_log_probs
 
 VOCABULARIES = [1, 2, 255, 256, 257, 1000]
 CHUNK_SIZES = [1, 3, 7, 16, 1000]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 from verl.workers.config import HFModelConfig
 
-from hpd_verl.teacher_identity import FileHashes, config_hash, model_files, teacher_hashes
+from hpd_verl.teacher.identity import FileHashes, config_hash, model_files, teacher_hashes
 
 
 def make_teacher(folder: Path, shards: bool = False, dtype: torch.dtype = torch.float32) -> Path:

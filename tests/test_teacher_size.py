@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from torch.utils.data import TensorDataset
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.dataset import HPDDataset
-from hpd_verl.teacher_size import ResponseTokens, count_response_tokens, describe_size
-from hpd_verl.teacher_store import DiskStore, estimate_bytes, row_key, teacher_identity
+from hpd_verl.data.dataset import HPDDataset
+from hpd_verl.teacher.size import ResponseTokens, count_response_tokens, describe_size
+from hpd_verl.teacher.store import DiskStore, estimate_bytes, row_key, teacher_identity
 
 GIB = 1 << 30
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpd_verl.teacher_store import (
+from hpd_verl.teacher.store import (
     DiskStore,
     MemoryStore,
     Record,
@@ -309,7 +309,7 @@ def test_ranks_see_each_other(tmp_path: Path) -> None:
 def processes() -> multiprocessing.context.ForkServerContext:
     """Processes that start quickly, from a server that has torch loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd_verl.teacher_store"])
+    context.set_forkserver_preload(["hpd_verl.teacher.store"])
     return context
 
 

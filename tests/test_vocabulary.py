@@ -3,7 +3,7 @@
 import pytest
 from conftest import WORDS, make_tokenizer
 
-from hpd_verl.vocabulary import check_vocabularies
+from hpd_verl.checks.vocabulary import check_vocabularies
 
 
 @pytest.mark.parametrize(

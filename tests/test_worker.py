@@ -3,10 +3,10 @@
 import torch
 from verl.utils import tensordict_utils as tu
 
-from hpd_verl import batch as fields
 from hpd_verl.config import HPDConfig
-from hpd_verl.objectives import LOG_ZERO
-from hpd_verl.worker import TeacherLogProbs
+from hpd_verl.data import fields
+from hpd_verl.objectives.weights import LOG_ZERO
+from hpd_verl.ppo.worker import TeacherLogProbs
 
 
 def test_tokens_beyond_the_teachers_vocabulary_are_impossible() -> None:

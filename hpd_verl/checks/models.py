@@ -12,9 +12,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig
 
-from hpd_verl.chat_template import ChatTemplate
-from hpd_verl.models import teacher_model_config
-from hpd_verl.vocabulary import check_vocabularies
+from hpd_verl.checks.vocabulary import check_vocabularies
+from hpd_verl.data.chat_template import ChatTemplate
+from hpd_verl.data.files import is_remote, one_line
+from hpd_verl.teacher.model_config import teacher_model_config
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)
@@ -22,16 +23,6 @@ logger.setLevel(logging.INFO)
 _LFS_POINTER = b"version https://git-lfs"
 _PICKLE = b"\x80"
 """First byte of a file of torch.save before it wrote zip archives."""
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def is_remote(path: str) -> bool:
-    """Whether verl or datasets would have to fetch the path, as from hdfs:// or s3://."""
-    return "://" in path
 
 
 def _safetensors_names(file: Path) -> set[str]:

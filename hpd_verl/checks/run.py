@@ -19,8 +19,8 @@ from hpd_verl.config import (
     needs_rollout_server,
     require,
 )
-from hpd_verl.objectives import LIKELIHOOD_OBJECTIVES
-from hpd_verl.teacher_store import check_memory_store
+from hpd_verl.objectives.weights import LIKELIHOOD_OBJECTIVES
+from hpd_verl.teacher.store import check_memory_store
 
 Rule = tuple[Callable[[Any], bool], str]
 """What a value must be, and the remedy where it is not."""

@@ -6,15 +6,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpd_verl.checks.data import RowRules, as_list, check_files, check_prompts_fit, template_kwargs
-from hpd_verl.checks.models import can_check_here, check_models, is_remote, without_copies
+from hpd_verl.checks.data import check_prompts_fit, template_kwargs
+from hpd_verl.checks.models import can_check_here, check_models, without_copies
 from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
 from hpd_verl.config import HPDConfig
+from hpd_verl.data.files import RowRules, as_list, check_files, is_remote
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)
 
-DATASET_MODULE = "pkg://hpd_verl.dataset"
+DATASET_MODULE = "pkg://hpd_verl.data.dataset"
 """``data.custom_cls.path`` of configs/algorithm/hpd.yaml: the data set whose rows are known here."""
 
 

@@ -5,9 +5,9 @@ from typing import Any
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from hpd_verl.batch import ON_POLICY, TRUNCATED_PROMPT
-from hpd_verl.chat_template import ChatTemplate
-from hpd_verl.demonstration import PromptTokenizer
+from hpd_verl.data.chat_template import ChatTemplate
+from hpd_verl.data.demonstration import PromptTokenizer
+from hpd_verl.data.fields import ON_POLICY, TRUNCATED_PROMPT
 
 
 @register("hpd")

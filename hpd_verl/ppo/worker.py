@@ -24,16 +24,16 @@ from verl.workers.config import ActorConfig, HFModelConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
-from hpd_verl import batch as fields
 from hpd_verl.checkpoint import remove_files
 from hpd_verl.config import HPDConfig
-from hpd_verl.models import teacher_model_config
-from hpd_verl.objectives import LOG_ZERO
-from hpd_verl.one_pass import OnePass, StudentWorker
-from hpd_verl.policy_loss import compute_hpd_policy_loss
-from hpd_verl.response_tokens import row_numbers
-from hpd_verl.sampling import counter_uniform, sample_tokens, token_log_probs
-from hpd_verl.teacher import TeacherWorker
+from hpd_verl.data import fields
+from hpd_verl.data.response_tokens import row_numbers
+from hpd_verl.head.sampling import counter_uniform, sample_tokens, token_log_probs
+from hpd_verl.objectives.weights import LOG_ZERO
+from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
+from hpd_verl.pipelines.policy_loss import compute_hpd_policy_loss
+from hpd_verl.teacher.model_config import teacher_model_config
+from hpd_verl.teacher.teacher import TeacherWorker
 
 
 def _local_part(values: Tensor, data: TensorDict) -> Tensor:

@@ -3,9 +3,9 @@
 import datasets
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from hpd_verl.checks.data import DEMONSTRATION, RowRules, as_list, check_files
 from hpd_verl.config import HPDConfig
-from hpd_verl.demonstration import DemonstrationTokenizer, demonstration_text, has_demonstration
+from hpd_verl.data.demonstration import DemonstrationTokenizer, demonstration_text, has_demonstration
+from hpd_verl.data.files import DEMONSTRATION, RowRules, as_list, check_files
 
 __all__ = ["DEMONSTRATION", "HPDDataset"]
 

@@ -12,10 +12,10 @@ from verl.utils.ray_utils import auto_await
 from verl.utils.tensordict_utils import index_select_tensor_dict, list_of_dict_to_tensordict
 from verl.workers.config import HFModelConfig
 
-from hpd_verl.batch import ON_POLICY
 from hpd_verl.config import HPDConfig, needs_rollout_server
-from hpd_verl.dataset import DEMONSTRATION
-from hpd_verl.demonstration import SequenceBuilder, demonstration_text
+from hpd_verl.data.dataset import DEMONSTRATION
+from hpd_verl.data.demonstration import SequenceBuilder, demonstration_text
+from hpd_verl.data.fields import ON_POLICY
 
 
 def _row(batch: TensorDict, index: int) -> dict[str, Any]:

@@ -33,18 +33,18 @@ from verl.utils.metric import reduce_metrics
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
-from hpd_verl import batch as fields
 from hpd_verl import checkpoint
 from hpd_verl.checks.models import check_models
 from hpd_verl.checks.run import check_config
 from hpd_verl.config import choose_pipeline, needs_rollout_server, updates_per_batch
-from hpd_verl.dataset import DEMONSTRATION
-from hpd_verl.demonstration import has_demonstration
-from hpd_verl.metrics import token_metrics
-from hpd_verl.objectives import LIKELIHOOD_OBJECTIVES, TokenLogProbs
-from hpd_verl.on_policy import choose_rollouts, rollout_quota
-from hpd_verl.teacher_size import log_size
-from hpd_verl.worker import HPDWorker, HPDWorkerWithoutRollout
+from hpd_verl.data import fields
+from hpd_verl.data.dataset import DEMONSTRATION
+from hpd_verl.data.demonstration import has_demonstration
+from hpd_verl.data.on_policy import choose_rollouts, rollout_quota
+from hpd_verl.head.metrics import token_metrics
+from hpd_verl.objectives.weights import LIKELIHOOD_OBJECTIVES, TokenLogProbs
+from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
+from hpd_verl.teacher.size import log_size
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)

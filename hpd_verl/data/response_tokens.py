@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from hpd_verl.batch import ROW
+from hpd_verl.data.fields import ROW
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.objectives import TokenLogProbs
-from hpd_verl.token_weights import row_objectives, token_weights
+from hpd_verl.head.token_weights import row_objectives, token_weights
+from hpd_verl.objectives.weights import TokenLogProbs
 
 
 @register_adv_est("hpd")

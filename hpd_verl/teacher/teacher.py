@@ -16,15 +16,15 @@ from verl.utils.memory_utils import aggressive_empty_cache
 from verl.workers.config import EngineConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
-from hpd_verl import batch as fields
-from hpd_verl.causal_lm import head_scaling, output_head
 from hpd_verl.config import HPDConfig
-from hpd_verl.engine import MODEL_TYPE, HeadLoss
-from hpd_verl.head import OutputHead, TeacherFeatures, teacher_features, teacher_top_k
-from hpd_verl.ranks import on_every_rank, on_rank_zero
-from hpd_verl.response_tokens import column, response_tokens, row_numbers
-from hpd_verl.teacher_identity import FileHashes, teacher_hashes
-from hpd_verl.teacher_store import (
+from hpd_verl.data import fields
+from hpd_verl.data.response_tokens import column, response_tokens, row_numbers
+from hpd_verl.engine.causal_lm import head_scaling, output_head
+from hpd_verl.engine.head_engine import MODEL_TYPE, HeadLoss
+from hpd_verl.engine.ranks import on_every_rank, on_rank_zero
+from hpd_verl.head.distillation_head import OutputHead, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.teacher.identity import FileHashes, teacher_hashes
+from hpd_verl.teacher.store import (
     DiskStore,
     MemoryStore,
     StoreIdentity,

@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from verl.utils.config import omega_conf_to_dataclass
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.dataset import DEMONSTRATION, HPDDataset
-from hpd_verl.demonstration import DemonstrationTokenizer, demonstration_text, has_demonstration
-from hpd_verl.models import teacher_model_config
-from hpd_verl.teacher_store import FORMAT_SETTING, LIMIT_SETTING, estimate_bytes
+from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
+from hpd_verl.data.demonstration import DemonstrationTokenizer, demonstration_text, has_demonstration
+from hpd_verl.teacher.model_config import teacher_model_config
+from hpd_verl.teacher.store import FORMAT_SETTING, LIMIT_SETTING, estimate_bytes
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)

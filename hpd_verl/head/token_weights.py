@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.objectives import OBJECTIVES, TokenLogProbs
+from hpd_verl.objectives.weights import OBJECTIVES, TokenLogProbs
 
 
 def row_objectives(is_rollout: Tensor, config: HPDConfig) -> list[tuple[str, Tensor]]:

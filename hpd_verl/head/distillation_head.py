@@ -32,7 +32,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.objectives import (
+from hpd_verl.head.sampling import BlockDraws, block_masses, block_tokens, draw_blocks, draw_tokens
+from hpd_verl.head.token_weights import row_objectives, token_weights
+from hpd_verl.objectives.weights import (
     FULL_VOCABULARY_OBJECTIVES,
     LOG_ZERO,
     OBJECTIVES,
@@ -40,8 +42,6 @@ from hpd_verl.objectives import (
     TokenLogProbs,
     VocabularyLogProbs,
 )
-from hpd_verl.sampling import BlockDraws, block_masses, block_tokens, draw_blocks, draw_tokens
-from hpd_verl.token_weights import row_objectives, token_weights
 
 _CPU_STEP = 1 << 17  # elements of [rows, vocabulary] worked on at a time: what a CPU's cache holds
 _STEP = 1 << 25  # the same on other devices

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl.workers.config import HFModelConfig
 
-from hpd_verl import batch as fields
-from hpd_verl.chat_template import ChatTemplate, Messages
+from hpd_verl.data import fields
+from hpd_verl.data.chat_template import ChatTemplate, Messages
 
 logger = logging.getLogger(__name__)
 

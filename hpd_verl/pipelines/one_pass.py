@@ -13,15 +13,15 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
-from hpd_verl import batch as fields
 from hpd_verl.config import HPDConfig
-from hpd_verl.engine import MODEL_TYPE, HeadLoss
-from hpd_verl.head import HeadOutput, OutputHead, TeacherFeatures, distillation_head
-from hpd_verl.metrics import token_metrics
-from hpd_verl.objectives import TokenLogProbs
-from hpd_verl.response_tokens import ResponseTokens, column, response_tokens, row_numbers
-from hpd_verl.sampling import counter_uniform
-from hpd_verl.teacher import Teacher, TeacherWorker
+from hpd_verl.data import fields
+from hpd_verl.data.response_tokens import ResponseTokens, column, response_tokens, row_numbers
+from hpd_verl.engine.head_engine import MODEL_TYPE, HeadLoss
+from hpd_verl.head.distillation_head import HeadOutput, OutputHead, TeacherFeatures, distillation_head
+from hpd_verl.head.metrics import token_metrics
+from hpd_verl.head.sampling import counter_uniform
+from hpd_verl.objectives.weights import TokenLogProbs
+from hpd_verl.teacher.teacher import Teacher, TeacherWorker
 
 
 class OnePassLoss(HeadLoss):

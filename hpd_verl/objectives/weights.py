@@ -5,7 +5,7 @@ Every method is a weighted log-likelihood (paper eq. 9): ``loss = -sum_t w(v_t) 
 position: the label ``y`` that stands there, and the token ``a`` that the student samples at the same prefix.
 A full-vocabulary objective (``FULL_VOCABULARY_OBJECTIVES``) gives every token of the vocabulary a weight instead.
 
-    from hpd_verl.objectives import OBJECTIVES, TokenLogProbs
+    from hpd_verl.objectives.weights import OBJECTIVES, TokenLogProbs
     weights = OBJECTIVES["hpd"](TokenLogProbs(...), forward_coef=1.0)
     loss = -(weights.label * log_q_label + weights.sampled * log_q_sampled).sum() / num_response_tokens
 

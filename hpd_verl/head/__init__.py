@@ -1,0 +1,1 @@
+"""Output layer, draws, objective and gradients in one sweep over tokens. Imports torch and objectives only."""
