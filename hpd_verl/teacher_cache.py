@@ -65,7 +65,9 @@ def fill(config: DictConfig) -> dict[str, float]:
         for batch in tqdm(loader, desc=name, unit="batch", disable=torch.distributed.get_rank() != 0):
             features = teacher.features(as_batch(config, model, batch, step=0))
             broken += [
-                f"{name} row {row}" for row, each in features.items() if not each.label_log_probs.isfinite().all()
+                f"{name} row {row}"
+                for row, each in features.items()
+                if not each.tensors["label_log_probs"].isfinite().all()
             ]
     torch.distributed.barrier()
     if isinstance(teacher.store, DiskStore):

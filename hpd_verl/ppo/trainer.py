@@ -5,7 +5,6 @@ one-pass pipeline does everything from the student pass on within the update. Wi
 rollout server; with one, weights are synced only before something is generated.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ from hpd_verl.data.dataset import DEMONSTRATION
 from hpd_verl.data.demonstration import has_demonstration
 from hpd_verl.data.on_policy import choose_rollouts, rollout_quota
 from hpd_verl.head.metrics import token_metrics
-from hpd_verl.objectives.weights import LIKELIHOOD_OBJECTIVES, TokenLogProbs
+from hpd_verl.objectives import TokenLogProbs
 from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
 from hpd_verl.teacher.size import log_size
 
@@ -75,7 +74,7 @@ class HPDTrainer(PPOTrainerSync):
         logger.info("pipeline %s: %s", pipeline, reason)
         with open_dict(config):
             config.actor_rollout_ref.hpd.pipeline = pipeline  # what the workers read
-        self.hpd = dataclasses.replace(hpd, pipeline=pipeline)
+        self.hpd = hpd.model_copy(update={"pipeline": pipeline})
         check_models(
             student=config.actor_rollout_ref.model,
             teacher=config.actor_rollout_ref.ref.model,
@@ -92,7 +91,7 @@ class HPDTrainer(PPOTrainerSync):
         self.server_is_awake = False
         super().__init__(config)
         self.use_reference_policy = True  # the teacher; verl derives this from its own KL terms
-        self.uses_ratio = updates_per_batch(config) > 1 and not self.hpd.objectives & LIKELIHOOD_OBJECTIVES
+        self.uses_ratio = updates_per_batch(config) > 1 and not self.hpd.objectives.is_likelihood
         self.batch_rows: dict[str, int] = {}
 
     def _build_replay_buffer(self) -> ReplayBuffer:
@@ -289,7 +288,10 @@ class HPDTrainer(PPOTrainerSync):
         self._refuse_nan(batch, log_probs)
         is_rollout = self._is_rollout(batch)
         label_weights, sampled_weights = get_adv_estimator_fn("hpd")(
-            response_mask=response_mask, config=self.hpd, log_probs=log_probs, is_rollout=is_rollout
+            response_mask=response_mask,
+            objectives=self.hpd.objectives,
+            log_probs=log_probs,
+            is_rollout=is_rollout,
         )
         mask = response_mask.bool()
         per_token = token_metrics(log_probs, label_weights, sampled_weights, response(fields.ENTROPY))

@@ -29,7 +29,7 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import row_numbers
 from hpd_verl.head.sampling import counter_uniform, sample_tokens, token_log_probs
-from hpd_verl.objectives.weights import LOG_ZERO
+from hpd_verl.objectives import LOG_ZERO
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
 from hpd_verl.pipelines.policy_loss import compute_hpd_policy_loss
 from hpd_verl.teacher.model_config import teacher_model_config
