@@ -34,7 +34,7 @@ from hpd_verl.objectives.weights import (
     VocabularyLogProbs,
 )
 from hpd_verl.pipelines.one_pass import OnePassLoss
-from hpd_verl.ppo.worker import StudentLoss, TeacherLogProbs
+from hpd_verl.pipelines.staged import StudentLoss, TeacherLogProbs
 
 pytestmark = pytest.mark.skipif(not is_available, reason="this torch lets Python declare no device")
 
