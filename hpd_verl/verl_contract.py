@@ -286,8 +286,8 @@ CONTRACT: tuple[Entry, ...] = (
         _ENGINE,
         "engine/head_engine.py",
         {
-            "__init__(self, model_config, engine_config, optimizer_config, checkpoint_config)": "its model type is one that "
-            "verl can build",
+            "__init__(self, model_config, engine_config, optimizer_config, checkpoint_config)": "its model type is one "
+            "that verl can build",
             "_build_fsdp_module(self, module)": "the output layer is made replaceable before it is wrapped",
             "forward_step(self, micro_batch, loss_function, forward_only)": "the loss takes the output layer's place",
             "prepare_model_inputs(self, micro_batch)": "the model's inputs, packed or padded",

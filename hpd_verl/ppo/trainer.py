@@ -43,7 +43,6 @@ from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
 from hpd_verl.teacher.size import log_size
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.INFO)
 
 POLL_INTERVAL = 0.1
 """Seconds between looks for finished responses; verl's default of 2 would be most of a small step."""
