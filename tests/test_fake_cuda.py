@@ -25,7 +25,7 @@ from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform, sample_from, sample_tokens, token_log_probs
 from hpd_verl.objectives import OBJECTIVES, TokenLogProbs, VocabularyLogProbs
 from hpd_verl.pipelines.one_pass import OnePassLoss
-from hpd_verl.ppo.worker import StudentLoss, TeacherLogProbs
+from hpd_verl.pipelines.staged import StudentLoss, TeacherLogProbs
 
 pytestmark = pytest.mark.skipif(not is_available, reason="this torch lets Python declare no device")
 

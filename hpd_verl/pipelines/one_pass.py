@@ -10,7 +10,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
-from verl.workers.config import TrainingWorkerConfig
+from verl.workers.config import ActorConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from hpd_verl.config import HPDConfig
@@ -23,6 +23,8 @@ from hpd_verl.head.metrics import token_metrics
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform
 from hpd_verl.objectives import TokenLogProbs
+from hpd_verl.pipelines.pipeline import Driver, Pipeline, RankPipeline
+from hpd_verl.teacher.model_config import shared_vocabulary_size
 from hpd_verl.teacher.teacher import Teacher, TeacherWorker
 
 
@@ -153,8 +155,17 @@ class StudentWorker(TrainingWorker):
     def __init__(self, config: TrainingWorkerConfig) -> None:
         super().__init__(dataclasses.replace(config, model_type=MODEL_TYPE))
 
+    def reset(self) -> None:
+        """verl's call to load the model.
 
-class OnePass:
+        Raises:
+            ValueError: its output layer is not understood.
+        """
+        super().reset()
+        self.engine.offer_head()
+
+
+class OnePass(RankPipeline):
     """Student and teacher of one rank: the teacher's features, then one pass of the student.
 
     Args:
@@ -164,7 +175,7 @@ class OnePass:
         loss_agg_mode, loss_scale_factor: verl's settings of those names.
 
     Raises:
-        ValueError: the student's or the teacher's output layer is not understood, or the teacher's store is not usable.
+        ValueError: the teacher's output layer is not understood, or the teacher's store is not usable.
     """
 
     def __init__(
@@ -175,13 +186,18 @@ class OnePass:
         loss_agg_mode: str = "token-mean",
         loss_scale_factor: int | None = None,
     ) -> None:
-        vocabulary_size = min(worker.model_config.hf_config.vocab_size for worker in (student, teacher))
+        vocabulary_size = shared_vocabulary_size(student.model_config, teacher.model_config)
         self.student = student
-        self.student.engine.offer_head()
         self.loss = OnePassLoss(config, loss_agg_mode, loss_scale_factor, self.student.engine.compiles)
         self.student.set_loss_fn(self.loss)
         tokenizer = student.model_config.tokenizer
         self.teacher = Teacher(teacher, config, vocabulary_size, tokenizer) if config.needs_teacher else None
+
+    @classmethod
+    def of_workers(
+        cls, student: TrainingWorker, teacher: TeacherWorker, config: HPDConfig, actor: ActorConfig
+    ) -> "OnePass":
+        return cls(student, teacher, config, actor.loss_agg_mode, actor.loss_scale_factor)
 
     def update(self, data: TensorDict) -> TensorDict | None:
         """verl's ``train_mini_batch`` of the student, with the teacher's metrics added."""
@@ -224,3 +240,6 @@ class OnePass:
             return None
         tu.assign_non_tensor(output, metrics=tu.get(output, "metrics") | metrics)
         return output.cpu()
+
+
+ONE_PASS = Pipeline(Driver, OnePass, student_worker=StudentWorker, teacher_is_lazy=True)
