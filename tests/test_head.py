@@ -649,6 +649,7 @@ assert frames["ok"] >= 3 and frames["total"] == frames["ok"], frames
 """
 
 
+@pytest.mark.slow
 def test_compiled_is_the_same_within_rounding() -> None:
     """The elementwise part through torch.compile, in a process of its own: a CPU run disables the compiler."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}

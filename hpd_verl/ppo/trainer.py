@@ -86,6 +86,7 @@ class HPDTrainer(PPOTrainerSync):
             with open_dict(config):
                 config.actor_rollout_ref.rollout.name = NO_ROLLOUT
                 config.actor_rollout_ref.rollout.nnodes = 1  # verl asserts a place for replicas, however few
+                config.reward.num_workers = 0  # demonstrations earn no reward: no process waits to give one
         self.server_is_awake = False
         super().__init__(config)
         self.use_reference_policy = True  # the teacher; verl derives this from its own KL terms
