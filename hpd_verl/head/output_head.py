@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CPU_STEP = 1 << 17  # elements of [rows, vocabulary] worked on at a time: what a CPU's cache holds
+_CPU_STEP = 1 << 18  # elements of [rows, vocabulary] worked on at a time: what a CPU's cache holds
 _STEP = 1 << 25  # the same on other devices
 _CPU_CHUNK = 1024  # tokens of a chunk, where no size is set
 _CHUNK = 8192  # the same on other devices: a low-precision weight gradient is added up once a chunk

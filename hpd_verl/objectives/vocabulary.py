@@ -22,10 +22,9 @@ def _gaps(log_probs: VocabularyLogProbs) -> Tensor:
     return torch.sub(log_probs.teacher, log_probs.student).mul_(log_probs.student_probs)
 
 
-def _log_mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """log(share * exp(first) + (1 - share) * exp(second)), for a share below 1."""
-    log_share = math.log(share) if share else -math.inf
-    return torch.logaddexp(first + log_share, second + math.log1p(-share))
+def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """share * first + (1 - share) * second of probabilities, [n, V]; where both are 0 a number that divides."""
+    return torch.lerp(second, first, share).clamp_min_(torch.finfo(first.dtype).tiny)
 
 
 @objective(
@@ -54,13 +53,13 @@ def hpd_exact(
 
     label = reverse_coef * label_gap + torch.where(label_gap >= 0, forward_coef * teacher_prob, 0.0)
     if student_sampling:
-        # Tokens that the student over-estimates, where log p - log q < 0, and their chance to be sampled. NaN stays.
+        # Tokens that the student over-estimates, where log p - log q < 0, and their chance to be sampled, q. NaN stays.
         over = torch.sub(log_probs.teacher, log_probs.student).clamp_max_(0.0)
         over.scatter_(1, labels, 0.0)
-        drawn = torch.where(over == 0, 0.0, log_probs.student_probs)
-        reinforced = torch.where(label_gap > 0, drawn.sum(-1, keepdim=True), 0.0)
+        drawn = -over.sign().mul_(log_probs.student_probs).sum(-1, keepdim=True)
+        reinforced = torch.where(label_gap > 0, drawn, 0.0)
         label = label + reinforce_coef * teacher_prob * reinforced
-        weights = over.mul_(drawn).mul_(drawn).mul_(reverse_coef)
+        weights = over.mul_(log_probs.student_probs).mul_(log_probs.student_probs).mul_(reverse_coef)
         value = -(weights * log_probs.student).sum(-1)
     else:
         weights = torch.zeros_like(log_probs.student)
@@ -128,9 +127,9 @@ def jsd_exact(log_probs: VocabularyLogProbs, beta: float) -> VocabularyWeights:
         log_probs: see ``VocabularyLogProbs``.
         beta: see ``JSDParameters``.
     """
-    mixture = _log_mixture(log_probs.teacher, log_probs.student, beta)
-    forward = torch.sub(log_probs.teacher, mixture).mul_(log_probs.teacher_probs).sum(-1)
-    weights = mixture.sub_(log_probs.student).mul_(log_probs.student_probs).mul_(1 - beta)
+    log_mixture = _mixture(log_probs.teacher_probs, log_probs.student_probs, beta).log_()
+    forward = torch.sub(log_probs.teacher, log_mixture).mul_(log_probs.teacher_probs).sum(-1)
+    weights = log_mixture.sub_(log_probs.student).mul_(log_probs.student_probs).mul_(1 - beta)
     return VocabularyWeights(weights, beta * forward - weights.sum(-1))
 
 
@@ -149,9 +148,9 @@ def skew_fkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights:
         log_probs: see ``VocabularyLogProbs``.
         skew: share of the teacher in the mixture; with 0 it is fkl.
     """
-    mixture = _log_mixture(log_probs.teacher, log_probs.student, skew)
-    value = torch.sub(log_probs.teacher, mixture).mul_(log_probs.teacher_probs).sum(-1)
-    weights = torch.sub(log_probs.student, mixture, out=mixture).exp_().mul_(log_probs.teacher_probs).mul_(1 - skew)
+    mixture = _mixture(log_probs.teacher_probs, log_probs.student_probs, skew)
+    weights = torch.div(log_probs.student_probs, mixture).mul_(log_probs.teacher_probs).mul_(1 - skew)
+    value = mixture.log_().neg_().add_(log_probs.teacher).mul_(log_probs.teacher_probs).sum(-1)
     return VocabularyWeights(weights, value)
 
 
@@ -165,14 +164,11 @@ def skew_rkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights:
         log_probs: see ``VocabularyLogProbs``.
         skew: share of the student in the mixture; with 0 it is rkl_exact.
     """
-    mixture = _log_mixture(log_probs.student, log_probs.teacher, skew)
-    negative = mixture.sub_(log_probs.student)  # log m - log q
-    ratio = torch.neg(negative).exp_() if skew else None
-    weights = negative.mul_(log_probs.student_probs)
+    mixture = _mixture(log_probs.student_probs, log_probs.teacher_probs, skew)
+    ratio = torch.div(log_probs.student_probs, mixture)
+    weights = mixture.log_().sub_(log_probs.student).mul_(log_probs.student_probs)
     value = -weights.sum(-1)
-    if ratio is not None:
-        weights = weights.addcmul_(ratio, log_probs.student_probs, value=skew)
-    return VocabularyWeights(weights, value)
+    return VocabularyWeights(weights.addcmul_(ratio, log_probs.student_probs, value=skew), value)
 
 
 class AKLParameters(ObjectiveParameters):
@@ -182,16 +178,38 @@ class AKLParameters(ObjectiveParameters):
     """The teacher's mass in the head, above 0 and below 1."""
 
 
+_HEAD_TOKENS = 64
+"""Tokens among which the head is looked for first: most distributions of a language model have it there."""
+
+
 def _head_mask(probs: Tensor, mass: float) -> Tensor:
-    """The fewest most likely tokens of each row that hold ``mass``, and those as likely as the last; bool [n, V]."""
-    count = min(64, probs.shape[1])
-    while True:
-        top = probs.topk(count, dim=-1).values
-        held = top.cumsum(-1)
-        if count == probs.shape[1] or bool((held[:, -1] >= mass).all()):
-            least = torch.where(held - top < mass, top, math.inf).amin(-1, keepdim=True)
-            return probs >= least
-        count = min(8 * count, probs.shape[1])
+    """The fewest most likely tokens of each row that hold ``mass``, and those as likely as the last: 1, others 0."""
+    top = probs.topk(min(_HEAD_TOKENS, probs.shape[1]), dim=-1).values
+    held = top.cumsum(-1)
+    if bool((held[:, -1] >= mass).all()):
+        least = torch.where(held - top < mass, top, math.inf).amin(-1, keepdim=True)
+    else:
+        least = _least_of_head(probs, mass)
+    return torch.ge(probs, least, out=torch.empty_like(probs))
+
+
+def _least_of_head(probs: Tensor, mass: float) -> Tensor:
+    """The probability of the head's last token, [n, 1]: the largest number such that tokens from it on hold the mass.
+
+    Found by halving. Positive floats are ordered as the integers of their bits.
+    """
+    integer = torch.int64 if probs.dtype == torch.float64 else torch.int32
+    # All tokens below it together hold less than what is outside of the head.
+    low = torch.full_like(probs[:, :1], 0.99 * (1 - mass) / probs.shape[1]).view(integer)
+    width = probs.amax(-1, keepdim=True).view(integer) - low
+    inside = torch.empty_like(probs)
+    while bool((width > 0).any()):
+        half = (width + 1) // 2
+        torch.ge(probs, (low + half).view(probs.dtype), out=inside)
+        half *= inside.mul_(probs).sum(-1, keepdim=True) >= mass
+        low += half
+        width = torch.where(half > 0, width - half, (width - 1) // 2)
+    return low.view(probs.dtype)
 
 
 @objective(
@@ -244,10 +262,10 @@ def abkd(log_probs: VocabularyLogProbs, alpha: float, beta: float) -> Vocabulary
         alpha, beta: see ``ABKDParameters``.
     """
     student, teacher, total = log_probs.student, log_probs.teacher, alpha + beta
-    student_beta = (beta * student).exp_()
-    weights = (alpha * teacher).exp_().sub_((alpha * student).exp_()).mul_(student_beta).div_(alpha)
+    student_alpha, student_beta = (alpha * student).exp_(), (beta * student).exp_()
+    weights = (alpha * teacher).exp_().sub_(student_alpha).mul_(student_beta).div_(alpha)
     # The sum above, with p^alpha q^beta - q^(alpha + beta) = alpha w taken out.
-    remainder = (total * teacher).exp_().sub_((total * student).exp_()).div_(total)
+    remainder = (total * teacher).exp_().sub_(student_alpha.mul_(student_beta)).div_(total)
     return VocabularyWeights(weights, remainder.sub_(weights).sum(-1) / beta)
 
 
@@ -259,8 +277,10 @@ def todi(log_probs: VocabularyLogProbs) -> VocabularyWeights:
     weight a p + (1 - a) (gap - q).
     """
     difference = torch.sub(log_probs.teacher, log_probs.student)
-    share = difference.sigmoid()
-    forward = share * log_probs.teacher_probs
-    reverse = torch.sub(1.0, share, out=share).mul_(log_probs.student_probs)
+    # The sigmoid is p / (p + q); where both are 0, so are the weights.
+    total = torch.add(log_probs.teacher_probs, log_probs.student_probs)
+    total.clamp_min_(torch.finfo(total.dtype).tiny)
+    forward = torch.div(log_probs.teacher_probs, total).mul_(log_probs.teacher_probs)
+    reverse = torch.div(log_probs.student_probs, total, out=total).mul_(log_probs.student_probs)
     value = torch.sub(forward, reverse).mul_(difference).sum(-1)
     return VocabularyWeights(forward.addcmul_(reverse, difference.sub_(1.0)), value)
