@@ -50,9 +50,9 @@ from hpd_verl.hydra_config import config_dir  # noqa: E402
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker  # noqa: E402
 from hpd_verl.pipelines.pipeline import Batch  # noqa: E402
 from hpd_verl.pipelines.staged import STAGED  # noqa: E402
-from hpd_verl.sft_trainer import DemonstrationDataset, as_batch, lazy_teacher, read_demonstrations  # noqa: E402
+from hpd_verl.lean import ALONE, DemonstrationDataset, as_batch, lazy_teacher, read_demonstrations  # noqa: E402
 from hpd_verl.teacher.teacher import TeacherWorker  # noqa: E402
-from hpd_verl.teacher_cache import ALONE  # noqa: E402
+from hpd_verl.lean import ALONE  # noqa: E402
 
 Step = Callable[[], Any]
 

@@ -23,10 +23,10 @@ from hpd_verl.engine.head_engine import HeadLoss
 from hpd_verl.head.distillation_head import OutputHead
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.pipelines.one_pass import StudentWorker
-from hpd_verl.sft_trainer import as_batch, lazy_teacher, read_demonstrations
+from hpd_verl.lean import as_batch, lazy_teacher, read_demonstrations
 from hpd_verl.teacher import teacher as teacher_module
 from hpd_verl.teacher.teacher import Teacher
-from hpd_verl.teacher_cache import ALONE
+from hpd_verl.lean import ALONE
 
 BFLOAT16 = "{param_dtype: bf16, reduce_dtype: fp32, buffer_dtype: fp32}"
 PRECISIONS = {"float32": [], "bfloat16": [f"engine.mixed_precision={BFLOAT16}", "teacher.engine.model_dtype=bf16"]}

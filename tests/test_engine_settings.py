@@ -13,7 +13,7 @@ from verl.utils.distributed import destroy_global_process_group, initialize_glob
 
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.sft_trainer import HPDSFTTrainer
-from hpd_verl.teacher_cache import ALONE
+from hpd_verl.lean import ALONE
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,8 +18,9 @@ from verl.utils.distributed import destroy_global_process_group, initialize_glob
 
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.ppo.trainer import HPDTrainer
-from hpd_verl.sft_trainer import checked
-from hpd_verl.teacher_cache import ALONE, fill
+from hpd_verl.lean import checked
+from hpd_verl.lean import ALONE
+from hpd_verl.teacher_cache import fill
 
 
 @pytest.fixture(autouse=True, scope="module")

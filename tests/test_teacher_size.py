@@ -10,8 +10,9 @@ from torch.utils.data import TensorDataset
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.dataset import HPDDataset
+from hpd_verl.teacher.disk_store import DiskStore, estimate_bytes
+from hpd_verl.teacher.records import row_key, teacher_identity
 from hpd_verl.teacher.size import ResponseTokens, count_response_tokens, describe_size
-from hpd_verl.teacher.store import DiskStore, estimate_bytes, row_key, teacher_identity
 
 GIB = 1 << 30
 

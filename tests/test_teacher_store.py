@@ -16,19 +16,16 @@ from typing import Any
 import pytest
 import torch
 
-from hpd_verl.teacher.store import (
-    DiskStore,
-    MemoryStore,
+from hpd_verl.teacher.disk_store import DiskStore
+from hpd_verl.teacher.records import (
     Record,
     StoreIdentity,
-    StoreStats,
-    TeacherStore,
-    check_memory_store,
     output_head_hash,
     row_key,
     teacher_identity,
     tokenisation_hash,
 )
+from hpd_verl.teacher.store import MemoryStore, StoreStats, TeacherStore, check_memory_store
 
 HIDDEN = StoreIdentity(
     teacher="0" * 64, temperature=1.0, vocabulary_size=100, format="hidden", dtype="bf16", top_k=0, teacher_dtype="bf16"
@@ -50,7 +47,7 @@ def make_record(identity: StoreIdentity, number: int, tokens: int = 3, hidden_si
     schema: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"label_log_probs": (torch.float32, (tokens,))}
     if identity.format == "hidden":
         dtype = torch.bfloat16 if identity.dtype == "bf16" else torch.float32
-        schema |= {"log_mass": (torch.float32, (tokens,)), "hidden": (dtype, (tokens, hidden_size))}
+        schema |= {"log_sum_exp": (torch.float32, (tokens,)), "hidden": (dtype, (tokens, hidden_size))}
     else:
         shape = (tokens, identity.top_k)
         schema |= {"rest_log_prob": (torch.float32, (tokens,))}
@@ -136,7 +133,7 @@ def test_stores_a_copy(kind: str, tmp_path: Path) -> None:
     store = open_store(kind, tmp_path)
     batch = torch.randn(7, 6).to(torch.bfloat16)
     values = torch.randn(6, requires_grad=True)
-    record = {"label_log_probs": values[::2], "log_mass": values[::2] * 2, "hidden": batch.t()[::2]}
+    record = {"label_log_probs": values[::2], "log_sum_exp": values[::2] * 2, "hidden": batch.t()[::2]}
     copy = {name: tensor.detach().clone() for name, tensor in record.items()}
     store.put(make_key(0), record)
     batch.zero_()
@@ -309,7 +306,7 @@ def test_ranks_see_each_other(tmp_path: Path) -> None:
 def processes() -> multiprocessing.context.ForkServerContext:
     """Processes that start quickly, from a server that has torch loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd_verl.teacher.store"])
+    context.set_forkserver_preload(["hpd_verl.teacher.disk_store"])
     return context
 
 
