@@ -3,6 +3,7 @@
 
 PYTHON ?= python3.11
 VENV ?= .venv
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: install quickstart test clean
@@ -26,7 +27,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxschedchunk 1
 
 clean:
 	rm -rf $(VENV) examples/quickstart/run

@@ -15,7 +15,6 @@ student; medians are appended to benchmarks/results/step.csv with the machine an
 """
 
 import argparse
-import dataclasses
 import os
 import shutil
 import statistics
@@ -47,12 +46,12 @@ from verl.workers.utils.losses import sft_loss  # noqa: E402
 
 from hpd_verl.config import HPDConfig  # noqa: E402
 from hpd_verl.hydra_config import config_dir  # noqa: E402
+from hpd_verl.lean import ALONE, DemonstrationDataset, as_batch, lazy_teacher, read_demonstrations  # noqa: E402
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker  # noqa: E402
 from hpd_verl.pipelines.pipeline import Batch  # noqa: E402
 from hpd_verl.pipelines.staged import STAGED  # noqa: E402
-from hpd_verl.lean import ALONE, DemonstrationDataset, as_batch, lazy_teacher, read_demonstrations  # noqa: E402
-from hpd_verl.teacher.teacher import TeacherWorker  # noqa: E402
-from hpd_verl.lean import ALONE  # noqa: E402
+from hpd_verl.teacher.choice import make_teacher  # noqa: E402
+from hpd_verl.teacher.colocated import TeacherWorker  # noqa: E402
 
 Step = Callable[[], Any]
 
@@ -105,13 +104,12 @@ class Steps:
         return step
 
     def one_pass(self, teacher: TeacherWorker | None = None, **settings: Any) -> Step:
-        hpd = dataclasses.replace(HPDConfig.from_config(self.config.algorithm.hpd), **settings)
-        one_pass = OnePass(self.student, teacher or self.teacher, hpd)
+        hpd = HPDConfig.from_config(OmegaConf.merge(self.config.algorithm.hpd, settings))
+        worker = teacher or self.teacher
+        one_pass = OnePass(self.student, make_teacher(worker, hpd, self.model) if hpd.needs_teacher else None, hpd)
 
         def step() -> None:
             self.student.set_loss_fn(one_pass.loss)
-            if one_pass.teacher is not None and one_pass.teacher.worker.is_loaded:
-                one_pass.teacher.worker.set_loss_fn(one_pass.teacher.loss)
             one_pass.update(self.batch())
 
         return step

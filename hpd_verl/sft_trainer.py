@@ -7,12 +7,9 @@ Settings: configs/sft_trainer.yaml. The objectives, the output layer and the tea
 one-pass pipeline.
 """
 
-import logging
 import math
-import os
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,17 +18,14 @@ import torch
 import torch.distributed
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from verl.trainer.sft_trainer import SFTTrainer
 from verl.utils import tensordict_utils as tu
-from verl.utils.config import omega_conf_to_dataclass
-from verl.utils.device import auto_set_device
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 from verl.utils.metric import Metric, reduce_metrics
 from verl.utils.tracking import Tracking
-from verl.workers.config import HFModelConfig, TrainingWorkerConfig
+from verl.workers.config import TrainingWorkerConfig
 
 from hpd_verl import checkpoint
 from hpd_verl.config import HPDConfig
@@ -48,7 +42,6 @@ from hpd_verl.lean import (
 )
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
 from hpd_verl.teacher.choice import make_teacher
-
 
 Value = TypeVar("Value")
 

@@ -28,6 +28,7 @@ from hpd_verl.lean import ALONE, as_batch, checked, lazy_teacher, log_store_size
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.stored import StoredTeacher
 
+
 def fill(config: DictConfig) -> dict[str, float]:
     """Take the features of every row and store them.
 
@@ -60,7 +61,9 @@ def fill(config: DictConfig) -> dict[str, float]:
         for batch in tqdm(loader, desc=name, unit="batch", disable=torch.distributed.get_rank() != 0):
             features = teacher.features(as_batch(config, model, batch, step=0))
             broken += [
-                f"{name} row {row}" for row, each in features.items() if not each.label_log_probs.isfinite().all()
+                f"{name} row {row}"
+                for row, each in features.items()
+                if not each.tensors["label_log_probs"].isfinite().all()
             ]
     torch.distributed.barrier()
     teacher.store.refresh()  # what the other ranks stored last

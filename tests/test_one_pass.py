@@ -16,7 +16,8 @@ from verl.utils.metric import Metric
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
-from hpd_verl.head.distillation_head import OutputHead, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.features import TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform, sample_tokens
 from hpd_verl.pipelines.one_pass import OnePassLoss
 
@@ -105,7 +106,7 @@ class Batch:
     def loss_function(self) -> OnePassLoss:
         loss = OnePassLoss(self.config, self.loss_agg_mode, self.loss_scale_factor)
         if self.config.needs_teacher:
-            loss.teacher_features, loss.teacher_head = self.features(), self.teacher_head()
+            loss.teacher_features = self.features()
         return loss
 
     def run(self, *chosen: int, loss: OnePassLoss | None = None) -> tuple[Tensor, dict[str, Any], Tensor, Tensor]:
@@ -324,7 +325,7 @@ def test_sft_needs_no_teacher() -> None:
     """And logs the student's likelihood alone."""
     batch = Batch(configured("sft"))
     loss = batch.loss_function()
-    assert (loss.teacher_features, loss.teacher_head) == ({}, None)
+    assert loss.teacher_features == {}
     value, metrics, *_ = batch.run(loss=loss)
     assert values(metrics) == pytest.approx(
         {"hpd/student_nll": value.item(), "hpd/loss": value.item(), "hpd/response_tokens": batch.tokens}, rel=1e-6

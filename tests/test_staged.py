@@ -5,7 +5,7 @@ from verl.utils import tensordict_utils as tu
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
-from hpd_verl.objectives.weights import LOG_ZERO
+from hpd_verl.objectives import LOG_ZERO
 from hpd_verl.pipelines.staged import TeacherLogProbs
 
 

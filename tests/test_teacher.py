@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.hydra_config import config_dir
+from hpd_verl.lean import ALONE, checked
 from hpd_verl.ppo.trainer import HPDTrainer
-from hpd_verl.lean import checked
-from hpd_verl.lean import ALONE
 from hpd_verl.teacher_cache import fill
 
 

@@ -33,7 +33,7 @@ def test_estimate_is_what_a_store_takes(format: str, dtype: str, tmp_path: Path)
     lengths = [3, 0, 11, 200]
     for number, tokens in enumerate(lengths):
         record = {}
-        for name, field in store._schema.fields.items():
+        for name, field in store.schema.fields.items():
             width = 24 if format == "hidden" else 5
             record[name] = torch.ones((tokens, width) if field.wide else (tokens,), dtype=field.dtype)
         store.put(row_key(identity.digest, torch.arange(tokens + number + 1), tokens), record)

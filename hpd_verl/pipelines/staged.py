@@ -25,12 +25,12 @@ from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import row_numbers
 from hpd_verl.head.metrics import token_metrics
 from hpd_verl.head.sampling import counter_uniform, sample_tokens, token_log_probs
-from hpd_verl.objectives.weights import LIKELIHOOD_OBJECTIVES, LOG_ZERO, TokenLogProbs
+from hpd_verl.objectives import LOG_ZERO, TokenLogProbs
 from hpd_verl.pipelines.advantage import compute_hpd_advantage
 from hpd_verl.pipelines.pipeline import Batch, Driver, Pipeline, RankPipeline
 from hpd_verl.pipelines.policy_loss import compute_hpd_policy_loss
+from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import shared_vocabulary_size
-from hpd_verl.teacher.teacher import TeacherWorker
 
 LOGITS_TO_LOSS = {"distillation_use_topk": True, "distillation_only": True}
 """verl's switches of a batch: hand logits to the loss function, and compute no log-probs beside it."""
@@ -200,7 +200,7 @@ class StagedDriver(Driver):
 
     def __init__(self, config: HPDConfig, updates_per_batch: int = 1, compares_rollouts: bool = False) -> None:
         super().__init__(config, updates_per_batch, compares_rollouts)
-        self.uses_ratio = updates_per_batch > 1 and not config.objectives & LIKELIHOOD_OBJECTIVES
+        self.uses_ratio = updates_per_batch > 1 and not config.objectives.is_likelihood
 
     def student_pass(self, batch: Batch) -> None:
         batch.student_pass([])
@@ -221,7 +221,10 @@ class StagedDriver(Driver):
         _refuse_nan(batch, log_probs)
         is_rollout = batch.is_rollout
         label_weights, sampled_weights = compute_hpd_advantage(
-            response_mask=response_mask, config=self.config, log_probs=log_probs, is_rollout=is_rollout
+            response_mask=response_mask,
+            objectives=self.config.objectives,
+            log_probs=log_probs,
+            is_rollout=is_rollout,
         )
         mask = response_mask.bool()
         per_token = token_metrics(log_probs, label_weights, sampled_weights, _response(data, fields.ENTROPY))

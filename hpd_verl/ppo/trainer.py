@@ -5,7 +5,6 @@ weights and update. With nothing to generate there is no rollout server; with on
 something is generated.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator
@@ -70,7 +69,7 @@ class HPDTrainer(PPOTrainerSync):
         logger.info("pipeline %s: %s", pipeline, reason)
         with open_dict(config):
             config.actor_rollout_ref.hpd.pipeline = pipeline  # what the workers read
-        self.hpd = dataclasses.replace(hpd, pipeline=pipeline)
+        self.hpd = hpd.model_copy(update={"pipeline": pipeline})
         self.pipeline = PIPELINES[pipeline].driver(
             self.hpd, updates_per_batch(config), bool(config.actor_rollout_ref.rollout.calculate_log_probs)
         )
@@ -87,6 +86,7 @@ class HPDTrainer(PPOTrainerSync):
             with open_dict(config):
                 config.actor_rollout_ref.rollout.name = NO_ROLLOUT
                 config.actor_rollout_ref.rollout.nnodes = 1  # verl asserts a place for replicas, however few
+                config.reward.num_workers = 0  # demonstrations earn no reward: no process waits to give one
         self.server_is_awake = False
         super().__init__(config)
         self.use_reference_policy = True  # the teacher; verl derives this from its own KL terms

@@ -163,6 +163,9 @@ class ColocatedTeacher(Teacher):
         computed, loss.rows = loss.rows, {}
         return computed
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
 
 def _full_copy(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """A parameter on the device, gathered, in memory of its own and no more: FSDP frees and moves the parameter's."""

@@ -73,6 +73,7 @@ class TeacherStore(ABC):
         self.identity = identity
         self.max_bytes = max_bytes
         self.schema = Schema(identity)
+        """Of the records."""
         self._hits = self._misses = self._refused = self._non_finite = self._damaged = 0
 
     @abstractmethod
@@ -91,6 +92,7 @@ class TeacherStore(ABC):
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """The keys without a record, in order. ``get`` may still find a listed record damaged and return None."""
 
+    @abstractmethod
     def refresh(self) -> None:
         """Take in what other processes have stored."""
 
@@ -160,6 +162,9 @@ class MemoryStore(TeacherStore):
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         return [key for key in keys if key not in self._records]
+
+    def refresh(self) -> None:
+        pass  # no other process stores here
 
     @property
     def stats(self) -> StoreStats:

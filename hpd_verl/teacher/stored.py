@@ -22,8 +22,8 @@ from hpd_verl.teacher.teacher import Teacher
 class StoredTeacher(Teacher):
     """Features from the store where they are there, else from the teacher behind it.
 
-    Fresh features are rounded as the store keeps them, so that results do not depend on what is stored already. Rollouts
-    are not stored, since they are never seen again.
+    Fresh features are rounded as the store keeps them, so that results do not depend on what is stored already.
+    Rollouts are not stored, since they are never seen again.
 
     Args:
         store: of the features of the teacher behind it.
@@ -31,7 +31,9 @@ class StoredTeacher(Teacher):
         scaling: factor and soft cap of the logits, for an output head that is stored.
     """
 
-    def __init__(self, store: TeacherStore, teacher: Teacher, scaling: tuple[float, float | None] = (1.0, None)) -> None:
+    def __init__(
+        self, store: TeacherStore, teacher: Teacher, scaling: tuple[float, float | None] = (1.0, None)
+    ) -> None:
         self.store = store
         self.teacher = teacher
         self.scaling = scaling

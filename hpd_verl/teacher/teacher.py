@@ -27,9 +27,10 @@ class Teacher(ABC):
             Row number to features, on the device.
         """
 
+    @abstractmethod
     def prepare(self) -> None:
         """Take now, once, the memory that features will need, before others count what is free."""
 
+    @abstractmethod
     def metrics(self) -> dict[str, float]:
         """For the log, since the run began."""
-        return {}
