@@ -235,7 +235,7 @@ CONTRACT: tuple[Entry, ...] = (
     ),
     *_methods(
         _TRAINING_WORKER,
-        "teacher/teacher.py",
+        "teacher/colocated.py",
         {
             "__init__(self, config)": "the teacher's own model, and the engine that hands out hidden states",
             "reset(self)": "loads the model, here only when it is needed",
@@ -257,8 +257,8 @@ CONTRACT: tuple[Entry, ...] = (
     *_attributes(_TRAINING_WORKER, "pipelines/one_pass.py", {"engine model_config": "the student's engine and model"}),
     *_attributes(
         _TRAINING_WORKER,
-        "teacher/teacher.py",
-        {"engine engine_config model_config": "the teacher's engine, its dtype and its model"},
+        "teacher/colocated.py",
+        {"engine": "the teacher's engine"},
     ),
     *_texts(
         f"{_TRAINING_WORKER}.train_mini_batch",
@@ -280,6 +280,11 @@ CONTRACT: tuple[Entry, ...] = (
             ('final_metrics["mfu"]', '"actor/mfu"', "renamed in the log"),
             ('final_metrics["grad_norm"]', '"actor/grad_norm"', "a norm that is not finite ends the run"),
         ],
+    ),
+    *_attributes(
+        _TRAINING_WORKER,
+        "teacher/choice.py",
+        {"engine_config model_config": "the teacher's dtype and its model, which need not be loaded"},
     ),
     # The engine
     *_methods(

@@ -38,7 +38,6 @@ class StoredTeacher(Teacher):
         self.teacher = teacher
         self.scaling = scaling
         self.is_teacher_used = False
-        self._keeps_head = isinstance(store, DiskStore) and store.identity.format == "hidden"
         self._is_head_checked = False
         self._form = self._stored_form()
         """Features of no tokens, with all that records do not hold; None until the output head is known."""
@@ -90,18 +89,19 @@ class StoredTeacher(Teacher):
 
     def _take_head(self, computed: dict[int, TeacherFeatures]) -> None:
         """Check and store the output head that the first computed features come with; all ranks together."""
-        first = next(iter(computed.values()))
-        if self._form is None:
+        first = next(iter(computed.values()), None)
+        is_new = self._form is None  # on all ranks, each of which then wanted all of its rows
+        if is_new:
+            assert first is not None
             self._form = first.with_tensors({name: torch.empty(0) for name in first.tensors})
-        if self._is_head_checked or not self._keeps_head:
+        if not isinstance(self.store, DiskStore) or not isinstance(first, HiddenFeatures) or self._is_head_checked:
             return
-        assert isinstance(self.store, DiskStore)
-        assert isinstance(first, HiddenFeatures)
         self.store.check_output_head(first.head.weight, first.head.bias)
-        if torch.distributed.get_rank() == 0:
-            self.store.save_output_head(first.head.weight, first.head.bias)
-        torch.distributed.barrier()
         self._is_head_checked = True
+        if is_new:
+            if torch.distributed.get_rank() == 0:
+                self.store.save_output_head(first.head.weight, first.head.bias)
+            torch.distributed.barrier()
 
     def _of_record(self, record: Record) -> TeacherFeatures:
         assert self._form is not None
