@@ -202,7 +202,7 @@ def peak_memory(case: Case, implementation: str, device: str) -> int:
 def _peak_memory_in_own_process(arguments: argparse.Namespace, shape: int, dtype: str, implementation: str) -> int:
     command = [sys.executable, __file__, "--memory", implementation, "--shape", str(shape), "--dtype", dtype]
     command += ["--threads", str(arguments.threads), "--device", arguments.device]
-    command += ["--chunk-size", str(arguments.chunk_size)] if arguments.chunk_size else []
+    command += ["--chunk_size", str(arguments.chunk_size)] if arguments.chunk_size else []
     command += ["--tokens", str(arguments.tokens)] if arguments.tokens else []
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--chunk-size", type=int, help="tokens; 1024 on a CPU, else what the head takes")
+    parser.add_argument("--chunk_size", type=int, help="tokens; 1024 on a CPU, else what the head takes")
     parser.add_argument("--tokens", type=int, help="in place of the shape's")
     parser.add_argument("--only", nargs="+", choices=[*IMPLEMENTATIONS, *OPTIONAL], default=IMPLEMENTATIONS)
     parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), help="one of the shapes only")
@@ -225,8 +225,8 @@ def main() -> None:
         arguments.chunk_size = 1024
 
     def shape_of(index: int) -> tuple[int, int, int, int]:
-        tokens, *others = SHAPES[index]
-        return (arguments.tokens or tokens, *others)
+        tokens, vocabulary, hidden, teacher_hidden = SHAPES[index]
+        return arguments.tokens or tokens, vocabulary, hidden, teacher_hidden
 
     def case_of(index: int, dtype: str) -> Case:
         return Case(shape_of(index), getattr(torch, dtype), arguments.chunk_size, arguments.device)

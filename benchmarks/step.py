@@ -246,7 +246,7 @@ def main() -> None:
     response_tokens = sum(len(row["responses"]) for row in steps.rows)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rows = []
-    for name, value in median.items():
+    for name, taken in median.items():
         rows.append(
             {
                 **machine(),
@@ -258,11 +258,11 @@ def main() -> None:
                 "tokens": tokens,
                 "response_tokens": response_tokens,
                 "implementation": name,
-                "seconds": round(value, 4),
-                "ratio": round(value / median["verl_sft"], 3),
+                "seconds": round(taken, 4),
+                "ratio": round(taken / median["verl_sft"], 3),
             }
         )
-        print(f"{name:18} {value:8.3f} s {value / median['verl_sft']:6.2f} x", flush=True)
+        print(f"{name:18} {taken:8.3f} s {taken / median['verl_sft']:6.2f} x", flush=True)
     append_rows(arguments.csv, rows)
 
 

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--rows", type=int, default=4, help="rows a batch")
     parser.add_argument("--longest", type=int, default=256)
-    parser.add_argument("--top-k", type=int, default=CONFIG.teacher_cache_top_k)
+    parser.add_argument("--top_k", type=int, default=CONFIG.teacher_cache_top_k)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "store.csv")
     arguments = parser.parse_args()

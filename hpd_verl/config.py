@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import (
     ConfigDict,
     Discriminator,
@@ -284,7 +284,7 @@ class HPDConfig(HPDParameters):
         )
 
     @classmethod
-    def from_config(cls, node: DictConfig) -> "HPDConfig":
+    def from_config(cls, node: DictConfig | ListConfig) -> "HPDConfig":
         """Build from the ``algorithm.hpd`` node of a composed configuration.
 
         Raises:

@@ -255,7 +255,7 @@ def test_from_config_explains_off_without_quotes() -> None:
 def test_is_frozen() -> None:
     """Checked once, so never changed."""
     with pytest.raises(ValueError, match="frozen"):
-        HPDConfig().seed = 1  # type: ignore[misc]
+        HPDConfig().seed = 1
 
 
 # From a composed configuration

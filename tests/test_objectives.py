@@ -192,8 +192,8 @@ def test_hpd_by_hand(
     q_label: float, p_label: float, q_sampled: float, p_sampled: float, label: str, sampled: str | float
 ) -> None:
     """Each case of eq. 14-15, on probabilities whose gaps are +-log(2) / 4, -log(2) / 2 or exactly 0."""
-    values = [torch.tensor([value]).double().log() for value in (q_label, p_label, q_sampled, p_sampled)]
-    weights = OBJECTIVES["hpd"](TokenLogProbs(*values, torch.tensor([False])))
+    q_y, p_y, q_a, p_a = (torch.tensor([value]).double().log() for value in (q_label, p_label, q_sampled, p_sampled))
+    weights = OBJECTIVES["hpd"](TokenLogProbs(q_y, p_y, q_a, p_a, torch.tensor([False])))
     factor = {"gap": 0, "p": 1, "p + gap": 1, "2 p + gap": 2}[label]
     expected = factor * p_label + q_label * math.log(p_label / q_label)
     assert weights.label.item() == pytest.approx(expected)
@@ -288,9 +288,11 @@ def token_log_prob_batches(draw: st.DrawFn, least: float = -math.inf) -> TokenLo
     positions = draw(st.lists(st.tuples(log_prob, log_prob, log_prob, log_prob, st.booleans()), max_size=6))
     shape = draw(st.sampled_from([(-1,), (1, -1), (-1, 1)])) if positions else (0, 3)
     rows = [(q, p, q, p, same) if same else (q, p, q_a, p_a, same) for q, p, q_a, p_a, same in positions]
-    columns = [torch.tensor([row[column] for row in rows], dtype=dtype).reshape(shape) for column in range(4)]
+    q_y, p_y, q_a, p_a = (
+        torch.tensor([row[column] for row in rows], dtype=dtype).reshape(shape) for column in range(4)
+    )
     same_token = torch.tensor([row[4] for row in rows], dtype=torch.bool).reshape(shape)
-    return TokenLogProbs(*columns, same_token)
+    return TokenLogProbs(q_y, p_y, q_a, p_a, same_token)
 
 
 def weights_of(objective: str, log_probs: TokenLogProbs, **coefficients: Any) -> TokenWeights:
@@ -481,7 +483,9 @@ def test_vocabulary_limits() -> None:
 def test_adaptive_kl_head_of_a_large_vocabulary() -> None:
     """A head of more tokens than are looked at first."""
     torch.manual_seed(0)
-    batch = Batch(*torch.randn(2, 4, 1000).double(), torch.zeros(4, dtype=torch.int64), *[torch.zeros(4)] * 2, 4)
+    student_logits, teacher_logits = torch.randn(2, 4, 1000).double()
+    labels = torch.zeros(4, dtype=torch.int64)
+    batch = Batch(student_logits, teacher_logits, labels, sampled=labels, mask=torch.zeros(4), num_tokens=4)
     log_probs = vocabulary_log_probs(batch)
     for mu in (0.05, 0.5, 0.99):
         values = [

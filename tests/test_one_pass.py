@@ -96,7 +96,7 @@ class Batch:
 
     def features(self, top_k: int | None = None) -> dict[int, TeacherFeatures]:
         """The teacher's features of each row's response tokens."""
-        found = {}
+        found: dict[int, TeacherFeatures] = {}
         for (number, _, prompt, mask), ids, hidden in zip(self.rows, self.ids, self.teacher_hidden, strict=True):
             at = [prompt - 1 + t for t, counts in enumerate(mask) if counts]
             arguments = (hidden[at], self.teacher_head(), ids[[p + 1 for p in at]], self.config.temperature, 4)
@@ -153,7 +153,7 @@ def naive(batch: Batch) -> Naive:
             )
             _, sampled, _, _ = sample_tokens(logits / config.temperature, label, uniforms, 8)
             loss, _ = plain_head_loss(
-                [objective],
+                [str(objective)],
                 logits,
                 teacher_logits,
                 label,
@@ -163,7 +163,7 @@ def naive(batch: Batch) -> Naive:
             )
             losses.append(loss)
             for name, value in _token_metrics(
-                objective, logits / config.temperature, teacher_logits / config.temperature, label, sampled
+                str(objective), logits / config.temperature, teacher_logits / config.temperature, label, sampled
             ).items():
                 sums[name] += value
         rows.append(torch.stack(losses))
