@@ -53,7 +53,8 @@ from hpd_verl.pipelines.staged import STAGED  # noqa: E402
 from hpd_verl.teacher.choice import make_teacher  # noqa: E402
 from hpd_verl.teacher.colocated import TeacherWorker  # noqa: E402
 
-Step = Callable[[], Any]
+Step = Callable[[], TensorDict | None]
+"""One training step; returns what verl's worker returns, the metrics among it."""
 
 
 class Steps:
@@ -93,13 +94,13 @@ class Steps:
     def verl_sft(self) -> Step:
         loss = partial(sft_loss, config=None)
 
-        def step() -> None:
+        def step() -> TensorDict | None:
             self.student.set_loss_fn(loss)
             data = self.batch()
             lengths = [torch.zeros(len(row["prompts"]), dtype=torch.int64) for row in self.rows]
             masks = [torch.cat([zeros, row["loss_mask"]]) for zeros, row in zip(lengths, self.rows, strict=True)]
             data["loss_mask"] = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
-            self.student.train_mini_batch(data)
+            return self.student.train_mini_batch(data)
 
         return step
 
@@ -108,9 +109,9 @@ class Steps:
         worker = teacher or self.teacher
         one_pass = OnePass(self.student, make_teacher(worker, hpd, self.model) if hpd.needs_teacher else None, hpd)
 
-        def step() -> None:
+        def step() -> TensorDict | None:
             self.student.set_loss_fn(one_pass.loss)
-            one_pass.update(self.batch())
+            return one_pass.update(self.batch())
 
         return step
 
@@ -136,13 +137,13 @@ class Steps:
         driver = STAGED.driver(hpd)
         self.teacher.load()
 
-        def step() -> None:
+        def step() -> TensorDict | None:
             rank = STAGED.rank.of_workers(self.student, self.teacher, hpd, actor)
             batch = RankBatch(self.batch(**driver.settings), self.student, self.teacher)
             driver.student_pass(batch)
             driver.teacher_pass(batch)
             driver.weigh(batch)
-            rank.update(batch.data)
+            return rank.update(batch.data)
 
         return step
 

@@ -21,6 +21,11 @@ class Entry:
     """File of this package."""
     why: str
 
+    @property
+    def name(self) -> str:
+        """What the entry is called in messages."""
+        return self.place
+
 
 @dataclass(frozen=True)
 class Method(Entry):
@@ -29,18 +34,10 @@ class Method(Entry):
     parameters: str
     """Names of all parameters, in order, with stars."""
 
-    @property
-    def name(self) -> str:
-        return self.place
-
 
 @dataclass(frozen=True)
 class Attribute(Entry):
     """An attribute that verl's class sets or reads, and a class here reads or sets."""
-
-    @property
-    def name(self) -> str:
-        return self.place
 
 
 @dataclass(frozen=True)
