@@ -54,7 +54,7 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):
-    """Rows filled up to a multiple, by copies that ``batch.IS_PADDING`` marks and that have row numbers of their own.
+    """Rows filled up to a multiple, by copies that ``fields.IS_PADDING`` marks and that have row numbers of their own.
 
     Args:
         rows: the rows.

@@ -160,6 +160,11 @@ CONTRACT: tuple[Entry, ...] = (
         ],
     ),
     *_texts(
+        "verl.experimental.reward_loop.reward_loop:RewardLoopManager",
+        "ppo/trainer.py",
+        [("for i in range(num_workers)", "reward.num_workers = 0", "no worker where nothing is generated")],
+    ),
+    *_texts(
         f"{_TRAINER}._save_checkpoint",
         "ppo/trainer.py",
         [

@@ -165,6 +165,9 @@ def test_a_later_run_asks_for_missing_rows_only(form: str, tmp_path: Path) -> No
     assert teacher.metrics()["hpd/teacher_is_loaded"] == 1
     joined = TeacherFeatures.cat([more[0], more[11]])  # one computed, one stored
     assert len(joined) == 3 + 4
+    (again,) = teacher.features(batch(demonstrations[:1])).values()
+    if isinstance(again, HiddenFeatures):  # the stored copy of the head is given up
+        assert again.head is behind.head
 
 
 def test_the_head_that_is_stored_is_the_teachers(tmp_path: Path) -> None:

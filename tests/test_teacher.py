@@ -89,6 +89,15 @@ def test_whose_features_are_served(tiny: Tiny, tmp_path: Path) -> None:
         fill(configured(tiny, tmp_path / "adapted", *with_adapter))
 
 
+def test_top_k_store_needs_no_output_head(tiny: Tiny, tmp_path: Path) -> None:
+    """Its rows are served without the teacher."""
+    folder, topk = tmp_path / "store", "algorithm.hpd.teacher_cache_format=topk"
+    first, again = (fill(configured(tiny, folder, topk)) for _ in range(2))
+    assert (first["hpd/teacher_is_loaded"], again["hpd/teacher_is_loaded"]) == (1, 0)
+    assert again["hpd/teacher_cache_hit_fraction"] == 1
+    assert not (folder / "output_head.safetensors").exists()
+
+
 def test_features_that_are_not_finite_are_not_stored(tiny: Tiny, tmp_path: Path) -> None:
     """A teacher that is NaN on rows with a 7: filling fails and names such rows, and the store has all others."""
     model = AutoModelForCausalLM.from_pretrained(tiny.teacher)

@@ -91,17 +91,17 @@ class StoredTeacher(Teacher):
         """Check and store the output head that the first computed features come with; all ranks together."""
         first = next(iter(computed.values()), None)
         is_new = self._form is None  # on all ranks, each of which then wanted all of its rows
-        if is_new:
-            assert first is not None
-            self._form = first.with_tensors({name: torch.empty(0) for name in first.tensors})
-        if not isinstance(self.store, DiskStore) or not isinstance(first, HiddenFeatures) or self._is_head_checked:
+        if first is None or (self._is_head_checked and not is_new):
             return
-        self.store.check_output_head(first.head.weight, first.head.bias)
+        if isinstance(self.store, DiskStore) and isinstance(first, HiddenFeatures):
+            self.store.check_output_head(first.head.weight, first.head.bias)
+            if is_new:
+                if torch.distributed.get_rank() == 0:
+                    self.store.save_output_head(first.head.weight, first.head.bias)
+                torch.distributed.barrier()
         self._is_head_checked = True
-        if is_new:
-            if torch.distributed.get_rank() == 0:
-                self.store.save_output_head(first.head.weight, first.head.bias)
-            torch.distributed.barrier()
+        # With the teacher's own head, in place of an equal one that was stored: one of them is in memory.
+        self._form = first.with_tensors({name: torch.empty(0) for name in first.tensors})
 
     def _of_record(self, record: Record) -> TeacherFeatures:
         assert self._form is not None
