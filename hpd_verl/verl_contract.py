@@ -352,6 +352,49 @@ CONTRACT: tuple[Entry, ...] = (
         "pipelines/staged.py",
         [("sp_size=self.ulysses_sequence_parallel_size", 'key="sp_size"', "a rank's share of a sequence")],
     ),
+    # Keys of batches
+    *_texts(
+        f"{_ENGINE}.prepare_model_inputs",
+        "ppo/trainer.py",
+        [
+            (
+                'micro_batch["temperature"]',
+                '"temperature"',
+                "the temperature of distillation, which logits are divided by",
+            )
+        ],
+    ),
+    *_texts(
+        f"{_ENGINE}.prepare_model_inputs",
+        "data/fields.py",
+        [(f'micro_batch["{key}"]', f'"{key}"', "the model's inputs") for key in ("input_ids", "position_ids")],
+    ),
+    *_texts(
+        f"{_ENGINE}.forward_backward_batch",
+        "data/fields.py",
+        [('data["loss_mask"]', '"loss_mask"', "the tokens of the global batch are counted in it")],
+    ),
+    *_texts(
+        "verl.workers.utils.padding:no_padding_2_padding",
+        "data/fields.py",
+        [(f'data["{key}"]', f'"{key}"', "lengths of prompts and responses") for key in ("prompts", "responses")],
+    ),
+    *_texts(
+        "verl.utils.debug.metrics:calculate_debug_metrics",
+        "pipelines/staged.py",
+        [
+            (f'data.batch["{key}"]', f'"{key}"', "compares the rollout server's log-probs with the student's")
+            for key in ("old_log_probs", "rollout_log_probs", "response_mask", "responses")
+        ],
+    ),
+    *_texts(
+        "verl.workers.engine.utils:prepare_micro_batches",
+        "lean.py",
+        [
+            (f'"{key}"', f'"{key}"', "how a batch is split and packed")
+            for key in ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu")
+        ],
+    ),
     # Agent loop and its manager
     *_methods(
         _AGENT_LOOP,
