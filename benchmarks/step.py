@@ -46,14 +46,15 @@ from verl.workers.utils.losses import sft_loss  # noqa: E402
 
 from hpd_verl.config import HPDConfig  # noqa: E402
 from hpd_verl.hydra_config import config_dir  # noqa: E402
+from hpd_verl.lean import ALONE, DemonstrationDataset, as_batch, lazy_teacher, read_demonstrations  # noqa: E402
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker  # noqa: E402
 from hpd_verl.pipelines.pipeline import Batch  # noqa: E402
 from hpd_verl.pipelines.staged import STAGED  # noqa: E402
-from hpd_verl.sft_trainer import DemonstrationDataset, as_batch, lazy_teacher, read_demonstrations  # noqa: E402
-from hpd_verl.teacher.teacher import TeacherWorker  # noqa: E402
-from hpd_verl.teacher_cache import ALONE  # noqa: E402
+from hpd_verl.teacher.choice import make_teacher  # noqa: E402
+from hpd_verl.teacher.colocated import TeacherWorker  # noqa: E402
 
-Step = Callable[[], Any]
+Step = Callable[[], TensorDict | None]
+"""One training step; returns what verl's worker returns, the metrics among it."""
 
 
 class Steps:
@@ -93,25 +94,24 @@ class Steps:
     def verl_sft(self) -> Step:
         loss = partial(sft_loss, config=None)
 
-        def step() -> None:
+        def step() -> TensorDict | None:
             self.student.set_loss_fn(loss)
             data = self.batch()
             lengths = [torch.zeros(len(row["prompts"]), dtype=torch.int64) for row in self.rows]
             masks = [torch.cat([zeros, row["loss_mask"]]) for zeros, row in zip(lengths, self.rows, strict=True)]
             data["loss_mask"] = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
-            self.student.train_mini_batch(data)
+            return self.student.train_mini_batch(data)
 
         return step
 
     def one_pass(self, teacher: TeacherWorker | None = None, **settings: Any) -> Step:
         hpd = HPDConfig.from_config(OmegaConf.merge(self.config.algorithm.hpd, settings))
-        one_pass = OnePass(self.student, teacher or self.teacher, hpd)
+        worker = teacher or self.teacher
+        one_pass = OnePass(self.student, make_teacher(worker, hpd, self.model) if hpd.needs_teacher else None, hpd)
 
-        def step() -> None:
+        def step() -> TensorDict | None:
             self.student.set_loss_fn(one_pass.loss)
-            if one_pass.teacher is not None and one_pass.teacher.worker.is_loaded:
-                one_pass.teacher.worker.set_loss_fn(one_pass.teacher.loss)
-            one_pass.update(self.batch())
+            return one_pass.update(self.batch())
 
         return step
 
@@ -137,13 +137,13 @@ class Steps:
         driver = STAGED.driver(hpd)
         self.teacher.load()
 
-        def step() -> None:
+        def step() -> TensorDict | None:
             rank = STAGED.rank.of_workers(self.student, self.teacher, hpd, actor)
             batch = RankBatch(self.batch(**driver.settings), self.student, self.teacher)
             driver.student_pass(batch)
             driver.teacher_pass(batch)
             driver.weigh(batch)
-            rank.update(batch.data)
+            return rank.update(batch.data)
 
         return step
 

@@ -131,3 +131,7 @@ def register() -> None:
     plugins = Plugins.instance()
     plugins.register(VerlConfigSource)
     plugins.register(HPDSearchPath)
+
+
+# Here and not by the plugin: where this module is the first to import Hydra, the plugin sees it half imported.
+register()

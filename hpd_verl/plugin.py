@@ -14,9 +14,7 @@ VERL_VERSION = "0.9.1"
 
 
 def _register_hydra() -> None:
-    from hpd_verl import hydra_config
-
-    hydra_config.register()
+    import hpd_verl.hydra_config  # noqa: F401
 
 
 def _register_core_algorithms() -> None:

@@ -7,12 +7,9 @@ Settings: configs/sft_trainer.yaml. The objectives, the output layer and the tea
 one-pass pipeline.
 """
 
-import logging
 import math
-import os
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,157 +18,35 @@ import torch
 import torch.distributed
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from verl.trainer.sft_trainer import SFTTrainer
 from verl.utils import tensordict_utils as tu
-from verl.utils.config import omega_conf_to_dataclass
-from verl.utils.device import auto_set_device
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 from verl.utils.metric import Metric, reduce_metrics
 from verl.utils.tracking import Tracking
-from verl.workers.config import HFModelConfig, TrainingWorkerConfig
+from verl.workers.config import TrainingWorkerConfig
 
 from hpd_verl import checkpoint
-from hpd_verl.checks.start import check_lean_run
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
-from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
-from hpd_verl.data.demonstration import SequenceBuilder, demonstration_text
 from hpd_verl.hydra_config import config_dir
+from hpd_verl.lean import (
+    DemonstrationDataset,
+    PaddedRows,
+    as_batch,
+    checked,
+    lazy_teacher,
+    log_store_size,
+    read_demonstrations,
+)
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
-from hpd_verl.teacher.model_config import teacher_model_config
-from hpd_verl.teacher.size import log_size
-from hpd_verl.teacher.teacher import TeacherWorker
-
-logger = logging.getLogger(__name__)
+from hpd_verl.teacher.choice import make_teacher
 
 Value = TypeVar("Value")
 
 CONTENTS = "data_0.pt"
 """A file of every checkpoint, beside the marker."""
-
-
-class DemonstrationDataset(Dataset[dict[str, Tensor]]):
-    """Demonstrations as token sequences.
-
-    Args:
-        rows: the checked rows.
-        sequences: how a row becomes tokens.
-    """
-
-    def __init__(self, rows: HPDDataset, sequences: SequenceBuilder) -> None:
-        self.rows = rows
-        self.sequences = sequences
-
-    def __len__(self) -> int:
-        return len(self.rows.dataframe)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.rows.dataframe[index]
-        where = f"row {index}"
-        text = demonstration_text(row.get(DEMONSTRATION), where)
-        tensors, flags = self.sequences.build(list(row[self.rows.prompt_key]), text, where)
-        columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, **flags}
-        return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()}
-
-
-class PaddedRows(Dataset[dict[str, Tensor]]):
-    """Rows filled up to a multiple, by copies that ``batch.IS_PADDING`` marks and that have row numbers of their own.
-
-    Args:
-        rows: the rows.
-        multiple: of what the length becomes a multiple.
-    """
-
-    def __init__(self, rows: DemonstrationDataset, multiple: int) -> None:
-        self.rows = rows
-        self.length = math.ceil(len(rows) / multiple) * multiple
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        flags = {fields.ROW: index, fields.IS_PADDING: int(index >= len(self.rows))}
-        return self.rows[index % len(self.rows)] | {name: torch.tensor([value]) for name, value in flags.items()}
-
-
-def teacher_worker_config(config: DictConfig) -> TrainingWorkerConfig:
-    """verl's configuration of the teacher: the student's engine, for forward passes only, under ``teacher.engine``."""
-    engine = OmegaConf.merge(config.engine, config.teacher.engine, {"forward_only": True})
-    engine_config = omega_conf_to_dataclass(engine)
-    engine_config.use_dynamic_bsz = config.data.use_dynamic_bsz
-    engine_config.infer_max_token_len_per_gpu = config.data.max_token_len_per_gpu
-    engine_config.infer_micro_batch_size_per_gpu = config.data.micro_batch_size_per_gpu
-    return TrainingWorkerConfig(
-        model_type="language_model",
-        model_config=omega_conf_to_dataclass(config.model),
-        engine_config=engine_config,
-        optimizer_config=omega_conf_to_dataclass(config.optim),
-        checkpoint_config=omega_conf_to_dataclass(config.checkpoint),
-    )
-
-
-def read_demonstrations(
-    config: DictConfig, model: HFModelConfig, files: Any, max_samples: int = -1
-) -> DemonstrationDataset:
-    """The rows of ``files`` (a path or a list of them), checked, as sequences of the student's tokens."""
-    data = OmegaConf.merge(config.data, {"train_files": files})  # validation rows need demonstrations too
-    files = [files] if isinstance(files, str) else list(files)
-    rows = HPDDataset(files, model.tokenizer, data, max_samples=max_samples)
-    sequences = SequenceBuilder(
-        model, data.apply_chat_template_kwargs, data.max_prompt_length, data.max_response_length
-    )
-    return DemonstrationDataset(rows, sequences)
-
-
-def log_store_size(config: DictConfig, hpd: HPDConfig, datasets: Sequence[DemonstrationDataset]) -> None:
-    """Log how much the teacher's features of these rows take, and how much of that is kept."""
-    rows = [dataset.rows for dataset in datasets]
-    log_size(hpd, config.model, config.teacher.model, rows, config.data.max_response_length)
-
-
-def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int) -> TensorDict:
-    """Collated rows with the settings that verl's passes read."""
-    data = config.data
-    settings = {
-        "use_remove_padding": config.model.use_remove_padding,
-        "use_dynamic_bsz": data.use_dynamic_bsz,
-        "max_token_len_per_gpu": data.max_token_len_per_gpu,
-        "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
-        "temperature": config.algorithm.hpd.temperature,
-        "global_batch_size": data.train_batch_size,
-        "pad_mode": data.pad_mode,
-        "pad_token_id": model.tokenizer.pad_token_id,
-        fields.STEP: step,
-    }
-    return tu.get_tensordict(tensor_dict=dict(tensors), non_tensor_dict=settings)
-
-
-def lazy_teacher(config: DictConfig) -> TeacherWorker:
-    """The teacher's worker, its model not loaded yet."""
-    model = omega_conf_to_dataclass(teacher_model_config(config.model, config.teacher.model))
-    return TeacherWorker(teacher_worker_config(config), model=model, lazy=True)
-
-
-def checked(config: DictConfig, fills_store: bool = False) -> None:
-    """Check settings, data and models before anything loads; one line and the end of the process if they do not fit.
-
-    The first rank of each machine checks for all of it. The others wait for it where the ranks meet, and torchrun ends
-    them with it.
-
-    Args:
-        config: the composed configuration.
-        fills_store: the teacher's store is to be filled, without training.
-    """
-    auto_set_device(config)
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        return
-    try:
-        check_lean_run(config, int(os.environ.get("WORLD_SIZE", "1")), fills_store)
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
 
 
 class HPDSFTTrainer(SFTTrainer):
@@ -230,10 +105,10 @@ class HPDSFTTrainer(SFTTrainer):
 
     def _init_engine(self) -> None:
         super()._init_engine()
-        teacher = lazy_teacher(self.config)
+        needs_teacher = self.hpd.needs_teacher
         self.one_pass = OnePass(
             self.training_client,
-            teacher,
+            make_teacher(lazy_teacher(self.config), self.hpd, self.model_config) if needs_teacher else None,
             self.hpd,
             self.config.trainer.loss_agg_mode,
             loss_scale_factor=self.config.data.max_response_length,

@@ -24,13 +24,9 @@ from verl.utils.distributed import destroy_global_process_group, initialize_glob
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.sft_trainer import as_batch, checked, lazy_teacher, log_store_size, read_demonstrations
-from hpd_verl.teacher.model_config import shared_vocabulary_size
-from hpd_verl.teacher.store import DiskStore
-from hpd_verl.teacher.teacher import Teacher
-
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-"""Environment of torch.distributed for one process that torchrun did not start."""
+from hpd_verl.lean import ALONE, as_batch, checked, lazy_teacher, log_store_size, read_demonstrations
+from hpd_verl.teacher.choice import make_teacher
+from hpd_verl.teacher.stored import StoredTeacher
 
 
 def fill(config: DictConfig) -> dict[str, float]:
@@ -44,8 +40,6 @@ def fill(config: DictConfig) -> dict[str, float]:
     """
     hpd = HPDConfig.from_config(config.algorithm.hpd)
     model = omega_conf_to_dataclass(config.model)
-    worker = lazy_teacher(config)
-    vocabulary_size = shared_vocabulary_size(model, worker.model_config)
     data = config.data
     sources = ((data.train_files, data.train_max_samples), (data.val_files, data.val_max_samples))
     datasets = [
@@ -53,7 +47,8 @@ def fill(config: DictConfig) -> dict[str, float]:
     ]
     if torch.distributed.get_rank() == 0:
         log_store_size(config, hpd, [rows for _, rows in datasets])
-    teacher = Teacher(worker, hpd, vocabulary_size, model.tokenizer)
+    teacher = make_teacher(lazy_teacher(config), hpd, model)
+    assert isinstance(teacher, StoredTeacher)  # main sets teacher_cache=disk
     broken: list[str] = []
     for name, rows in datasets:
         loader = DataLoader(
@@ -71,8 +66,7 @@ def fill(config: DictConfig) -> dict[str, float]:
                 if not each.tensors["label_log_probs"].isfinite().all()
             ]
     torch.distributed.barrier()
-    if isinstance(teacher.store, DiskStore):
-        teacher.store.refresh()  # what the other ranks stored last
+    teacher.store.refresh()  # what the other ranks stored last
     metrics = teacher.metrics()
     for count in ("refused_rows", "non_finite_rows", "damaged_rows"):
         metrics[f"hpd/teacher_cache_{count}"] = _sum_of_ranks(metrics[f"hpd/teacher_cache_{count}"])

@@ -21,6 +21,11 @@ class Entry:
     """File of this package."""
     why: str
 
+    @property
+    def name(self) -> str:
+        """What the entry is called in messages."""
+        return self.place
+
 
 @dataclass(frozen=True)
 class Method(Entry):
@@ -29,18 +34,10 @@ class Method(Entry):
     parameters: str
     """Names of all parameters, in order, with stars."""
 
-    @property
-    def name(self) -> str:
-        return self.place
-
 
 @dataclass(frozen=True)
 class Attribute(Entry):
     """An attribute that verl's class sets or reads, and a class here reads or sets."""
-
-    @property
-    def name(self) -> str:
-        return self.place
 
 
 @dataclass(frozen=True)
@@ -163,6 +160,11 @@ CONTRACT: tuple[Entry, ...] = (
         ],
     ),
     *_texts(
+        "verl.experimental.reward_loop.reward_loop:RewardLoopManager",
+        "ppo/trainer.py",
+        [("for i in range(num_workers)", "reward.num_workers = 0", "no worker where nothing is generated")],
+    ),
+    *_texts(
         f"{_TRAINER}._save_checkpoint",
         "ppo/trainer.py",
         [
@@ -235,7 +237,7 @@ CONTRACT: tuple[Entry, ...] = (
     ),
     *_methods(
         _TRAINING_WORKER,
-        "teacher/teacher.py",
+        "teacher/colocated.py",
         {
             "__init__(self, config)": "the teacher's own model, and the engine that hands out hidden states",
             "reset(self)": "loads the model, here only when it is needed",
@@ -257,8 +259,8 @@ CONTRACT: tuple[Entry, ...] = (
     *_attributes(_TRAINING_WORKER, "pipelines/one_pass.py", {"engine model_config": "the student's engine and model"}),
     *_attributes(
         _TRAINING_WORKER,
-        "teacher/teacher.py",
-        {"engine engine_config model_config": "the teacher's engine, its dtype and its model"},
+        "teacher/colocated.py",
+        {"engine": "the teacher's engine"},
     ),
     *_texts(
         f"{_TRAINING_WORKER}.train_mini_batch",
@@ -280,6 +282,11 @@ CONTRACT: tuple[Entry, ...] = (
             ('final_metrics["mfu"]', '"actor/mfu"', "renamed in the log"),
             ('final_metrics["grad_norm"]', '"actor/grad_norm"', "a norm that is not finite ends the run"),
         ],
+    ),
+    *_attributes(
+        _TRAINING_WORKER,
+        "teacher/choice.py",
+        {"engine_config model_config": "the teacher's dtype and its model, which need not be loaded"},
     ),
     # The engine
     *_methods(
@@ -344,6 +351,49 @@ CONTRACT: tuple[Entry, ...] = (
         f"{_ENGINE}.forward_backward_batch",
         "pipelines/staged.py",
         [("sp_size=self.ulysses_sequence_parallel_size", 'key="sp_size"', "a rank's share of a sequence")],
+    ),
+    # Keys of batches
+    *_texts(
+        f"{_ENGINE}.prepare_model_inputs",
+        "ppo/trainer.py",
+        [
+            (
+                'micro_batch["temperature"]',
+                '"temperature"',
+                "the temperature of distillation, which logits are divided by",
+            )
+        ],
+    ),
+    *_texts(
+        f"{_ENGINE}.prepare_model_inputs",
+        "data/fields.py",
+        [(f'micro_batch["{key}"]', f'"{key}"', "the model's inputs") for key in ("input_ids", "position_ids")],
+    ),
+    *_texts(
+        f"{_ENGINE}.forward_backward_batch",
+        "data/fields.py",
+        [('data["loss_mask"]', '"loss_mask"', "the tokens of the global batch are counted in it")],
+    ),
+    *_texts(
+        "verl.workers.utils.padding:no_padding_2_padding",
+        "data/fields.py",
+        [(f'data["{key}"]', f'"{key}"', "lengths of prompts and responses") for key in ("prompts", "responses")],
+    ),
+    *_texts(
+        "verl.utils.debug.metrics:calculate_debug_metrics",
+        "pipelines/staged.py",
+        [
+            (f'data.batch["{key}"]', f'"{key}"', "compares the rollout server's log-probs with the student's")
+            for key in ("old_log_probs", "rollout_log_probs", "response_mask", "responses")
+        ],
+    ),
+    *_texts(
+        "verl.workers.engine.utils:prepare_micro_batches",
+        "lean.py",
+        [
+            (f'"{key}"', f'"{key}"', "how a batch is split and packed")
+            for key in ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu")
+        ],
     ),
     # Agent loop and its manager
     *_methods(

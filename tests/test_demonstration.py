@@ -10,7 +10,7 @@ from verl.workers.config import HFModelConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import HPDDataset
 from hpd_verl.data.demonstration import DemonstrationTokenizer, SequenceBuilder
-from hpd_verl.sft_trainer import DemonstrationDataset
+from hpd_verl.lean import DemonstrationDataset
 
 MESSAGES = [{"role": "user", "content": "1 plus 2 ?"}]
 

@@ -20,13 +20,13 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.engine.head_engine import HeadLoss
+from hpd_verl.head.features import HiddenFeatures
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.hydra_config import config_dir
+from hpd_verl.lean import ALONE, as_batch, lazy_teacher, read_demonstrations
 from hpd_verl.pipelines.one_pass import StudentWorker
-from hpd_verl.sft_trainer import as_batch, lazy_teacher, read_demonstrations
-from hpd_verl.teacher import teacher as teacher_module
-from hpd_verl.teacher.teacher import Teacher
-from hpd_verl.teacher_cache import ALONE
+from hpd_verl.teacher import colocated
+from hpd_verl.teacher.colocated import ColocatedTeacher
 
 BFLOAT16 = "{param_dtype: bf16, reduce_dtype: fp32, buffer_dtype: fp32}"
 PRECISIONS = {"float32": [], "bfloat16": [f"engine.mixed_precision={BFLOAT16}", "teacher.engine.model_dtype=bf16"]}
@@ -128,13 +128,14 @@ def test_teacher_head_has_memory_of_its_own(
     config = configuration(tiny, f"teacher.model.path={folder}", *PRECISIONS[precision])
     worker = lazy_teacher(config)
     loaded_at_release: list[bool] = []
-    monkeypatch.setattr(
-        teacher_module, "aggressive_empty_cache", lambda **_: loaded_at_release.append(worker.is_loaded)
-    )
-    teacher = Teacher(worker, HPDConfig(), 29, worker.model_config.tokenizer)
+    monkeypatch.setattr(colocated, "aggressive_empty_cache", lambda **_: loaded_at_release.append(worker.is_loaded))
+    teacher = ColocatedTeacher(worker, HPDConfig(), 29)
+    assert not worker.is_loaded
+    teacher.prepare()
     assert loaded_at_release == [True]
-    assert teacher.head is not None
-    weight = teacher.head.weight
+    (features, *_) = teacher.features(make_batch(config, worker.model_config)).values()
+    assert isinstance(features, HiddenFeatures)
+    weight = features.head.weight
     assert weight.dtype == worker.engine.compute_dtype
     assert weight.untyped_storage().nbytes() == weight.nbytes
     parameters = [each.to_local() if isinstance(each, DTensor) else each for each in worker.engine.module.parameters()]

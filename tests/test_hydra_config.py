@@ -50,3 +50,14 @@ def test_dynamic_batches_unless_a_micro_batch_size_is_given(tmp_path: Path) -> N
     for arguments, expected in (((), "true"), (("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",), "false")):
         run = compose(tmp_path, "algorithm=hpd", *arguments, "--cfg", "job", "--resolve")
         assert f"log_prob_use_dynamic_bsz: {expected}" in run.stdout
+
+
+def test_importing_our_own_first(tmp_path: Path) -> None:
+    """The module that registers with Hydra may be the first to import it."""
+    command = [
+        sys.executable,
+        "-c",
+        "import verl, sys; assert 'hydra' not in sys.modules; import hpd_verl.hydra_config",
+    ]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr

@@ -58,7 +58,7 @@ def test_three_ranks() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd_verl.engine.ranks", "hpd_verl.teacher.store"])
+    context.set_forkserver_preload(["hpd_verl.engine.ranks", "hpd_verl.teacher.disk_store"])
     results = context.Queue()
     workers = [context.Process(target=run_steps, args=(rank, port, results)) for rank in range(3)]
     for worker in workers:

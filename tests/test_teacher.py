@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.hydra_config import config_dir
+from hpd_verl.lean import ALONE, checked
 from hpd_verl.ppo.trainer import HPDTrainer
-from hpd_verl.sft_trainer import checked
-from hpd_verl.teacher_cache import ALONE, fill
+from hpd_verl.teacher_cache import fill
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -87,6 +87,15 @@ def test_whose_features_are_served(tiny: Tiny, tmp_path: Path) -> None:
     make_adapter(tiny, adapter, seed=2)
     with pytest.raises(ValueError, match=r"holds features of another .*\(teacher: stored"):
         fill(configured(tiny, tmp_path / "adapted", *with_adapter))
+
+
+def test_top_k_store_needs_no_output_head(tiny: Tiny, tmp_path: Path) -> None:
+    """Its rows are served without the teacher."""
+    folder, topk = tmp_path / "store", "algorithm.hpd.teacher_cache_format=topk"
+    first, again = (fill(configured(tiny, folder, topk)) for _ in range(2))
+    assert (first["hpd/teacher_is_loaded"], again["hpd/teacher_is_loaded"]) == (1, 0)
+    assert again["hpd/teacher_cache_hit_fraction"] == 1
+    assert not (folder / "output_head.safetensors").exists()
 
 
 def test_features_that_are_not_finite_are_not_stored(tiny: Tiny, tmp_path: Path) -> None:

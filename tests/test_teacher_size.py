@@ -10,8 +10,9 @@ from torch.utils.data import TensorDataset
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.dataset import HPDDataset
+from hpd_verl.teacher.disk_store import DiskStore, estimate_bytes
+from hpd_verl.teacher.records import row_key, teacher_identity
 from hpd_verl.teacher.size import ResponseTokens, count_response_tokens, describe_size
-from hpd_verl.teacher.store import DiskStore, estimate_bytes, row_key, teacher_identity
 
 GIB = 1 << 30
 
@@ -32,7 +33,7 @@ def test_estimate_is_what_a_store_takes(format: str, dtype: str, tmp_path: Path)
     lengths = [3, 0, 11, 200]
     for number, tokens in enumerate(lengths):
         record = {}
-        for name, field in store._schema.fields.items():
+        for name, field in store.schema.fields.items():
             width = 24 if format == "hidden" else 5
             record[name] = torch.ones((tokens, width) if field.wide else (tokens,), dtype=field.dtype)
         store.put(row_key(identity.digest, torch.arange(tokens + number + 1), tokens), record)

@@ -8,7 +8,9 @@ import os
 import random
 import resource
 import shutil
+import struct
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,16 @@ from typing import Any
 import pytest
 import torch
 
-from hpd_verl.teacher.store import (
-    DiskStore,
-    MemoryStore,
+from hpd_verl.teacher.disk_store import DiskStore
+from hpd_verl.teacher.records import (
     Record,
     StoreIdentity,
-    StoreStats,
-    TeacherStore,
-    check_memory_store,
     output_head_hash,
     row_key,
     teacher_identity,
     tokenisation_hash,
 )
+from hpd_verl.teacher.store import MemoryStore, StoreStats, TeacherStore, check_memory_store
 
 HIDDEN = StoreIdentity(
     teacher="0" * 64, temperature=1.0, vocabulary_size=100, format="hidden", dtype="bf16", top_k=0, teacher_dtype="bf16"
@@ -309,7 +308,7 @@ def test_ranks_see_each_other(tmp_path: Path) -> None:
 def processes() -> multiprocessing.context.ForkServerContext:
     """Processes that start quickly, from a server that has torch loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd_verl.teacher.store"])
+    context.set_forkserver_preload(["hpd_verl.teacher.disk_store"])
     return context
 
 
@@ -338,6 +337,24 @@ def test_two_processes_at_once(tmp_path: Path, processes: multiprocessing.contex
         worker.join(120)
         assert worker.exitcode == 0
     assert DiskStore(tmp_path, HIDDEN, 64 * MIB).stats.rows == 300
+
+
+def test_a_store_of_this_format_version_from_its_bytes(tmp_path: Path) -> None:
+    """Records are values in a fixed order, without names: what version 2 has always been."""
+    DiskStore(tmp_path, HIDDEN, MIB)
+    label_log_probs, log_sum_exp = [-1.5, -0.25], [3.0, 7.5]
+    hidden = struct.pack("<6H", 0x3F80, 0xC000, 0x0000, 0x4040, 0xBF80, 0x3F00)  # bfloat16: the upper half of a float32
+    payload = struct.pack("<4f", *label_log_probs, *log_sum_exp) + hidden
+    entry = struct.pack("<32sQQIII", make_key(0), 0, len(payload), 2, 3, zlib.crc32(payload))
+    (tmp_path / "part-ab.data").write_bytes(payload)
+    (tmp_path / "part-ab.index").write_bytes(entry + struct.pack("<I", zlib.crc32(entry)))
+    expected = {
+        "label_log_probs": torch.tensor(label_log_probs),
+        "log_sum_exp": torch.tensor(log_sum_exp),
+        "hidden": torch.tensor([[1.0, -2.0, 0.0], [3.0, -1.0, 0.5]], dtype=torch.bfloat16),
+    }
+    assert json.loads((tmp_path / "store.json").read_text())["format_version"] == 2
+    assert same(DiskStore(tmp_path, HIDDEN, MIB).get([make_key(0)])[0], expected)
 
 
 # Crashes and damage

@@ -35,7 +35,7 @@ def source(place: Any) -> str:
 
 def parameters(function: Any) -> str:
     """Names of a function's parameters with their stars, as a signature without annotations and defaults."""
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return ", ".join(
         stars.get(parameter.kind, "") + name for name, parameter in inspect.signature(function).parameters.items()
     )
@@ -45,9 +45,9 @@ def attributes_in(text: str) -> set[str]:
     """Names of all attributes that a source text reads or sets, those of ``getattr(.., "name")`` included."""
     nodes = list(ast.walk(ast.parse(textwrap.dedent(text))))
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    by_name = [node.args[1] for node in calls if node.func.id in ("getattr", "hasattr") and len(node.args) > 1]
-    return names | {node.value for node in by_name if isinstance(node, ast.Constant)}
+    calls = [node for node in nodes if isinstance(node, ast.Call) and len(node.args) > 1]
+    by_name = [node.args[1] for node in calls if ast.unparse(node.func) in ("getattr", "hasattr")]
+    return names | {str(node.value) for node in by_name if isinstance(node, ast.Constant)}
 
 
 def broken(entry: Entry) -> str | None:
@@ -65,6 +65,7 @@ def broken(entry: Entry) -> str | None:
         bases = [each for each in inspect.getmro(owner) if each is not object]
         known = hasattr(owner, name) or any(name in attributes_in(source(each)) for each in bases)
         return None if known else f"{entry.place} is gone: {place} neither sets nor reads an attribute of that name"
+    assert isinstance(entry, Text)
     return None if entry.text in source(found) else f"{entry.place} does not contain {entry.text} any more"
 
 

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
+import torch
 import torch.distributed
+from verl.utils.device import get_device_id
 
 T = TypeVar("T")
 
@@ -64,6 +66,13 @@ def on_every_rank(step: Callable[[], T]) -> T:
             if message is not None:
                 raise RuntimeError(f"rank {rank}: {message}")
     return future.result()
+
+
+def highest_of_ranks(count: int) -> int:
+    """The largest of all ranks' counts; with a bool, whether it is true on any. All ranks together."""
+    value = torch.tensor(int(count), device=get_device_id())
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return int(value.item())
 
 
 def _one_line(error: BaseException) -> str:

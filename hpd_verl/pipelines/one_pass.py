@@ -24,8 +24,9 @@ from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform
 from hpd_verl.objectives import TokenLogProbs
 from hpd_verl.pipelines.pipeline import Driver, Pipeline, RankPipeline
-from hpd_verl.teacher.model_config import shared_vocabulary_size
-from hpd_verl.teacher.teacher import Teacher, TeacherWorker
+from hpd_verl.teacher.choice import make_teacher
+from hpd_verl.teacher.colocated import TeacherWorker
+from hpd_verl.teacher.teacher import Teacher
 
 
 class OnePassLoss(HeadLoss):
@@ -170,34 +171,30 @@ class OnePass(RankPipeline):
 
     Args:
         student: the student's worker, its model loaded.
-        teacher: the teacher's worker, lazy.
+        teacher: None where no objective or metric needs one.
         config: the algorithm's configuration.
         loss_agg_mode, loss_scale_factor: verl's settings of those names.
-
-    Raises:
-        ValueError: the teacher's output layer is not understood, or the teacher's store is not usable.
     """
 
     def __init__(
         self,
         student: StudentWorker,
-        teacher: TeacherWorker,
+        teacher: Teacher | None,
         config: HPDConfig,
         loss_agg_mode: str = "token-mean",
         loss_scale_factor: int | None = None,
     ) -> None:
-        vocabulary_size = shared_vocabulary_size(student.model_config, teacher.model_config)
         self.student = student
+        self.teacher = teacher
         self.loss = OnePassLoss(config, loss_agg_mode, loss_scale_factor, self.student.engine.compiles)
         self.student.set_loss_fn(self.loss)
-        tokenizer = student.model_config.tokenizer
-        self.teacher = Teacher(teacher, config, vocabulary_size, tokenizer) if config.needs_teacher else None
 
     @classmethod
     def of_workers(
         cls, student: TrainingWorker, teacher: TeacherWorker, config: HPDConfig, actor: ActorConfig
     ) -> "OnePass":
-        return cls(student, teacher, config, actor.loss_agg_mode, actor.loss_scale_factor)
+        of_student = make_teacher(teacher, config, student.model_config) if config.needs_teacher else None
+        return cls(student, of_student, config, actor.loss_agg_mode, actor.loss_scale_factor)
 
     def update(self, data: TensorDict) -> TensorDict | None:
         """verl's ``train_mini_batch`` of the student, with the teacher's metrics added."""
@@ -209,7 +206,7 @@ class OnePass(RankPipeline):
     def evaluate(self, data: TensorDict) -> TensorDict | None:
         """verl's ``infer_batch`` of the student: the same loss and metrics, no gradients.
 
-        Rows of ``batch.IS_PADDING`` take part, since ranks run the models together, and count for nothing.
+        Rows of ``fields.IS_PADDING`` take part, since ranks run the models together, and count for nothing.
         """
         metrics = self._take_teacher_features(data)
         if fields.IS_PADDING in data:

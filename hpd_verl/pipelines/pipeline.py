@@ -11,7 +11,7 @@ from verl.workers.config import ActorConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.teacher.teacher import TeacherWorker
+from hpd_verl.teacher.colocated import TeacherWorker
 
 
 class Batch(ABC):

@@ -29,8 +29,8 @@ from hpd_verl.objectives import LOG_ZERO, TokenLogProbs
 from hpd_verl.pipelines.advantage import compute_hpd_advantage
 from hpd_verl.pipelines.pipeline import Batch, Driver, Pipeline, RankPipeline
 from hpd_verl.pipelines.policy_loss import compute_hpd_policy_loss
+from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import shared_vocabulary_size
-from hpd_verl.teacher.teacher import TeacherWorker
 
 LOGITS_TO_LOSS = {"distillation_use_topk": True, "distillation_only": True}
 """verl's switches of a batch: hand logits to the loss function, and compute no log-probs beside it."""

@@ -15,8 +15,8 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from hpd_verl.checkpoint import remove_files
 from hpd_verl.config import HPDConfig
 from hpd_verl.pipelines.choice import PIPELINES
+from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import teacher_model_config
-from hpd_verl.teacher.teacher import TeacherWorker
 
 
 class HPDWorker(ActorRolloutRefWorker):

@@ -14,12 +14,12 @@ from verl.utils.config import omega_conf_to_dataclass
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import DemonstrationTokenizer, demonstration_text, has_demonstration
+from hpd_verl.teacher.disk_store import estimate_bytes
 from hpd_verl.teacher.model_config import teacher_model_config
-from hpd_verl.teacher.store import FORMAT_SETTING, LIMIT_SETTING, estimate_bytes
+from hpd_verl.teacher.records import FORMAT_SETTING
+from hpd_verl.teacher.store import GIB, LIMIT_SETTING
 
 logger = logging.getLogger(__name__)
-
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[Response
         rows=rows,
         tokens=tokens,
     )
-    share = min(1.0, config.teacher_cache_max_gib * _GIB / needed) if needed else 1.0
+    share = min(1.0, config.teacher_cache_max_gib * GIB / needed) if needed else 1.0
     parts = [
         f"the teacher's features of {rows:,} rows with {tokens:,} response tokens "
         f"({', '.join(dict.fromkeys(count.source for count in counts))}) need {_gib(needed)}",
@@ -99,7 +99,7 @@ def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[Response
 
 
 def _gib(size: float) -> str:
-    return f"{size / _GIB:,.1f} GiB" if size >= _GIB else f"{size / _GIB:.2g} GiB"
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / GIB:.2g} GiB"
 
 
 def log_size(

@@ -1,288 +1,20 @@
-"""Storage of the teacher's per-token features, which do not depend on the student and can be used every epoch.
+"""A store of the teacher's per-token features, which do not depend on the student and can be used every epoch."""
 
-A record holds the features of one row's T response tokens, in one of two formats:
-
-    hidden   label_log_probs float32 [T], log_sum_exp float32 [T], hidden bfloat16 or float32 [T, d]
-    topk     label_log_probs float32 [T], rest_log_prob float32 [T], top_tokens int32 [T, K],
-             top_log_probs float32 [T, K]
-
-``hidden`` is the final hidden state, before the output head; ``log_sum_exp`` is that of the teacher's logits at the
-temperature. ``MemoryStore`` keeps records in this process, ``DiskStore`` in a folder that all ranks and later runs
-share:
-
-    store.json                 what the records are features of, and the version of this format
-    output_head.safetensors    optional: the teacher's output head, which turns hidden states into logits
-    teacher_files.json         optional: hashes of the teacher's files, so that they need not be read again
-    part-X.data, part-X.index  records of one writer: raw little-endian values, and one entry of fixed size a record
-
-A part is only appended to, only by the process that created it, and data before their entry. A writer killed at any
-byte leaves a part whose entries are all whole but perhaps the last. Entries and payloads have checksums, verified at
-every read (0.3 s a GiB on one core of an AMD EPYC): what is torn or damaged is never returned, its row merely counts as
-missing. Nor is what is NaN or infinite, which is not stored at all.
-
-store.json appears whole and once: of two runs that open a new folder at the same time with different teachers, the
-second finds the first's and is refused. The output head carries the identity too.
-"""
-
-import errno
-import hashlib
-import json
 import logging
-import os
-import re
-import secrets
-import shutil
-import struct
-import time
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+from hpd_verl.teacher.records import Record, Schema, StoreIdentity
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-
 DIR_SETTING = "algorithm.hpd.teacher_cache_dir"
 LIMIT_SETTING = "algorithm.hpd.teacher_cache_max_gib"
-FORMAT_SETTING = "algorithm.hpd.teacher_cache_format"
 
-Record = dict[str, Tensor]
-"""The named tensors of one row, on the CPU."""
-
-_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-_MIB = 1 << 20
-_GIB = 1 << 30
-
-
-# What the records are features of
-
-
-@dataclass(frozen=True)
-class StoreIdentity:
-    """Everything that a record depends on beside the row's tokens. Made by ``teacher_identity``."""
-
-    teacher: str
-    """sha256 of the teacher's weights, adapters and own code."""
-
-    temperature: float
-    """Temperature of ``log_sum_exp`` and of all log-probs."""
-
-    vocabulary_size: int
-    """Logits that the log-probs are normalised over: the first so many of the teacher's."""
-
-    format: str
-    """hidden or topk."""
-
-    dtype: str
-    """Of ``hidden``: bf16 or float32."""
-
-    top_k: int
-    """K of format topk; 0 for format hidden."""
-
-    teacher_config: str | None = None
-    """sha256 of the teacher's configuration as loaded, overrides applied."""
-
-    teacher_dtype: str | None = None
-    """Dtype that the teacher computes in."""
-
-    tokenisation: str | None = None
-    """sha256 of what turns a row's text into tokens; see ``tokenisation_hash``."""
-
-    def to_json(self) -> str:
-        """One line; the same text for equal identities."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "StoreIdentity":
-        return cls(**json.loads(text))
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the identity, for ``row_key``."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-def teacher_identity(
-    teacher: str,
-    teacher_config: str,
-    *,
-    temperature: float,
-    vocabulary_size: int,
-    format: str,
-    dtype: str,
-    top_k: int,
-    teacher_dtype: str | None = None,
-    tokenisation: str | None = None,
-) -> StoreIdentity:
-    """The identity of a teacher's features; what the format has no use for is left out.
-
-    Args:
-        teacher, teacher_config: of ``teacher_identity.teacher_hashes``.
-        temperature: distillation temperature.
-        vocabulary_size: logits that student and teacher share.
-        format: hidden or topk.
-        dtype: of stored hidden states, bf16 or float32; without meaning for format topk.
-        top_k: tokens kept per position; without meaning for format hidden.
-        teacher_dtype: dtype that the teacher computes in, where it matters to the caller.
-        tokenisation: of ``tokenisation_hash``; rows are keyed by their tokens, so that other tokenisation could only
-            miss, and is refused instead.
-
-    Raises:
-        ValueError: the format or dtype is unknown.
-    """
-    if format not in ("hidden", "topk"):
-        raise ValueError(f"{FORMAT_SETTING}={format}: choose hidden or topk")
-    if dtype not in _DTYPES:
-        raise ValueError(f"algorithm.hpd.teacher_cache_dtype={dtype}: choose {' or '.join(_DTYPES)}")
-    return StoreIdentity(
-        teacher=teacher,
-        teacher_config=teacher_config,
-        temperature=float(temperature),
-        vocabulary_size=vocabulary_size,
-        format=format,
-        dtype=dtype if format == "hidden" else "float32",
-        top_k=min(top_k, vocabulary_size) if format == "topk" else 0,
-        teacher_dtype=teacher_dtype,
-        tokenisation=tokenisation,
-    )
-
-
-def estimate_bytes(*, format: str, dtype: str, top_k: int, hidden_size: int, rows: int, tokens: int) -> int:
-    """Size of a store on the disk, its output head left out.
-
-    Args:
-        format, dtype, top_k: as of ``StoreIdentity``.
-        hidden_size: of the teacher.
-        rows: how many rows.
-        tokens: response tokens of all rows together.
-    """
-    schema = _Schema(
-        teacher_identity("", "", temperature=1.0, vocabulary_size=top_k, format=format, dtype=dtype, top_k=top_k)
-    )
-    return rows * _ENTRY.size + schema.size(tokens, hidden_size if format == "hidden" else top_k)
-
-
-def tokenisation_hash(vocabulary: Mapping[str, int], chat_template: str | None) -> str:
-    """sha256 of a tokenizer's vocabulary and of the template that its chats are written with."""
-    text = json.dumps([sorted(vocabulary.items()), chat_template], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def output_head_hash(weight: Tensor, bias: Tensor | None = None) -> str:
-    """sha256 of an output head: names, dtypes, shapes and all bytes.
-
-    Args:
-        weight: [V, d].
-        bias: [V], where the head has one.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def row_key(identity: bytes | str, input_ids: Tensor, response_length: int) -> bytes:
-    """The key of a row's record.
-
-    Args:
-        identity: of the features, ``StoreIdentity.digest``.
-        input_ids: integer [prompt + response], the row's tokens without padding.
-        response_length: how many of them, at the end, are the response.
-
-    Returns:
-        32 bytes.
-    """
-    assert input_ids.dim() == 1, "the tokens of one row"
-    assert 0 <= response_length <= input_ids.numel(), "the response is the end of the row"
-    identity = identity.encode() if isinstance(identity, str) else identity
-    digest = hashlib.sha256(struct.pack("<QQQ", len(identity), input_ids.numel(), response_length))
-    digest.update(identity)
-    digest.update(input_ids.cpu().numpy().astype("<i8").tobytes())
-    return digest.digest()
-
-
-# Records as bytes
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The values' bytes; a view of a contiguous CPU tensor."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-@dataclass(frozen=True)
-class _Field:
-    dtype: torch.dtype
-    wide: bool
-    """Shape [T, width] instead of [T]."""
-
-
-class _Schema:
-    """Names, dtypes and shapes of a store's records, and their bytes one after another."""
-
-    def __init__(self, identity: StoreIdentity) -> None:
-        # Items of two bytes come last, so that all values are aligned.
-        self.fields = {"label_log_probs": _Field(torch.float32, wide=False)}
-        if identity.format == "hidden":
-            self.fields["log_sum_exp"] = _Field(torch.float32, wide=False)
-            self.fields["hidden"] = _Field(_DTYPES[identity.dtype], wide=True)
-        else:
-            self.fields["rest_log_prob"] = _Field(torch.float32, wide=False)
-            self.fields["top_tokens"] = _Field(torch.int32, wide=True)
-            self.fields["top_log_probs"] = _Field(torch.float32, wide=True)
-        self.top_k = identity.top_k
-
-    def check(self, record: Record) -> tuple[int, int]:
-        """The record's tokens T and width (d or K).
-
-        Raises:
-            ValueError: a tensor is missing, unknown, or of another dtype or shape.
-        """
-        if record.keys() != self.fields.keys():
-            raise ValueError(f"a record has the tensors {', '.join(self.fields)}, not {', '.join(record)}")
-        tokens = record["label_log_probs"].numel()
-        width = next(record[name].shape[-1:].numel() for name, field in self.fields.items() if field.wide)
-        if self.top_k:
-            width = self.top_k
-        for name, field in self.fields.items():
-            tensor, shape = record[name], (tokens, width) if field.wide else (tokens,)
-            if tensor.dtype != field.dtype or tensor.shape != shape:
-                raise ValueError(
-                    f"{name} of a record must be {field.dtype} {shape}, not {tensor.dtype} {tuple(tensor.shape)}"
-                )
-        return tokens, width
-
-    def size(self, tokens: int, width: int) -> int:
-        """Bytes of a record."""
-        return sum(tokens * (width if field.wide else 1) * field.dtype.itemsize for field in self.fields.values())
-
-    def pack(self, record: Record) -> bytes:
-        return b"".join(_bytes(record[name]) for name in self.fields)
-
-    def unpack(self, payload: bytearray, tokens: int, width: int) -> Record:
-        """Tensors that share the memory of ``payload``."""
-        storage = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8)).untyped_storage()
-        record, offset = {}, 0
-        for name, field in self.fields.items():
-            shape, stride = ((tokens, width), (width, 1)) if field.wide else ((tokens,), (1,))
-            start = offset // field.dtype.itemsize
-            record[name] = torch.empty(0, dtype=field.dtype).set_(storage, start, shape, stride)
-            offset += record[name].nbytes
-        return record
-
-
-# Stores
+GIB = 1 << 30
 
 
 def check_memory_store(kind: str, ranks: int) -> None:
@@ -340,7 +72,8 @@ class TeacherStore(ABC):
     def __init__(self, identity: StoreIdentity, max_bytes: int) -> None:
         self.identity = identity
         self.max_bytes = max_bytes
-        self._schema = _Schema(identity)
+        self.schema = Schema(identity)
+        """Of the records."""
         self._hits = self._misses = self._refused = self._non_finite = self._damaged = 0
 
     @abstractmethod
@@ -358,6 +91,10 @@ class TeacherStore(ABC):
     @abstractmethod
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """The keys without a record, in order. ``get`` may still find a listed record damaged and return None."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Take in what other processes have stored."""
 
     @property
     @abstractmethod
@@ -378,7 +115,7 @@ class TeacherStore(ABC):
 
     def _is_finite(self, record: Record) -> bool:
         """Whether all values are; if not, count and warn once."""
-        for name, field in self._schema.fields.items():
+        for name, field in self.schema.fields.items():
             tensor = record[name]
             # Both ends of a tensor are NaN if any value is; many times faster than a look at each value.
             if field.dtype.is_floating_point and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
@@ -397,8 +134,8 @@ class TeacherStore(ABC):
                 "%s=%g: the store of teacher features is full at %.3g GiB; rows beyond are not kept and go through the "
                 "teacher every time",
                 LIMIT_SETTING,
-                self.max_bytes / _GIB,
-                stored / _GIB,
+                self.max_bytes / GIB,
+                stored / GIB,
             )
         self._refused += 1
         return False
@@ -416,433 +153,19 @@ class MemoryStore(TeacherStore):
         return self._count([self._records.get(key) for key in keys])
 
     def put(self, key: bytes, record: Record) -> None:
-        size = self._schema.size(*self._schema.check(record))
+        size = self.schema.size(*self.schema.check(record))
         if key in self._records or not self._is_finite(record) or not self._fits(self._bytes, size):
             return
         # A copy: the caller's tensors may be views that keep a whole batch alive.
-        self._records[key] = {name: record[name].detach().cpu().clone() for name in self._schema.fields}
+        self._records[key] = {name: record[name].detach().cpu().clone() for name in self.schema.fields}
         self._bytes += size
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         return [key for key in keys if key not in self._records]
 
+    def refresh(self) -> None:
+        pass  # no other process stores here
+
     @property
     def stats(self) -> StoreStats:
         return self._make_stats(len(self._records), self._bytes)
-
-
-_ENTRY = struct.Struct("<32sQQIIII")
-"""Index entry: key, payload's offset and length, T, width, crc32 of the payload, crc32 of the entry before it."""
-_ENTRY_CRC = struct.Struct("<I")
-
-
-@dataclass(slots=True)
-class _Entry:
-    """Where a record is."""
-
-    part: str
-    offset: int
-    length: int
-    tokens: int
-    width: int
-    crc: int
-
-
-class _Part:
-    """The part that this process writes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.name = f"part-{secrets.token_hex(8)}"
-        self.offset = 0
-        self._data = open(folder / f"{self.name}.data", "xb", buffering=0)  # noqa: SIM115 (closed by the store)
-        self._index = open(folder / f"{self.name}.index", "xb", buffering=0)  # noqa: SIM115
-
-    def append(self, key: bytes, payload: bytes, tokens: int, width: int) -> _Entry:
-        entry = _Entry(self.name, self.offset, len(payload), tokens, width, zlib.crc32(payload))
-        fields = (key, entry.offset, entry.length, tokens, width, entry.crc)
-        head = _ENTRY.pack(*fields, 0)[: -_ENTRY_CRC.size]
-        _write(self._data.fileno(), payload)
-        _write(self._index.fileno(), head + _ENTRY_CRC.pack(zlib.crc32(head)))
-        self.offset += entry.length
-        return entry
-
-    def close(self) -> None:
-        self._data.close()
-        self._index.close()
-
-
-def _read_whole(file: Path) -> str:
-    """The text of a file that ends with a line break, or what there is of it after a moment."""
-    for _ in range(5):
-        text = file.read_text()
-        if text.endswith("\n"):
-            break
-        time.sleep(0.05)  # another process is writing it, on a file system without links
-    return text
-
-
-def _write(file: int, data: bytes) -> None:
-    """Write all of ``data``; one call to the system may write less."""
-    left = memoryview(data)
-    while left:
-        left = left[os.write(file, left) :]
-
-
-def _read(file: int, offset: int, length: int) -> bytearray | None:
-    """``length`` bytes, or None if the file ends before."""
-    data = bytearray(length)
-    done = 0
-    while done < length:
-        read = os.preadv(file, [memoryview(data)[done:]], offset + done)
-        if not read:
-            return None
-        done += read
-    return data
-
-
-class DiskStore(TeacherStore):
-    """Records in a folder, shared by ranks and runs.
-
-    Other processes' new records are seen when a key is not known, or by ``refresh``. A key stored by two processes at
-    once costs its space twice.
-
-    Args:
-        folder: made if it is not there.
-        identity: of the features.
-        max_bytes: limit of all parts together, as last seen: several ranks may exceed it by what they write between
-            two refreshes. The output head does not count.
-
-    Raises:
-        ValueError: the folder cannot be written to, holds something else, or its disk is too small for the limit.
-    """
-
-    def __init__(self, folder: Path, identity: StoreIdentity, max_bytes: int) -> None:
-        super().__init__(identity, max_bytes)
-        self.folder = folder
-        self._entries: dict[bytes, list[_Entry]] = {}
-        self._sizes: dict[str, int] = {}  # of each file of a part
-        self._index_read: dict[str, int] = {}  # bytes of each index that are in _entries
-        self._part: _Part | None = None
-        self._open_folder()
-        self.refresh()
-        self._check_free_space()
-
-    # Opening
-
-    def _error(self, found: str, remedy: str) -> ValueError:
-        return ValueError(f"{DIR_SETTING}={self.folder}: {found}; {remedy}")
-
-    def _open_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f"probe-{secrets.token_hex(8)}"
-            probe.touch(exist_ok=False)
-            probe.unlink()
-        except OSError as error:
-            remedy = "give a folder that every rank can create and write to"
-            raise self._error(f"cannot be written to ({error.strerror})", remedy) from error
-        file = self.folder / "store.json"
-        used = any(self.folder.glob("part-*"))  # looked at first: another rank writes store.json before its part
-        if not file.exists():
-            if used:
-                remedy = "give another folder, or delete this one"
-                raise self._error("holds stored features but no store.json that says of what", remedy)
-            self._create(
-                file,
-                json.dumps({"format_version": FORMAT_VERSION, "identity": asdict(self.identity)}, indent=2) + "\n",
-            )
-        self._check_identity(file)
-
-    def _create(self, file: Path, text: str) -> None:
-        """Make a file, unless another process does first; it appears with its whole text, or not at all."""
-        temporary = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            with open(temporary, "x") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            try:
-                os.link(temporary, file)
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without links: there, a crash within the next line leaves half a file
-                with suppress(FileExistsError), open(file, "x") as stream:
-                    stream.write(text)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-        except OSError as error:
-            raise self._write_error(error) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _check_identity(self, file: Path) -> None:
-        try:
-            content = json.loads(_read_whole(file))
-            version, stored = content["format_version"], dict(content["identity"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            remedy = "give another folder, or delete this one"
-            raise self._error(f"its store.json cannot be read ({error!r})", remedy) from error
-        if version != FORMAT_VERSION:
-            raise self._error(
-                f"holds features in format version {version}, and this hpd-verl reads version {FORMAT_VERSION}",
-                "give another folder, or use the hpd-verl that wrote it",
-            )
-        own = asdict(self.identity)
-        differing = [
-            f"{name}: stored {stored.get(name)}, this run {own.get(name)}"
-            for name in sorted(own.keys() | stored.keys())
-            if own.get(name) != stored.get(name)
-        ]
-        if differing:
-            raise self._error(
-                f"holds features of another teacher or of other settings ({'; '.join(differing)})",
-                "give each its own folder, or delete this one",
-            )
-
-    def _check_free_space(self) -> None:
-        more = self.max_bytes - self._stored
-        free = shutil.disk_usage(self.folder).free
-        if free < more:
-            raise self._error(
-                f"{LIMIT_SETTING}={self.max_bytes / _GIB:g} lets it grow by {more / _GIB:.3g} GiB, but its disk has "
-                f"{free / _GIB:.3g} GiB free",
-                "lower the limit, or give a folder on another disk",
-            )
-
-    @contextmanager
-    def _replacing(self, file: Path) -> Iterator[Path]:
-        """A temporary file that takes the place of ``file`` once it is written and on the disk."""
-        temporary = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            yield temporary
-            with open(temporary, "rb+") as stream:
-                os.fsync(stream.fileno())
-            temporary.replace(file)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise self._write_error(error) from error
-
-    def _lost(self, error: OSError) -> OSError:
-        found = f"cannot be read any more ({error.strerror or error})" if self.folder.is_dir() else "is gone"
-        return OSError(
-            f"{DIR_SETTING}={self.folder}: it was there at the start and {found}; give a folder that stays, and start "
-            "again: training resumes from its last checkpoint"
-        )
-
-    def _write_error(self, error: OSError) -> OSError:
-        if not self.folder.is_dir():
-            return self._lost(error)
-        remedy = (
-            f"free some, lower {LIMIT_SETTING}, or give another folder"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            else "give a folder that stays writable"
-        )
-        return OSError(
-            f"{DIR_SETTING}={self.folder}: writing failed after {self._stored / _GIB:.3g} GiB were stored "
-            f"({error.strerror or error}); {remedy}"
-        )
-
-    # Records
-
-    @property
-    def _stored(self) -> int:
-        return sum(self._sizes.values())
-
-    def refresh(self) -> None:
-        """Take in what other processes have stored: one ``stat`` a file, and the new end of each index.
-
-        Raises:
-            OSError: the folder is gone or cannot be read; the message names the setting.
-        """
-        sizes = {}
-        try:
-            for file in os.scandir(self.folder):
-                if re.fullmatch(r"part-\w+\.(data|index)", file.name):
-                    with suppress(FileNotFoundError):
-                        sizes[file.name] = file.stat().st_size
-        except OSError as error:
-            raise self._lost(error) from error
-        self._sizes = sizes
-        if self._part is not None and f"{self._part.name}.data" not in sizes:
-            self.close()  # removed: what is written to it now, nobody will find
-        for name, size in sizes.items():
-            if name.endswith(".index") and size - self._index_read.get(name, 0) >= _ENTRY.size:
-                self._read_index(name)
-
-    def _read_index(self, name: str) -> None:
-        """Take in an index's whole new entries."""
-        part, start = name.removesuffix(".index"), self._index_read.get(name, 0)
-        try:
-            with open(self.folder / name, "rb", buffering=0) as stream:
-                stream.seek(start)
-                tail = stream.read()
-            data_size = os.stat(self.folder / f"{part}.data").st_size  # taken last: data are written before entries
-        except FileNotFoundError:
-            return
-        tail = tail[: len(tail) // _ENTRY.size * _ENTRY.size]
-        self._index_read[name] = start + len(tail)
-        for position in range(0, len(tail), _ENTRY.size):
-            key, offset, length, tokens, width, crc, entry_crc = _ENTRY.unpack_from(tail, position)
-            whole = entry_crc == zlib.crc32(tail[position : position + _ENTRY.size - _ENTRY_CRC.size])
-            if whole and offset + length <= data_size and length == self._schema.size(tokens, width):
-                self._entries.setdefault(key, []).append(_Entry(part, offset, length, tokens, width, crc))
-
-    def missing(self, keys: Sequence[bytes]) -> list[bytes]:
-        if any(key not in self._entries for key in keys):
-            self.refresh()
-        return [key for key in keys if key not in self._entries]
-
-    def get(self, keys: Sequence[bytes]) -> list[Record | None]:
-        self.missing(keys)
-        with _OpenFiles(self.folder) as files:
-            return self._count([self._load(key, files) for key in keys])
-
-    def _load(self, key: bytes, files: "_OpenFiles") -> Record | None:
-        entries = self._entries.get(key, [])
-        while entries:
-            payload = self._payload(entries[0], files)
-            if payload is not None:
-                return self._schema.unpack(payload, entries[0].tokens, entries[0].width)
-            self._damaged += 1
-            entries.pop(0)
-        self._entries.pop(key, None)
-        return None
-
-    def _payload(self, entry: _Entry, files: "_OpenFiles") -> bytearray | None:
-        """Its bytes, or None if it is not what was written."""
-        try:
-            payload = _read(files.open(f"{entry.part}.data"), entry.offset, entry.length)
-        except FileNotFoundError:
-            return None
-        return payload if payload is not None and zlib.crc32(payload) == entry.crc else None
-
-    def put(self, key: bytes, record: Record) -> None:
-        """Store a copy of a record, unless its key is known, a value is NaN or infinite, or the store is full.
-
-        Raises:
-            ValueError: the tensors are not those of the store's format.
-            OSError: writing failed, for example because the disk is full; the message names the setting.
-        """
-        assert len(key) == 32, "a key is 32 bytes: row_key"
-        tokens, width = self._schema.check(record)
-        size = self._schema.size(tokens, width)
-        if key in self._entries or not self._is_finite(record) or not self._fits(self._stored, size + _ENTRY.size):
-            return
-        try:
-            self._part = self._part or _Part(self.folder)
-            entry = self._part.append(key, self._schema.pack(record), tokens, width)
-        except OSError as error:
-            self.close()  # a part with a torn end is never appended to
-            raise self._write_error(error) from error
-        self._entries[key] = [entry]
-        index = f"{entry.part}.index"
-        self._index_read[index] = self._index_read.get(index, 0) + _ENTRY.size
-        self._sizes[index] = self._index_read[index]
-        self._sizes[f"{entry.part}.data"] = self._part.offset
-
-    def close(self) -> None:
-        """End this process's part; a later ``put`` begins another."""
-        if self._part is not None:
-            self._part.close()
-            self._part = None
-
-    @property
-    def stats(self) -> StoreStats:
-        return self._make_stats(len(self._entries), self._stored)
-
-    # Output head
-
-    @property
-    def _head_file(self) -> Path:
-        return self.folder / "output_head.safetensors"
-
-    def save_output_head(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Store the teacher's output head, if it is not there yet.
-
-        Args:
-            weight: floating [V, d].
-            bias: floating [V], where the head has one.
-
-        Raises:
-            ValueError: another head is stored.
-            OSError: writing failed; the message names the setting.
-        """
-        if self._head_file.exists():
-            self.check_output_head(weight, bias)
-            return
-        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"output_head_hash": output_head_hash(weight, bias), "identity": self.identity.digest}
-        with self._replacing(self._head_file) as temporary:
-            try:
-                save_file(tensors, temporary, metadata=metadata)
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
-
-    def load_output_head(self) -> tuple[Tensor, Tensor | None] | None:
-        """The stored output head, ``(weight [V, d], bias [V] or None)``; None if none is stored.
-
-        Raises:
-            ValueError: the file is damaged, or not this identity's.
-        """
-        if not self._head_file.exists():
-            return None
-        found, cause = "its output_head.safetensors is damaged", None
-        metadata: dict[str, str] = {}
-        try:
-            with safe_open(self._head_file, framework="pt") as file:
-                tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        except SafetensorError as error:
-            tensors, cause = {}, error
-        weight, bias = tensors.get("weight"), tensors.get("bias")
-        if weight is not None and metadata.get("identity") != self.identity.digest:
-            raise self._error(
-                "its output_head.safetensors is of another teacher or of other settings",
-                "delete that file: it is written again from the teacher",
-            )
-        if weight is None or metadata.get("output_head_hash") != output_head_hash(weight, bias):
-            raise self._error(found, "delete that file: it is written again from the teacher") from cause
-        return weight, bias
-
-    def check_output_head(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Check that the stored output head, if there is one, is the given teacher's.
-
-        Raises:
-            ValueError: it is not, or the file is damaged.
-        """
-        stored = self.load_output_head()
-        if stored is None:
-            return
-        stored_hash, given_hash = output_head_hash(*stored), output_head_hash(weight, bias)
-        if stored_hash != given_hash:
-            raise self._error(
-                f"its output head is not the teacher's (sha256 stored {stored_hash}, teacher {given_hash})",
-                "give another folder, or delete this one",
-            )
-
-
-class _OpenFiles:
-    """Files of a folder, each opened once and closed at the end: with many parts, none is held open for long."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, int] = {}
-        self._stack = ExitStack()
-
-    def open(self, name: str) -> int:
-        """A file descriptor.
-
-        Raises:
-            FileNotFoundError: the file is gone.
-        """
-        if name not in self._files:
-            self._files[name] = os.open(self._folder / name, os.O_RDONLY)
-            self._stack.callback(os.close, self._files[name])
-        return self._files[name]
-
-    def __enter__(self) -> "_OpenFiles":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()

@@ -16,7 +16,8 @@ import torch
 from conftest import Run, RunMainPPO, Tiny, make_nan_model, read_steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpd_verl.teacher.store import DiskStore, StoreIdentity
+from hpd_verl.teacher.disk_store import DiskStore
+from hpd_verl.teacher.records import StoreIdentity
 
 RunSFT = Callable[..., Run]
 

@@ -1,0 +1,84 @@
+"""The teacher that a configuration asks for."""
+
+from pathlib import Path
+
+import torch.distributed
+from verl.workers.config import EngineConfig, HFModelConfig
+
+from hpd_verl.config import HPDConfig
+from hpd_verl.engine.causal_lm import head_scaling
+from hpd_verl.engine.ranks import on_every_rank, on_rank_zero
+from hpd_verl.teacher.colocated import ColocatedTeacher, TeacherWorker
+from hpd_verl.teacher.disk_store import DiskStore
+from hpd_verl.teacher.identity import FileHashes, teacher_hashes
+from hpd_verl.teacher.model_config import shared_vocabulary_size
+from hpd_verl.teacher.records import StoreIdentity, teacher_identity, tokenisation_hash
+from hpd_verl.teacher.store import GIB, MemoryStore, TeacherStore, check_memory_store
+from hpd_verl.teacher.stored import StoredTeacher
+from hpd_verl.teacher.teacher import Teacher
+
+
+def make_teacher(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig) -> Teacher:
+    """The teacher of one rank, prepared; all ranks together.
+
+    Args:
+        worker: the teacher's model, lazy.
+        config: the algorithm's configuration.
+        student: whose tokens and vocabulary rows have.
+
+    Raises:
+        ValueError: the teacher's output layer is not understood, or its store is not usable.
+    """
+    teacher: Teacher = ColocatedTeacher(worker, config, shared_vocabulary_size(student, worker.model_config))
+    store = open_store(worker, config, student)
+    if store is not None:
+        teacher = StoredTeacher(store, teacher, head_scaling(worker.model_config.hf_config))
+    teacher.prepare()
+    return teacher
+
+
+def open_store(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig) -> TeacherStore | None:
+    """The store of a teacher's features; None where none is kept.
+
+    Args:
+        worker: the teacher's model, which need not be loaded.
+        config: the algorithm's configuration.
+        student: whose tokens and vocabulary rows have.
+
+    Raises:
+        ValueError: a store in memory on several ranks, a folder that is another teacher's or cannot be used, weights of
+            the teacher that are missing.
+    """
+    kind, max_bytes = config.teacher_cache, int(config.teacher_cache_max_gib * GIB)
+    if kind == "off":
+        return None
+
+    def identity(teacher: str, teacher_config: str) -> StoreIdentity:
+        return teacher_identity(
+            teacher,
+            teacher_config,
+            temperature=config.temperature_of_teacher,
+            vocabulary_size=shared_vocabulary_size(student, worker.model_config),
+            format=config.teacher_cache_format,
+            dtype=config.teacher_cache_dtype,
+            top_k=config.teacher_cache_top_k,
+            teacher_dtype=_dtype_name(worker.engine_config),
+            tokenisation=tokenisation_hash(student.tokenizer.get_vocab(), student.tokenizer.chat_template),
+        )
+
+    if kind == "memory":
+        check_memory_store(kind, torch.distributed.get_world_size())
+        return MemoryStore(identity("", ""), max_bytes)  # of this process, which has one teacher
+    assert config.teacher_cache_dir is not None  # HPDConfig requires it
+    folder = Path(config.teacher_cache_dir).expanduser()
+    hashes = FileHashes(folder / "teacher_files.json")
+    # Of rank 0: its copy of the weights is what verl loads, and other nodes need not read theirs.
+    known = identity(*on_rank_zero(lambda: teacher_hashes(worker.model_config, hashes)))
+    store = on_every_rank(lambda: DiskStore(folder, known, max_bytes))
+    hashes.save()  # once the folder is known to be this teacher's
+    return store
+
+
+def _dtype_name(engine: EngineConfig) -> str:
+    """What the teacher's weights are kept and used in."""
+    return f"{engine.model_dtype}, {(engine.mixed_precision or {}).get('param_dtype', 'bf16')}"

@@ -1,0 +1,193 @@
+"""The teacher's model beside the student, in verl's engine."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
+from verl.utils.memory_utils import aggressive_empty_cache
+from verl.workers.config import HFModelConfig, TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
+
+from hpd_verl.config import HPDConfig
+from hpd_verl.data import fields
+from hpd_verl.data.response_tokens import response_tokens, row_numbers
+from hpd_verl.engine.causal_lm import output_head
+from hpd_verl.engine.head_engine import MODEL_TYPE, HeadLoss
+from hpd_verl.engine.ranks import highest_of_ranks
+from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.output_head import OutputHead
+from hpd_verl.teacher.records import DTYPES
+from hpd_verl.teacher.teacher import Teacher
+
+
+class TeacherWorker(TrainingWorker):
+    """verl's worker of a reference model, with the teacher's model in place of the student's.
+
+    Args:
+        config: verl's configuration of the reference.
+        model: the teacher's model.
+        lazy: load the model only when ``load`` is called.
+    """
+
+    def __init__(self, config: TrainingWorkerConfig, model: HFModelConfig, lazy: bool = False) -> None:
+        model_type = MODEL_TYPE if lazy else config.model_type
+        super().__init__(dataclasses.replace(config, model_config=model, model_type=model_type))
+        self.lazy = lazy
+        self.is_loaded = False
+
+    def reset(self) -> None:
+        """verl's call to load the model."""
+        if not self.lazy:
+            self.load()
+
+    def load(self) -> None:
+        """Load the model, once. All ranks together."""
+        if not self.is_loaded:
+            super().reset()
+            self.is_loaded = True
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureForm:
+    """Which features are taken of the teacher."""
+
+    top_k: int | None = None
+    """The log-probs of so many tokens; None: hidden states."""
+    rounded_to: torch.dtype | None = None
+    """Hidden states are rounded before anything is computed from them, so that log-probs fit what a store keeps."""
+    complete: bool = True
+    """With the label's log-prob and the log-sum-exp of the logits, which take a product with the output layer."""
+
+    @classmethod
+    def of(cls, config: HPDConfig) -> "FeatureForm":
+        """What the objectives need, or what the store keeps."""
+        if config.teacher_cache == "off":
+            # For the whole distribution, the student's pass makes the product with the output layer anyway.
+            return cls(complete=not (config.objectives.over_vocabulary or config.exact_kl_metrics))
+        if config.teacher_cache_format == "topk":
+            return cls(top_k=config.teacher_cache_top_k)
+        return cls(rounded_to=DTYPES[config.teacher_cache_dtype])
+
+
+class _FeatureLoss(HeadLoss):
+    """The teacher's loss function: keeps the features of each row, and has no loss."""
+
+    def __init__(self, form: FeatureForm, head: OutputHead, temperature: float, chunk_size: int | None) -> None:
+        self.form = form
+        self.head = head
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+        self.compiled = False
+        self.rows: dict[int, TeacherFeatures] = {}
+
+    def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
+        responses = response_tokens(data)
+        features = self._features(hidden[responses.positions], head, responses.labels)
+        start = 0
+        for row, length in zip(row_numbers(data).tolist(), responses.lengths.tolist(), strict=True):
+            self.rows[row] = features[start : start + length]
+            start += length
+        return torch.zeros((), device=hidden.device), {}
+
+    def _features(self, hidden: Tensor, head: OutputHead, labels: Tensor) -> TeacherFeatures:
+        if self.form.top_k is not None:
+            k = min(self.form.top_k, head.vocabulary_size)
+            return teacher_top_k(hidden, head, labels, self.temperature, self.chunk_size, k=k)
+        if not self.form.complete:
+            return HiddenFeatures(hidden.detach(), self.head, self.temperature)
+        if self.form.rounded_to is not None:
+            hidden = hidden.to(self.form.rounded_to).to(hidden.dtype)
+        features = teacher_features(hidden, head, labels, self.temperature, self.chunk_size, self.compiled)
+        return dataclasses.replace(features, head=self.head)  # of this pass, the engine's own is sharded again
+
+
+class ColocatedTeacher(Teacher):
+    """Features from the teacher's model, loaded when they are first needed.
+
+    Args:
+        worker: the teacher's model, lazy.
+        config: the algorithm's configuration.
+        vocabulary_size: the teacher's logits that are used: those that the student has too.
+    """
+
+    def __init__(self, worker: TeacherWorker, config: HPDConfig, vocabulary_size: int) -> None:
+        self.worker = worker
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        self._loss: _FeatureLoss | None = None
+
+    def prepare(self) -> None:
+        """Load the model and take a whole copy of its output layer.
+
+        Raises:
+            ValueError: the output layer is not understood.
+        """
+        self._loaded()
+
+    def _loaded(self) -> _FeatureLoss:
+        if self._loss is not None:
+            return self._loss
+        self.worker.load()
+        engine = self.worker.engine
+        engine.offer_head(self.vocabulary_size)
+        layer, dtype = output_head(engine.module, self.vocabulary_size), engine.compute_dtype
+        head = dataclasses.replace(
+            layer,
+            weight=_full_copy(layer.weight, dtype),
+            bias=None if layer.bias is None else _full_copy(layer.bias, dtype),
+        )
+        form, temperature = FeatureForm.of(self.config), self.config.temperature_of_teacher
+        self._loss = _FeatureLoss(form, head, temperature, self.config.token_chunk_size)
+        self._loss.compiled = engine.compiles
+        # What loading took on the way goes back to the device: a rollout server counts what is free there.
+        aggressive_empty_cache(force_sync=True)
+        return self._loss
+
+    def features(self, data: TensorDict, wanted: Sequence[int] | None = None) -> dict[int, TeacherFeatures]:
+        rows = list(range(len(data))) if wanted is None else list(wanted)
+        count = highest_of_ranks(len(rows))
+        if count == 0:
+            return {}
+        # Ranks run the model together: one with fewer wanted rows computes some that it does not need.
+        others = [index for index in range(len(data)) if index not in set(rows)]
+        loss = self._loaded()
+        self.worker.set_loss_fn(loss)
+        self.worker.infer_batch(_select(data, (rows + others)[:count]))
+        computed, loss.rows = loss.rows, {}
+        return computed
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+def _full_copy(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter on the device, gathered, in memory of its own and no more: FSDP frees and moves the parameter's."""
+    full = parameter.detach().to(get_device_id())
+    if isinstance(full, DTensor):
+        full = full.full_tensor()
+    copy = full.to(dtype)
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    storage = copy.untyped_storage()
+    is_own = storage.data_ptr() != local.untyped_storage().data_ptr() and storage.nbytes() == copy.nbytes
+    return copy if is_own else copy.clone()
+
+
+_PASS_SETTINGS = ("temperature", fields.STEP, "pad_token_id")
+
+
+def _select(data: TensorDict, rows: list[int]) -> TensorDict:
+    """Some rows of a batch, with what the teacher's pass reads."""
+    named = [name for name in fields.SEQUENCE_FIELDS if name in data]
+    selected = tu.index_select_tensor_dict(data.select(*named), rows)
+    for name in _PASS_SETTINGS:
+        value = tu.get_non_tensor_data(data=data, key=name, default=None)
+        if value is not None:
+            tu.assign_non_tensor(selected, **{name: value})
+    return selected
