@@ -61,7 +61,7 @@ class FakeDeviceTensor(Tensor):
             strides=numbers.stride(),
             storage_offset=numbers.storage_offset(),
             dtype=numbers.dtype,
-            device=NAME,
+            device=torch.device(NAME),
         )
         tensor.numbers = numbers
         return tensor
@@ -69,7 +69,9 @@ class FakeDeviceTensor(Tensor):
     def tolist(self) -> Any:
         return self.numbers.tolist()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(  # type: ignore[override]  # torch's own class and its stub disagree
+        self, *, tensor_contents: Any = None
+    ) -> str:
         return f"FakeDeviceTensor({self.numbers!r})"
 
     @classmethod
@@ -90,7 +92,9 @@ class FakeDeviceTensor(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a function of C there
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return NotImplemented  # the mode below does it all; of a nested tensor, that tensor's class
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,14 +22,16 @@ from transformers import (
     LlamaForCausalLM,
     PhiConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from hpd_verl.config import HPDConfig
 from hpd_verl.engine.causal_lm import check_head, offer_head, output_head
-from hpd_verl.head.distillation_head import OutputHead, distillation_head
+from hpd_verl.head.distillation_head import distillation_head
+from hpd_verl.head.output_head import OutputHead
+from hpd_verl.objectives import RowObjectives
 
 VOCABULARY, SHARED = 40, 33
 SIZES: dict[str, Any] = {
@@ -60,12 +63,12 @@ GPT2_SIZES: dict[str, Any] = {
 }
 
 
-def build(config: PretrainedConfig) -> nn.Module:
+def build(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
-def with_bias(config: PretrainedConfig) -> nn.Module:
+def with_bias(config: PretrainedConfig) -> PreTrainedModel:
     """A model whose output layer has a bias that is not 0."""
     model = build(config)
     layer = model.get_output_embeddings()
@@ -74,7 +77,7 @@ def with_bias(config: PretrainedConfig) -> nn.Module:
     return model
 
 
-def with_lora() -> nn.Module:
+def with_lora() -> PreTrainedModel:
     """Llama with adapters that are not 0; only they are trained."""
     torch.manual_seed(1)
     model = get_peft_model(
@@ -86,7 +89,7 @@ def with_lora() -> nn.Module:
     return model.eval()
 
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: build(LlamaConfig(**SIZES, tie_word_embeddings=False)),
     "llama-tied": lambda: build(LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "llama-lora": with_lora,
@@ -126,8 +129,8 @@ def cross_entropy_head(labels: Tensor) -> Callable[[Tensor, OutputHead], Tensor]
             token_scale=torch.full((n,), 1 / n, dtype=torch.float64),
             is_rollout=torch.zeros(n, dtype=torch.bool),
             teacher=None,
-            teacher_head=None,
-            config=HPDConfig(objective="sft", token_chunk_size=4),
+            objectives=RowObjectives.of("sft"),
+            chunk_size=4,
         ).loss
 
     return head
@@ -203,7 +206,7 @@ def test_cross_entropy_by_the_head(family: str) -> None:
     assert found.keys() == expected.keys()
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9, msg=partial("{}: {}".format, name))
 
 
 def test_the_head_sees_hidden_states_and_the_layer() -> None:

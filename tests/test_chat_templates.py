@@ -190,7 +190,7 @@ def make(family: Family, template: str, tokenizer: Tokenizer | None = None) -> P
         tokenizer_object=tokenizer or byte_level(), eos_token=family.eos, bos_token=family.bos, pad_token="<pad>"
     )
     special, added = family.special.split(), family.added.split()
-    if family.end not in (None, family.eos, *special, *added):
+    if family.end is not None and family.end not in (family.eos, *special, *added):
         special.append(family.end)
     fast.add_tokens([AddedToken(token, special=True, normalized=False) for token in special], special_tokens=True)
     fast.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])

@@ -226,9 +226,9 @@ MALFORMED = [
 def test_malformed_demonstrations_are_not_missing(demonstration: Any, tmp_path: Path) -> None:
     """Where the student may answer, null and empty demonstrations are rolled out; a wrong form is refused."""
     file = jsonl(changed(make_rows(8), demonstration=demonstration), tmp_path / "rows.jsonl")
-    for setting in ({"missing_demonstration": "rollout"}, {}):
+    for missing in ("rollout", "error"):
         with pytest.raises(ValueError, match=r"rows\.jsonl: row 3 \(line 4\): .*demonstration is"):
-            check(file, **setting)
+            check(file, missing_demonstration=missing)
     assert check(file, on_policy_fraction=1.0) == 8
     assert check(file, is_train=False) == 8
 

@@ -28,13 +28,9 @@ def write_gsm8k(folder: Path, **changed: str) -> Path:
 
 def prepare(folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable,
-        "-m",
-        "data_prep.gsm8k",
-        "--local_dataset_path",
-        folder,
-        "--local_save_dir",
-        out,
+        *(sys.executable, "-m", "data_prep.gsm8k"),
+        *("--local_dataset_path", str(folder)),
+        *("--local_save_dir", str(out)),
     ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 

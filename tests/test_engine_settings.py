@@ -47,7 +47,7 @@ def first_steps(tiny: Tiny, folder: Path, *overrides: str) -> dict[str, Any]:
         )
     auto_set_device(config)
     trainer = HPDSFTTrainer(config)
-    found = {}
+    found: dict[str, float] = {}
     for step, tensors in zip((1, 2), trainer.train_dataloader, strict=False):
         metrics = trainer._train_step(tensors, step)
         found |= {f"{name} {step}": metrics[name] for name in NAMES}

@@ -257,7 +257,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def submit(tmp_path: Path, variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", SLURM, *arguments]
+    command = ["bash", str(SLURM), *arguments]
     return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=240)
 
 

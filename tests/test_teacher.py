@@ -54,7 +54,7 @@ def make_adapter(tiny: Tiny, folder: Path, seed: int) -> Path:
     """A LoRA adapter of the teacher that changes its logits."""
     torch.manual_seed(seed)
     settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny.teacher), settings).save_pretrained(folder)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny.teacher), settings).save_pretrained(str(folder))
     return folder
 
 

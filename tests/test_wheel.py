@@ -1,4 +1,4 @@
-"""The wheel holds every module and every configuration, and its modules import without the checkout."""
+"""The wheel holds every module, every configuration and py.typed, and its modules import without the checkout."""
 
 import os
 import shutil
@@ -48,8 +48,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_nothing_is_missing(installed: Path) -> None:
     expected = files("hpd_verl", ".py") | {f"hpd_verl/{name}" for name in files("configs", ".yaml")}
-    found = {str(file.relative_to(installed)) for file in installed.rglob("*") if file.suffix in (".py", ".yaml")}
-    assert found == expected
+    expected.add("hpd_verl/py.typed")
+    package = (installed / "hpd_verl").rglob("*")
+    assert {str(file.relative_to(installed)) for file in package if file.is_file()} == expected
+    assert [file.name for file in installed.iterdir() if file.suffix != ".dist-info"] == ["hpd_verl"]
 
 
 def test_modules_import(installed: Path) -> None:

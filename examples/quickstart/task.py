@@ -5,7 +5,7 @@ A problem is a start digit and two or three labelled steps; only the last digit 
     start 4 A - 1 B * 4 ?
 
 A demonstration walks the steps, each in one of four phrasings, and ends with the answer in a box. In train.parquet
-a part of the steps, ``--error-rate``, carries a wrong result, as real demonstrations do:
+a part of the steps, ``--error_rate``, carries a wrong result, as real demonstrations do:
 
     A : 4 - 1 = 3 . by B we go from 3 to 2 . answer \\boxed{ 2 }
 
@@ -163,10 +163,10 @@ def hpd_row(problem: Problem, split: str, index: int, demonstration: str) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_save_dir", type=Path, required=True)
-    parser.add_argument("--sft-size", type=int, default=8192, help="demonstrations for supervised fine-tuning")
-    parser.add_argument("--train-size", type=int, default=8192, help="problems that the student learns from")
-    parser.add_argument("--val-size", type=int, default=256, help="held-out problems")
-    parser.add_argument("--error-rate", type=float, default=0.06, help="share of wrong steps in demonstrations")
+    parser.add_argument("--sft_size", type=int, default=8192, help="demonstrations for supervised fine-tuning")
+    parser.add_argument("--train_size", type=int, default=8192, help="problems that the student learns from")
+    parser.add_argument("--val_size", type=int, default=256, help="held-out problems")
+    parser.add_argument("--error_rate", type=float, default=0.06, help="share of wrong steps in demonstrations")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
