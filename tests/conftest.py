@@ -29,9 +29,8 @@ if DEVICE != "cuda":
     os.environ["VERL_PLATFORM"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(
-    int(os.environ["OMP_NUM_THREADS"])
-)  # torch is loaded already, and several workers share the cores
+# torch, loaded above, has read it already; several processes share the cores.
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 WORDS = ["<pad>", "<end>", "<turn>", "user", "assistant", "is", "plus", "?", ".", *map(str, range(20))]
 CHAT_TEMPLATE = (

@@ -18,6 +18,8 @@ ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray starts workers ahead, one per core, that nothing ever uses: verl's have environment variables of their own.
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 
