@@ -1,11 +1,12 @@
 # make quickstart   set up a virtual environment and run the main job on the CPU
 # make test         set up a virtual environment and run all tests
+# make lint, units, e2e: the parts of make test
 
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test clean
+.PHONY: install quickstart test lint units e2e clean
 
 install: $(VENV)/installed
 
@@ -22,11 +23,19 @@ $(VENV)/installed: pyproject.toml Makefile
 quickstart: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
 
-test: install
+test: lint
+	$(BIN)/python -m pytest
+
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+units: install
+	$(BIN)/python -m pytest --ignore=tests/end_to_end
+
+e2e: install
+	$(BIN)/python -m pytest tests/end_to_end
 
 clean:
 	rm -rf $(VENV) examples/quickstart/run

@@ -332,12 +332,12 @@ def one_pass_is_right() -> None:
 @pytest.mark.parametrize(
     ("module", "test"),
     [
-        ("head", lambda: check_head(configured("hpd"), torch.float32)),
-        ("head", lambda: check_head(configured("fkl"), torch.bfloat16)),
-        ("head", lambda: test_teacher_features("topk", torch.float32)),
-        ("sampling", test_sample_from),
-        ("one_pass", one_pass_is_right),
-        ("response_tokens", one_pass_is_right),
+        ("head.distillation_head", lambda: check_head(configured("hpd"), torch.float32)),
+        ("head.distillation_head", lambda: check_head(configured("fkl"), torch.bfloat16)),
+        ("head.distillation_head", lambda: test_teacher_features("topk", torch.float32)),
+        ("head.sampling", test_sample_from),
+        ("pipelines.one_pass", one_pass_is_right),
+        ("data.response_tokens", one_pass_is_right),
     ],
 )
 def test_a_forgotten_device_is_seen(module: str, test: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
