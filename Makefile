@@ -4,7 +4,9 @@
 
 PYTHON ?= python3.11
 VENV ?= .venv
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxschedchunk 1
 
 .PHONY: install quickstart test lint units e2e clean
 
@@ -24,7 +26,7 @@ quickstart: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
@@ -32,10 +34,10 @@ lint: install
 	$(BIN)/mypy
 
 units: install
-	$(BIN)/python -m pytest --ignore=tests/end_to_end
+	$(PYTEST) -m "not e2e"
 
 e2e: install
-	$(BIN)/python -m pytest tests/end_to_end
+	$(PYTEST) -m e2e
 
 clean:
 	rm -rf $(VENV) examples/quickstart/run

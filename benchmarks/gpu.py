@@ -129,7 +129,7 @@ class Stages:
 
     def head(self, dtype: str, *only: str, python: str = sys.executable) -> Callable[[], Any]:
         def stage() -> list[dict[str, str]]:
-            if "trl" in only and python == sys.executable and find_spec("trl") is None:
+            if any(name.startswith("trl") for name in only) and python == sys.executable and find_spec("trl") is None:
                 raise Skipped("TRL is not installed; TRL_PYTHON names the Python of an environment with it")
             file = self.folder / "head.csv"
             file.unlink(missing_ok=True)
@@ -278,7 +278,7 @@ def main() -> None:
             "tests of the one-pass loss": needs_verl(stages.tests("one_pass")),
             "output layer, bfloat16": stages.head("bfloat16"),
             "output layer, bfloat16, fused": stages.head("bfloat16", *fused),
-            "output layer, bfloat16, TRL": stages.head("bfloat16", "trl", python=trl_python),
+            "output layer, bfloat16, TRL": stages.head("bfloat16", "trl_rkl", python=trl_python),
             "lean trainer": stages.lean,
             "main_ppo": stages.main_ppo,
             "output layer, float32": stages.head("float32"),

@@ -11,7 +11,8 @@ benchmarks/results/head.csv with the machine and the versions.
     head_and_teacher    and the features computed
     plain               whole logits and log-probs of both models, autograd (tests/reference.py, naive_hpd_loss)
     fused_head, fused_head_and_teacher    with the elementwise work fused by torch.compile; not on a CPU unless named
-    trl                 TRL's fused divergence of the whole vocabulary, reverse KL, where TRL is installed
+    NAME_and_teacher    an objective over the vocabulary, hpd_exact, fkl, ...: the teacher's hidden states known
+    trl_fkl, trl_rkl, trl_jsd    TRL's chunked divergence of the whole vocabulary, where TRL can be imported
 
 A ratio is to the bare products with the teacher, without it for head and fused_head. Memory is the
 growth of the peak resident set over what is resident before, measured once in a process of its own, or with
@@ -19,6 +20,7 @@ growth of the peak resident set over what is resident before, measured once in a
 """
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
@@ -35,8 +37,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from reference import naive_hpd_loss  # noqa: E402
 from results import append_rows, machine  # noqa: E402
 
-from hpd_verl.config import HPDConfig  # noqa: E402
-from hpd_verl.head.distillation_head import OutputHead, TeacherFeatures, distillation_head, teacher_features  # noqa: E402
+from hpd_verl.head.distillation_head import distillation_head  # noqa: E402
+from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features  # noqa: E402
+from hpd_verl.head.output_head import OutputHead  # noqa: E402
+from hpd_verl.objectives import OBJECTIVES, RowObjectives  # noqa: E402
 
 SHAPES = [(1024, 49_152, 576, 576), (512, 151_936, 896, 1536)]
 DTYPES = ["float32", "bfloat16"]
@@ -55,7 +59,7 @@ class Case:
     def _make(self, shape: tuple[int, int, int, int], dtype: torch.dtype, chunk_size: int | None) -> None:
         tokens, self.vocabulary, hidden, teacher_hidden = shape
         torch.manual_seed(0)
-        self.config = HPDConfig(token_chunk_size=chunk_size)
+        self.chunk_size = chunk_size
         self.hidden = torch.randn(tokens, hidden, dtype=dtype).requires_grad_()
         self.weight = torch.randn(self.vocabulary, hidden, dtype=dtype).mul_(0.05).requires_grad_()
         self.teacher_hidden = torch.randn(tokens, teacher_hidden, dtype=dtype)
@@ -68,7 +72,7 @@ class Case:
         self.features = self._features()
 
     def _features(self, compiled: bool = False) -> TeacherFeatures:
-        arguments = (self.teacher_hidden, self.teacher_head, self.labels, 1.0, self.config.token_chunk_size)
+        arguments = (self.teacher_hidden, self.teacher_head, self.labels, 1.0, self.chunk_size)
         return teacher_features(*arguments, compiled=compiled)
 
     @torch.no_grad()
@@ -82,6 +86,9 @@ class Case:
         self.teacher_hidden @ self.teacher_weight.T
 
     def head(self, compiled: bool = False) -> None:
+        self._head("hpd", self.features, compiled)
+
+    def _head(self, objective: str, features: TeacherFeatures, compiled: bool = False) -> None:
         self._backward(
             distillation_head(
                 self.hidden,
@@ -90,9 +97,9 @@ class Case:
                 self.uniforms,
                 self.token_scale,
                 self.is_rollout,
-                self.features,
-                self.teacher_head,
-                self.config,
+                features,
+                RowObjectives.of(objective),
+                chunk_size=self.chunk_size,
                 compiled=compiled,
             ).loss
         )
@@ -107,12 +114,15 @@ class Case:
     def fused_head_and_teacher(self) -> None:
         self.head_and_teacher(compiled=True)
 
-    def trl(self) -> None:
+    def over_vocabulary(self, objective: str) -> None:
+        self._head(objective, HiddenFeatures(self.teacher_hidden, self.teacher_head, 1.0))
+
+    def trl(self, beta: float) -> None:
         from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
         mask = torch.ones_like(self.labels).unsqueeze(0)
         hidden, teacher_hidden = self.hidden.unsqueeze(0), self.teacher_hidden.unsqueeze(0)
-        loss, *_ = _chunked_divergence_loss(hidden, teacher_hidden, self.weight, self.teacher_weight, mask, beta=1.0)
+        loss, *_ = _chunked_divergence_loss(hidden, teacher_hidden, self.weight, self.teacher_weight, mask, beta=beta)
         self._backward(loss)
 
     def plain(self) -> None:
@@ -127,13 +137,24 @@ class Case:
             )
         )
 
+    def implementation(self, name: str) -> Callable[[], None]:
+        """One of ``IMPLEMENTATIONS`` or ``OPTIONAL``."""
+        if name in TRL:
+            return functools.partial(self.trl, TRL[name])
+        if name in EXACT:
+            return functools.partial(self.over_vocabulary, name.removesuffix("_and_teacher"))
+        return getattr(self, name)
+
     def _backward(self, loss: Tensor) -> None:
         self.hidden.grad = self.weight.grad = None
         loss.backward()
 
 
 IMPLEMENTATIONS = ["gemms", "gemms_and_teacher", "head", "head_and_teacher", "plain"]
-OPTIONAL = ["fused_head", "fused_head_and_teacher", "trl"]
+EXACT = [f"{name}_and_teacher" for name, each in OBJECTIVES.items() if each.over == "vocabulary"]
+TRL = {"trl_fkl": 0.0, "trl_rkl": 1.0, "trl_jsd": 0.5}
+"""TRL's beta."""
+OPTIONAL = ["fused_head", "fused_head_and_teacher", *EXACT, *TRL]
 
 
 def _synchronise(device: str) -> None:
@@ -144,7 +165,7 @@ def _synchronise(device: str) -> None:
 
 def medians(case: Case, repeats: int, implementations: list[str], device: str) -> dict[str, float]:
     """Seconds of each implementation; they take turns, so that a busy moment of the machine hits all."""
-    functions: dict[str, Callable[[], None]] = {name: getattr(case, name) for name in implementations}
+    functions: dict[str, Callable[[], None]] = {name: case.implementation(name) for name in implementations}
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():
@@ -167,14 +188,14 @@ def peak_memory(case: Case, implementation: str, device: str) -> int:
     """Bytes by which the peak of one run, of the resident set or on the device, exceeds what there was before."""
     if device != "cpu":
         memory = torch.get_device_module(device)
-        getattr(case, implementation)()  # what compiling and the libraries take once does not count
+        case.implementation(implementation)()  # what compiling and the libraries take once does not count
         memory.reset_peak_memory_stats()
         before = memory.memory_allocated()
-        getattr(case, implementation)()
+        case.implementation(implementation)()
         return int(memory.max_memory_allocated() - before)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
-    getattr(case, implementation)()
+    case.implementation(implementation)()
     return _resident("VmHWM") - before
 
 

@@ -15,14 +15,13 @@ student; medians are appended to benchmarks/results/step.csv with the machine an
 """
 
 import argparse
-import dataclasses
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,22 +41,19 @@ from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
 from verl.utils.dataset.dataset_utils import SFTTensorCollator  # noqa: E402
 from verl.utils.distributed import initialize_global_process_group  # noqa: E402
 from verl.workers.config import ActorConfig, TrainingWorkerConfig  # noqa: E402
+from verl.workers.engine_workers import TrainingWorker  # noqa: E402
 from verl.workers.utils.losses import sft_loss  # noqa: E402
-from verl.workers.utils.padding import response_from_nested, response_to_nested  # noqa: E402
 
 from hpd_verl.config import HPDConfig  # noqa: E402
-from hpd_verl.data import fields  # noqa: E402
-from hpd_verl.head.token_weights import row_objectives, token_weights  # noqa: E402
 from hpd_verl.hydra_config import config_dir  # noqa: E402
-from hpd_verl.objectives.weights import TokenLogProbs  # noqa: E402
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker  # noqa: E402
-from hpd_verl.ppo.worker import StudentLoss, TeacherLogProbs  # noqa: E402
+from hpd_verl.pipelines.pipeline import Batch  # noqa: E402
+from hpd_verl.pipelines.staged import STAGED  # noqa: E402
 from hpd_verl.sft_trainer import DemonstrationDataset, as_batch, lazy_teacher, read_demonstrations  # noqa: E402
 from hpd_verl.teacher.teacher import TeacherWorker  # noqa: E402
 from hpd_verl.teacher_cache import ALONE  # noqa: E402
 
 Step = Callable[[], Any]
-LOGITS_TO_LOSS = {"distillation_use_topk": True, "distillation_only": True}
 
 
 class Steps:
@@ -83,7 +79,6 @@ class Steps:
         dataset = read_demonstrations(config, self.model, config.data.train_files)
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.rows = _rows_of_length(dataset, rows, longest)[rank::ranks]  # verl shares a global batch out
-        self.vocabulary_size = min(self.model.hf_config.vocab_size, self.teacher.model_config.hf_config.vocab_size)
 
     def batch(self, **settings: Any) -> TensorDict:
         collated = SFTTensorCollator("no_padding")(self.rows)
@@ -109,7 +104,7 @@ class Steps:
         return step
 
     def one_pass(self, teacher: TeacherWorker | None = None, **settings: Any) -> Step:
-        hpd = dataclasses.replace(HPDConfig.from_config(self.config.algorithm.hpd), **settings)
+        hpd = HPDConfig.from_config(OmegaConf.merge(self.config.algorithm.hpd, settings))
         one_pass = OnePass(self.student, teacher or self.teacher, hpd)
 
         def step() -> None:
@@ -137,46 +132,46 @@ class Steps:
         return self.one_pass(lazy_teacher(config))
 
     def staged(self) -> Step:
-        """What worker.py and trainer.py do under ``pipeline=staged``, without the queue between."""
         hpd = HPDConfig.from_config(self.config.algorithm.hpd)
         actor = ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, optim=self.optimizer)
-        student_loss = StudentLoss(actor, hpd)
-        teacher_loss = TeacherLogProbs(hpd, self.vocabulary_size)
+        driver = STAGED.driver(hpd)
         self.teacher.load()
 
         def step() -> None:
-            self.student.set_loss_fn(student_loss)
-            self.teacher.set_loss_fn(teacher_loss)
-            data = self.batch(**LOGITS_TO_LOSS)
-            data.update(self.student.infer_batch(data).select(*STUDENT_OUTPUTS))
-            data.update(self.teacher.infer_batch(data).select(*TEACHER_OUTPUTS))
-            mask = data["response_mask"]
-
-            def response(name: str) -> torch.Tensor:
-                return response_from_nested(data[name], mask).to_padded_tensor(0)
-
-            log_probs = TokenLogProbs(
-                student_label=response(fields.STUDENT_LABEL_LOG_PROBS),
-                teacher_label=response(fields.TEACHER_LABEL_LOG_PROBS),
-                student_sampled=response(fields.student_sampled_log_probs(0)),
-                teacher_sampled=response(fields.teacher_sampled_log_probs(0)),
-                sampled_is_label=response(fields.sampled_tokens(0)) == data["responses"].to_padded_tensor(0),
-            )
-            demonstrations = row_objectives(torch.zeros(len(self.rows), 1, dtype=torch.bool), hpd)
-            label_weights, sampled_weights = token_weights([log_probs], demonstrations, hpd)
-            data[fields.LABEL_WEIGHTS] = response_to_nested(label_weights, mask)
-            data[fields.sampled_weights(0)] = response_to_nested(sampled_weights[0], mask)
-            self.student.train_mini_batch(data)
+            rank = STAGED.rank.of_workers(self.student, self.teacher, hpd, actor)
+            batch = RankBatch(self.batch(**driver.settings), self.student, self.teacher)
+            driver.student_pass(batch)
+            driver.teacher_pass(batch)
+            driver.weigh(batch)
+            rank.update(batch.data)
 
         return step
 
 
-STUDENT_OUTPUTS = (
-    fields.STUDENT_LABEL_LOG_PROBS,
-    fields.sampled_tokens(0),
-    fields.student_sampled_log_probs(0),
-)
-TEACHER_OUTPUTS = (fields.TEACHER_LABEL_LOG_PROBS, fields.teacher_sampled_log_probs(0))
+class RankBatch(Batch):
+    """One rank's rows of demonstrations as a whole batch, without a queue between driver and models."""
+
+    def __init__(self, data: TensorDict, student: TrainingWorker, teacher: TrainingWorker) -> None:
+        self.data = data
+        self.student = student
+        self.teacher = teacher
+        self.step = 1
+        self.is_rollout = torch.zeros(len(data), dtype=torch.bool)
+
+    def row_name(self, index: int) -> str:
+        return str(index)
+
+    def student_pass(self, inputs: Sequence[str]) -> None:
+        self.data.update(self.student.infer_batch(self.data).exclude("metrics"))
+
+    def teacher_pass(self, inputs: Sequence[str]) -> None:
+        self.data.update(self.teacher.infer_batch(self.data).exclude("metrics"))
+
+    def get(self, names: Sequence[str]) -> TensorDict:
+        return self.data.select(*names)
+
+    def put(self, values: Mapping[str, torch.Tensor]) -> None:
+        self.data.update(dict(values))
 
 
 def _rows_of_length(dataset: DemonstrationDataset, count: int, longest: int) -> list[dict[str, torch.Tensor]]:

@@ -24,15 +24,10 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from hpd_verl.config import HPDConfig  # noqa: E402
-from hpd_verl.engine.causal_lm import offer_head, output_head  # noqa: E402
-from hpd_verl.head.distillation_head import (  # noqa: E402
-    HeadOutput,
-    OutputHead,
-    TeacherFeatures,
-    distillation_head,
-    teacher_features,
-    teacher_top_k,
-)
+from hpd_verl.engine.causal_lm import offer_head  # noqa: E402
+from hpd_verl.head.distillation_head import HeadOutput, distillation_head  # noqa: E402
+from hpd_verl.head.features import TeacherFeatures, teacher_features, teacher_top_k  # noqa: E402
+from hpd_verl.head.output_head import OutputHead  # noqa: E402
 from hpd_verl.head.sampling import counter_uniform  # noqa: E402
 
 CONFIG = HPDConfig()
@@ -64,7 +59,6 @@ class Comparison:
         self.top_k = top_k
         for model in (self.student, self.teacher):
             offer_head(model, self.vocabulary_size)
-        self.teacher_head = output_head(self.teacher, self.vocabulary_size)
 
     @torch.no_grad()
     def features(self, ids: Tensor, prompt: int) -> dict[str, TeacherFeatures]:
@@ -101,8 +95,7 @@ class Comparison:
                     torch.full((count,), 1 / tokens),  # noqa: B023
                     torch.zeros(count, dtype=torch.bool),  # noqa: B023
                     teacher,  # noqa: B023
-                    self.teacher_head,
-                    CONFIG,
+                    CONFIG.objectives,
                 )
 
             loss = self.student(input_ids=ids.unsqueeze(0), head=head).loss

@@ -28,9 +28,11 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hpd_verl.config import HPDConfig  # noqa: E402
-from hpd_verl.head import distillation_head as head_module  # noqa: E402
-from hpd_verl.head.distillation_head import OutputHead, distillation_head, teacher_features  # noqa: E402
+from hpd_verl.head import compiling, output_head  # noqa: E402
+from hpd_verl.head.distillation_head import distillation_head  # noqa: E402
+from hpd_verl.head.features import teacher_features  # noqa: E402
+from hpd_verl.head.output_head import OutputHead  # noqa: E402
+from hpd_verl.objectives import RowObjectives  # noqa: E402
 
 VOCABULARY, HIDDEN, CHUNK = 151_936, 1536, 8192
 _PRODUCTS = ("mm", "addmm", "bmm", "matmul")
@@ -97,21 +99,21 @@ def run(tokens: int, hidden_size: int, chunk_size: int, compiled: bool) -> None:
         torch.full((tokens,), 1 / tokens),
         torch.zeros(tokens, dtype=torch.bool),
         features,
-        teacher_head,
-        HPDConfig(token_chunk_size=chunk_size),
+        RowObjectives.of("hpd"),
+        chunk_size=chunk_size,
         compiled=compiled,
     )
 
 
 def elementwise(compiled: bool, tokens: int = 16) -> Counter[str]:
     """Bytes per logit by operation, all tokens in one chunk and one step."""
-    head_module._CPU_STEP = head_module._STEP  # steps of a device without a CPU's cache
+    output_head._CPU_STEP = output_head._STEP  # steps of a device without a CPU's cache
     traffic = Traffic(tokens * VOCABULARY // 2)
     if compiled:
         torch._inductor.metrics.reset()
         run(tokens, 2, tokens, compiled=True)
         traffic.bytes["fused"] = torch._inductor.metrics.num_bytes_accessed
-    uncounted = mock.patch.object(head_module, "_fused", lambda function: _uncounted(function, traffic))
+    uncounted = mock.patch.object(compiling, "_fused", lambda function: _uncounted(function, traffic))
     with uncounted, traffic:  # under it nothing is compiled
         run(tokens, 2, tokens, compiled)
     return Counter({name: count / (tokens * VOCABULARY) for name, count in traffic.bytes.items() if count})

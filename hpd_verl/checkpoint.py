@@ -26,7 +26,6 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.INFO)
 
 COMPLETE = "complete"
 """Marker file inside ``global_step_N``: json, ``number`` counts completions, ``limited`` allows the removal."""

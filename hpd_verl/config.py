@@ -1,23 +1,36 @@
-"""Every setting of HPD, and what follows from them for a run."""
+"""Every setting of HPD, declared once with its check and its documentation, and what follows from them for a run."""
 
-import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from omegaconf import DictConfig, OmegaConf
-
-from hpd_verl.objectives.weights import (
-    FULL_VOCABULARY_OBJECTIVES,
-    OBJECTIVES,
-    SAMPLING_OBJECTIVES,
-    TEACHERLESS_OBJECTIVES,
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
 )
+from pydantic.fields import FieldInfo
+
+from hpd_verl.objectives import OBJECTIVES, Mixture, Objective, ObjectiveParameters, RowObjectives, find_objective
+from hpd_verl.objectives.token import HPDParameters
 
 PREFIX = "algorithm.hpd"
 
 
 def require(condition: bool, setting: str, found: Any, remedy: str) -> None:
+    """Refuse a setting's value.
+
+    Raises:
+        ValueError: the condition does not hold.
+    """
     if not condition:
         raise ValueError(f"{setting}={found}: {remedy}")
 
@@ -30,9 +43,9 @@ def is_number(value: Any) -> bool:
 class FractionSchedule:
     """A linear schedule: ``start`` at the first step, ``end`` from step ``steps`` on."""
 
-    start: float
-    end: float
-    steps: int
+    start: Annotated[float, Field(ge=0, le=1)]
+    end: Annotated[float, Field(ge=0, le=1)]
+    steps: Annotated[int, Field(ge=1)]
 
     def at(self, step: int) -> float:
         """The value at a training step, counted from 1."""
@@ -49,57 +62,51 @@ class FractionSchedule:
         return min(self.start, self.end)
 
 
-@dataclass(frozen=True)
-class HPDConfig:
-    """``algorithm.hpd``. The defaults are the paper's method."""
+_FRACTION = "give a number from 0 (demonstrations only) to 1 (rollouts only), or {start: .., end: .., steps: ..}"
 
-    objective: str = "hpd"
-    """hpd, sft, seqkd, rkl, jsd or opd; of the whole vocabulary hpd_exact, fkl, rkl_exact, jsd_exact, skew_fkl,
-    skew_rkl, akl, abkd or todi (hpd_verl/objectives/weights.py)."""
 
-    on_policy_objective: str | None = None
-    """Objective of rows whose label is the student's own rollout; null: the same as ``objective``."""
+def _says(remedy: str) -> dict[str, Any]:
+    """What to do where a field's type and bounds do not say it themselves."""
+    return {"remedy": remedy}
 
-    forward_coef: float = 1.0
-    """Objectives hpd and hpd_exact: factor of the forward-KL weight p(y)."""
 
-    reverse_coef: float = 1.0
-    """Objectives hpd and hpd_exact: factor of the reverse-KL weights gap(y) and gap(a)."""
+class HPDConfig(HPDParameters):
+    """``algorithm.hpd``. The defaults are the paper's method.
 
-    reinforce_coef: float = 1.0
-    """Objectives hpd and hpd_exact: factor of the additional p(y) on reinforced labels."""
+    Parameters of an objective stand under its name: ``HPDConfig(objective="skew_fkl", skew_fkl={"skew": 0.2})``.
 
-    student_sampling: bool = True
-    """Objectives hpd and hpd_exact: false drops the sampled token and the reinforcement."""
+    Raises:
+        ValueError: an unknown key, or a value outside its range, in one line that begins with the setting.
+    """
 
-    jsd_beta: float = 0.5
-    """Objective jsd_exact: share of the teacher in the mixture, between 0 and 1."""
+    model_config = ConfigDict(revalidate_instances="always")
 
-    skew: float = 0.1
-    """Objectives skew_fkl and skew_rkl: share of the first distribution in the mixture, from 0 to below 1."""
+    objective: str | dict[str, float] = "hpd"
+    """What is optimised on demonstrations: an objective's name, your own as module:name or file.py:name, or a mixture,
+    {name: factor, ...}. See docs/objectives.md."""
 
-    akl_mu: float = 0.5
-    """Objective akl: the teacher's mass in the head, between 0 and 1."""
+    on_policy_objective: str | dict[str, float] | None = None
+    """The same for rows whose label is the student's own rollout; null: as ``objective``."""
 
-    ab_alpha: float = 0.2
-    """Objective abkd: exponent of the teacher's probability, above 0."""
-
-    ab_beta: float = 0.7
-    """Objective abkd: exponent of the student's probability, above 0."""
-
-    num_student_samples: int = 1
+    num_student_samples: int = Field(1, ge=1)
     """Tokens the student samples per position; their terms are averaged."""
 
-    temperature: float = 1.0
+    temperature: float = Field(1.0, gt=0)
     """Distillation temperature of student and teacher (rollouts keep actor_rollout_ref.rollout.temperature)."""
 
-    on_policy_fraction: float | FractionSchedule = 0.0
+    teacher_temperature: float | None = Field(None, gt=0)
+    """Objectives over the vocabulary: another temperature of the teacher's distribution; null: ``temperature``."""
+
+    on_policy_fraction: Annotated[
+        Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[FractionSchedule, Tag("schedule")],
+        Discriminator(lambda value: "schedule" if isinstance(value, dict | FractionSchedule) else "number"),
+    ] = Field(0.0, json_schema_extra=_says(_FRACTION))
     """Share of a batch's rows that the student answers itself: a number, or {start, end, steps} for a line."""
 
-    missing_demonstration: str = "error"
+    missing_demonstration: Literal["error", "rollout"] = "error"
     """Rows without a demonstration where one is needed: error, or rollout (the student answers; counted)."""
 
-    overlong_demonstration: str = "truncate"
+    overlong_demonstration: Literal["truncate", "drop", "error"] = "truncate"
     """Demonstrations longer than data.max_response_length: truncate (no EOS; counted), drop (counted) or error."""
 
     score_rollouts: bool = False
@@ -108,173 +115,110 @@ class HPDConfig:
     seed: int = 42
     """Seed of the student's sampling and of the choice of on-policy rows."""
 
-    token_chunk_size: int | None = None
+    token_chunk_size: int | None = Field(None, ge=1)
     """Tokens whose logits exist at once; memory only, never the result. null: 1024, and 8192 in one_pass off the CPU,
     where the logits of a chunk stay in the student's dtype."""
 
-    pipeline: str = "auto"
+    pipeline: Literal["auto", "one_pass", "staged"] = "auto"
     """one_pass (one student forward, loss inside the output layer), staged (verl's passes, with PPO's ratio over
     several updates a batch), or auto: one_pass where a batch is one update and nothing stands against it."""
 
     exact_kl_metrics: bool = False
-    """one_pass: log exact KL(teacher || student) and KL(student || teacher); costs the teacher's logits again."""
+    """one_pass: log exact KL(teacher || student) and KL(student || teacher); costs a product with the teacher's output
+    layer where no objective is over the vocabulary."""
 
-    teacher_cache: str = "off"
+    teacher_cache: Literal["off", "memory", "disk"] = Field(
+        "off", json_schema_extra=_says('choose "off" (with quotes in a yaml file), memory or disk')
+    )
     """Keep the teacher's features of demonstrations for later epochs: off, memory (of the process; one rank only) or
     disk."""
 
-    teacher_cache_dir: str | None = None
+    teacher_cache_dir: str | None = Field(None, min_length=1, json_schema_extra=_says("give a folder, or null"))
     """Teacher cache on disk: its folder, shared by all ranks and by later runs with the same teacher."""
 
-    teacher_cache_format: str = "hidden"
+    teacher_cache_format: Literal["hidden", "topk"] = "hidden"
     """What is kept of a token: hidden (the final hidden state) or topk (the most likely tokens' log-probs)."""
 
-    teacher_cache_dtype: str = "bf16"
+    teacher_cache_dtype: Literal["bf16", "float32"] = "bf16"
     """Format hidden: bf16 or float32."""
 
-    teacher_cache_top_k: int = 64
+    teacher_cache_top_k: int = Field(64, ge=1)
     """Format topk: tokens kept per position."""
 
-    teacher_cache_max_gib: float = 100.0
+    teacher_cache_max_gib: float = Field(100.0, gt=0)
     """Size limit: of the folder, all ranks and runs together and the output head left out, or of the process's memory.
     Rows beyond it are not kept. A token takes 2 (float32: 4) bytes a hidden unit and 8 more, or 8 bytes a top-k entry
     and 4 more."""
 
-    def __post_init__(self) -> None:
-        names = ", ".join(sorted(OBJECTIVES))
-        require(self.objective in list(OBJECTIVES), f"{PREFIX}.objective", self.objective, f"choose one of {names}")
+    objective_parameters: dict[str, dict[str, Any]] = Field({}, repr=False, exclude=True)
+    """Parameters by their objective's name: the keys of ``algorithm.hpd`` that are objectives. Not a setting itself."""
+
+    _objectives: RowObjectives = PrivateAttr()
+
+    def __init__(self, **values: Any) -> None:
+        own = {name: value for name, value in values.items() if name in type(self).model_fields}
+        nodes = {name: value for name, value in values.items() if name not in own}
+        try:
+            super().__init__(**{"objective_parameters": nodes, **own})
+        except ValidationError as error:
+            raise ValueError(_one_line(error, HPDConfig.model_fields, PREFIX)) from None
+
+    @field_validator("objective", "on_policy_objective", mode="plain")
+    @classmethod
+    def _known_objectives(cls, value: Any) -> Any:
+        names = list(value) if isinstance(value, Mapping) else [value]
+        if isinstance(value, Mapping) and (
+            not names or not all(is_number(factor) and factor > 0 for factor in value.values())
+        ):
+            raise ValueError("a mixture is {objective: factor, ...} with factors above 0")
+        for name in names:
+            find_objective(name if isinstance(name, str) else "")
+        return dict(value) if isinstance(value, Mapping) else value
+
+    @field_validator("objective_parameters", mode="plain")
+    @classmethod
+    def _nodes(cls, value: Any) -> Any:
+        return dict(value)
+
+    @field_validator("on_policy_objective", mode="wrap")
+    @classmethod
+    def _or_null(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        return None if value is None else check(value)
+
+    @field_validator("on_policy_fraction", mode="before")
+    @classmethod
+    def _whole_schedule(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if set(value) != {"start", "end", "steps"}:
+                raise ValueError("a schedule has exactly the keys start, end and steps")
+            return FractionSchedule(**value)
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "HPDConfig":
+        self._objectives = self._bind_objectives()
+        objectives = self._objectives
+        needing = RowObjectives(objectives.demonstration).names(lambda bound: bound.objective.needs_rollouts)
         require(
-            self.on_policy_objective is None or self.on_policy_objective in list(OBJECTIVES),
-            f"{PREFIX}.on_policy_objective",
-            self.on_policy_objective,
-            f"choose one of {names}, or null for the same as {PREFIX}.objective",
-        )
-        for name in ("forward_coef", "reverse_coef", "reinforce_coef"):
-            value = getattr(self, name)
-            require(is_number(value) and value >= 0, f"{PREFIX}.{name}", value, "give a number of at least 0")
-        for name in ("jsd_beta", "akl_mu"):
-            value = getattr(self, name)
-            require(is_number(value) and 0 < value < 1, f"{PREFIX}.{name}", value, "give a number between 0 and 1")
-        require(
-            is_number(self.skew) and 0 <= self.skew < 1,
-            f"{PREFIX}.skew",
-            self.skew,
-            "give a number of at least 0 and below 1",
-        )
-        for name in ("ab_alpha", "ab_beta", "temperature"):
-            value = getattr(self, name)
-            require(is_number(value) and value > 0, f"{PREFIX}.{name}", value, "give a number above 0")
-        require(
-            isinstance(self.student_sampling, bool),
-            f"{PREFIX}.student_sampling",
-            self.student_sampling,
-            "give true or false",
-        )
-        require(
-            isinstance(self.score_rollouts, bool),
-            f"{PREFIX}.score_rollouts",
-            self.score_rollouts,
-            "give true or false",
-        )
-        require(
-            self.pipeline in ("auto", "one_pass", "staged"),
-            f"{PREFIX}.pipeline",
-            self.pipeline,
-            "choose auto, one_pass or staged",
-        )
-        require(
-            isinstance(self.exact_kl_metrics, bool),
-            f"{PREFIX}.exact_kl_metrics",
-            self.exact_kl_metrics,
-            "give true or false",
-        )
-        for name in ("num_student_samples", "token_chunk_size"):
-            value = getattr(self, name)
-            is_set = value is not None or name == "num_student_samples"
-            require(
-                not is_set or (type(value) is int and value >= 1),
-                f"{PREFIX}.{name}",
-                value,
-                "give an integer of at least 1",
-            )
-        require(type(self.seed) is int, f"{PREFIX}.seed", self.seed, "give an integer")
-        self._check_fraction()
-        self._check_teacher_cache()
-        require(
-            self.missing_demonstration in ("error", "rollout"),
-            f"{PREFIX}.missing_demonstration",
-            self.missing_demonstration,
-            "choose error or rollout",
-        )
-        require(
-            self.overlong_demonstration in ("truncate", "drop", "error"),
-            f"{PREFIX}.overlong_demonstration",
-            self.overlong_demonstration,
-            "choose truncate, drop or error",
-        )
-        require(
-            self.objective != "opd" or self.schedule.lowest == 1.0,
+            not needing or self.schedule.lowest == 1.0,
             f"{PREFIX}.objective",
             self.objective,
-            f"opd is for the student's own rollouts: set {PREFIX}.on_policy_fraction=1, "
-            f"or keep another objective for demonstrations and set {PREFIX}.on_policy_objective=opd",
+            f"{needing} is for the student's own rollouts: set {PREFIX}.on_policy_fraction=1, "
+            f"or keep another objective for demonstrations and set {PREFIX}.on_policy_objective={needing}",
         )
-
-    def _check_fraction(self) -> None:
-        setting = f"{PREFIX}.on_policy_fraction"
-        value = self.on_policy_fraction
-        if isinstance(value, FractionSchedule):
-            ends = {"start": value.start, "end": value.end}
-            require(
-                type(value.steps) is int and value.steps >= 1,
-                f"{setting}.steps",
-                value.steps,
-                "give an integer of at least 1",
-            )
-        else:
-            ends = {"": value}
-        for name, end in ends.items():
-            require(
-                is_number(end) and 0 <= end <= 1,
-                f"{setting}.{name}".rstrip("."),
-                end,
-                "give a number from 0 (demonstrations only) to 1 (rollouts only), or {start: .., end: .., steps: ..}",
-            )
-
-    def _check_teacher_cache(self) -> None:
-        choices = {
-            "teacher_cache": (("off", "memory", "disk"), 'choose "off" (with quotes in a yaml file), memory or disk'),
-            "teacher_cache_format": (("hidden", "topk"), "choose hidden or topk"),
-            "teacher_cache_dtype": (("bf16", "float32"), "choose bf16 or float32"),
-        }
-        for name, (values, remedy) in choices.items():
-            value = getattr(self, name)
-            require(value in values, f"{PREFIX}.{name}", value, remedy)
-        folder = self.teacher_cache_dir
+        over_tokens = objectives.names(lambda bound: bound.objective.over == "token")
         require(
-            folder is None or (isinstance(folder, str) and folder != ""),
-            f"{PREFIX}.teacher_cache_dir",
-            folder,
-            "give a folder, or null",
+            self.teacher_temperature in (None, self.temperature) or not over_tokens,
+            f"{PREFIX}.teacher_temperature",
+            self.teacher_temperature,
+            f"{over_tokens} has one temperature for both models; set {PREFIX}.temperature, or choose objectives over "
+            "the vocabulary",
         )
         require(
-            folder is not None or self.teacher_cache != "disk",
+            self.teacher_cache_dir is not None or self.teacher_cache != "disk",
             f"{PREFIX}.teacher_cache_dir",
-            folder,
+            self.teacher_cache_dir,
             f"{PREFIX}.teacher_cache=disk needs a folder that every rank can write to",
-        )
-        top_k, limit = self.teacher_cache_top_k, self.teacher_cache_max_gib
-        require(
-            type(top_k) is int and top_k >= 1,
-            f"{PREFIX}.teacher_cache_top_k",
-            top_k,
-            "give an integer of at least 1",
-        )
-        require(
-            is_number(limit) and limit > 0,
-            f"{PREFIX}.teacher_cache_max_gib",
-            limit,
-            "give a number above 0",
         )
         require(
             not self.exact_kl_metrics or self.teacher_cache == "off" or self.teacher_cache_format == "hidden",
@@ -282,9 +226,65 @@ class HPDConfig:
             self.exact_kl_metrics,
             f"{PREFIX}.teacher_cache_format=topk keeps a part of the teacher's distribution; choose hidden",
         )
+        return self
+
+    def _bind_objectives(self) -> RowObjectives:
+        """The objectives in use with their parameters; refuses parameters of others.
+
+        Raises:
+            ValueError: a parameter that no objective in use has, or one outside its bounds.
+        """
+        chosen = [self.objective, self.on_policy_objective or self.objective]
+        factors = [value if isinstance(value, dict) else {value: 1.0} for value in chosen]
+        used = {reference: find_objective(reference) for mixture in factors for reference in mixture}
+        by_name = {each.name: each for each in used.values()}
+        for name, values in self.objective_parameters.items():
+            known = by_name.get(name) or OBJECTIVES.get(name)
+            if known is None or not known.has_own_node:
+                settings = sorted([*type(self).model_fields, *_nodes()])
+                settings.remove("objective_parameters")
+                raise ValueError(f"{PREFIX}.{name}={values}: no such setting; there are {', '.join(settings)}")
+            self._check_parameters(known, values, is_used=name in by_name)
+        for parameters in {each.parameters for each in OBJECTIVES.values() if not each.has_own_node}:
+            owners = [each.name for each in OBJECTIVES.values() if each.parameters is parameters]
+            for field in parameters.model_fields if not by_name.keys() & owners else ():
+                self._refuse_unused(field, getattr(self, field), parameters.model_fields[field].default, owners)
+        bound = {
+            reference: each.bind(
+                self.objective_parameters.get(each.name, {})
+                if each.has_own_node
+                else {field: getattr(self, field) for field in each.parameters.model_fields}
+            )
+            for reference, each in used.items()
+        }
+        return RowObjectives(
+            *(Mixture(tuple((bound[name], float(factor)) for name, factor in mixture.items())) for mixture in factors)
+        )
+
+    def _check_parameters(self, known: Objective, values: Any, is_used: bool) -> None:
+        fields = known.parameters.model_fields
+        setting = f"{PREFIX}.{known.name}"
+        require(isinstance(values, Mapping), setting, values, f"give its parameters, {', '.join(fields) or 'none'}")
+        try:
+            known.bind(values)
+        except ValidationError as error:
+            raise ValueError(_one_line(error, fields, setting)) from None
+        if not is_used:
+            for field, value in values.items():
+                self._refuse_unused(f"{known.name}.{field}", value, fields[field].default, [known.name])
+
+    def _refuse_unused(self, field: str, value: Any, default: Any, owners: list[str]) -> None:
+        require(
+            value == default,
+            f"{PREFIX}.{field}",
+            value,
+            f"it belongs to {' and '.join(owners)}, and {PREFIX}.objective={self.objective}"
+            + (f", on_policy_objective={self.on_policy_objective}" if self.on_policy_objective else "")
+            + "; leave it out, or choose that objective",
+        )
 
     @classmethod
-    def from_config(cls, node: DictConfig) -> "HPDConfig":
+    def from_config(cls, node: DictConfig | ListConfig) -> "HPDConfig":
         """Build from the ``algorithm.hpd`` node of a composed configuration.
 
         Raises:
@@ -292,25 +292,13 @@ class HPDConfig:
         """
         container = OmegaConf.to_container(node, resolve=True)
         assert isinstance(container, dict)
-        values = {str(key): value for key, value in container.items()}
-        known = {field.name for field in dataclasses.fields(cls)}
-        for key in values:
-            require(
-                key in known,
-                f"{PREFIX}.{key}",
-                values[key],
-                f"no such setting; there are {', '.join(sorted(known))}",
-            )
-        fraction = values.get("on_policy_fraction")
-        if isinstance(fraction, dict):
-            require(
-                set(fraction) == {"start", "end", "steps"},
-                f"{PREFIX}.on_policy_fraction",
-                fraction,
-                "a schedule has exactly the keys start, end and steps",
-            )
-            values["on_policy_fraction"] = FractionSchedule(**fraction)
-        return cls(**values)
+        return cls(**{str(key): value for key, value in container.items()})
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Every setting with its default, as in configs/settings/hpd.yaml."""
+        nodes = {name: parameters().model_dump() for name, parameters in _nodes().items()}
+        return cls().model_dump() | nodes
 
     @property
     def schedule(self) -> FractionSchedule:
@@ -320,38 +308,68 @@ class HPDConfig:
         return FractionSchedule(start=self.on_policy_fraction, end=self.on_policy_fraction, steps=1)
 
     @property
-    def objectives(self) -> frozenset[str]:
-        """The objectives in use."""
-        return frozenset({self.objective, self.on_policy_objective or self.objective})
+    def objectives(self) -> RowObjectives:
+        """The objectives in use, with their parameters."""
+        return self._objectives
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any objective in use, or a metric that is asked for, needs the teacher."""
-        return bool(self.objectives - TEACHERLESS_OBJECTIVES) or self.exact_kl_metrics
+        return self.objectives.needs_teacher or self.exact_kl_metrics
 
     @property
     def samples(self) -> int:
         """Tokens sampled per position whose loss terms are needed: 0 if no objective in use weighs them."""
-        return self.num_student_samples if self.student_sampling and self.objectives & SAMPLING_OBJECTIVES else 0
+        return self.num_student_samples if self.objectives.weighs_sample else 0
 
-    def coefficients(self, objective: str) -> dict[str, float | bool]:
-        """Keyword arguments of an objective."""
-        if objective in ("hpd", "hpd_exact"):
-            return {
-                "forward_coef": self.forward_coef,
-                "reverse_coef": self.reverse_coef,
-                "reinforce_coef": self.reinforce_coef,
-                "student_sampling": self.student_sampling,
-            }
-        if objective == "jsd_exact":
-            return {"beta": self.jsd_beta}
-        if objective in ("skew_fkl", "skew_rkl"):
-            return {"skew": self.skew}
-        if objective == "akl":
-            return {"mu": self.akl_mu}
-        if objective == "abkd":
-            return {"alpha": self.ab_alpha, "beta": self.ab_beta}
-        return {}
+    @property
+    def temperature_of_teacher(self) -> float:
+        """The temperature of the teacher's distribution."""
+        return self.temperature if self.teacher_temperature is None else self.teacher_temperature
+
+
+def _nodes() -> dict[str, type[ObjectiveParameters]]:
+    """Parameters of the objectives that have a node for them, by name."""
+    return {
+        name: each.parameters for name, each in OBJECTIVES.items() if each.has_own_node and each.parameters.model_fields
+    }
+
+
+def _one_line(error: ValidationError, fields: Mapping[str, FieldInfo], prefix: str) -> str:
+    """The first error as ``setting=found: remedy``."""
+    first = error.errors()[0]
+    # Whole sentences of ``require``, which know more than one field.
+    cause = first.get("ctx", {}).get("error")
+    if not first["loc"]:
+        return str(cause)
+    path = [str(part) for part in first["loc"] if part not in ("number", "schedule")]
+    setting, found = ".".join([prefix, *path]), first["input"]
+    if path[0] not in fields:
+        return f"{setting}={found}: no such parameter; there are {', '.join(fields) or 'none'}"
+    if cause is not None:
+        return f"{setting}={found}: {cause}"
+    field = fields[path[0]]
+    if len(path) > 1:  # of a schedule
+        remedy = _FRACTION if path[1] != "steps" else "give an integer of at least 1"
+    else:
+        remedy = (field.json_schema_extra or {}).get("remedy") or allowed(field)  # type: ignore[union-attr, assignment]
+    return f"{setting}={found}: {remedy}"
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a field may be, by its declaration: "give a number above 0", "choose error or rollout"."""
+    kinds = [kind for kind in get_args(field.annotation) or [field.annotation] if kind is not NoneType]
+    if get_origin(field.annotation) is Literal:
+        return f"choose {', '.join(map(str, kinds[:-1]))} or {kinds[-1]}"
+    names: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+    what = names[kinds[0]]
+    bounds = {
+        name: getattr(part, name) for part in field.metadata for name in ("gt", "ge", "lt", "le") if hasattr(part, name)
+    }
+    words = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
+    limits = " and ".join(f"{words[name]} {value:g}" for name, value in bounds.items())
+    or_null = ", or null" if NoneType in get_args(field.annotation) else ""
+    return f"give {what}{' ' if limits else ''}{limits}{or_null}"
 
 
 def updates_per_batch(config: DictConfig) -> int:
@@ -396,9 +414,7 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
     needs = {
         f"{PREFIX}.teacher_cache={hpd.teacher_cache}": hpd.teacher_cache != "off",
         f"{PREFIX}.exact_kl_metrics=true": hpd.exact_kl_metrics,
-        f"a full-vocabulary objective ({', '.join(sorted(hpd.objectives))})": bool(
-            hpd.objectives & FULL_VOCABULARY_OBJECTIVES
-        ),
+        f"an objective over the vocabulary ({hpd.objectives.names()})": hpd.objectives.over_vocabulary,
     }
     reasons = [reason for reason, holds in cannot.items() if holds]
     needed_by = [reason for reason, holds in needs.items() if holds]

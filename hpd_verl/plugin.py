@@ -4,6 +4,7 @@ verl logs a plugin's errors at DEBUG level and goes on without it, so errors lea
 """
 
 import importlib.metadata
+import logging
 import os
 import traceback
 
@@ -42,6 +43,8 @@ def register() -> None:
         raise RuntimeError(
             f"hpd-verl needs verl=={VERL_VERSION}, found verl=={found}: pip install verl=={VERL_VERSION}"
         )
+    # verl sets the root logger to WARNING in every process, and its own loggers to this level one by one.
+    logging.getLogger("hpd_verl").setLevel(os.environ.get("VERL_LOGGING_LEVEL", "INFO"))
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
         from hpd_verl import cpu
 

@@ -46,7 +46,6 @@ from hpd_verl.teacher.size import log_size
 from hpd_verl.teacher.teacher import TeacherWorker
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.INFO)
 
 Value = TypeVar("Value")
 

@@ -25,6 +25,7 @@ from verl.utils.distributed import destroy_global_process_group, initialize_glob
 from hpd_verl.config import HPDConfig
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.sft_trainer import as_batch, checked, lazy_teacher, log_store_size, read_demonstrations
+from hpd_verl.teacher.model_config import shared_vocabulary_size
 from hpd_verl.teacher.store import DiskStore
 from hpd_verl.teacher.teacher import Teacher
 
@@ -44,7 +45,7 @@ def fill(config: DictConfig) -> dict[str, float]:
     hpd = HPDConfig.from_config(config.algorithm.hpd)
     model = omega_conf_to_dataclass(config.model)
     worker = lazy_teacher(config)
-    vocabulary_size = min(model.hf_config.vocab_size, worker.model_config.hf_config.vocab_size)
+    vocabulary_size = shared_vocabulary_size(model, worker.model_config)
     data = config.data
     sources = ((data.train_files, data.train_max_samples), (data.val_files, data.val_max_samples))
     datasets = [
@@ -65,7 +66,9 @@ def fill(config: DictConfig) -> dict[str, float]:
         for batch in tqdm(loader, desc=name, unit="batch", disable=torch.distributed.get_rank() != 0):
             features = teacher.features(as_batch(config, model, batch, step=0))
             broken += [
-                f"{name} row {row}" for row, each in features.items() if not each.label_log_probs.isfinite().all()
+                f"{name} row {row}"
+                for row, each in features.items()
+                if not each.tensors["label_log_probs"].isfinite().all()
             ]
     torch.distributed.barrier()
     if isinstance(teacher.store, DiskStore):

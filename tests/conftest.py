@@ -29,12 +29,24 @@ if DEVICE != "cuda":
     os.environ["VERL_PLATFORM"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(
+    int(os.environ["OMP_NUM_THREADS"])
+)  # torch is loaded already, and several workers share the cores
 
 WORDS = ["<pad>", "<end>", "<turn>", "user", "assistant", "is", "plus", "?", ".", *map(str, range(20))]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<turn> {{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<turn> assistant {% endif %}"
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is in end_to_end as ``e2e``, and what neither is there nor marked ``slow`` as ``unit``."""
+    for item in items:
+        if "end_to_end" in item.path.parts:
+            item.add_marker("e2e")
+        elif item.get_closest_marker("slow") is None:
+            item.add_marker("unit")
 
 
 class TensorsOfTests(TorchFunctionMode):

@@ -14,7 +14,19 @@ from torch import Tensor
 
 OBJECTIVE_NAMES = ("hpd", "sft", "seqkd", "rkl", "jsd", "opd")
 VOCABULARY_OBJECTIVE_NAMES = (
-    *("hpd_exact", "fkl", "rkl_exact", "jsd_exact", "skew_fkl", "skew_rkl", "akl", "abkd", "todi"),
+    *(
+        "hpd_exact",
+        "fkl",
+        "rkl_exact",
+        "symmetric_kl",
+        "tvd",
+        "jsd_exact",
+        "skew_fkl",
+        "skew_rkl",
+        "akl",
+        "abkd",
+        "todi",
+    ),
 )
 
 
@@ -150,11 +162,11 @@ def position_value(
     log_q: Tensor,
     log_p: Tensor,
     y: int,
-    beta: float = 0.5,
+    reverse_share: float = 0.5,
     skew: float = 0.1,
     mu: float = 0.5,
-    ab_alpha: float = 0.2,
-    ab_beta: float = 0.7,
+    alpha: float = 0.2,
+    beta: float | None = None,
     **hpd_coefficients: Any,
 ) -> Tensor:
     """A full-vocabulary objective at one position: a scalar whose gradient is, by plain autograd, the objective's.
@@ -163,7 +175,8 @@ def position_value(
         objective: one of ``VOCABULARY_OBJECTIVE_NAMES``.
         log_q, log_p: finite log-probs [V] of the student, differentiable, and of the teacher.
         y: the label.
-        beta, skew, mu, ab_alpha, ab_beta: of jsd_exact, skew_fkl and skew_rkl, akl, abkd.
+        reverse_share, skew, mu, alpha: of symmetric_kl, skew_fkl and skew_rkl, akl, abkd.
+        beta: of jsd_exact, 0.5 by default, and of abkd, 0.7.
         hpd_coefficients: of hpd_exact.
     """
     q, p = log_q.exp(), log_p.exp()
@@ -175,7 +188,12 @@ def position_value(
         return kl(p, q)
     if objective == "rkl_exact":
         return kl(q, p)
+    if objective == "symmetric_kl":
+        return (1 - reverse_share) * kl(p, q) + reverse_share * kl(q, p)
+    if objective == "tvd":
+        return (p - q).abs().sum() / 2
     if objective == "jsd_exact":
+        beta = 0.5 if beta is None else beta
         mixture = beta * p + (1 - beta) * q
         return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
     if objective == "skew_fkl":
@@ -190,7 +208,8 @@ def position_value(
         share = distance[p >= ordered[held - 1]].sum() / distance.sum() if distance.sum() > 0 else 0.5
         return share * kl(p, q) + (1 - share) * kl(q, p)
     if objective == "abkd":
-        a, b, c = ab_alpha, ab_beta, ab_alpha + ab_beta
+        a, b = alpha, 0.7 if beta is None else beta
+        c = a + b
         return -(p**a * q**b - a / c * p**c - b / c * q**c).sum() / (a * b)
     if objective == "todi":
         share = _frozen(torch.sigmoid(log_p - log_q))
@@ -230,6 +249,7 @@ def plain_head_loss(
     token_scale: Tensor,
     temperature: float = 1.0,
     coefficients: dict[str, dict[str, Any]] | None = None,
+    teacher_temperature: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of positions with an objective each, on whole float64 logits by plain autograd.
 
@@ -238,12 +258,13 @@ def plain_head_loss(
         sampled: [n, K], K >= 1; token-level objectives are averaged over the K draws.
         token_scale: [n].
         coefficients: keyword arguments of objectives, by name.
+        teacher_temperature: of the teacher alone; None for the same.
 
     Returns:
         ``(sum of token_scale * losses, losses [n])``.
     """
     log_q = torch.log_softmax(student_logits.double() / temperature, dim=-1)
-    log_p = torch.log_softmax(teacher_logits.double() / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher_logits.double() / (teacher_temperature or temperature), dim=-1)
     losses = []
     for t, name in enumerate(row_objectives):
         arguments = (coefficients or {}).get(name, {})

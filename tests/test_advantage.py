@@ -10,7 +10,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.objectives.weights import FULL_VOCABULARY_OBJECTIVES, OBJECTIVES, TokenLogProbs
+from hpd_verl.objectives import OBJECTIVES, RowObjectives, TokenLogProbs
 from hpd_verl.pipelines.advantage import compute_hpd_advantage
 
 ROWS, RESPONSE, VOCABULARY = 4, 7, 9
@@ -57,7 +57,7 @@ class Batch:
     def advantage(self, **config: Any) -> tuple[Tensor, list[Tensor]]:
         return compute_hpd_advantage(
             response_mask=self.mask.long(),
-            config=HPDConfig(**config),
+            objectives=HPDConfig(**config).objectives,
             log_probs=self.log_probs(),
             is_rollout=self.is_rollout,
         )
@@ -72,7 +72,7 @@ def test_registered_under_hpd() -> None:
     assert get_adv_estimator_fn("hpd") is compute_hpd_advantage
 
 
-@pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - FULL_VOCABULARY_OBJECTIVES))
+@pytest.mark.parametrize("objective", sorted(name for name, each in OBJECTIVES.items() if each.over == "token"))
 def test_weights_of_one_sample(objective: str) -> None:
     """The objective's weights on response tokens, zero elsewhere."""
     batch = Batch()
@@ -111,7 +111,7 @@ def test_mask_hides_whatever_stands_outside(dtype: torch.dtype) -> None:
             (sample.teacher_sampled, -1.0),
         ):
             values[~batch.mask] = garbage
-    label, sampled = compute_hpd_advantage(batch.mask.to(dtype), HPDConfig(), dirty, batch.is_rollout)
+    label, sampled = compute_hpd_advantage(batch.mask.to(dtype), RowObjectives.of("hpd"), dirty, batch.is_rollout)
     assert not label[~batch.mask].any()
     assert torch.equal(label, expected_label)
     for found, expected in zip(sampled, expected_sampled, strict=True):
@@ -162,7 +162,7 @@ def test_ignores_what_else_verl_passes() -> None:
     batch = Batch()
     label, _ = compute_hpd_advantage(
         batch.mask,
-        HPDConfig(),
+        RowObjectives.of("hpd"),
         batch.log_probs(),
         batch.is_rollout,
         token_level_rewards=torch.ones(1),
@@ -177,8 +177,11 @@ def test_refuses_a_trainer_without_teacher(missing: str) -> None:
     batch = Batch()
     inputs = {"log_probs": batch.log_probs(), "is_rollout": batch.is_rollout, missing: None}
     with pytest.raises(ValueError, match=r"algorithm\.adv_estimator=hpd .* select algorithm=hpd"):
-        compute_hpd_advantage(batch.mask, HPDConfig(), **inputs)
+        compute_hpd_advantage(batch.mask, RowObjectives.of("hpd"), **inputs)
     with pytest.raises(ValueError, match="algorithm=hpd"):
         compute_hpd_advantage(
-            response_mask=batch.mask, config=HPDConfig(), token_level_rewards=batch.mask.float(), index=None
+            response_mask=batch.mask,
+            config=HPDConfig(),
+            token_level_rewards=batch.mask.float(),
+            index=None,
         )

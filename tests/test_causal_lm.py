@@ -28,9 +28,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from hpd_verl.config import HPDConfig
 from hpd_verl.engine.causal_lm import check_head, offer_head, output_head
-from hpd_verl.head.distillation_head import OutputHead, distillation_head
+from hpd_verl.head.distillation_head import distillation_head
+from hpd_verl.head.output_head import OutputHead
+from hpd_verl.objectives import RowObjectives
 
 VOCABULARY, SHARED = 40, 33
 SIZES: dict[str, Any] = {
@@ -128,8 +129,8 @@ def cross_entropy_head(labels: Tensor) -> Callable[[Tensor, OutputHead], Tensor]
             token_scale=torch.full((n,), 1 / n, dtype=torch.float64),
             is_rollout=torch.zeros(n, dtype=torch.bool),
             teacher=None,
-            teacher_head=None,
-            config=HPDConfig(objective="sft", token_chunk_size=4),
+            objectives=RowObjectives.of("sft"),
+            chunk_size=4,
         ).loss
 
     return head

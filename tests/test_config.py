@@ -1,7 +1,5 @@
 """HPDConfig and FractionSchedule: defaults, accepted and refused values, derived properties."""
 
-import dataclasses
-import inspect
 import math
 import re
 from typing import Any
@@ -14,7 +12,7 @@ from omegaconf import OmegaConf
 
 from hpd_verl.config import FractionSchedule, HPDConfig
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.objectives.weights import OBJECTIVES
+from hpd_verl.objectives import OBJECTIVES
 
 fractions = st.floats(0, 1)
 
@@ -30,35 +28,34 @@ def hpd_block() -> dict[str, Any]:
 
 
 def test_yaml_holds_the_defaults(hpd_block: dict[str, Any]) -> None:
-    """settings/hpd.yaml shows every setting with the default that the dataclass documents."""
-    assert hpd_block == dataclasses.asdict(HPDConfig())
-    assert HPDConfig.from_config(OmegaConf.create(hpd_block)) == HPDConfig()
+    """settings/hpd.yaml shows every setting with the default that its declaration documents."""
+    assert hpd_block == HPDConfig.defaults()
+    found = HPDConfig.from_config(OmegaConf.create(hpd_block))
+    assert (found.model_dump(), found.objectives) == (HPDConfig().model_dump(), HPDConfig().objectives)
 
 
 def test_yaml_has_the_types_of_the_defaults(hpd_block: dict[str, Any]) -> None:
     """1 and 1.0 and true are equal in Python, not on the command line's type check."""
-    for name, value in dataclasses.asdict(HPDConfig()).items():
+    for name, value in HPDConfig.defaults().items():
         assert type(hpd_block[name]) is type(value), name
+        if isinstance(value, dict):
+            assert {key: type(each) for key, each in hpd_block[name].items()} == {
+                key: type(each) for key, each in value.items()
+            }
 
 
 def test_defaults_are_the_paper() -> None:
     """HPD at coefficients 1, sampling, temperature 1, demonstrations only."""
     config = HPDConfig()
     assert (config.objective, config.on_policy_objective) == ("hpd", None)
-    assert config.coefficients("hpd") == {
+    (bound,) = config.objectives.bound
+    assert dict(bound.parameters) == {
         "forward_coef": 1.0,
         "reverse_coef": 1.0,
         "reinforce_coef": 1.0,
         "student_sampling": True,
     }
     assert (config.num_student_samples, config.temperature, config.on_policy_fraction) == (1, 1.0, 0.0)
-
-
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-def test_coefficients_are_the_objectives_arguments(objective: str) -> None:
-    """Every keyword of every objective is configured, with the same default."""
-    parameters = list(inspect.signature(OBJECTIVES[objective]).parameters.values())[1:]
-    assert HPDConfig().coefficients(objective) == {parameter.name: parameter.default for parameter in parameters}
 
 
 # Values
@@ -72,8 +69,9 @@ ACCEPTED = [
     {"objective": "opd", "on_policy_fraction": FractionSchedule(1.0, 1.0, 5)},
     {"forward_coef": 0, "reverse_coef": 0.0, "reinforce_coef": 2},
     {"student_sampling": False, "score_rollouts": True},
-    {"jsd_beta": 0.9, "akl_mu": 0.1, "skew": 0},
-    {"ab_alpha": 1, "ab_beta": 1e-3},
+    {"objective": {"hpd": 1.0, "sft": 0.1}, "on_policy_objective": {"opd": 2}},
+    {"objective": "fkl", "teacher_temperature": 1.5},
+    {"teacher_temperature": None},
     {"num_student_samples": 4, "token_chunk_size": 1},
     {"temperature": 1e-3},
     {"temperature": 2},
@@ -116,9 +114,9 @@ REFUSED = [
     *((name, value) for name in ("student_sampling", "score_rollouts") for value in NOT_BOOLEANS),
     *(("num_student_samples", value) for value in NOT_POSITIVE_INTEGERS),
     *(("token_chunk_size", value) for value in NOT_POSITIVE_INTEGERS if value is not None),
-    *((name, value) for name in ("jsd_beta", "akl_mu") for value in (0, 1, -0.5, 1.5, *NOT_NUMBERS)),
-    *(("skew", value) for value in (-0.1, 1, *NOT_NUMBERS)),
-    *((name, value) for name in ("ab_alpha", "ab_beta") for value in (0, -1.0, *NOT_NUMBERS)),
+    *(("objective", value) for value in ({}, {"hpd": 0}, {"hpd": -1.0}, {"hpd": True}, {"hpd": "1"}, {"kl": 1.0})),
+    *(("on_policy_objective", value) for value in ({}, {"opd": 0.0}, 1)),
+    *(("teacher_temperature", value) for value in (0, -1.0, *NOT_NUMBERS) if value is not None),
     *(("seed", value) for value in (1.5, True, "42", None)),
     *(("temperature", value) for value in (0, -1.0, *NOT_NUMBERS)),
     *(("on_policy_fraction", value) for value in (-0.01, 1.01, *NOT_NUMBERS)),
@@ -142,7 +140,77 @@ def test_refuses(name: str, value: Any) -> None:
 
 def test_every_setting_has_a_refused_value() -> None:
     """A new setting without a check would be missed here."""
-    assert {name for name, _ in REFUSED} == {field.name for field in dataclasses.fields(HPDConfig)}
+    assert {name for name, _ in REFUSED} == HPDConfig.model_fields.keys() - {"objective_parameters"}
+
+
+REFUSED_PARAMETERS = [
+    *(("jsd_exact", "beta", value) for value in (0, 1, -0.5, 1.5, *NOT_NUMBERS)),
+    *(("akl", "mu", value) for value in (0, 1, -0.5, 1.5, *NOT_NUMBERS)),
+    *((name, "skew", value) for name in ("skew_fkl", "skew_rkl") for value in (-0.1, 1, *NOT_NUMBERS)),
+    *(("abkd", name, value) for name in ("alpha", "beta") for value in (0, -1.0, *NOT_NUMBERS)),
+    *(("symmetric_kl", "reverse_share", value) for value in (-0.1, 1.1, *NOT_NUMBERS)),
+]
+
+
+@pytest.mark.parametrize(("objective", "parameter", "value"), REFUSED_PARAMETERS, ids=str)
+def test_refuses_parameters(objective: str, parameter: str, value: Any) -> None:
+    """The message begins with the parameter's full name, whether or not its objective is in use."""
+    match = rf"^algorithm\.hpd\.{objective}\.{parameter}={re.escape(str(value))}: give a number"
+    for used in (objective, "hpd"):
+        with pytest.raises(ValueError, match=match):
+            HPDConfig(objective=used, **{objective: {parameter: value}})
+
+
+def test_every_parameter_has_a_refused_value() -> None:
+    nodes = {name: each.parameters for name, each in OBJECTIVES.items() if each.has_own_node}
+    parameters = {(name, field) for name, node in nodes.items() for field in node.model_fields}
+    assert {(name, field) for name, field, _ in REFUSED_PARAMETERS} == parameters
+
+
+def test_parameters_of_objectives_in_use() -> None:
+    """They reach their objective, alone and in a mixture; what is not given keeps its default."""
+    config = HPDConfig(
+        objective={"abkd": 1.0, "hpd": 0.5},
+        on_policy_objective="skew_rkl",
+        abkd={"alpha": 1},
+        forward_coef=2.0,
+        skew_rkl={"skew": 0.3},
+    )
+    found = {bound.objective.name: dict(bound.parameters) for bound in config.objectives.bound}
+    hpd = {"forward_coef": 2.0, "reverse_coef": 1.0, "reinforce_coef": 1.0, "student_sampling": True}
+    assert found == {"abkd": {"alpha": 1, "beta": 0.7}, "hpd": hpd, "skew_rkl": {"skew": 0.3}}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"skew_fkl": {"skew": 0.2}},
+            "skew_fkl.skew=0.2: it belongs to skew_fkl, and algorithm.hpd.objective=hpd; leave",
+        ),
+        ({"objective": "fkl", "forward_coef": 0.5}, "forward_coef=0.5: it belongs to hpd and hpd_exact, and"),
+        ({"objective": "sft", "student_sampling": False}, "student_sampling=False: it belongs to hpd and hpd_exact"),
+        ({"objective": "skew_fkl", "skew_fkl": {"beta": 1}}, "skew_fkl.beta=1: no such parameter; there are skew"),
+        ({"objective": "fkl", "fkl": {"skew": 1}}, "fkl.skew=1: no such parameter; there are none"),
+        ({"objective": "akl", "akl": 0.5}, "akl=0.5: give its parameters, mu"),
+        ({"hpd": {"forward_coef": 1.0}}, "hpd={'forward_coef': 1.0}: no such setting; there are abkd, akl, "),
+        ({"teacher_temperature": 2.0}, "teacher_temperature=2.0: hpd has one temperature for both models"),
+        ({"objective": {"hpd": 1, "fkl": 1}, "teacher_temperature": 2.0}, "teacher_temperature=2.0: hpd has one"),
+        ({"objective": {"opd": 1, "fkl": 1}}, "objective={'opd': 1, 'fkl': 1}: opd is for the student's own rollouts"),
+        ({"objective": {"kl": 1.0}}, "objective={'kl': 1.0}: choose one of abkd"),
+    ],
+    ids=str,
+)
+def test_refuses_parameters_that_would_be_ignored(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape('algorithm.hpd.' + message)}"):
+        HPDConfig(**values)
+
+
+def test_defaults_of_other_objectives_are_no_error(hpd_block: dict[str, Any]) -> None:
+    """The whole node, as it is composed, with any objective."""
+    for name in sorted(OBJECTIVES):
+        values = hpd_block | {"objective": name, "on_policy_fraction": float(name == "opd")}
+        assert HPDConfig(**values).objectives.names() == name
 
 
 @pytest.mark.parametrize(
@@ -186,8 +254,8 @@ def test_from_config_explains_off_without_quotes() -> None:
 
 def test_is_frozen() -> None:
     """Checked once, so never changed."""
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        HPDConfig().seed = 1  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        HPDConfig().seed = 1
 
 
 # From a composed configuration
@@ -255,7 +323,7 @@ def test_exact_kl_needs_the_whole_teacher() -> None:
 def test_objectives_and_samples(values: dict[str, Any], objectives: set[str], samples: int) -> None:
     """Which objectives are in use, and how many sampled tokens their loss needs."""
     config = HPDConfig(**values)
-    assert config.objectives == objectives
+    assert {bound.objective.name for bound in config.objectives.bound} == objectives
     assert config.samples == samples
 
 
@@ -264,7 +332,7 @@ def test_schedule_of_a_number_is_constant() -> None:
     assert [schedule.at(step) for step in (0, 1, 2, 1000)] == [0.25] * 4
     assert (schedule.lowest, schedule.highest) == (0.25, 0.25)
     line = FractionSchedule(0.0, 1.0, 4)
-    assert HPDConfig(on_policy_fraction=line).schedule is line
+    assert HPDConfig(on_policy_fraction=line).schedule == line
 
 
 @pytest.mark.parametrize(

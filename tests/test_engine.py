@@ -20,7 +20,7 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.engine.head_engine import HeadLoss
-from hpd_verl.head.distillation_head import OutputHead
+from hpd_verl.head.output_head import OutputHead
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.pipelines.one_pass import StudentWorker
 from hpd_verl.sft_trainer import as_batch, lazy_teacher, read_demonstrations

@@ -19,22 +19,13 @@ from verl.workers.config import FSDPActorConfig
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
-from hpd_verl.head.distillation_head import (
-    OutputHead,
-    TeacherFeatures,
-    distillation_head,
-    teacher_features,
-    teacher_top_k,
-)
+from hpd_verl.head.distillation_head import distillation_head
+from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform, sample_from, sample_tokens, token_log_probs
-from hpd_verl.objectives.weights import (
-    FULL_VOCABULARY_OBJECTIVES,
-    OBJECTIVES,
-    TokenLogProbs,
-    VocabularyLogProbs,
-)
+from hpd_verl.objectives import OBJECTIVES, TokenLogProbs, VocabularyLogProbs
 from hpd_verl.pipelines.one_pass import OnePassLoss
-from hpd_verl.ppo.worker import StudentLoss, TeacherLogProbs
+from hpd_verl.pipelines.staged import StudentLoss, TeacherLogProbs
 
 pytestmark = pytest.mark.skipif(not is_available, reason="this torch lets Python declare no device")
 
@@ -89,7 +80,7 @@ def uniforms(draws: int = 2) -> Tensor:
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_objective(name: str) -> None:
     student, teacher = (random(TOKENS, VOCABULARY, seed=seed).log_softmax(-1) for seed in (0, 1))
-    if name in FULL_VOCABULARY_OBJECTIVES:
+    if OBJECTIVES[name].over == "vocabulary":
         check(lambda q, p, y: OBJECTIVES[name](VocabularyLogProbs(q, p, y)), student, teacher, labels())
         return
     y, a = student[:, 0], student[:, 1]
@@ -141,6 +132,9 @@ def layers(dtype: torch.dtype, bias: bool) -> list[Tensor | None]:
 
 def features_of(form: str, config: HPDConfig, *arguments: Any) -> TeacherFeatures:
     common = (*arguments, config.temperature, config.token_chunk_size)
+    if form == "bare":
+        hidden, head, _ = arguments
+        return HiddenFeatures(hidden, head, config.temperature)
     return teacher_features(*common) if form == "hidden" else teacher_top_k(*common, k=6)
 
 
@@ -152,7 +146,8 @@ def head_and_gradients(
     head = OutputHead(weight, VOCABULARY, bias, **layer)
     teacher_head = OutputHead(teacher_weight, VOCABULARY, teacher_bias, **layer)
     teacher = features_of(form, config, teacher_hidden, teacher_head, y)
-    output = distillation_head(hidden, head, y, u, scale, is_rollout, teacher, teacher_head, config, exact_kl)
+    arguments = (teacher, config.objectives, config.temperature, config.token_chunk_size, exact_kl)
+    output = distillation_head(hidden, head, y, u, scale, is_rollout, *arguments)
     inputs = [each for each in (hidden, weight, bias) if each is not None]
     return output, torch.autograd.grad(output.loss * 2, inputs)
 
@@ -201,6 +196,12 @@ def test_head_with_everything(dtype: torch.dtype) -> None:
 
 
 @each_dtype
+def test_head_with_a_mixture(dtype: torch.dtype) -> None:
+    config = HPDConfig(objective={"hpd": 1.0, "fkl": 0.5, "tvd": 0.1}, token_chunk_size=5, num_student_samples=2)
+    check_head(config, dtype, draws=2, form="bare", soft_cap=3.0)
+
+
+@each_dtype
 def test_head_with_top_k_features(dtype: torch.dtype) -> None:
     check_head(configured("hpd"), dtype, form="topk")
     check_head(configured("fkl"), dtype, form="topk")
@@ -222,15 +223,18 @@ def one_pass(batch: Batch, config: HPDConfig, dtype: torch.dtype, copied: Callab
     """Loss, metrics and gradients of a micro-batch, everything the loss gets having been copied."""
     loss = OnePassLoss(config, "token-mean", None)
     if config.needs_teacher:
-        teacher_weight = batch.teacher_weight.to(dtype)
-        loss.teacher_head = OutputHead(copied(teacher_weight), batch.head().vocabulary_size)
-        features = batch.features().items()
-        for row, each in features:
-            tensors: dict[str, Any] = {
-                name: None if value is None else copied(value.to(dtype if name == "hidden" else torch.float32))
-                for name, value in vars(each).items()
-            }
-            loss.teacher_features[row] = TeacherFeatures(**tensors)
+        teacher_head = OutputHead(copied(batch.teacher_weight.to(dtype)), batch.head().vocabulary_size)
+        loss.teacher_features = {
+            row: HiddenFeatures(
+                **{
+                    name: copied(value.to(dtype if name == "hidden" else torch.float32))
+                    for name, value in each.tensors.items()
+                },
+                head=teacher_head,
+                temperature=config.temperature,
+            )
+            for row, each in batch.features().items()
+        }
     hidden = copied(torch.cat(batch.hidden).to(dtype)).requires_grad_()
     weight = copied(batch.weight.detach().to(dtype)).requires_grad_()
     data = batch.data()
@@ -334,7 +338,7 @@ def one_pass_is_right() -> None:
     [
         ("head.distillation_head", lambda: check_head(configured("hpd"), torch.float32)),
         ("head.distillation_head", lambda: check_head(configured("fkl"), torch.bfloat16)),
-        ("head.distillation_head", lambda: test_teacher_features("topk", torch.float32)),
+        ("head.features", lambda: test_teacher_features("topk", torch.float32)),
         ("head.sampling", test_sample_from),
         ("pipelines.one_pass", one_pass_is_right),
         ("data.response_tokens", one_pass_is_right),

@@ -23,28 +23,26 @@ from reference import (
 from torch import Tensor
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.head import distillation_head as head_module
-from hpd_verl.head.distillation_head import (
-    HeadOutput,
-    OutputHead,
-    TeacherFeatures,
-    distillation_head,
-    teacher_features,
-    teacher_top_k,
-)
+from hpd_verl.head import features as features_module
+from hpd_verl.head import gradients as gradients_module
+from hpd_verl.head import output_head as output_head_module
+from hpd_verl.head.distillation_head import HeadOutput, distillation_head
+from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform, sample_tokens
-from hpd_verl.objectives.weights import OBJECTIVES
+from hpd_verl.objectives import LOG_ZERO, OBJECTIVES, Mixture, RowObjectives
 
 TOKENS, VOCABULARY, PADDING, HIDDEN, TEACHER_HIDDEN = 37, 19, 4, 8, 12
-COEFFICIENTS: dict[str, Any] = {
-    "forward_coef": 0.5,
-    "reverse_coef": 2.0,
-    "reinforce_coef": 3.0,
-    "jsd_beta": 0.3,
-    "skew": 0.25,
-    "akl_mu": 0.7,
-    "ab_alpha": 0.6,
-    "ab_beta": 0.9,
+HPD_PARAMETERS: dict[str, Any] = {"forward_coef": 0.5, "reverse_coef": 2.0, "reinforce_coef": 3.0}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "hpd": HPD_PARAMETERS,
+    "hpd_exact": HPD_PARAMETERS,
+    "symmetric_kl": {"symmetric_kl": {"reverse_share": 0.8}},
+    "jsd_exact": {"jsd_exact": {"beta": 0.3}},
+    "skew_fkl": {"skew_fkl": {"skew": 0.25}},
+    "skew_rkl": {"skew_rkl": {"skew": 0.25}},
+    "akl": {"akl": {"mu": 0.7}},
+    "abkd": {"abkd": {"alpha": 0.6, "beta": 0.9}},
 }
 each_objective = pytest.mark.parametrize("objective", OBJECTIVE_NAMES + VOCABULARY_OBJECTIVE_NAMES)
 property_test = settings(deadline=None, max_examples=50, derandomize=True)
@@ -91,7 +89,7 @@ class Case:
         return OutputHead(self.teacher_weight, self.vocabulary, self.teacher_bias, **self.layer)
 
     def teacher(self, top: int = 0) -> TeacherFeatures:
-        arguments = (self.teacher_hidden, self.teacher_head(), self.labels, self.config.temperature, 6)
+        arguments = (self.teacher_hidden, self.teacher_head(), self.labels, self.config.temperature_of_teacher, 6)
         return teacher_top_k(*arguments, k=top) if top else teacher_features(*arguments)
 
     def parameters(self) -> list[Tensor]:
@@ -106,8 +104,9 @@ class Case:
             "token_scale": self.token_scale,
             "is_rollout": self.is_rollout,
             "teacher": self.teacher(),
-            "teacher_head": self.teacher_head(),
-            "config": self.config,
+            "objectives": self.config.objectives,
+            "temperature": self.config.temperature,
+            "chunk_size": self.config.token_chunk_size,
         }
         return distillation_head(**{**arguments, **changes})
 
@@ -132,21 +131,9 @@ class Case:
         for parameter in double.parameters():
             parameter.requires_grad_()
         config = self.config
-        hpd = {name: getattr(config, name) for name in ("forward_coef", "reverse_coef", "reinforce_coef")}
-        hpd["student_sampling"] = config.student_sampling
-        coefficients: dict[str, dict[str, Any]] = {
-            "hpd": hpd,
-            "hpd_exact": hpd,
-            "jsd_exact": {"beta": config.jsd_beta},
-            "skew_fkl": {"skew": config.skew},
-            "skew_rkl": {"skew": config.skew},
-            "akl": {"mu": config.akl_mu},
-            "abkd": {"ab_alpha": config.ab_alpha, "ab_beta": config.ab_beta},
-        }
-        names = [
-            (config.on_policy_objective or config.objective) if rollout else config.objective
-            for rollout in self.is_rollout.tolist()
-        ]
+        coefficients = {bound.objective.name: dict(bound.parameters) for bound in config.objectives.bound}
+        chosen = [config.objective, config.on_policy_objective or config.objective]
+        names = [str(chosen[rollout]) for rollout in self.is_rollout.tolist()]
         loss, losses = plain_head_loss(
             names,
             double.logits(),
@@ -156,6 +143,7 @@ class Case:
             self.token_scale,
             config.temperature,
             coefficients,
+            config.temperature_of_teacher,
         )
         return loss.detach(), losses.detach(), list(torch.autograd.grad(loss, double.parameters()))
 
@@ -199,8 +187,59 @@ def test_loss_and_gradients(objective: str, temperature: float) -> None:
 
 
 @each_objective
-def test_coefficients_reach_the_objective(objective: str) -> None:
-    assert_matches(Case(seed=1, config=configured(objective, **COEFFICIENTS)))
+def test_parameters_reach_the_objective(objective: str) -> None:
+    assert_matches(Case(seed=1, config=configured(objective, **PARAMETERS.get(objective, {}))))
+
+
+MIXTURES: list[dict[str, Any]] = [
+    {"objective": {"hpd": 1.0, "sft": 0.1}},
+    {"objective": {"fkl": 0.3, "rkl_exact": 2.0}},
+    {"objective": {"hpd": 0.5, "fkl": 1.5, "tvd": 0.25}, "num_student_samples": 2},
+    {"objective": {"sft": 0.2, "jsd_exact": 1.0}, "on_policy_objective": {"opd": 1.0, "rkl_exact": 0.4}},
+    {"objective": "hpd", "on_policy_objective": {"hpd": 1.0, "skew_rkl": 0.5}},
+]
+
+
+@pytest.mark.parametrize("values", MIXTURES, ids=lambda values: "-".join(map(str, values["objective"])))
+@pytest.mark.parametrize("layer", [{}, {"scale": 1.5, "soft_cap": 3.0}], ids=["plain", "capped"])
+def test_mixtures(values: dict[str, Any], layer: dict[str, Any]) -> None:
+    """Values and gradients are the weighted sums of the objectives' own, over tokens and vocabulary, in each row."""
+    config = HPDConfig(token_chunk_size=5, **values)
+    draws = config.num_student_samples
+    case = Case(draws=draws, layer=layer, config=config)
+    output, gradients = case.run_with_gradients()
+    loss, sums = torch.zeros(()).double(), [torch.zeros_like(each) for each in gradients]
+    for mixture, is_mine in (
+        (config.objectives.demonstration, ~case.is_rollout),
+        (config.objectives.rollout, case.is_rollout),
+    ):
+        for bound, factor in mixture:
+            part = Case(draws=draws, layer=layer, config=config)
+            part.token_scale = torch.where(is_mine, case.token_scale, 0.0)
+            one, own = part.run_with_gradients(objectives=RowObjectives(Mixture(((bound, 1.0),))))
+            loss = loss + factor * one.loss.detach()
+            sums = [total + factor * each for total, each in zip(sums, own, strict=True)]
+    close(output.loss, loss)
+    for gradient, wanted in zip(gradients, sums, strict=True):
+        close(gradient, wanted)
+
+
+@pytest.mark.parametrize("objective", VOCABULARY_OBJECTIVE_NAMES)
+def test_temperature_of_the_teacher(objective: str) -> None:
+    assert_matches(Case(config=configured(objective, temperature=1.3, teacher_temperature=0.8)))
+
+
+@each_objective
+def test_bare_features_are_the_same(objective: str) -> None:
+    """Where the sweep computes the teacher's log-sum-exp itself, from the product that it makes anyway."""
+    case = Case(draws=2, bias=True, layer={"soft_cap": 4.0}, config=configured(objective, temperature=1.3))
+    bare = HiddenFeatures(case.teacher_hidden, case.teacher_head(), 1.3)
+    output, gradients = case.run_with_gradients(exact_kl=True)
+    found, others = case.run_with_gradients(exact_kl=True, teacher=bare)
+    for name, value in vars(output).items():
+        close(getattr(found, name), value, 1e-11)
+    for gradient, other in zip(gradients, others, strict=True):
+        close(gradient, other, 1e-11)
 
 
 @pytest.mark.parametrize("objective", ["hpd", "hpd_exact"])
@@ -338,7 +377,7 @@ def test_token_outputs(temperature: float) -> None:
     close(output.entropy, entropy)
     assert output.teacher_sampled_log_probs is not None
     close(output.teacher_sampled_log_probs, log_p.gather(1, sampled))
-    close(case.teacher().label_log_probs, log_p.gather(1, case.labels.unsqueeze(1)).squeeze(1))
+    close(case.teacher().tensors["label_log_probs"], log_p.gather(1, case.labels.unsqueeze(1)).squeeze(1))
     assert output.forward_kl is not None
     assert output.reverse_kl is not None
     close(output.forward_kl, (log_p.exp() * (log_p - log_q)).sum(-1))
@@ -363,8 +402,10 @@ def test_exact_kl_changes_nothing_else() -> None:
     output, gradients = case.run_with_gradients()
     assert output.forward_kl is output.reverse_kl is None
     both, both_gradients = case.run_with_gradients(exact_kl=True)
-    assert torch.equal(both.loss, output.loss)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, both_gradients, strict=True))
+    assert torch.equal(both.sampled, output.sampled)
+    close(both.loss, output.loss, 1e-12)
+    for gradient, other in zip(gradients, both_gradients, strict=True):
+        close(gradient, other, 1e-12)
 
 
 @each_objective
@@ -372,8 +413,8 @@ def test_chunks_change_nothing(objective: str, monkeypatch: pytest.MonkeyPatch) 
     """Chunk size and rows per step: the same draws, and the same numbers up to the order of sums."""
     whole, gradients = Case(config=configured(objective, token_chunk_size=1000)).run_with_gradients(exact_kl=True)
     for chunk_size, elements in [(1, 1 << 17), (4, 1), (7, 40), (36, 100)]:
-        monkeypatch.setattr(head_module, "_CPU_STEP", elements)
-        monkeypatch.setattr(head_module, "_WEIGHT_ROWS", 3)
+        monkeypatch.setattr(output_head_module, "_CPU_STEP", elements)
+        monkeypatch.setattr(gradients_module, "_WEIGHT_ROWS", 3)
         case = Case(config=configured(objective, token_chunk_size=chunk_size))
         output, others = case.run_with_gradients(exact_kl=True)
         assert torch.equal(output.sampled, whole.sampled)
@@ -385,7 +426,7 @@ def test_chunks_change_nothing(objective: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_low_precision_gradient_is_accumulated_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunk by chunk the bfloat16 gradient stays as good as in one."""
-    monkeypatch.setattr(head_module, "_WEIGHT_ROWS", 5)
+    monkeypatch.setattr(gradients_module, "_WEIGHT_ROWS", 5)
     errors = []
     for chunk_size in (1, 3, 1000):
         case = Case(dtype=torch.bfloat16, tokens=400, config=configured("seqkd", token_chunk_size=chunk_size))
@@ -407,9 +448,8 @@ def test_tokens_of_scale_zero_are_skipped() -> None:
     assert skipped.any()
     with torch.no_grad():
         case.hidden[skipped] = math.nan
-    assert teacher.hidden is not None
-    teacher.hidden[skipped] = math.nan
-    teacher.label_log_probs[skipped] = math.nan
+    for name in ("hidden", "label_log_probs"):
+        teacher.tensors[name][skipped] = math.nan
     found, found_gradients = case.run_with_gradients(teacher=teacher)
     for name, value in vars(found).items():
         if value is not None:
@@ -491,9 +531,11 @@ def test_top_k_features(objective: str, top: int) -> None:
     dense = rest.clamp_min(1e-300).log().repeat(1, VOCABULARY).scatter(1, tokens, best)
 
     teacher = case.teacher(top)
-    close(teacher.label_log_probs, log_p.gather(1, case.labels.unsqueeze(1)).squeeze(1))
+    close(teacher.tensors["label_log_probs"], log_p.gather(1, case.labels.unsqueeze(1)).squeeze(1))
     # Labels outside of the top k have their true log-prob; the plain computation has no place for it.
-    teacher = dataclasses.replace(teacher, label_log_probs=dense.gather(1, case.labels.unsqueeze(1)).squeeze(1))
+    teacher = teacher.with_tensors(
+        teacher.tensors | {"label_log_probs": dense.gather(1, case.labels.unsqueeze(1)).squeeze(1)}
+    )
     output, gradients = case.run_with_gradients(teacher=teacher)
     loss, _, expected = case.expected(output.sampled, 1.3 * dense)
     close(output.loss, loss, 1e-7)
@@ -509,8 +551,7 @@ def test_top_k_that_hold_nearly_everything(objective: str) -> None:
         case = Case(dtype=dtype, config=configured(objective))
         case.teacher_hidden, case.teacher_weight = case.teacher_hidden.sign() * 3, case.teacher_weight.sign() * 3
         teacher = case.teacher(top=3)
-        assert teacher.rest_log_prob is not None
-        assert teacher.rest_log_prob.min() < -25  # below the smallest step of a float32 near 1
+        assert teacher.tensors["rest_log_prob"].min() < -25  # below the smallest step of a float32 near 1
         gradients[dtype] = case.run_with_gradients(teacher=teacher)[1]
     for found, wanted in zip(gradients[torch.float32], gradients[torch.float64], strict=True):
         assert (found - wanted).norm() < 1e-4 * wanted.norm()
@@ -521,7 +562,7 @@ def test_top_k_that_hold_nearly_everything(objective: str) -> None:
 def test_student_of_a_larger_vocabulary(objective: str, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The student is normalised over all its logits; beyond the teacher's vocabulary the teacher's probability is 0."""
     impossible = -600.0  # a probability that float64 can still hold, for the reference's logarithm
-    monkeypatch.setattr(head_module, "LOG_ZERO", impossible)
+    monkeypatch.setattr(features_module, "LOG_ZERO", impossible)
     known = VOCABULARY - 5
     case = Case(draws=2, config=configured(objective, num_student_samples=2))
     case.labels %= known
@@ -533,9 +574,11 @@ def test_student_of_a_larger_vocabulary(objective: str, top: int, monkeypatch: p
         best, tokens = log_p.topk(top, -1)
         rest = (1 - best.exp().sum(-1, keepdim=True)) / (known - top)
         log_p = rest.log().repeat(1, known).scatter(1, tokens, best)
-        teacher = dataclasses.replace(teacher, label_log_probs=log_p.gather(1, case.labels.unsqueeze(1)).squeeze(1))
+        teacher = teacher.with_tensors(
+            teacher.tensors | {"label_log_probs": log_p.gather(1, case.labels.unsqueeze(1)).squeeze(1)}
+        )
     dense = torch.nn.functional.pad(log_p, (0, VOCABULARY - known), value=impossible)
-    output, gradients = case.run_with_gradients(teacher=teacher, teacher_head=teacher_head)
+    output, gradients = case.run_with_gradients(teacher=teacher)
     assert (output.sampled >= known).any()
     loss, _, expected = case.expected(output.sampled, dense)
     close(output.loss, loss, 1e-7)
@@ -557,7 +600,7 @@ def test_mass_beyond_the_teachers_vocabulary_is_trained_away(objective: str) -> 
     before = beyond()
     assert before > 0.4
     for _ in range(40):
-        _, gradients = case.run_with_gradients(teacher=teacher, teacher_head=teacher_head)
+        _, gradients = case.run_with_gradients(teacher=teacher)
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         with torch.no_grad():
             for parameter, gradient in zip(case.parameters(), gradients, strict=True):
@@ -574,8 +617,8 @@ def test_label_beyond_the_teachers_vocabulary(objective: str) -> None:
     for top in (0, 3):
         arguments = (case.teacher_hidden, teacher_head, case.labels, 1.0, 6)
         teacher = teacher_top_k(*arguments, k=top) if top else teacher_features(*arguments)
-        assert (teacher.label_log_probs == head_module.LOG_ZERO).all()
-        output, gradients = case.run_with_gradients(teacher=teacher, teacher_head=teacher_head)
+        assert (teacher.tensors["label_log_probs"] == LOG_ZERO).all()
+        output, gradients = case.run_with_gradients(teacher=teacher)
         assert output.loss.isfinite()
         assert all(gradient.isfinite().all() for gradient in gradients)
 
@@ -584,7 +627,7 @@ COMPILED_CASES = """
 import sys, torch
 sys.path[:0] = sys.argv[1:]
 from test_head import Case, close, configured
-from hpd_verl.head.distillation_head import teacher_features
+from hpd_verl.head.features import teacher_features
 for dtype, tolerance, layer in (
     (torch.float32, 2e-5, {"soft_cap": 3.0, "scale": 0.7}),
     (torch.bfloat16, 2e-2, {}),
@@ -593,7 +636,7 @@ for dtype, tolerance, layer in (
     plain, gradients = case.run_with_gradients()
     arguments = (case.teacher_hidden, case.teacher_head(), case.labels, 1.0, 6)
     teacher = teacher_features(*arguments, compiled=True)
-    close(teacher.log_mass, case.teacher().log_mass, 1e-5)
+    close(teacher.log_sum_exp, case.teacher().tensors["log_sum_exp"], 1e-5)
     fused, others = case.run_with_gradients(teacher=teacher, compiled=True)
     assert torch.equal(plain.sampled, fused.sampled)
     for name, value in vars(plain).items():
@@ -606,6 +649,7 @@ assert frames["ok"] >= 3 and frames["total"] == frames["ok"], frames
 """
 
 
+@pytest.mark.slow
 def test_compiled_is_the_same_within_rounding() -> None:
     """The elementwise part through torch.compile, in a process of its own: a CPU run disables the compiler."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
@@ -621,9 +665,12 @@ def test_features_can_be_indexed() -> None:
     for features in (case.teacher(), case.teacher(top=3)):
         for rows in (slice(2, 9), torch.tensor([4, 1]), case.is_rollout):
             part = features[rows]
-            for name, value in vars(features).items():
-                found = getattr(part, name)
-                assert found is value is None or torch.equal(found, value[rows])
+            assert part.tensors.keys() == set(features.TENSORS)
+            for name, value in features.tensors.items():
+                assert torch.equal(part.tensors[name], value[rows])
+            assert torch.equal(
+                type(part).cat([part, part]).tensors["label_log_probs"][len(part) :], part.tensors["label_log_probs"]
+            )
 
 
 def test_low_precision_cache() -> None:
@@ -631,8 +678,7 @@ def test_low_precision_cache() -> None:
     case = Case(dtype=torch.float32)
     _, gradients = case.run_with_gradients()
     teacher = case.teacher()
-    assert teacher.hidden is not None
-    rounded = dataclasses.replace(teacher, hidden=teacher.hidden.bfloat16())
+    rounded = teacher.with_tensors(teacher.tensors | {"hidden": teacher.tensors["hidden"].bfloat16()})
     _, found = case.run_with_gradients(teacher=rounded)
     for gradient, other in zip(gradients, found, strict=True):
         assert (gradient - other).norm() < 2e-2 * gradient.norm()
@@ -641,7 +687,7 @@ def test_low_precision_cache() -> None:
 def test_sft_needs_no_teacher_and_no_draws() -> None:
     """Cross-entropy alone; with a teacher and draws, the same loss and gradients."""
     case = Case(config=configured("sft"))
-    output, gradients = case.run_with_gradients(teacher=None, teacher_head=None, uniforms=case.uniforms[:, :0])
+    output, gradients = case.run_with_gradients(teacher=None, uniforms=case.uniforms[:, :0])
     assert output.sampled.shape == output.sampled_weights.shape == (TOKENS, 0)
     assert output.teacher_sampled_log_probs is None
     losses = torch.nn.functional.cross_entropy(case.logits().detach(), case.labels, reduction="none")
@@ -656,7 +702,7 @@ def test_sft_needs_no_teacher_and_no_draws() -> None:
 def test_draws_are_optional_where_no_objective_weighs_them(objective: str) -> None:
     case = Case(config=configured(objective))
     if case.config.samples:
-        with pytest.raises(ValueError, match="needs 1 draws a token, uniforms has 0"):
+        with pytest.raises(ValueError, match="hpd: weighs the sampled token, uniforms has no"):
             case.run(uniforms=case.uniforms[:, :0])
         return
     without, drawn = case.run(uniforms=case.uniforms[:, :0]), case.run()
@@ -669,20 +715,22 @@ def test_draws_are_optional_where_no_objective_weighs_them(objective: str) -> No
 
 def test_refuses_what_cannot_work() -> None:
     case = Case()
+    head = dataclasses.replace(case.teacher_head(), vocabulary_size=20)
+    larger = teacher_features(case.teacher_hidden, head, case.labels, 1.0)
     with pytest.raises(ValueError, match="hpd: give the teacher's features"):
         case.run(teacher=None)
     with pytest.raises(ValueError, match="exact_kl: give the teacher's features"):
-        case.run(teacher=None, teacher_head=None, config=configured("sft"), exact_kl=True)
+        case.run(teacher=None, objectives=RowObjectives.of("sft"), exact_kl=True)
     with pytest.raises(ValueError, match="exact_kl: needs the teacher's hidden states"):
         case.run(teacher=case.teacher(top=3), exact_kl=True)
     with pytest.raises(ValueError, match="vocabulary_size is 19 of the student and 20 of the teacher"):
-        case.run(teacher_head=dataclasses.replace(case.teacher_head(), vocabulary_size=20))
+        case.run(teacher=larger)
     with pytest.raises(ValueError, match="vocabulary_size=99: the weight has 23 rows"):
         OutputHead(case.weight, 99)
     with pytest.raises(ValueError, match="k=20: the vocabulary has 19 tokens"):
         case.teacher(top=20)
-    with pytest.raises(ValueError, match="hidden and log_mass, or top_tokens, top_log_probs and rest_log_prob"):
-        TeacherFeatures(case.teacher_hidden[:, 0], hidden=case.teacher_hidden)
+    with pytest.raises(ValueError, match="the log-sum-exp of the teacher's logits is not known"):
+        case.run(teacher=HiddenFeatures(case.teacher_hidden, case.teacher_head(), 1.0))
 
 
 @each_objective
@@ -704,9 +752,8 @@ def test_nan_comes_out(objective: str, where: str) -> None:
             case.teacher_weight[2] = math.nan
         else:
             teacher = case.teacher(top=3)
-            assert teacher.top_log_probs is not None
-            assert teacher.rest_log_prob is not None
-            teacher.top_log_probs[3] = teacher.rest_log_prob[3] = math.nan
+            for name in ("top_log_probs", "rest_log_prob"):
+                teacher.tensors[name][3] = math.nan
             if objective in OBJECTIVE_NAMES:
                 output = case.run(teacher=teacher)
                 assert output.teacher_sampled_log_probs is not None
@@ -774,9 +821,9 @@ def test_shapes(tokens: int, vocabulary: int, draws: int, chunk_size: int, objec
 @property_test
 @given(objective=st.sampled_from(sorted(set(VOCABULARY_OBJECTIVE_NAMES) - {"hpd_exact"})), seed=st.integers(0, 99))
 def test_equal_models(objective: str, seed: int) -> None:
-    """p == q: divergences and their gradients vanish."""
+    """p == q: divergences and their gradients vanish; that of the total variation has a kink there."""
     case = Case(seed=seed, config=configured(objective))
     case.teacher_hidden, case.teacher_weight = case.hidden.clone(), case.weight.clone()
     output, gradients = case.run_with_gradients()
     assert output.token_losses.abs().max() < 1e-9
-    assert all(gradient.abs().max() < 1e-9 for gradient in gradients)
+    assert objective == "tvd" or all(gradient.abs().max() < 1e-9 for gradient in gradients)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 NO_WHEEL = "antlr4-python3-runtime"  # Hydra's, plain Python: builds anywhere
 UNREACHABLE = ("Failed to fetch", "Request failed", "error sending request", "Connection refused", "timed out")

@@ -1,5 +1,6 @@
 """Weights, loss and gradient of every objective: the reference, the authors' golden vectors, invariants."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,19 +22,17 @@ from reference import (
 from torch import Tensor
 
 from hpd_verl.head.sampling import token_log_probs
-from hpd_verl.objectives import weights as objectives
-from hpd_verl.objectives.weights import (
-    FULL_VOCABULARY_OBJECTIVES,
-    LIKELIHOOD_OBJECTIVES,
+from hpd_verl.objectives import (
     LOG_ZERO,
     OBJECTIVES,
-    SAMPLING_OBJECTIVES,
+    ObjectiveParameters,
     TokenLogProbs,
     TokenWeights,
     VocabularyLogProbs,
     gap,
-    register_objective,
+    registry,
 )
+from hpd_verl.objectives import objective as declare
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -441,10 +440,11 @@ def test_vocabulary_values_and_gradients(objective: str, coefficients: dict[str,
     batch = make_batch(seed=6)
     logits = batch.student_logits.clone().requires_grad_()
     log_q, log_p = logits.log_softmax(-1), batch.teacher_logits.log_softmax(-1)
-    names = {"alpha": "ab_alpha", "beta": "ab_beta"} if objective == "abkd" else {}
-    arguments = {names.get(key, key): value for key, value in coefficients.items()}
     values = torch.stack(
-        [position_value(objective, log_q[t], log_p[t], int(batch.labels[t]), **arguments) for t in range(len(logits))]
+        [
+            position_value(objective, log_q[t], log_p[t], int(batch.labels[t]), **coefficients)
+            for t in range(len(logits))
+        ]
     )
     (expected,) = torch.autograd.grad(values.sum(), logits)
     found = OBJECTIVES[objective](vocabulary_log_probs(batch), **coefficients)
@@ -533,39 +533,127 @@ def test_vocabulary_nan_comes_out(objective: str) -> None:
 
 
 def test_registry_names() -> None:
-    """The reference knows every objective there is; the declared groups are what the weights say."""
+    """The reference knows every objective there is; the declared properties are what the weights say."""
     assert set(OBJECTIVES) == set(OBJECTIVE_NAMES) | set(VOCABULARY_OBJECTIVE_NAMES)
-    assert set(VOCABULARY_OBJECTIVE_NAMES) == FULL_VOCABULARY_OBJECTIVES
+    assert {name for name, each in OBJECTIVES.items() if each.over == "vocabulary"} == set(VOCABULARY_OBJECTIVE_NAMES)
     log_probs = log_probs_of(make_batch())
-    moved = TokenLogProbs(
-        log_probs.student_label - 1,
-        log_probs.teacher_label,
-        log_probs.student_sampled - 1,
-        log_probs.teacher_sampled,
-        log_probs.sampled_is_label,
+    moved = dataclasses.replace(
+        log_probs, student_label=log_probs.student_label - 1, student_sampled=log_probs.student_sampled - 1
     )
-    weights = {name: OBJECTIVES[name](log_probs) for name in OBJECTIVE_NAMES}
-    assert {name for name, w in weights.items() if w.sampled.any()} == SAMPLING_OBJECTIVES
-    unmoved = {name for name, w in weights.items() if torch.equal(w.label, OBJECTIVES[name](moved).label)}
-    assert unmoved == LIKELIHOOD_OBJECTIVES
+    untaught = dataclasses.replace(
+        log_probs, teacher_label=log_probs.teacher_label - 1, teacher_sampled=log_probs.teacher_sampled - 1
+    )
+    for name in OBJECTIVE_NAMES:
+        objective, weights = OBJECTIVES[name], OBJECTIVES[name](log_probs)
+        assert objective.bind().weighs_sample == bool(weights.sampled.any()), name
+        assert objective.is_likelihood == torch.equal(weights.label, objective(moved).label), name
+        assert objective.needs_teacher != torch.equal(weights.label, objective(untaught).label), name
+        assert objective.needs_rollouts == (name == "opd")
+    assert not OBJECTIVES["hpd"].bind({"student_sampling": False}).weighs_sample
 
 
-def test_registry_adds_and_refuses_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The registry, to which a test may add."""
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(OBJECTIVES))
+    return registry.OBJECTIVES
+
+
+def test_registry_adds_and_refuses_doubles(own_registry: dict[str, Any]) -> None:
     """A new name is added and runs without autograd; a taken one is refused and keeps its objective."""
-    monkeypatch.setattr(objectives, "OBJECTIVES", dict(OBJECTIVES))
 
-    @register_objective("double")
+    @declare("double", over="token", source="this test")
     def double(log_probs: TokenLogProbs) -> TokenWeights:
         return TokenWeights(2 * log_probs.student_label, 2 * log_probs.student_sampled)
 
-    assert objectives.OBJECTIVES["double"] is double
+    assert own_registry["double"] is double
     needs_grad = torch.zeros(2, requires_grad=True)
     weights = double(TokenLogProbs(needs_grad, needs_grad, needs_grad, needs_grad, torch.ones(2, dtype=torch.bool)))
     assert not weights.label.requires_grad
 
     for taken in ("double", "hpd"):
-        kept = objectives.OBJECTIVES[taken]
+        kept = own_registry[taken]
         with pytest.raises(ValueError, match=f"'{taken}' is already registered"):
-            register_objective(taken)(lambda log_probs: TokenWeights(log_probs.student_label, log_probs.student_label))
-        assert objectives.OBJECTIVES[taken] is kept
+            declare(taken, over="token", source="")(lambda log_probs: TokenWeights(log_probs, log_probs))
+        assert own_registry[taken] is kept
     assert "double" not in OBJECTIVES
+
+
+def test_arguments_are_the_parameters(own_registry: dict[str, Any]) -> None:
+    """A function that takes other arguments than its parameters declare is refused where it is declared."""
+
+    class Parameters(ObjectiveParameters):
+        strength: float = 1.0
+
+    for function in (lambda: None, lambda log_probs: None, lambda log_probs, strong: None):
+        with pytest.raises(ValueError, match=r"expected the log-probs and its parameters \(log_probs, strength\)"):
+            declare("wrong", over="token", source="", parameters=Parameters)(function)
+    assert "wrong" not in own_registry
+
+
+OWN = """
+import torch
+from hpd_verl.objectives import TokenWeights, VocabularyWeights, objective
+
+@objective("mine", over="token", source="here")
+def mine(log_probs):
+    return TokenWeights(log_probs.teacher_label.exp(), torch.zeros_like(log_probs.teacher_label))
+
+@objective("half", over="vocabulary", source="here")
+def half(log_probs):
+    weights = log_probs.teacher_probs / 2
+    return VocabularyWeights(weights, (weights * (log_probs.teacher - log_probs.student)).sum(-1))
+
+@objective("misshapen", over="token", source="here")
+def misshapen(log_probs):
+    return TokenWeights(log_probs.student_label[:1], log_probs.student_label)
+
+@objective("infinite", over="vocabulary", source="here")
+def infinite(log_probs):
+    return VocabularyWeights(log_probs.student / 0, log_probs.student[:, 0])
+
+@objective("failing", over="token", source="here")
+def failing(log_probs):
+    return log_probs.nothing
+
+@objective("tuple", over="token", source="here")
+def untyped(log_probs):
+    return log_probs.student_label, log_probs.student_label
+
+plain = mine.function
+"""
+
+
+def test_own_objectives_by_file_and_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_registry: dict[str, Any]
+) -> None:
+    """Found by path or module, imported once, tried before use; what is wrong with one is said in a line."""
+    file = tmp_path / "own_objectives.py"
+    file.write_text(OWN)
+    mine = registry.find_objective(f"{file}:mine")
+    assert registry.find_objective(f"{file}:mine") is mine
+    assert registry.find_objective("mine") is mine
+    assert registry.find_objective(f"{file}:half").over == "vocabulary"
+    for name, message in [
+        ("misshapen", r"'misshapen': label is torch.float32 \(1,\), expected torch.float32 \(5,\)"),
+        ("infinite", r"'infinite': weights is not finite"),
+        ("failing", r"'failing' fails on 5 random tokens \(AttributeError: .*nothing"),
+        ("untyped", r"'tuple' returns tuple, not TokenWeights"),
+        ("plain", r"has a function of the name 'plain'; define it with"),
+        ("absent", r"has nothing of the name 'absent'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            registry.find_objective(f"{file}:{name}")
+    (tmp_path / "broken_objective.py").write_text("1 / 0")
+    with pytest.raises(ValueError, match="fails when it is imported"):
+        registry.find_objective(f"{tmp_path}/broken_objective.py:any")
+    with pytest.raises(ValueError, match="there is no file"):
+        registry.find_objective("/nowhere/own.py:mine")
+    with pytest.raises(ValueError, match="cannot import no_such_module"):
+        registry.find_objective("no_such_module:mine")
+    with pytest.raises(ValueError, match=r"choose one of abkd, .*, or give your own as module:name"):
+        registry.find_objective("nothing")
+
+    (tmp_path / "own_module_of_objectives.py").write_text(OWN.replace('"mine"', '"other"').split('@objective("half')[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert registry.find_objective("own_module_of_objectives:mine").name == "other"

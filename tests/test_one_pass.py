@@ -16,7 +16,8 @@ from verl.utils.metric import Metric
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
-from hpd_verl.head.distillation_head import OutputHead, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.features import TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform, sample_tokens
 from hpd_verl.pipelines.one_pass import OnePassLoss
 
@@ -95,7 +96,7 @@ class Batch:
 
     def features(self, top_k: int | None = None) -> dict[int, TeacherFeatures]:
         """The teacher's features of each row's response tokens."""
-        found = {}
+        found: dict[int, TeacherFeatures] = {}
         for (number, _, prompt, mask), ids, hidden in zip(self.rows, self.ids, self.teacher_hidden, strict=True):
             at = [prompt - 1 + t for t, counts in enumerate(mask) if counts]
             arguments = (hidden[at], self.teacher_head(), ids[[p + 1 for p in at]], self.config.temperature, 4)
@@ -105,7 +106,7 @@ class Batch:
     def loss_function(self) -> OnePassLoss:
         loss = OnePassLoss(self.config, self.loss_agg_mode, self.loss_scale_factor)
         if self.config.needs_teacher:
-            loss.teacher_features, loss.teacher_head = self.features(), self.teacher_head()
+            loss.teacher_features = self.features()
         return loss
 
     def run(self, *chosen: int, loss: OnePassLoss | None = None) -> tuple[Tensor, dict[str, Any], Tensor, Tensor]:
@@ -152,7 +153,7 @@ def naive(batch: Batch) -> Naive:
             )
             _, sampled, _, _ = sample_tokens(logits / config.temperature, label, uniforms, 8)
             loss, _ = plain_head_loss(
-                [objective],
+                [str(objective)],
                 logits,
                 teacher_logits,
                 label,
@@ -162,7 +163,7 @@ def naive(batch: Batch) -> Naive:
             )
             losses.append(loss)
             for name, value in _token_metrics(
-                objective, logits / config.temperature, teacher_logits / config.temperature, label, sampled
+                str(objective), logits / config.temperature, teacher_logits / config.temperature, label, sampled
             ).items():
                 sums[name] += value
         rows.append(torch.stack(losses))
@@ -324,7 +325,7 @@ def test_sft_needs_no_teacher() -> None:
     """And logs the student's likelihood alone."""
     batch = Batch(configured("sft"))
     loss = batch.loss_function()
-    assert (loss.teacher_features, loss.teacher_head) == ({}, None)
+    assert loss.teacher_features == {}
     value, metrics, *_ = batch.run(loss=loss)
     assert values(metrics) == pytest.approx(
         {"hpd/student_nll": value.item(), "hpd/loss": value.item(), "hpd/response_tokens": batch.tokens}, rel=1e-6

@@ -116,6 +116,7 @@ def test_parses(script: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", EXPECTED)
 def test_composes(script: str, tmp_path: Path) -> None:
     expected, variables = ALL | EXPECTED[script], {}
@@ -139,6 +140,7 @@ def test_composes(script: str, tmp_path: Path) -> None:
         assert limit >= longest
 
 
+@pytest.mark.slow
 def test_variables_and_overrides_win(tmp_path: Path) -> None:
     config = compose(
         MATH,
@@ -259,6 +261,7 @@ def submit(tmp_path: Path, variables: dict[str, str], *arguments: str) -> subpro
     return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_slurm_runs_the_script_on_all_nodes(tmp_path: Path, slurm: dict[str, str]) -> None:
     result = submit(tmp_path, slurm, "job.sh", "a=1", "b=x y")
     assert result.returncode == 3, result.stdout + result.stderr

@@ -50,7 +50,7 @@ def make_record(identity: StoreIdentity, number: int, tokens: int = 3, hidden_si
     schema: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"label_log_probs": (torch.float32, (tokens,))}
     if identity.format == "hidden":
         dtype = torch.bfloat16 if identity.dtype == "bf16" else torch.float32
-        schema |= {"log_mass": (torch.float32, (tokens,)), "hidden": (dtype, (tokens, hidden_size))}
+        schema |= {"log_sum_exp": (torch.float32, (tokens,)), "hidden": (dtype, (tokens, hidden_size))}
     else:
         shape = (tokens, identity.top_k)
         schema |= {"rest_log_prob": (torch.float32, (tokens,))}
@@ -136,7 +136,7 @@ def test_stores_a_copy(kind: str, tmp_path: Path) -> None:
     store = open_store(kind, tmp_path)
     batch = torch.randn(7, 6).to(torch.bfloat16)
     values = torch.randn(6, requires_grad=True)
-    record = {"label_log_probs": values[::2], "log_mass": values[::2] * 2, "hidden": batch.t()[::2]}
+    record = {"label_log_probs": values[::2], "log_sum_exp": values[::2] * 2, "hidden": batch.t()[::2]}
     copy = {name: tensor.detach().clone() for name, tensor in record.items()}
     store.put(make_key(0), record)
     batch.zero_()

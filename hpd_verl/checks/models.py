@@ -18,7 +18,6 @@ from hpd_verl.data.files import is_remote, one_line
 from hpd_verl.teacher.model_config import teacher_model_config
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.INFO)
 
 _LFS_POINTER = b"version https://git-lfs"
 _PICKLE = b"\x80"

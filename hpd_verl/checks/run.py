@@ -19,7 +19,6 @@ from hpd_verl.config import (
     needs_rollout_server,
     require,
 )
-from hpd_verl.objectives.weights import LIKELIHOOD_OBJECTIVES
 from hpd_verl.teacher.store import check_memory_store
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -373,13 +372,13 @@ def check_config(config: DictConfig) -> HPDConfig:
         prompts,
         f"must divide data.train_batch_size={batch}",
     )
-    likelihood = hpd.objectives & LIKELIHOOD_OBJECTIVES
+    likelihood = hpd.objectives.names(lambda bound: bound.objective.is_likelihood)
     epochs = actor_rollout_ref.actor.ppo_epochs
     require(
         epochs == 1 or not likelihood,
         "actor_rollout_ref.actor.ppo_epochs",
         epochs,
-        f"objective {', '.join(sorted(likelihood))} has no ratio to clip; repeat by trainer.total_epochs instead",
+        f"objective {likelihood} has no ratio to clip; repeat by trainer.total_epochs instead",
     )
     require(
         actor_rollout_ref.rollout.n == 1 or hpd.schedule.lowest == 1.0,

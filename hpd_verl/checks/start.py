@@ -13,7 +13,6 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.INFO)
 
 DATASET_MODULE = "pkg://hpd_verl.data.dataset"
 """``data.custom_cls.path`` of configs/algorithm/hpd.yaml: the data set whose rows are known here."""

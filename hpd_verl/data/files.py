@@ -23,7 +23,6 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.data.demonstration import demonstration_text, has_demonstration
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.INFO)
 
 DEMONSTRATION = "demonstration"
 

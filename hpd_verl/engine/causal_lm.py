@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from hpd_verl.head.distillation_head import OutputHead
+from hpd_verl.head.output_head import OutputHead
 
 Head = Callable[[Tensor, OutputHead], Any]
 """``head(hidden [rows, tokens, d], output_head)``: takes the place of the output layer; what it returns is returned."""

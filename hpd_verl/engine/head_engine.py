@@ -14,7 +14,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from hpd_verl.engine.causal_lm import check_head, offer_head
-from hpd_verl.head.distillation_head import OutputHead
+from hpd_verl.head.output_head import OutputHead
 
 MODEL_TYPE = "hpd_language_model"
 """``model_type`` of the engine in verl's registry."""

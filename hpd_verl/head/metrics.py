@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpd_verl.objectives.weights import TokenLogProbs, gap
+from hpd_verl.objectives import TokenLogProbs, gap
 
 
 def token_metrics(

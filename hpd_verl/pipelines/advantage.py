@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from hpd_verl.config import HPDConfig
-from hpd_verl.head.token_weights import row_objectives, token_weights
-from hpd_verl.objectives.weights import TokenLogProbs
+from hpd_verl.head.token_weights import token_weights
+from hpd_verl.objectives import RowObjectives, TokenLogProbs
 
 
 @register_adv_est("hpd")
 def compute_hpd_advantage(
     response_mask: Tensor,
-    config: HPDConfig,
+    objectives: RowObjectives | None = None,
     log_probs: Sequence[TokenLogProbs] | None = None,
     is_rollout: Tensor | None = None,
     **_: Any,
@@ -24,7 +23,7 @@ def compute_hpd_advantage(
 
     Args:
         response_mask: [rows, response], 1 on response tokens.
-        config: the algorithm's configuration.
+        objectives: what is optimised.
         log_probs: one entry for each of the K samples a position, tensors of shape [rows, response].
         is_rollout: bool [rows], True where the label is the student's own.
 
@@ -35,12 +34,11 @@ def compute_hpd_advantage(
     Raises:
         ValueError: called by another trainer than HPD's, which alone provides the log-probs.
     """
-    if log_probs is None or is_rollout is None:
+    if log_probs is None or is_rollout is None or objectives is None:
         raise ValueError(
             "algorithm.adv_estimator=hpd needs the teacher's log-probs, which only trainer.v1.trainer_mode=hpd "
             "provides: select algorithm=hpd instead of setting the estimator alone"
         )
     mask = response_mask.bool()
-    objectives = row_objectives(is_rollout.unsqueeze(1), config)
-    label_weights, sampled_weights = token_weights(log_probs, objectives, config)
+    label_weights, sampled_weights = token_weights(log_probs, objectives.by_row(is_rollout.unsqueeze(1)))
     return torch.where(mask, label_weights, 0.0), [torch.where(mask, weights, 0.0) for weights in sampled_weights]

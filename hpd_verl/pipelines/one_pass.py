@@ -10,17 +10,21 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
-from verl.workers.config import TrainingWorkerConfig
+from verl.workers.config import ActorConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import ResponseTokens, column, response_tokens, row_numbers
 from hpd_verl.engine.head_engine import MODEL_TYPE, HeadLoss
-from hpd_verl.head.distillation_head import HeadOutput, OutputHead, TeacherFeatures, distillation_head
+from hpd_verl.head.distillation_head import HeadOutput, distillation_head
+from hpd_verl.head.features import TeacherFeatures
 from hpd_verl.head.metrics import token_metrics
+from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform
-from hpd_verl.objectives.weights import TokenLogProbs
+from hpd_verl.objectives import TokenLogProbs
+from hpd_verl.pipelines.pipeline import Driver, Pipeline, RankPipeline
+from hpd_verl.teacher.model_config import shared_vocabulary_size
 from hpd_verl.teacher.teacher import Teacher, TeacherWorker
 
 
@@ -43,7 +47,6 @@ class OnePassLoss(HeadLoss):
         self.compiled = compiled
         self.teacher_features: dict[int, TeacherFeatures] = {}
         """Features of the current batch, by row number."""
-        self.teacher_head: OutputHead | None = None
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
         responses = response_tokens(data)
@@ -57,13 +60,14 @@ class OnePassLoss(HeadLoss):
             token_scale=self._token_scale(data),
             is_rollout=column(data, fields.IS_ROLLOUT).bool()[responses.row],
             teacher=teacher,
-            teacher_head=self.teacher_head,
-            config=self.config,
+            objectives=self.config.objectives,
+            temperature=self.config.temperature,
+            chunk_size=self.config.token_chunk_size,
             exact_kl=self.config.exact_kl_metrics,
             compiled=self.compiled,
         )
-        self._refuse_nan(output, teacher, responses, rows, data)
-        return output.loss, self._metrics(output, teacher, responses, data)
+        self._refuse_nan(output, responses, rows, data)
+        return output.loss, self._metrics(output, responses, data)
 
     def _teacher(self, rows: Tensor) -> TeacherFeatures | None:
         if not self.config.needs_teacher:
@@ -102,14 +106,13 @@ class OnePassLoss(HeadLoss):
     def _refuse_nan(
         self,
         output: HeadOutput,
-        teacher: TeacherFeatures | None,
         responses: ResponseTokens,
         rows: Tensor,
         data: TensorDict,
     ) -> None:
         checked = {"student": output.label_log_probs}
-        if teacher is not None:
-            checked["teacher"] = teacher.label_log_probs
+        if output.teacher_label_log_probs is not None:
+            checked["teacher"] = output.teacher_label_log_probs
         for model, log_probs in checked.items():
             broken = torch.isnan(log_probs)
             if broken.any():
@@ -121,17 +124,14 @@ class OnePassLoss(HeadLoss):
                     "are untouched"
                 )
 
-    def _metrics(
-        self, output: HeadOutput, teacher: TeacherFeatures | None, responses: ResponseTokens, data: TensorDict
-    ) -> dict[str, Any]:
+    def _metrics(self, output: HeadOutput, responses: ResponseTokens, data: TensorDict) -> dict[str, Any]:
         """Sums over this micro-batch, which verl adds up over micro-batches and averages over ranks."""
         per_token = {"hpd/student_nll": -output.label_log_probs}
-        if teacher is not None:
-            assert output.teacher_sampled_log_probs is not None
+        if output.teacher_label_log_probs is not None and output.teacher_sampled_log_probs is not None:
             log_probs = [
                 TokenLogProbs(
                     student_label=output.label_log_probs,
-                    teacher_label=teacher.label_log_probs,
+                    teacher_label=output.teacher_label_log_probs,
                     student_sampled=output.sampled_log_probs[:, sample],
                     teacher_sampled=output.teacher_sampled_log_probs[:, sample],
                     sampled_is_label=output.sampled[:, sample] == responses.labels,
@@ -155,8 +155,17 @@ class StudentWorker(TrainingWorker):
     def __init__(self, config: TrainingWorkerConfig) -> None:
         super().__init__(dataclasses.replace(config, model_type=MODEL_TYPE))
 
+    def reset(self) -> None:
+        """verl's call to load the model.
 
-class OnePass:
+        Raises:
+            ValueError: its output layer is not understood.
+        """
+        super().reset()
+        self.engine.offer_head()
+
+
+class OnePass(RankPipeline):
     """Student and teacher of one rank: the teacher's features, then one pass of the student.
 
     Args:
@@ -166,7 +175,7 @@ class OnePass:
         loss_agg_mode, loss_scale_factor: verl's settings of those names.
 
     Raises:
-        ValueError: the student's or the teacher's output layer is not understood, or the teacher's store is not usable.
+        ValueError: the teacher's output layer is not understood, or the teacher's store is not usable.
     """
 
     def __init__(
@@ -177,13 +186,18 @@ class OnePass:
         loss_agg_mode: str = "token-mean",
         loss_scale_factor: int | None = None,
     ) -> None:
-        vocabulary_size = min(worker.model_config.hf_config.vocab_size for worker in (student, teacher))
+        vocabulary_size = shared_vocabulary_size(student.model_config, teacher.model_config)
         self.student = student
-        self.student.engine.offer_head()
         self.loss = OnePassLoss(config, loss_agg_mode, loss_scale_factor, self.student.engine.compiles)
         self.student.set_loss_fn(self.loss)
         tokenizer = student.model_config.tokenizer
         self.teacher = Teacher(teacher, config, vocabulary_size, tokenizer) if config.needs_teacher else None
+
+    @classmethod
+    def of_workers(
+        cls, student: TrainingWorker, teacher: TeacherWorker, config: HPDConfig, actor: ActorConfig
+    ) -> "OnePass":
+        return cls(student, teacher, config, actor.loss_agg_mode, actor.loss_scale_factor)
 
     def update(self, data: TensorDict) -> TensorDict | None:
         """verl's ``train_mini_batch`` of the student, with the teacher's metrics added."""
@@ -218,7 +232,6 @@ class OnePass:
             return {}
         start = time.perf_counter()
         self.loss.teacher_features = self.teacher.features(data)
-        self.loss.teacher_head = self.teacher.head
         return {"timing_s/teacher": time.perf_counter() - start} | self.teacher.metrics()
 
     def _with_metrics(self, output: TensorDict | None, metrics: dict[str, float]) -> TensorDict | None:
@@ -227,3 +240,6 @@ class OnePass:
             return None
         tu.assign_non_tensor(output, metrics=tu.get(output, "metrics") | metrics)
         return output.cpu()
+
+
+ONE_PASS = Pipeline(Driver, OnePass, student_worker=StudentWorker, teacher_is_lazy=True)

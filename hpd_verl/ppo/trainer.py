@@ -1,11 +1,10 @@
 """verl's synchronous V1 trainer with a teacher, demonstrations and the student's sampled tokens.
 
-One step keeps verl's order: responses (demonstrations or rollouts), student pass, teacher pass, weights, update. The
-one-pass pipeline does everything from the student pass on within the update. With nothing to generate there is no
-rollout server; with one, weights are synced only before something is generated.
+One step keeps verl's order: responses (demonstrations or rollouts), then the pipeline's student pass, teacher pass,
+weights and update. With nothing to generate there is no rollout server; with one, weights are synced only before
+something is generated.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator
@@ -21,17 +20,13 @@ from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
-from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
-from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.metric import reduce_metrics
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
-from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from hpd_verl import checkpoint
 from hpd_verl.checks.models import check_models
@@ -41,13 +36,12 @@ from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION
 from hpd_verl.data.demonstration import has_demonstration
 from hpd_verl.data.on_policy import choose_rollouts, rollout_quota
-from hpd_verl.head.metrics import token_metrics
-from hpd_verl.objectives.weights import LIKELIHOOD_OBJECTIVES, TokenLogProbs
+from hpd_verl.pipelines.choice import PIPELINES
+from hpd_verl.ppo.queue_batch import QueueBatch
 from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
 from hpd_verl.teacher.size import log_size
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.INFO)
 
 POLL_INTERVAL = 0.1
 """Seconds between looks for finished responses; verl's default of 2 would be most of a small step."""
@@ -75,7 +69,10 @@ class HPDTrainer(PPOTrainerSync):
         logger.info("pipeline %s: %s", pipeline, reason)
         with open_dict(config):
             config.actor_rollout_ref.hpd.pipeline = pipeline  # what the workers read
-        self.hpd = dataclasses.replace(hpd, pipeline=pipeline)
+        self.hpd = hpd.model_copy(update={"pipeline": pipeline})
+        self.pipeline = PIPELINES[pipeline].driver(
+            self.hpd, updates_per_batch(config), bool(config.actor_rollout_ref.rollout.calculate_log_probs)
+        )
         check_models(
             student=config.actor_rollout_ref.model,
             teacher=config.actor_rollout_ref.ref.model,
@@ -89,11 +86,10 @@ class HPDTrainer(PPOTrainerSync):
             with open_dict(config):
                 config.actor_rollout_ref.rollout.name = NO_ROLLOUT
                 config.actor_rollout_ref.rollout.nnodes = 1  # verl asserts a place for replicas, however few
+                config.reward.num_workers = 0  # demonstrations earn no reward: no process waits to give one
         self.server_is_awake = False
         super().__init__(config)
         self.use_reference_policy = True  # the teacher; verl derives this from its own KL terms
-        self.uses_ratio = updates_per_batch(config) > 1 and not self.hpd.objectives & LIKELIHOOD_OBJECTIVES
-        self.batch_rows: dict[str, int] = {}
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         self.trainer_mode = "sync"  # verl's base class picks buffer and checkpoint content by this name
@@ -210,146 +206,35 @@ class HPDTrainer(PPOTrainerSync):
         """bool [rows]: the student answered the row itself."""
         return torch.tensor([key.rsplit("_", 2)[0] in self.on_policy_uids for key in batch.keys])
 
-    def _for_worker(self, batch: KVBatchMeta, extra_fields: list[str], **extra_info: Any) -> KVBatchMeta:
-        """The batch with just the fields and settings that a pass reads."""
-        return KVBatchMeta(
-            keys=batch.keys,
-            tags=batch.tags,
-            partition_id=batch.partition_id,
-            fields=fields.SEQUENCE_FIELDS + extra_fields,
-            extra_info={
-                "temperature": self.hpd.temperature,
-                fields.STEP: self.global_steps,
-                # verl's switches: hand logits to the loss function, and compute no log-probs beside it.
-                "distillation_use_topk": True,
-                "distillation_only": True,
-                **extra_info,
-            },
+    def _queue_batch(self, batch: KVBatchMeta) -> QueueBatch:
+        return QueueBatch(
+            batch,
+            self.global_steps,
+            self._is_rollout(batch),
+            {"temperature": self.hpd.temperature, **self.pipeline.settings},
+            student=self.actor_rollout_wg,
+            teacher=self.ref_policy_wg,
         )
 
-    def _sampled_token_fields(self, samples: int) -> list[str]:
-        return [fields.sampled_tokens(sample) for sample in range(samples)]
-
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        """Student pass: draw one token (or several) at every position, and take the log-probs."""
-        if self.hpd.pipeline == "one_pass":
-            return batch
-        self.actor_rollout_wg.compute_log_prob(self._for_worker(batch, [], compute_loss=True, calculate_entropy=False))
+        self.pipeline.student_pass(self._queue_batch(batch))
         return batch
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        """Teacher pass: log-probs of the label and of the student's draws."""
-        if self.hpd.pipeline == "one_pass":
-            return batch
-        tokens = self._sampled_token_fields(self.hpd.num_student_samples)
-        self.ref_policy_wg.compute_ref_log_prob(
-            self._for_worker(batch, tokens, compute_loss=True, calculate_entropy=False)
-        )
+        self.pipeline.teacher_pass(self._queue_batch(batch))
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        """Turn log-probs into weights, and write these back."""
-        if self.hpd.pipeline == "one_pass":
-            return batch
-        samples = range(self.hpd.num_student_samples)
-        full = [fields.STUDENT_LABEL_LOG_PROBS, fields.ENTROPY, fields.TEACHER_LABEL_LOG_PROBS]
-        for sample in samples:
-            full += [
-                fields.sampled_tokens(sample),
-                fields.student_sampled_log_probs(sample),
-                fields.teacher_sampled_log_probs(sample),
-            ]
-        rollout_fields = ["rollout_log_probs"] if self.config.actor_rollout_ref.rollout.calculate_log_probs else []
-        data = tq.kv_batch_get(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            select_fields=["response_mask", "responses", *full, *rollout_fields],
-        )
-        nested_mask = data["response_mask"]
-        response_mask = nested_mask.to_padded_tensor(0)
-        labels = data["responses"].to_padded_tensor(0)
-
-        def response(name: str) -> Tensor:
-            return response_from_nested(data[name], nested_mask).to_padded_tensor(0)
-
-        student_label, teacher_label = (
-            response(fields.STUDENT_LABEL_LOG_PROBS),
-            response(fields.TEACHER_LABEL_LOG_PROBS),
-        )
-        log_probs = [
-            TokenLogProbs(
-                student_label=student_label,
-                teacher_label=teacher_label,
-                student_sampled=response(fields.student_sampled_log_probs(sample)),
-                teacher_sampled=response(fields.teacher_sampled_log_probs(sample)),
-                sampled_is_label=response(fields.sampled_tokens(sample)) == labels,
-            )
-            for sample in samples
-        ]
-        self._refuse_nan(batch, log_probs)
-        is_rollout = self._is_rollout(batch)
-        label_weights, sampled_weights = get_adv_estimator_fn("hpd")(
-            response_mask=response_mask, config=self.hpd, log_probs=log_probs, is_rollout=is_rollout
-        )
-        mask = response_mask.bool()
-        per_token = token_metrics(log_probs, label_weights, sampled_weights, response(fields.ENTROPY))
-        metrics.update({name: values[mask].double().mean().item() for name, values in per_token.items()})
-        metrics["hpd/response_tokens"] = mask.sum().item()
-        if rollout_fields and is_rollout.any():
-            self._compare_with_rollout(data, student_label, response_mask * is_rollout.unsqueeze(1), metrics)
-
-        written = {fields.LABEL_WEIGHTS: label_weights}
-        for sample in range(self.hpd.samples):
-            written[fields.sampled_weights(sample)] = sampled_weights[sample]
-        if self.uses_ratio:
-            written[fields.OLD_LABEL_LOG_PROBS] = student_label
-            for sample in range(self.hpd.samples):
-                written[fields.old_sampled_log_probs(sample)] = log_probs[sample].student_sampled
-        output = {name: response_to_nested(values, nested_mask) for name, values in written.items()}
-        tq.kv_batch_put(
-            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
-        )
+        metrics.update(self.pipeline.weigh(self._queue_batch(batch)))
         return batch
-
-    def _compare_with_rollout(
-        self, data: TensorDict, student_label: Tensor, rollout_mask: Tensor, metrics: dict[str, Any]
-    ) -> None:
-        """verl's comparison of the rollout server's log-probs with the student's own, over rollouts only."""
-        compared = TensorDict(
-            {
-                "old_log_probs": student_label,
-                "rollout_log_probs": data["rollout_log_probs"].to_padded_tensor(0),
-                "response_mask": rollout_mask,
-                "responses": data["responses"].to_padded_tensor(0),
-            },
-            batch_size=len(student_label),
-        )
-        metrics.update(calculate_debug_metrics(DataProto(batch=compared)))
-
-    def _refuse_nan(self, batch: KVBatchMeta, log_probs: list[TokenLogProbs]) -> None:
-        """Stop before an update that NaN logits would spoil."""
-        for model, names in (
-            ("student", ("student_label", "student_sampled")),
-            ("teacher", ("teacher_label", "teacher_sampled")),
-        ):
-            bad = torch.stack([getattr(sample, name).isnan() for sample in log_probs for name in names]).any(0).any(1)
-            if bad.any():
-                rows = [
-                    batch.keys[index].rsplit("_", 2)[0].split("r")[-1] for index in bad.nonzero().flatten().tolist()
-                ]
-                raise FloatingPointError(
-                    f"step {self.global_steps}: NaN in the {model}'s logits, in {len(rows)} of {len(batch)} rows "
-                    f"of the batch (rows {', '.join(rows[:8])}); stopped before the update, checkpoints are untouched"
-                )
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """Update the student with the weighted log-likelihood of label and sampled tokens."""
         actor = self.config.actor_rollout_ref.actor
         mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         output = self.actor_rollout_wg.update_actor(
-            self._for_worker(
-                batch,
-                self._weight_fields(),
+            self._queue_batch(batch).for_worker(
+                self.pipeline.update_inputs,
                 calculate_entropy=actor.calculate_entropy or actor.entropy_coeff != 0,
                 global_batch_size=mini_batch_size,
                 mini_batch_size=mini_batch_size,
@@ -367,17 +252,6 @@ class HPDTrainer(PPOTrainerSync):
                 "update, and the run stops instead of going on without it"
             )
         return batch
-
-    def _weight_fields(self) -> list[str]:
-        """What the update reads beside the sequences: sampled tokens, weights and, for a ratio, old log-probs."""
-        if self.hpd.pipeline == "one_pass":
-            return []
-        samples = range(self.hpd.samples)
-        names = self._sampled_token_fields(self.hpd.samples)
-        names += [fields.LABEL_WEIGHTS, *(fields.sampled_weights(sample) for sample in samples)]
-        if self.uses_ratio:
-            names += [fields.OLD_LABEL_LOG_PROBS, *(fields.old_sampled_log_probs(sample) for sample in samples)]
-        return names
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int

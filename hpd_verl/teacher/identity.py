@@ -31,7 +31,6 @@ from verl.utils.fs import copy_to_local
 from verl.workers.config import HFModelConfig
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.INFO)
 
 PATH_SETTING = "actor_rollout_ref.ref.model.path"
 ADAPTER_SETTING = "actor_rollout_ref.ref.model.lora_adapter_path"

@@ -1,6 +1,7 @@
-"""The teacher's model node, as it follows from the student's."""
+"""The teacher's model node, as it follows from the student's, and the vocabulary that both share."""
 
 from omegaconf import DictConfig, OmegaConf
+from verl.workers.config import HFModelConfig
 
 
 def teacher_model_config(student: DictConfig, teacher: DictConfig) -> DictConfig:
@@ -24,3 +25,8 @@ def teacher_model_config(student: DictConfig, teacher: DictConfig) -> DictConfig
     merged = OmegaConf.merge(model, own, teacher)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def shared_vocabulary_size(student: HFModelConfig, teacher: HFModelConfig) -> int:
+    """The teacher's logits that are used: those that the student has too. Either may be padded beyond the tokenizer."""
+    return min(student.hf_config.vocab_size, teacher.hf_config.vocab_size)

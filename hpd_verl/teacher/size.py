@@ -18,7 +18,6 @@ from hpd_verl.teacher.model_config import teacher_model_config
 from hpd_verl.teacher.store import FORMAT_SETTING, LIMIT_SETTING, estimate_bytes
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.INFO)
 
 _GIB = 1 << 30
 

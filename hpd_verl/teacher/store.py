@@ -2,12 +2,12 @@
 
 A record holds the features of one row's T response tokens, in one of two formats:
 
-    hidden   label_log_probs float32 [T], log_mass float32 [T], hidden bfloat16 or float32 [T, d]
+    hidden   label_log_probs float32 [T], log_sum_exp float32 [T], hidden bfloat16 or float32 [T, d]
     topk     label_log_probs float32 [T], rest_log_prob float32 [T], top_tokens int32 [T, K],
              top_log_probs float32 [T, K]
 
-``hidden`` is the final hidden state, before the output head; ``log_mass`` is the log-sum-exp of the teacher's logits at
-the temperature. ``MemoryStore`` keeps records in this process, ``DiskStore`` in a folder that all ranks and later runs
+``hidden`` is the final hidden state, before the output head; ``log_sum_exp`` is that of the teacher's logits at the
+temperature. ``MemoryStore`` keeps records in this process, ``DiskStore`` in a folder that all ranks and later runs
 share:
 
     store.json                 what the records are features of, and the version of this format
@@ -75,7 +75,7 @@ class StoreIdentity:
     """sha256 of the teacher's weights, adapters and own code."""
 
     temperature: float
-    """Temperature of ``log_mass`` and of all log-probs."""
+    """Temperature of ``log_sum_exp`` and of all log-probs."""
 
     vocabulary_size: int
     """Logits that the log-probs are normalised over: the first so many of the teacher's."""
@@ -235,7 +235,7 @@ class _Schema:
         # Items of two bytes come last, so that all values are aligned.
         self.fields = {"label_log_probs": _Field(torch.float32, wide=False)}
         if identity.format == "hidden":
-            self.fields["log_mass"] = _Field(torch.float32, wide=False)
+            self.fields["log_sum_exp"] = _Field(torch.float32, wide=False)
             self.fields["hidden"] = _Field(_DTYPES[identity.dtype], wide=True)
         else:
             self.fields["rest_log_prob"] = _Field(torch.float32, wide=False)

@@ -22,7 +22,8 @@ from hpd_verl.data.response_tokens import column, response_tokens, row_numbers
 from hpd_verl.engine.causal_lm import head_scaling, output_head
 from hpd_verl.engine.head_engine import MODEL_TYPE, HeadLoss
 from hpd_verl.engine.ranks import on_every_rank, on_rank_zero
-from hpd_verl.head.distillation_head import OutputHead, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TopKFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.output_head import OutputHead
 from hpd_verl.teacher.identity import FileHashes, teacher_hashes
 from hpd_verl.teacher.store import (
     DiskStore,
@@ -71,6 +72,8 @@ class _FeatureLoss(HeadLoss):
     def __init__(self, config: HPDConfig) -> None:
         self.config = config
         self.compiled = False
+        self.head: OutputHead | None = None
+        """A whole copy of the teacher's output layer, which features go with."""
         self.rows: dict[int, TeacherFeatures] = {}
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
@@ -78,14 +81,22 @@ class _FeatureLoss(HeadLoss):
         hidden, config = hidden[responses.positions], self.config
         if config.teacher_cache != "off" and config.teacher_cache_format == "topk":
             k = min(config.teacher_cache_top_k, head.vocabulary_size)
-            features = teacher_top_k(hidden, head, responses.labels, config.temperature, config.token_chunk_size, k=k)
+            features: TeacherFeatures = teacher_top_k(
+                hidden, head, responses.labels, config.temperature_of_teacher, config.token_chunk_size, k=k
+            )
+        elif config.teacher_cache == "off" and (config.objectives.over_vocabulary or config.exact_kl_metrics):
+            # The student's pass makes the product with the output layer anyway, for the whole distribution.
+            assert self.head is not None
+            features = HiddenFeatures(hidden.detach(), self.head, config.temperature_of_teacher)
         else:
             if config.teacher_cache != "off" and config.teacher_cache_dtype == "bf16":
-                # Log-probs of the hidden states as the store keeps them: rounded alone, these would not match log_mass.
+                # Log-probs of the hidden states as the store keeps them: rounded alone, these would not match the rest.
                 hidden = hidden.to(torch.bfloat16).to(hidden.dtype)
-            features = teacher_features(
-                hidden, head, responses.labels, config.temperature, config.token_chunk_size, self.compiled
+            assert self.head is not None
+            complete = teacher_features(
+                hidden, head, responses.labels, config.temperature_of_teacher, config.token_chunk_size, self.compiled
             )
+            features = dataclasses.replace(complete, head=self.head)
         start = 0
         for row, length in zip(row_numbers(data).tolist(), responses.lengths.tolist(), strict=True):
             self.rows[row] = features[start : start + length]
@@ -136,7 +147,7 @@ class Teacher:
         return teacher_identity(
             teacher,
             teacher_config,
-            temperature=self.config.temperature,
+            temperature=self.config.temperature_of_teacher,
             vocabulary_size=self.vocabulary_size,
             format=self.config.teacher_cache_format,
             dtype=self.config.teacher_cache_dtype,
@@ -176,6 +187,7 @@ class Teacher:
             weight=_whole_copy(layer.weight, dtype),
             bias=None if layer.bias is None else _whole_copy(layer.bias, dtype),
         )
+        self.loss.head = self.head
         if isinstance(self.store, DiskStore):
             self.store.check_output_head(self.head.weight, self.head.bias)
             if torch.distributed.get_rank() == 0:
@@ -200,7 +212,9 @@ class Teacher:
         if self.store is not None:
             keys = self._keys(data, numbers)
             stored = self.store.get(list(keys.values()))
-            found = {row: _features(record) for row, record in zip(keys, stored, strict=True) if record is not None}
+            found = {
+                row: self._with_record(record) for row, record in zip(keys, stored, strict=True) if record is not None
+            }
         missing = [index for index, row in enumerate(numbers) if row not in found]
         count = _most_of_ranks(len(missing))
         if count == 0:
@@ -218,9 +232,17 @@ class Teacher:
                 # Rounded as the store keeps it, so that results do not depend on what is stored already.
                 record = _record(features, self.config)
                 self.store.put(keys[row], record)
-                features = _features(record)
+                features = self._with_record(record)
             found[row] = features
         return found
+
+    def _with_record(self, record: dict[str, Tensor]) -> TeacherFeatures:
+        """Features of what the store keeps of a row, on the device."""
+        assert self.head is not None
+        tensors = {name: _to_device(value) for name, value in record.items()}
+        if self.config.teacher_cache_format == "topk":
+            return TopKFeatures(**tensors, teacher_vocabulary_size=self.vocabulary_size, dtype=self.head.dtype)
+        return HiddenFeatures(**tensors, head=self.head, temperature=self.config.temperature_of_teacher)
 
     def metrics(self) -> dict[str, float]:
         """Of the store, since the run began: the share of rows found, rows and size; nothing without a store."""
@@ -292,10 +314,6 @@ def _select(data: TensorDict, rows: list[int]) -> TensorDict:
     return selected
 
 
-def _features(record: dict[str, Tensor]) -> TeacherFeatures:
-    return TeacherFeatures(**{name: _to_device(value) for name, value in record.items()})
-
-
 def _to_device(value: Tensor) -> Tensor:
     """A stored tensor on the device; from pinned memory the copy does not hold up the process."""
     device = get_device_name()
@@ -308,9 +326,4 @@ def _record(features: TeacherFeatures, config: HPDConfig) -> dict[str, Tensor]:
         "hidden": torch.bfloat16 if config.teacher_cache_dtype == "bf16" else torch.float32,
         "top_tokens": torch.int32,
     }
-    named = {field.name: getattr(features, field.name) for field in dataclasses.fields(features)}
-    return {
-        name: value.detach().to("cpu", dtypes.get(name, torch.float32))
-        for name, value in named.items()
-        if value is not None
-    }
+    return {name: value.detach().to("cpu", dtypes.get(name, torch.float32)) for name, value in features.tensors.items()}

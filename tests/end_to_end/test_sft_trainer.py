@@ -16,6 +16,8 @@ import torch
 from conftest import Run, RunMainPPO, Tiny, make_nan_model, read_steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hpd_verl.teacher.store import DiskStore, StoreIdentity
+
 RunSFT = Callable[..., Run]
 
 
@@ -71,8 +73,16 @@ def run_sft(tiny: Tiny, tmp_path: Path) -> RunSFT:
 
 
 def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None:
-    """The validation loss falls; 2 ranks and a full store give what 1 rank without a store gives."""
-    overrides = ("trainer.resume_mode=disable", f"data.val_files={tiny.validation}", "trainer.test_freq=1")
+    """The validation loss falls; 2 ranks and a full store give what 1 rank without a store gives.
+
+    With fewer validation rows than a batch has, and an odd number of them.
+    """
+    overrides = (
+        "trainer.resume_mode=disable",
+        f"data.val_files={tiny.validation}",
+        "data.val_max_samples=5",
+        "trainer.test_freq=1",
+    )
     cache = (
         "algorithm.hpd.teacher_cache=disk",
         f"algorithm.hpd.teacher_cache_dir={tmp_path / 'teacher'}",
@@ -81,26 +91,21 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
     )
     plain = run_sft(*overrides)
     filling = run_sft(*overrides, *cache, module="hpd_verl.teacher_cache")
-    full = run_sft(*overrides, *cache)
+    full = run_sft(*overrides, *cache, ranks=2)
     for run in (plain, filling, full):
         assert run.returncode == 0, run.output[-3000:]
     assert "distinct rows" in filling.output
+    assert len(full.steps) == 4
     assert full.losses() == pytest.approx(plain.losses(), rel=2e-4)
     assert [step["hpd/teacher_is_loaded"] for step in full.steps] == [0, 0, 0, 0]
     validation = [step["val/hpd/reverse_kl_k1"] for step in plain.steps]
     assert validation[-1] < validation[0]
     assert plain.steps[0]["val/hpd/student_nll"] > 0
-    odd = run_sft(*overrides, "data.val_max_samples=5", "trainer.total_training_steps=1")  # less than a batch
-    assert odd.returncode == 0, odd.output[-3000:]
-    assert odd.steps[0]["val/hpd/student_nll"] != plain.steps[0]["val/hpd/student_nll"]
-
-    two_ranks = run_sft(*overrides, "data.val_max_samples=5", ranks=2)
-    assert two_ranks.returncode == 0, two_ranks.output[-3000:]
-    assert len(two_ranks.steps) == 4
-    validated = {name for name in odd.steps[0] if name.startswith("val/")}
-    assert "val/hpd/reverse_kl_k1" in validated
-    for name in validated:
-        assert two_ranks.steps[0][name] == pytest.approx(odd.steps[0][name], rel=2e-4, abs=1e-6), name
+    for one_rank, two_ranks in zip(plain.steps, full.steps, strict=True):
+        validated = {name for name in one_rank if name.startswith("val/")}
+        assert "val/hpd/reverse_kl_k1" in validated
+        for name in validated:
+            assert two_ranks[name] == pytest.approx(one_rank[name], rel=2e-4, abs=1e-6), name
 
 
 def student_nlls(tiny: Tiny, rows: int) -> list[list[float]]:
@@ -160,32 +165,33 @@ def test_validation_counts_every_row_once(
 def test_killed_run_resumes_to_the_same_losses(
     run_sft: RunSFT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL after step 2 of 20, and again between the files of checkpoint 12 and its marker, with room for one.
+    """SIGKILL some steps after a checkpoint, and again between the files of the third and its marker.
 
-    Then the same command once more: the losses equal an uninterrupted run's exactly.
+    With room for one checkpoint. The same command goes on from the last whole one each time, and the losses of the
+    steps that two runs have in common are the same, exactly.
     """
-    overrides = ("trainer.total_training_steps=20", "trainer.save_freq=1", "trainer.max_ckpt_to_keep=1")
-    whole = run_sft(*overrides, f"trainer.default_local_dir={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.output[-3000:]
-    killed = run_sft(*overrides, kill_after_step=2)
+    overrides = ("trainer.total_training_steps=60", "trainer.save_freq=20", "trainer.max_ckpt_to_keep=1")
+    killed = run_sft(*overrides, kill_after_step=23)
     assert killed.returncode != 0
     root = tmp_path / "checkpoints"
     (root / "global_step_90").mkdir(parents=True)  # torn
     (root / "latest_checkpointed_iteration.txt").write_text("90")
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    monkeypatch.setenv("KILLED_AT", "global_step_12/complete.tmp")
+    monkeypatch.setenv("KILLED_AT", "global_step_60/complete.tmp")
     killed_again = run_sft(*overrides, module="killed_at")
     assert killed_again.returncode != 0
-    assert (root / "latest_checkpointed_iteration.txt").read_text() == "12"
+    assert (root / "latest_checkpointed_iteration.txt").read_text() == "60"
     resumed = run_sft(*overrides)
     assert resumed.returncode == 0, resumed.output[-3000:]
-    for run in (killed_again, resumed):
-        first = int(run.steps[0]["training/global_step"])
-        assert first > 1, "the run started anew"
-        assert run.losses() == whole.losses()[first - 1 :][: len(run.losses())]
-    assert int(resumed.steps[0]["training/global_step"]) == 12
-    assert [marker.parent.name for marker in root.glob("*/complete")] == ["global_step_20"]
+    for earlier, later, first in ((killed, killed_again, 21), (killed_again, resumed, 41)):
+        assert int(later.steps[0]["training/global_step"]) == first
+        start = first - int(earlier.steps[0]["training/global_step"])
+        again = earlier.losses()[start:]
+        assert len(again) >= 3
+        assert later.losses()[: len(again)] == again
+    assert int(resumed.steps[-1]["training/global_step"]) == 60
+    assert [marker.parent.name for marker in root.glob("*/complete")] == ["global_step_60"]
 
 
 def test_same_first_loss_as_main_ppo(run_sft: RunSFT, run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
@@ -208,22 +214,17 @@ def test_bad_settings(run_sft: RunSFT) -> None:
     assert run.steps == []
 
 
-def test_bad_store(run_sft: RunSFT, run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
-    """A store that cannot be used: one error in either trainer, before a step."""
-    folder = tmp_path / "teacher"
-    cache = ("algorithm.hpd.teacher_cache=disk", "algorithm.hpd.teacher_cache_max_gib=0.01")
-    here = f"algorithm.hpd.teacher_cache_dir={folder}"
-    filling = run_sft(*cache, here, module="hpd_verl.teacher_cache")
-    assert filling.returncode == 0, filling.output[-3000:]
-    file = tmp_path / "file"
+def test_bad_store(run_sft: RunSFT, run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
+    """A store that cannot be used: one error in either trainer, before a step; test_teacher_store.py has all."""
+    folder, file = tmp_path / "teacher", tmp_path / "file"
+    other = StoreIdentity(teacher="0" * 64, temperature=1.0, vocabulary_size=36, format="hidden", dtype="bf16", top_k=0)
+    DiskStore(folder, other, 1 << 20).close()
     file.touch()
+    cache = ("algorithm.hpd.teacher_cache=disk", "algorithm.hpd.teacher_cache_max_gib=0.01")
     another_teacher = f"teacher_cache_dir={folder}: holds features of another teacher or of other settings (teacher"
-    new = f"algorithm.hpd.teacher_cache_dir={tmp_path / 'new'}"
     runs = [
-        (another_teacher, run_sft(*cache, here, f"teacher.model.path={tiny.student}")),
-        (another_teacher, run_main_ppo(*cache, here, f"actor_rollout_ref.ref.model.path={tiny.student}")),
+        (another_teacher, run_main_ppo(*cache, f"algorithm.hpd.teacher_cache_dir={folder}")),
         (f"{file}: cannot be written to", run_sft(*cache, f"algorithm.hpd.teacher_cache_dir={file}")),
-        ("=1e+09 lets it grow by", run_sft(*cache, new, "algorithm.hpd.teacher_cache_max_gib=1e9")),
     ]
     for message, run in runs:
         assert run.returncode != 0

@@ -5,8 +5,8 @@ from verl.utils import tensordict_utils as tu
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
-from hpd_verl.objectives.weights import LOG_ZERO
-from hpd_verl.ppo.worker import TeacherLogProbs
+from hpd_verl.objectives import LOG_ZERO
+from hpd_verl.pipelines.staged import TeacherLogProbs
 
 
 def test_tokens_beyond_the_teachers_vocabulary_are_impossible() -> None:

@@ -1,0 +1,89 @@
+"""What an objective reads, log-probs of student and teacher, and what it returns, weights of the student's.
+
+``loss = -sum_t w(v_t) log q(v_t)`` with detached weights (paper eq. 9): ``q`` the student, ``p`` the teacher.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+LOG_ZERO = -1000.0
+"""Stands for the logarithm of a probability of exactly zero, so that weights stay finite."""
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """Log-probs of the label ``y`` and the sampled token ``a`` of each position, at the distillation temperature.
+
+    All of one shape.
+    """
+
+    student_label: Tensor
+    """log q(y), floating."""
+    teacher_label: Tensor
+    """log p(y), floating."""
+    student_sampled: Tensor
+    """log q(a), floating."""
+    teacher_sampled: Tensor
+    """log p(a), floating."""
+    sampled_is_label: Tensor
+    """a == y, bool."""
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """Detached weights of log q(y) and log q(a), each of the log-probs' shape and dtype."""
+
+    label: Tensor
+    sampled: Tensor
+
+
+@dataclass(frozen=True)
+class VocabularyLogProbs:
+    """Log-probs and probabilities of the whole vocabulary at each position. Objectives must not write into them.
+
+    Made of log-probs alone, it computes the probabilities; log-probs below ``LOG_ZERO`` become it, NaN stays NaN.
+    """
+
+    student: Tensor
+    """log q, floating [n, V], at least ``LOG_ZERO``."""
+    teacher: Tensor
+    """log p, floating [n, V], at least ``LOG_ZERO``."""
+    labels: Tensor
+    """y, int64 [n]."""
+    student_probs: Tensor = field(default=None)  # type: ignore[assignment]
+    """q, [n, V]."""
+    teacher_probs: Tensor = field(default=None)  # type: ignore[assignment]
+    """p, [n, V]."""
+
+    def __post_init__(self) -> None:
+        for name in ("student", "teacher"):
+            if getattr(self, f"{name}_probs") is None:
+                log_probs = getattr(self, name).clamp_min(LOG_ZERO)
+                object.__setattr__(self, name, log_probs)
+                object.__setattr__(self, f"{name}_probs", log_probs.exp())
+
+
+@dataclass(frozen=True)
+class VocabularyWeights:
+    """Detached weights of log q(v) for all v; the loss of a position has the gradient of -sum_v w(v) log q(v)."""
+
+    weights: Tensor
+    """[n, V]. A multiple of q(v) added to all weights of a position changes no gradient, and is left out."""
+    value: Tensor
+    """[n], the loss itself: the divergence, or for hpd_exact the weighted log-likelihood."""
+
+
+def gap(student: Tensor, teacher: Tensor) -> Tensor:
+    """``q(v) (log p(v) - log q(v))``, the negative reverse-KL integrand (paper 5.1).
+
+    Args:
+        student, teacher: log q(v) and log p(v), any equal shape.
+
+    Returns:
+        Tensor of that shape; 0 where q(v) = 0 (its limit), finite where only p(v) = 0 (see ``LOG_ZERO``).
+    """
+    difference = teacher.masked_fill(teacher == -math.inf, LOG_ZERO) - student
+    return torch.where(student == -math.inf, 0.0, student.exp() * difference)

@@ -1,0 +1,308 @@
+"""The objective as the unit: one declaration carries its function, its parameters and its properties.
+
+    class SkewParameters(ObjectiveParameters):
+        skew: float = Field(0.1, ge=0, lt=1)
+        \"\"\"Share of the teacher in the mixture.\"\"\"
+
+    @objective("skew_fkl", over="vocabulary", parameters=SkewParameters, source="DistiLLM, arXiv 2402.03898")
+    def skew_fkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights: ...
+
+A run takes objectives bound to their parameters' values, mixed with factors, for demonstrations and for rollouts:
+``RowObjectives``. Nothing else knows an objective by its name.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from hpd_verl.objectives.log_probs import TokenLogProbs, TokenWeights, VocabularyLogProbs, VocabularyWeights
+
+Over = Literal["token", "vocabulary"]
+
+
+class ObjectiveParameters(BaseModel):
+    """Base of an objective's parameters; as it is, of one that has none. Every field has a default and a docstring."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective and all that the package knows of it. Made by the decorator ``objective``.
+
+    Raises:
+        ValueError: the function's arguments are not the log-probs and the parameters' fields.
+    """
+
+    name: str
+    """The configured name (``algorithm.hpd.objective``), and of its parameters' node (``algorithm.hpd.NAME``)."""
+    function: Callable[..., Any]
+    """``function(log_probs, **parameters)``: ``TokenLogProbs`` to ``TokenWeights`` over tokens,
+    ``VocabularyLogProbs`` to ``VocabularyWeights`` over the vocabulary."""
+    over: Over
+    """What it weighs: the label and the sampled token, or every token of the vocabulary."""
+    source: str
+    """Where it is from."""
+    parameters: type[ObjectiveParameters] = ObjectiveParameters
+    """Its parameters, with defaults and bounds."""
+    needs_teacher: bool = True
+    """False: it does not read the teacher's log-probs."""
+    weighs_sample: bool | Callable[[Any], bool] = False
+    """Whether it weighs the sampled token, by its parameters."""
+    needs_rollouts: bool = False
+    """It is for labels that the student drew itself."""
+    is_likelihood: bool = False
+    """Its weights do not depend on the student: no importance ratio applies to them."""
+    has_own_node: bool = True
+    """False: its parameters are settings of the algorithm itself, beside the objective's name."""
+
+    def __post_init__(self) -> None:
+        given = list(inspect.signature(self.function).parameters)
+        expected = list(self.parameters.model_fields)
+        if not given or sorted(given[1:]) != sorted(expected):
+            raise ValueError(
+                f"objective {self.name!r}: its function takes ({', '.join(given)}), expected the log-probs and its "
+                f"parameters ({', '.join(['log_probs', *expected])})"
+            )
+
+    def __call__(self, log_probs: Any, **parameters: Any) -> Any:
+        """Weights of the log-probs, computed without autograd; parameters that are not given have their defaults."""
+        return self.bind(parameters)(log_probs)
+
+    def bind(self, parameters: Mapping[str, Any] | None = None) -> "BoundObjective":
+        """The objective with its parameters' values.
+
+        Raises:
+            pydantic.ValidationError: an unknown parameter, or a value outside its bounds.
+        """
+        return BoundObjective(self, self.parameters(**(parameters or {})))
+
+
+@dataclass(frozen=True)
+class BoundObjective:
+    """An objective with its parameters' values."""
+
+    objective: Objective
+    parameters: ObjectiveParameters
+
+    @torch.no_grad()
+    def __call__(self, log_probs: Any) -> Any:
+        return self.objective.function(log_probs, **self._arguments)
+
+    @cached_property
+    def _arguments(self) -> dict[str, Any]:
+        return dict(self.parameters)
+
+    @property
+    def weighs_sample(self) -> bool:
+        """Whether it weighs the sampled token."""
+        weighs = self.objective.weighs_sample
+        return weighs(self.parameters) if callable(weighs) else weighs
+
+
+OBJECTIVES: dict[str, Objective] = {}
+"""Objective by its name."""
+
+
+def objective(name: str, *, over: Over, source: str, **properties: Any) -> Callable[[Callable[..., Any]], Objective]:
+    """Decorator that makes a function an ``Objective``, with its other fields as ``properties``, and registers it.
+
+    Raises:
+        ValueError: the name is taken, or the function does not fit.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Objective:
+        if name in OBJECTIVES:
+            raise ValueError(f"objective {name!r} is already registered, by {OBJECTIVES[name].function.__module__}")
+        OBJECTIVES[name] = Objective(name=name, function=function, over=over, source=source, **properties)
+        return OBJECTIVES[name]
+
+    return decorate
+
+
+def find_objective(reference: str) -> Objective:
+    """An objective by its name, or a user's own by ``package.module:name`` or ``path/file.py:name``.
+
+    Raises:
+        ValueError: there is none, or it does not work; the message says what to do.
+    """
+    if reference in OBJECTIVES:
+        return OBJECTIVES[reference]
+    place, _, attribute = reference.rpartition(":")
+    if not place:
+        raise ValueError(
+            f"choose one of {', '.join(sorted(OBJECTIVES))}, or give your own as module:name or file.py:name"
+        )
+    found = getattr(_import(place), attribute, None)
+    if not isinstance(found, Objective):
+        what = "nothing" if found is None else f"a {type(found).__name__}"
+        raise ValueError(f"{place} has {what} of the name {attribute!r}; define it with @hpd_verl.objectives.objective")
+    check_objective(found)
+    return found
+
+
+def _import(place: str) -> Any:
+    """A module by its name or its file, imported once."""
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ImportError as error:
+            raise ValueError(
+                f"cannot import {place} ({error}); give a module that Python finds, or file.py:name"
+            ) from error
+    file = Path(place).expanduser().absolute()
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}; give a file that every machine has")
+    name = f"hpd_verl_objective_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, Exception):
+            raise ValueError(f"{file} fails when it is imported ({type(error).__name__}: {error})") from error
+        raise
+    return module
+
+
+def check_objective(checked: Objective) -> None:
+    """Try an objective on a few random log-probs.
+
+    Raises:
+        ValueError: it fails, or returns something else than finite weights of the right type and shape.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, vocabulary = 5, 7
+    student, teacher = torch.randn(2, rows, vocabulary, generator=generator).log_softmax(-1)
+    labels = torch.arange(rows)
+    try:
+        if checked.over == "vocabulary":
+            result = checked(VocabularyLogProbs(student, teacher, labels))
+            found = {
+                "weights": (getattr(result, "weights", None), student),
+                "value": (getattr(result, "value", None), student[:, 0]),
+            }
+            kind: type = VocabularyWeights
+        else:
+            result = checked(TokenLogProbs(student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], labels > 2))
+            found = {name: (getattr(result, name, None), student[:, 0]) for name in ("label", "sampled")}
+            kind = TokenWeights
+    except Exception as error:  # of the user's code
+        raise ValueError(
+            f"objective {checked.name!r} fails on {rows} random tokens ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(result, kind):
+        raise ValueError(f"objective {checked.name!r} returns {type(result).__name__}, not {kind.__name__}")
+    for name, (value, like) in found.items():
+        if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+            form = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"objective {checked.name!r}: {name} is {form}, expected {like.dtype} {tuple(like.shape)}")
+        if not value.isfinite().all():
+            raise ValueError(f"objective {checked.name!r}: {name} is not finite for ordinary log-probs")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Objectives on the same tokens, each with a factor: its gradient is the weighted sum of theirs."""
+
+    parts: tuple[tuple[BoundObjective, float], ...]
+
+    def over(self, kind: Over) -> "Mixture":
+        """The parts of one kind."""
+        return Mixture(tuple(part for part in self.parts if part[0].objective.over == kind))
+
+    def __bool__(self) -> bool:
+        return bool(self.parts)
+
+    def __iter__(self) -> Iterator[tuple[BoundObjective, float]]:
+        return iter(self.parts)
+
+    def token_weights(self, log_probs: Sequence[TokenLogProbs]) -> tuple[Tensor, list[Tensor]]:
+        """Weights of the label and of each sampled token, by the parts over tokens.
+
+        Args:
+            log_probs: one entry for each of the K samples a position, all of one shape.
+
+        Returns:
+            ``(label_weights, K sampled_weights)`` of the log-probs' shape and dtype. The label's weight is the mean
+            over samples, and each sample counts 1/K.
+        """
+        label = torch.zeros_like(log_probs[0].student_label)
+        sampled = [torch.zeros_like(sample.student_sampled) for sample in log_probs]
+        for bound, factor in self.over("token"):
+            weights: list[TokenWeights] = [bound(sample) for sample in log_probs]
+            label = label + factor * torch.stack([each.label for each in weights]).mean(0)
+            sampled = [
+                others + factor / len(weights) * each.sampled for each, others in zip(weights, sampled, strict=True)
+            ]
+        return label, sampled
+
+
+@dataclass(frozen=True)
+class RowObjectives:
+    """What a run optimises: a mixture for rows whose label is a demonstration, one for the student's own rollouts."""
+
+    demonstration: Mixture
+    rollout: Mixture = field(default=None)  # type: ignore[assignment]
+    """The same as ``demonstration`` if it is not given."""
+
+    def __post_init__(self) -> None:
+        if self.rollout is None:
+            object.__setattr__(self, "rollout", self.demonstration)
+
+    @classmethod
+    def of(cls, name: str, **parameters: Any) -> "RowObjectives":
+        """One objective for all rows."""
+        return cls(Mixture(((OBJECTIVES[name].bind(parameters), 1.0),)))
+
+    def by_row(self, is_rollout: Tensor) -> list[tuple[Mixture, Tensor]]:
+        """Mixtures with their rows, bool of ``is_rollout``'s shape; every row has exactly one."""
+        if self.rollout == self.demonstration:
+            return [(self.demonstration, torch.ones_like(is_rollout))]
+        return [(self.demonstration, ~is_rollout), (self.rollout, is_rollout)]
+
+    @cached_property
+    def bound(self) -> tuple[BoundObjective, ...]:
+        """All objectives in use."""
+        return tuple(dict.fromkeys(bound for mixture in (self.demonstration, self.rollout) for bound, _ in mixture))
+
+    def names(self, of: Callable[[BoundObjective], bool] = lambda bound: True) -> str:
+        """The names of the objectives in use that have a property, for messages; empty if there is none."""
+        return ", ".join(sorted({bound.objective.name for bound in self.bound if of(bound)}))
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(bound.objective.needs_teacher for bound in self.bound)
+
+    @property
+    def weighs_sample(self) -> bool:
+        """Whether any weighs the sampled token."""
+        return any(bound.weighs_sample for bound in self.bound)
+
+    @property
+    def over_vocabulary(self) -> bool:
+        """Whether any weighs the whole vocabulary."""
+        return any(bound.objective.over == "vocabulary" for bound in self.bound)
+
+    @property
+    def is_likelihood(self) -> bool:
+        """Whether any has weights that do not depend on the student."""
+        return any(bound.objective.is_likelihood for bound in self.bound)

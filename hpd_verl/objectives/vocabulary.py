@@ -1,0 +1,266 @@
+"""Objectives over the whole vocabulary: a weight for every token, not for the label and a sample alone.
+
+For a divergence ``sum_v f(q(v); p(v))`` the weight is ``w(v) = -q(v) df/dq(v)``. All were compared with their authors'
+published code, in value and gradient; where one differs, it says so.
+"""
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hpd_verl.objectives.log_probs import VocabularyLogProbs, VocabularyWeights
+from hpd_verl.objectives.registry import ObjectiveParameters, objective
+from hpd_verl.objectives.token import PAPER, HPDParameters
+
+DISTILLM = "DistiLLM, Ko et al. 2024, arXiv 2402.03898"
+
+
+def _gaps(log_probs: VocabularyLogProbs) -> Tensor:
+    """q(v) (log p(v) - log q(v)), [n, V]; see ``log_probs.gap``."""
+    return torch.sub(log_probs.teacher, log_probs.student).mul_(log_probs.student_probs)
+
+
+def _log_mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """log(share * exp(first) + (1 - share) * exp(second)), for a share below 1."""
+    log_share = math.log(share) if share else -math.inf
+    return torch.logaddexp(first + log_share, second + math.log1p(-share))
+
+
+@objective(
+    "hpd_exact", over="vocabulary", parameters=HPDParameters, has_own_node=False, source=f"the expectation of {PAPER}"
+)
+def hpd_exact(
+    log_probs: VocabularyLogProbs,
+    forward_coef: float,
+    reverse_coef: float,
+    reinforce_coef: float,
+    student_sampling: bool,
+) -> VocabularyWeights:
+    """HPD with the sampled token replaced by its expectation: the same mean gradient, no sampling noise.
+
+    With a ~ q, ``E[w_a grad log q(a)]`` is the sum over v != y with gap(v) < 0 of q(v) gap(v) grad log q(v), and
+    the reinforcement of the label is multiplied by the student's mass on those tokens.
+
+    Args:
+        log_probs: see ``VocabularyLogProbs``.
+        forward_coef, reverse_coef, reinforce_coef, student_sampling: see ``HPDParameters``.
+    """
+    labels = log_probs.labels.unsqueeze(1)
+    teacher_prob = log_probs.teacher_probs.gather(1, labels)
+    student_label = log_probs.student.gather(1, labels)
+    label_gap = log_probs.student_probs.gather(1, labels) * (log_probs.teacher.gather(1, labels) - student_label)
+
+    label = reverse_coef * label_gap + torch.where(label_gap >= 0, forward_coef * teacher_prob, 0.0)
+    if student_sampling:
+        # Tokens that the student over-estimates, where log p - log q < 0, and their chance to be sampled. NaN stays.
+        over = torch.sub(log_probs.teacher, log_probs.student).clamp_max_(0.0)
+        over.scatter_(1, labels, 0.0)
+        drawn = torch.where(over == 0, 0.0, log_probs.student_probs)
+        reinforced = torch.where(label_gap > 0, drawn.sum(-1, keepdim=True), 0.0)
+        label = label + reinforce_coef * teacher_prob * reinforced
+        weights = over.mul_(drawn).mul_(drawn).mul_(reverse_coef)
+        value = -(weights * log_probs.student).sum(-1)
+    else:
+        weights = torch.zeros_like(log_probs.student)
+        value = torch.zeros_like(label).squeeze(1)
+    weights.scatter_(1, labels, label)
+    return VocabularyWeights(weights, value - (label * student_label).squeeze(1))
+
+
+@objective("fkl", over="vocabulary", source="Hinton et al. 2015, arXiv 1503.02531")
+def fkl(log_probs: VocabularyLogProbs) -> VocabularyWeights:
+    """Forward KL divergence KL(p || q): weight p(v)."""
+    value = torch.sub(log_probs.teacher, log_probs.student).mul_(log_probs.teacher_probs).sum(-1)
+    return VocabularyWeights(log_probs.teacher_probs, value)
+
+
+@objective("rkl_exact", over="vocabulary", source="MiniLLM, Gu et al. 2024, arXiv 2306.08543")
+def rkl_exact(log_probs: VocabularyLogProbs) -> VocabularyWeights:
+    """Reverse KL divergence KL(q || p): weight gap(v)."""
+    gaps = _gaps(log_probs)
+    return VocabularyWeights(gaps, -gaps.sum(-1))
+
+
+class SymmetricKLParameters(ObjectiveParameters):
+    """Parameters of symmetric_kl."""
+
+    reverse_share: float = Field(0.5, ge=0, le=1)
+    """Share of the reverse KL divergence, from 0 to 1; DistiLLM's code has 0.9."""
+
+
+@objective("symmetric_kl", over="vocabulary", parameters=SymmetricKLParameters, source=f"the code of {DISTILLM}")
+def symmetric_kl(log_probs: VocabularyLogProbs, reverse_share: float) -> VocabularyWeights:
+    """Both KL divergences: (1 - reverse_share) KL(p || q) + reverse_share KL(q || p)."""
+    gaps = _gaps(log_probs)
+    forward = fkl(log_probs)
+    value = torch.lerp(forward.value, -gaps.sum(-1), reverse_share)
+    return VocabularyWeights(gaps.lerp_(forward.weights, 1 - reverse_share), value)
+
+
+@objective("tvd", over="vocabulary", source=f"the code of {DISTILLM}")
+def tvd(log_probs: VocabularyLogProbs) -> VocabularyWeights:
+    """Total variation distance, half the sum of |p(v) - q(v)|: weight q(v) sign(p(v) - q(v)) / 2."""
+    difference = torch.sub(log_probs.teacher_probs, log_probs.student_probs)
+    value = difference.abs().sum(-1) / 2
+    return VocabularyWeights(difference.sign_().mul_(log_probs.student_probs).div_(2), value)
+
+
+class JSDParameters(ObjectiveParameters):
+    """Parameters of jsd_exact."""
+
+    beta: float = Field(0.5, gt=0, lt=1)
+    """Share of the teacher in the mixture, above 0 and below 1."""
+
+
+@objective(
+    "jsd_exact", over="vocabulary", parameters=JSDParameters, source="GKD, Agarwal et al. 2024, arXiv 2306.13649"
+)
+def jsd_exact(log_probs: VocabularyLogProbs, beta: float) -> VocabularyWeights:
+    """Generalised Jensen-Shannon divergence.
+
+    ``beta KL(p || m) + (1 - beta) KL(q || m)`` with m = beta p + (1 - beta) q; weight
+    (1 - beta) q(v) (log m(v) - log q(v)). It goes to 0 with beta, as beta KL(p || q), and with 1 - beta, as
+    (1 - beta) KL(q || p): its limits are not the KL divergences that TRL puts in their place at 0 and 1.
+
+    Args:
+        log_probs: see ``VocabularyLogProbs``.
+        beta: see ``JSDParameters``.
+    """
+    mixture = _log_mixture(log_probs.teacher, log_probs.student, beta)
+    forward = torch.sub(log_probs.teacher, mixture).mul_(log_probs.teacher_probs).sum(-1)
+    weights = mixture.sub_(log_probs.student).mul_(log_probs.student_probs).mul_(1 - beta)
+    return VocabularyWeights(weights, beta * forward - weights.sum(-1))
+
+
+class SkewParameters(ObjectiveParameters):
+    """Parameters of skew_fkl and skew_rkl."""
+
+    skew: float = Field(0.1, ge=0, lt=1)
+    """Share in the mixture of the distribution that the divergence starts from, of at least 0 and below 1."""
+
+
+@objective("skew_fkl", over="vocabulary", parameters=SkewParameters, source=DISTILLM)
+def skew_fkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights:
+    """Skew KL divergence KL(p || m), m = skew p + (1 - skew) q: weight (1 - skew) p(v) q(v) / m(v).
+
+    Args:
+        log_probs: see ``VocabularyLogProbs``.
+        skew: share of the teacher in the mixture; with 0 it is fkl.
+    """
+    mixture = _log_mixture(log_probs.teacher, log_probs.student, skew)
+    value = torch.sub(log_probs.teacher, mixture).mul_(log_probs.teacher_probs).sum(-1)
+    weights = torch.sub(log_probs.student, mixture, out=mixture).exp_().mul_(log_probs.teacher_probs).mul_(1 - skew)
+    return VocabularyWeights(weights, value)
+
+
+@objective("skew_rkl", over="vocabulary", parameters=SkewParameters, source=DISTILLM)
+def skew_rkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights:
+    """Skew reverse KL divergence KL(q || m), m = skew q + (1 - skew) p.
+
+    Weight q(v) (log m(v) - log q(v) + skew q(v) / m(v)).
+
+    Args:
+        log_probs: see ``VocabularyLogProbs``.
+        skew: share of the student in the mixture; with 0 it is rkl_exact.
+    """
+    mixture = _log_mixture(log_probs.student, log_probs.teacher, skew)
+    negative = mixture.sub_(log_probs.student)  # log m - log q
+    ratio = torch.neg(negative).exp_() if skew else None
+    weights = negative.mul_(log_probs.student_probs)
+    value = -weights.sum(-1)
+    if ratio is not None:
+        weights = weights.addcmul_(ratio, log_probs.student_probs, value=skew)
+    return VocabularyWeights(weights, value)
+
+
+class AKLParameters(ObjectiveParameters):
+    """Parameters of akl."""
+
+    mu: float = Field(0.5, gt=0, lt=1)
+    """The teacher's mass in the head, above 0 and below 1."""
+
+
+def _head_mask(probs: Tensor, mass: float) -> Tensor:
+    """The fewest most likely tokens of each row that hold ``mass``, and those as likely as the last; bool [n, V]."""
+    count = min(64, probs.shape[1])
+    while True:
+        top = probs.topk(count, dim=-1).values
+        held = top.cumsum(-1)
+        if count == probs.shape[1] or bool((held[:, -1] >= mass).all()):
+            least = torch.where(held - top < mass, top, math.inf).amin(-1, keepdim=True)
+            return probs >= least
+        count = min(8 * count, probs.shape[1])
+
+
+@objective(
+    "akl",
+    over="vocabulary",
+    parameters=AKLParameters,
+    source="Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models, "
+    "Wu et al. 2024, arXiv 2404.02657",
+)
+def akl(log_probs: VocabularyLogProbs, mu: float) -> VocabularyWeights:
+    """Adaptive KL divergence.
+
+    ``h KL(p || q) + (1 - h) KL(q || p)``, h the share of the head in sum_v |p(v) - q(v)|, detached. The head is the
+    teacher's fewest most likely tokens that hold the mass mu, with those as likely as the last of them: the rule of the
+    paper, the token that crosses mu inside; its released code leaves that token out. Where p == q, h is 1/2.
+
+    Args:
+        log_probs: see ``VocabularyLogProbs``.
+        mu: see ``AKLParameters``.
+    """
+    forward, reverse = fkl(log_probs), rkl_exact(log_probs)
+    distance = torch.sub(log_probs.teacher_probs, log_probs.student_probs).abs_()
+    total = distance.sum(-1)
+    in_head = distance.mul_(_head_mask(log_probs.teacher_probs, mu)).sum(-1)
+    share = torch.where(total == 0, 0.5, in_head / total)
+    weights = torch.lerp(reverse.weights, forward.weights, share.unsqueeze(1))
+    return VocabularyWeights(weights, torch.lerp(reverse.value, forward.value, share))
+
+
+class ABKDParameters(ObjectiveParameters):
+    """Parameters of abkd. The defaults are its authors' for GPT-2; theirs for OpenLLaMA2 are 0.1 and 0.8."""
+
+    alpha: float = Field(0.2, gt=0)
+    """Exponent of the teacher's probability, above 0."""
+
+    beta: float = Field(0.7, gt=0)
+    """Exponent of the student's probability, above 0."""
+
+
+@objective("abkd", over="vocabulary", parameters=ABKDParameters, source="ABKD, Wang et al. 2025, arXiv 2505.04560")
+def abkd(log_probs: VocabularyLogProbs, alpha: float, beta: float) -> VocabularyWeights:
+    """Alpha-beta divergence.
+
+    ``-1 / (alpha beta) sum_v [p^alpha q^beta - alpha / (alpha + beta) p^(alpha + beta) - beta / (alpha + beta)
+    q^(alpha + beta)]``; weight q^beta (p^alpha - q^alpha) / alpha. (1, beta -> 0) is forward KL, (alpha -> 0, 1) is
+    reverse KL.
+
+    Args:
+        log_probs: see ``VocabularyLogProbs``.
+        alpha, beta: see ``ABKDParameters``.
+    """
+    student, teacher, total = log_probs.student, log_probs.teacher, alpha + beta
+    student_beta = (beta * student).exp_()
+    weights = (alpha * teacher).exp_().sub_((alpha * student).exp_()).mul_(student_beta).div_(alpha)
+    # The sum above, with p^alpha q^beta - q^(alpha + beta) = alpha w taken out.
+    remainder = (total * teacher).exp_().sub_((total * student).exp_()).div_(total)
+    return VocabularyWeights(weights, remainder.sub_(weights).sum(-1) / beta)
+
+
+@objective("todi", over="vocabulary", source="ToDi, Jung et al. 2025, arXiv 2505.16297")
+def todi(log_probs: VocabularyLogProbs) -> VocabularyWeights:
+    """Token-wise distillation.
+
+    ``sum_v [a p (log p - log q) + (1 - a) q (log q - log p)]`` with a(v) = sigmoid(log p(v) - log q(v)), detached;
+    weight a p + (1 - a) (gap - q).
+    """
+    difference = torch.sub(log_probs.teacher, log_probs.student)
+    share = difference.sigmoid()
+    forward = share * log_probs.teacher_probs
+    reverse = torch.sub(1.0, share, out=share).mul_(log_probs.student_probs)
+    value = torch.sub(forward, reverse).mul_(difference).sum(-1)
+    return VocabularyWeights(forward.addcmul_(reverse, difference.sub_(1.0)), value)

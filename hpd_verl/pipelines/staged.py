@@ -1,0 +1,336 @@
+"""The staged pipeline: student pass, teacher pass, weights, update; with a ratio where a batch is several updates.
+
+The passes go through verl's engine and its hook for logits, where the loss functions here turn logits into per-token
+log-probs, under the names of ``data.fields``. In between the driver computes the weights, which stay fixed for a batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import agg_loss
+from verl.utils import tensordict_utils as tu
+from verl.utils.debug.metrics import calculate_debug_metrics
+from verl.utils.metric import AggregationType, Metric
+from verl.utils.ulysses import slice_input_tensor
+from verl.workers.config import ActorConfig
+from verl.workers.engine_workers import TrainingWorker
+from verl.workers.utils.padding import no_padding_2_padding, response_from_nested, response_to_nested
+
+from hpd_verl.config import HPDConfig
+from hpd_verl.data import fields
+from hpd_verl.data.response_tokens import row_numbers
+from hpd_verl.head.metrics import token_metrics
+from hpd_verl.head.sampling import counter_uniform, sample_tokens, token_log_probs
+from hpd_verl.objectives import LOG_ZERO, TokenLogProbs
+from hpd_verl.pipelines.advantage import compute_hpd_advantage
+from hpd_verl.pipelines.pipeline import Batch, Driver, Pipeline, RankPipeline
+from hpd_verl.pipelines.policy_loss import compute_hpd_policy_loss
+from hpd_verl.teacher.model_config import shared_vocabulary_size
+from hpd_verl.teacher.teacher import TeacherWorker
+
+LOGITS_TO_LOSS = {"distillation_use_topk": True, "distillation_only": True}
+"""verl's switches of a batch: hand logits to the loss function, and compute no log-probs beside it."""
+
+ROLLOUT_LOG_PROBS = "rollout_log_probs"
+"""verl's name of the rollout server's log-probs, response."""
+
+
+def _local_part(values: Tensor, data: TensorDict) -> Tensor:
+    """This rank's share of packed per-token values [total tokens], as Ulysses shares the sequence out."""
+    if tu.get_non_tensor_data(data=data, key="sp_size", default=1) == 1:
+        return values
+    return slice_input_tensor(values.unsqueeze(0), dim=1).squeeze(0)
+
+
+def _labels(data: TensorDict) -> Tensor:
+    """The next token of each position, int64 [tokens of this rank]; meaningless at the end of each sequence."""
+    return _local_part(torch.roll(data["input_ids"].values(), shifts=-1), data)
+
+
+def _uniforms(data: TensorDict, config: HPDConfig) -> Tensor:
+    """The numbers that the student's draws are made with, float64 [tokens of this rank, samples]."""
+    lengths = data["input_ids"].offsets().diff()
+    row = _local_part(torch.repeat_interleave(row_numbers(data), lengths), data)
+    position = _local_part(data["position_ids"].values(), data)
+    step = tu.get_non_tensor_data(data=data, key=fields.STEP, default=None)
+    return torch.stack(
+        [counter_uniform(config.seed, step, row, position, sample) for sample in range(config.num_student_samples)],
+        dim=1,
+    )
+
+
+def _as_outputs(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What verl expects of a logits processor: tensors of shape [1, tokens of this rank]."""
+    return {name: values.unsqueeze(0) for name, values in named.items()}
+
+
+class StudentLoss:
+    """verl's loss function of the student, in the student pass and in the update.
+
+    verl calls it twice per micro-batch: with ``student_logits`` for the log-probs, then with ``model_output`` for the
+    loss. The update's batches carry weights; the student pass has no loss.
+
+    Args:
+        actor: the actor's configuration.
+        hpd: the algorithm's configuration.
+    """
+
+    def __init__(self, actor: ActorConfig, hpd: HPDConfig) -> None:
+        self.actor = actor
+        self.hpd = hpd
+
+    def __call__(self, data: TensorDict, student_logits: Tensor | None = None, **kwargs: Any) -> Any:
+        updating = fields.LABEL_WEIGHTS in data
+        if student_logits is not None:
+            logits = student_logits.squeeze(0)
+            return self._chosen_tokens(logits, data) if updating else self._draw(logits, data)
+        if updating:
+            return self._loss(kwargs["model_output"], data)
+        return torch.zeros(()), {}
+
+    def _draw(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
+        """Student pass: draw tokens at every position and take the log-probs."""
+        label_log_probs, sampled, sampled_log_probs, entropy = sample_tokens(
+            logits, _labels(data), _uniforms(data, self.hpd), self.hpd.token_chunk_size
+        )
+        outputs = {fields.STUDENT_LABEL_LOG_PROBS: label_log_probs, fields.ENTROPY: entropy}
+        for sample in range(self.hpd.num_student_samples):
+            outputs[fields.sampled_tokens(sample)] = sampled[:, sample]
+            outputs[fields.student_sampled_log_probs(sample)] = sampled_log_probs[:, sample]
+        return _as_outputs(outputs)
+
+    def _chosen_tokens(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
+        """Update: differentiable log-probs of the label and the sampled tokens."""
+        tokens = [_labels(data)]
+        names = [fields.LABEL_LOG_PROBS]
+        for sample in range(self.hpd.samples):
+            tokens.append(_local_part(data[fields.sampled_tokens(sample)].values(), data))
+            names.append(fields.sampled_log_probs(sample))
+        log_probs = token_log_probs(logits, torch.stack(tokens, dim=1), self.hpd.token_chunk_size)
+        return _as_outputs(dict(zip(names, log_probs.unbind(1), strict=True)))
+
+    def _loss(self, model_output: dict[str, Tensor], data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
+        """Update: the weighted log-likelihood of the label and of the sampled tokens (paper eq. 9, 14, 15)."""
+        self.actor.global_batch_info.update(
+            dp_size=data["dp_size"],
+            batch_num_tokens=data["batch_num_tokens"],
+            global_batch_size=data["global_batch_size"],
+            loss_scale_factor=self.actor.loss_scale_factor,
+        )
+        terms = [(fields.LABEL_LOG_PROBS, fields.LABEL_WEIGHTS, fields.OLD_LABEL_LOG_PROBS)]
+        terms += [
+            (
+                fields.sampled_log_probs(sample),
+                fields.sampled_weights(sample),
+                fields.old_sampled_log_probs(sample),
+            )
+            for sample in range(self.hpd.samples)
+        ]
+        has_ratio = fields.OLD_LABEL_LOG_PROBS in data
+        response_fields = [name for _, weights, old in terms for name in ([weights, old] if has_ratio else [weights])]
+        padded = data.select("response_mask", *response_fields).to_padded_tensor()
+        response_mask = padded["response_mask"].bool()
+
+        loss = torch.zeros((), device=response_mask.device)
+        metrics: dict[str, Any] = {}
+        for log_probs, weights, old in terms:
+            term, term_metrics = compute_hpd_policy_loss(
+                old_log_prob=padded[old] if has_ratio else None,
+                log_prob=no_padding_2_padding(model_output[log_probs], data),
+                advantages=padded[weights],
+                response_mask=response_mask,
+                loss_agg_mode=self.actor.loss_agg_mode,
+                config=self.actor,
+            )
+            loss = loss + term
+            metrics.update({name: [*metrics.get(name, []), value] for name, value in term_metrics.items()})
+        # Micro-batches of one update add up to the global loss; verl averages over ranks.
+        metrics = {name: Metric(AggregationType.MEAN, sum(values) / len(values)) for name, values in metrics.items()}
+        metrics["hpd/loss"] = Metric(AggregationType.SUM, loss)
+        if self.actor.entropy_coeff != 0:
+            entropy = agg_loss(
+                loss_mat=no_padding_2_padding(model_output["entropy"], data),
+                loss_mask=response_mask,
+                loss_agg_mode=self.actor.loss_agg_mode,
+                **self.actor.global_batch_info,
+            )
+            loss = loss - self.actor.entropy_coeff * entropy
+        return loss, metrics
+
+
+class TeacherLogProbs:
+    """verl's loss function of the teacher: log-probs of the label and of the student's draws, never a loss.
+
+    Args:
+        hpd: the algorithm's configuration.
+        vocabulary_size: the teacher's logits that are used, those that the student has too; other tokens of the student
+            have probability 0 (``objectives.LOG_ZERO``).
+    """
+
+    def __init__(self, hpd: HPDConfig, vocabulary_size: int) -> None:
+        self.hpd = hpd
+        self.vocabulary_size = vocabulary_size
+
+    def __call__(self, data: TensorDict, student_logits: Tensor | None = None, **_: Any) -> Any:
+        if student_logits is None:
+            return torch.zeros(()), {}
+        samples = range(self.hpd.num_student_samples)
+        tokens = [_labels(data)]
+        tokens += [_local_part(data[fields.sampled_tokens(sample)].values(), data) for sample in samples]
+        names = [
+            fields.TEACHER_LABEL_LOG_PROBS,
+            *(fields.teacher_sampled_log_probs(sample) for sample in samples),
+        ]
+        logits = student_logits.squeeze(0)[:, : self.vocabulary_size]  # verl's name; these are the teacher's
+        chosen = torch.stack(tokens, dim=1)
+        known = chosen < logits.shape[1]
+        log_probs = token_log_probs(logits, chosen.clamp_max(logits.shape[1] - 1), self.hpd.token_chunk_size)
+        log_probs = torch.where(known, log_probs, LOG_ZERO)
+        return _as_outputs(dict(zip(names, log_probs.unbind(1), strict=True)))
+
+
+class StagedDriver(Driver):
+    """The student's and the teacher's pass, and the weights from their log-probs."""
+
+    settings = LOGITS_TO_LOSS
+
+    def __init__(self, config: HPDConfig, updates_per_batch: int = 1, compares_rollouts: bool = False) -> None:
+        super().__init__(config, updates_per_batch, compares_rollouts)
+        self.uses_ratio = updates_per_batch > 1 and not config.objectives.is_likelihood
+
+    def student_pass(self, batch: Batch) -> None:
+        batch.student_pass([])
+
+    def teacher_pass(self, batch: Batch) -> None:
+        batch.teacher_pass([fields.sampled_tokens(sample) for sample in range(self.config.num_student_samples)])
+
+    def weigh(self, batch: Batch) -> dict[str, float]:
+        """Turn log-probs into weights, and write these back.
+
+        Raises:
+            FloatingPointError: logits of a model were NaN; the message names step, model and rows.
+        """
+        data = batch.get(["response_mask", "responses", *self._pass_outputs()])
+        nested_mask = data["response_mask"]
+        response_mask = nested_mask.to_padded_tensor(0)
+        log_probs = _token_log_probs(data, self.config.num_student_samples)
+        _refuse_nan(batch, log_probs)
+        is_rollout = batch.is_rollout
+        label_weights, sampled_weights = compute_hpd_advantage(
+            response_mask=response_mask,
+            objectives=self.config.objectives,
+            log_probs=log_probs,
+            is_rollout=is_rollout,
+        )
+        mask = response_mask.bool()
+        per_token = token_metrics(log_probs, label_weights, sampled_weights, _response(data, fields.ENTROPY))
+        metrics = {name: values[mask].double().mean().item() for name, values in per_token.items()}
+        metrics["hpd/response_tokens"] = mask.sum().item()
+        if self.compares_rollouts and is_rollout.any():
+            metrics |= _compare_with_rollout(data, log_probs[0].student_label, response_mask * is_rollout.unsqueeze(1))
+
+        written = {fields.LABEL_WEIGHTS: label_weights}
+        for sample in range(self.config.samples):
+            written[fields.sampled_weights(sample)] = sampled_weights[sample]
+        if self.uses_ratio:
+            written[fields.OLD_LABEL_LOG_PROBS] = log_probs[0].student_label
+            for sample in range(self.config.samples):
+                written[fields.old_sampled_log_probs(sample)] = log_probs[sample].student_sampled
+        batch.put({name: response_to_nested(values, nested_mask) for name, values in written.items()})
+        return metrics
+
+    def _pass_outputs(self) -> list[str]:
+        names = [fields.STUDENT_LABEL_LOG_PROBS, fields.ENTROPY, fields.TEACHER_LABEL_LOG_PROBS]
+        for sample in range(self.config.num_student_samples):
+            names += [
+                fields.sampled_tokens(sample),
+                fields.student_sampled_log_probs(sample),
+                fields.teacher_sampled_log_probs(sample),
+            ]
+        return [*names, ROLLOUT_LOG_PROBS] if self.compares_rollouts else names
+
+    @property
+    def update_inputs(self) -> list[str]:
+        samples = range(self.config.samples)
+        names = [fields.sampled_tokens(sample) for sample in samples]
+        names += [fields.LABEL_WEIGHTS, *(fields.sampled_weights(sample) for sample in samples)]
+        if self.uses_ratio:
+            names += [fields.OLD_LABEL_LOG_PROBS, *(fields.old_sampled_log_probs(sample) for sample in samples)]
+        return names
+
+
+def _response(data: TensorDict, name: str) -> Tensor:
+    """A full field's entries at response tokens, [rows, response]."""
+    return response_from_nested(data[name], data["response_mask"]).to_padded_tensor(0)
+
+
+def _token_log_probs(data: TensorDict, samples: int) -> list[TokenLogProbs]:
+    """Both models' log-probs, one entry a sample, [rows, response]."""
+    student_label = _response(data, fields.STUDENT_LABEL_LOG_PROBS)
+    teacher_label = _response(data, fields.TEACHER_LABEL_LOG_PROBS)
+    labels = data["responses"].to_padded_tensor(0)
+    return [
+        TokenLogProbs(
+            student_label=student_label,
+            teacher_label=teacher_label,
+            student_sampled=_response(data, fields.student_sampled_log_probs(sample)),
+            teacher_sampled=_response(data, fields.teacher_sampled_log_probs(sample)),
+            sampled_is_label=_response(data, fields.sampled_tokens(sample)) == labels,
+        )
+        for sample in range(samples)
+    ]
+
+
+def _refuse_nan(batch: Batch, log_probs: Sequence[TokenLogProbs]) -> None:
+    """Stop before an update that NaN logits would spoil."""
+    for model, names in (
+        ("student", ("student_label", "student_sampled")),
+        ("teacher", ("teacher_label", "teacher_sampled")),
+    ):
+        bad = torch.stack([getattr(sample, name).isnan() for sample in log_probs for name in names]).any(0).any(1)
+        if bad.any():
+            rows = [batch.row_name(index) for index in bad.nonzero().flatten().tolist()]
+            raise FloatingPointError(
+                f"step {batch.step}: NaN in the {model}'s logits, in {len(rows)} of {len(bad)} rows of the batch "
+                f"(rows {', '.join(rows[:8])}); stopped before the update, checkpoints are untouched"
+            )
+
+
+def _compare_with_rollout(data: TensorDict, student_label: Tensor, rollout_mask: Tensor) -> dict[str, float]:
+    """verl's comparison of the rollout server's log-probs with the student's own, over rollouts only."""
+    compared = TensorDict(
+        {
+            "old_log_probs": student_label,
+            "rollout_log_probs": data[ROLLOUT_LOG_PROBS].to_padded_tensor(0),
+            "response_mask": rollout_mask,
+            "responses": data["responses"].to_padded_tensor(0),
+        },
+        batch_size=len(student_label),
+    )
+    return calculate_debug_metrics(DataProto(batch=compared))
+
+
+class Staged(RankPipeline):
+    """Student and teacher of one rank, each with the loss function of its passes."""
+
+    def __init__(self, student: TrainingWorker, teacher: TeacherWorker, config: HPDConfig, actor: ActorConfig) -> None:
+        self.student = student
+        student.set_loss_fn(StudentLoss(actor, config))
+        vocabulary_size = shared_vocabulary_size(student.model_config, teacher.model_config)
+        teacher.set_loss_fn(TeacherLogProbs(config, vocabulary_size))
+
+    @classmethod
+    def of_workers(
+        cls, student: TrainingWorker, teacher: TeacherWorker, config: HPDConfig, actor: ActorConfig
+    ) -> "Staged":
+        return cls(student, teacher, config, actor)
+
+    def update(self, data: TensorDict) -> TensorDict | None:
+        return self.student.train_mini_batch(data=data)
+
+
+STAGED = Pipeline(StagedDriver, Staged, student_worker=TrainingWorker, teacher_is_lazy=False)
