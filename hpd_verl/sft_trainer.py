@@ -34,7 +34,7 @@ from verl.utils.tracking import Tracking
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
 from hpd_verl import checkpoint
-from hpd_verl.checks.start import check_lean_run
+from hpd_verl.checks.start import check_sft_run
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
@@ -78,7 +78,7 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):
-    """Rows filled up to a multiple, by copies that ``batch.IS_PADDING`` marks and that have row numbers of their own.
+    """Rows filled up to a multiple, by copies that ``fields.IS_PADDING`` marks and that have row numbers of their own.
 
     Args:
         rows: the rows.
@@ -169,7 +169,7 @@ def checked(config: DictConfig, fills_store: bool = False) -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return
     try:
-        check_lean_run(config, int(os.environ.get("WORLD_SIZE", "1")), fills_store)
+        check_sft_run(config, int(os.environ.get("WORLD_SIZE", "1")), fills_store)
     except ValueError as error:
         sys.exit(f"Error: {error}")
 
