@@ -84,6 +84,21 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 @each_document
+def test_named_files_exist(document: Path) -> None:
+    """In the repository, in the package or beside the document."""
+    named = set(re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|md|sh|yaml|npz))`", document.read_text()))
+    places = (ROOT, ROOT / "hpd_verl", document.parent)
+    assert sorted(name for name in named if not any((place / name).exists() for place in places)) == []
+
+
+def test_tests_that_the_package_names_exist() -> None:
+    text = "".join(file.read_text() for file in [*ROOT.glob("hpd_verl/**/*.py"), *ROOT.glob("benchmarks/*.py")])
+    named = set(re.findall(r"tests/[\w/]+\.py", text))
+    assert named
+    assert sorted(name for name in named if not (ROOT / name).is_file()) == []
+
+
+@each_document
 def test_files_and_modules_exist(document: Path) -> None:
     for words in commands(document):
         for flag, module in itertools.pairwise(words):
