@@ -154,6 +154,14 @@ def test_every_metric_is_explained() -> None:
     assert sorted(name for name in table if name not in logged and name not in text) == []
 
 
+def test_flags_of_scripts_are_in_snake_case() -> None:
+    """As verl's and Hydra's are."""
+    scripts = [file for folder in ("benchmarks", "data_prep", "examples") for file in (ROOT / folder).rglob("*.py")]
+    flags = {flag for file in scripts for flag in re.findall(r"add_argument\(\s*f?\"--([^\"]+)\"", file.read_text())}
+    assert {"local_save_dir", "chunk_size"} <= flags
+    assert sorted(flag for flag in flags if "-" in flag) == []
+
+
 def test_the_workflow_runs_the_parts_of_make_test() -> None:
     workflow: dict[str, Any] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     runs = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
