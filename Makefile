@@ -1,12 +1,14 @@
 # make quickstart   set up a virtual environment and run the main job on the CPU
 # make test         set up a virtual environment and run all tests
+# make lint, units, e2e: the parts of make test
 
 PYTHON ?= python3.11
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxschedchunk 1
 
-.PHONY: install quickstart test clean
+.PHONY: install quickstart test lint units e2e clean
 
 install: $(VENV)/installed
 
@@ -23,11 +25,19 @@ $(VENV)/installed: pyproject.toml Makefile
 quickstart: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
 
-test: install
+test: lint
+	$(PYTEST)
+
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxschedchunk 1
+
+units: install
+	$(PYTEST) -m "not e2e"
+
+e2e: install
+	$(PYTEST) -m e2e
 
 clean:
 	rm -rf $(VENV) examples/quickstart/run

@@ -107,7 +107,7 @@ class Stages:
         def stage() -> dict[str, Any]:
             file = self.folder / "tests.xml"
             file.unlink(missing_ok=True)
-            files = [f"tests/test_{name}.py" for name in names]
+            files = [f"tests/{name}.py" for name in names]
             error = ""
             try:
                 self.command(
@@ -277,8 +277,10 @@ def main() -> None:
             return checked
 
         chosen: dict[str, Callable[[], Any]] = {
-            "tests of objectives, draws and output layer": stages.tests("objectives", "sampling", "head"),
-            "tests of the one-pass loss": needs_verl(stages.tests("one_pass")),
+            "tests of objectives, draws and output layer": stages.tests(
+                "objectives/test_objectives", "head/test_sampling", "head/test_head"
+            ),
+            "tests of the one-pass loss": needs_verl(stages.tests("pipelines/test_one_pass")),
             "output layer, bfloat16": stages.head("bfloat16"),
             "output layer, bfloat16, fused": stages.head("bfloat16", *fused),
             "output layer, bfloat16, TRL": stages.head("bfloat16", "trl_rkl", python=trl_python),

@@ -16,7 +16,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import auto_set_device
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
-from hpd_verl.checks.start import check_lean_run
+from hpd_verl.checks.start import check_sft_run
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
@@ -145,6 +145,6 @@ def checked(config: DictConfig, fills_store: bool = False) -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return
     try:
-        check_lean_run(config, int(os.environ.get("WORLD_SIZE", "1")), fills_store)
+        check_sft_run(config, int(os.environ.get("WORLD_SIZE", "1")), fills_store)
     except ValueError as error:
         sys.exit(f"Error: {error}")

@@ -1,4 +1,4 @@
-"""Data and student together: do enough prompts fit?"""
+"""Data and student together: whether enough prompts fit the lengths."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +39,7 @@ def check_prompts_fit(
         data: verl's ``data`` node.
         hpd: the algorithm's settings.
         needed_rows: rows that must stay, at least.
-        max_samples: rows that are used of the files, from the first on; all if not above 0.
+        max_samples: only so many rows are used, from the first on; all if not above 0.
 
     Raises:
         ValueError: too few rows stay, or the chat template refuses a prompt.
@@ -73,9 +73,9 @@ def check_prompts_fit(
             shortest = length if shortest is None else min(shortest, length)
             if filters and length > limit:
                 continue
-            answer = row.get(DEMONSTRATION)
-            if has_demonstration(answer):
-                text = demonstration_text(answer, f"{file.name}: row {index}")
+            demonstration = row.get(DEMONSTRATION)
+            if has_demonstration(demonstration):
+                text = demonstration_text(demonstration, f"{file.name}: row {index}")
                 if demonstrations.length(row[key], text) > data.max_response_length:
                     continue
             fitting += filters or drops or length <= limit

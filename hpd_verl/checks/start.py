@@ -109,7 +109,7 @@ def check_main_ppo(config: DictConfig) -> None:
     )
 
 
-def check_lean_run(config: DictConfig, ranks: int = 1, fills_store: bool = False) -> None:
+def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False) -> None:
     """Check a run of the lean trainer, or the filling of the teacher's store, before ranks meet.
 
     Args:

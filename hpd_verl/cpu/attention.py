@@ -116,7 +116,7 @@ def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any)
 
 
 def _loads_anywhere(original: Callable[..., Any]) -> Callable[..., Any]:
-    """verl writes the attention's name into saved configurations, with which they would load on a CPU of ours only."""
+    """verl writes the attention's name into saved configurations, which would then load only where it is registered."""
 
     def to_dict(self: PretrainedConfig) -> dict[str, Any]:
         config = original(self)

@@ -1,6 +1,6 @@
 """Changes to code that offers no hook, each with its reason. Applying them twice changes nothing.
 
-tests/test_cpu_patches.py fails when the code under a patch changes or no longer needs it.
+tests/cpu/test_cpu_patches.py fails when the code under a patch changes or no longer needs it.
 """
 
 import functools

@@ -1,5 +1,7 @@
 """verl's data set, with rows checked where they are read and overlong demonstrations dropped or refused."""
 
+import logging
+
 import datasets
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
@@ -8,6 +10,8 @@ from hpd_verl.data.demonstration import DemonstrationTokenizer, demonstration_te
 from hpd_verl.data.files import DEMONSTRATION, RowRules, as_list, check_files
 
 __all__ = ["DEMONSTRATION", "HPDDataset"]
+
+logger = logging.getLogger(__name__)
 
 
 class HPDDataset(RLHFDataset):
@@ -60,4 +64,9 @@ class HPDDataset(RLHFDataset):
             kept.append(index)
         self.dropped_demonstrations = len(self.dataframe) - len(kept)
         self.dataframe = self.dataframe.select(kept)
-        print(f"dropped {self.dropped_demonstrations} rows with a demonstration over {limit} tokens, kept {len(kept)}")
+        logger.info(
+            "dropped %d rows with a demonstration over %d tokens, kept %d",
+            self.dropped_demonstrations,
+            limit,
+            len(kept),
+        )

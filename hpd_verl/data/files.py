@@ -67,7 +67,7 @@ class RowRules:
 
 _NO_ROWS = "the file has no rows; write it again, or leave it out"
 
-_NEEDED = (
+_WHY_NEEDED = (
     "; every row needs a demonstration where algorithm.hpd.on_policy_fraction < 1, unless "
     "algorithm.hpd.missing_demonstration=rollout lets the student answer"
 )
@@ -131,7 +131,7 @@ def check_row(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
         try:
             demonstration_text(value, where)
         except ValueError as error:
-            raise ValueError(f"{error}{_NEEDED if rules.needs_demonstrations else ''}") from None
+            raise ValueError(f"{error}{_WHY_NEEDED if rules.needs_demonstrations else ''}") from None
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -154,18 +154,18 @@ def _messages(chats: pa.Array) -> pa.Array | None:
     return messages
 
 
-def _are_answers(answers: pa.Array, may_be_missing: bool) -> bool:
+def _are_demonstrations(column: pa.Array, may_be_missing: bool) -> bool:
     """Whether a column surely holds demonstrations: texts, or chats of one assistant message."""
-    if not _is_text(answers.type):
-        messages = _messages(answers)
-        if messages is None or len(messages) != len(answers):
+    if not _is_text(column.type):
+        messages = _messages(column)
+        if messages is None or len(messages) != len(column):
             return False
         if not pc.all(pc.equal(pc.struct_field(messages, "role"), "assistant")).as_py():
             return False
-        answers = pc.struct_field(messages, "content")
+        column = pc.struct_field(messages, "content")
     if may_be_missing:
         return True
-    return answers.null_count == 0 and not pc.any(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(answers)), 0)).as_py()
+    return column.null_count == 0 and not pc.any(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)).as_py()
 
 
 def _is_plain(batch: pa.RecordBatch, rules: RowRules) -> bool:
@@ -176,7 +176,7 @@ def _is_plain(batch: pa.RecordBatch, rules: RowRules) -> bool:
         return True
     if DEMONSTRATION not in batch.schema.names:
         return not rules.needs_demonstrations
-    return _are_answers(batch.column(DEMONSTRATION), may_be_missing=not rules.needs_demonstrations)
+    return _are_demonstrations(batch.column(DEMONSTRATION), may_be_missing=not rules.needs_demonstrations)
 
 
 def _first_with_media(column: pa.Array) -> int | None:
@@ -350,7 +350,7 @@ class DataFile:
                 f"{self.name}: no column {rules.prompt_key!r} (data.prompt_key), there are {columns}; add it or name it"
             )
         if rules.needs_demonstrations and DEMONSTRATION not in self.schema.names:
-            raise ValueError(f"{self.name}: no column {DEMONSTRATION!r}, there are {columns}{_NEEDED}")
+            raise ValueError(f"{self.name}: no column {DEMONSTRATION!r}, there are {columns}{_WHY_NEEDED}")
 
     def _load_json(self) -> datasets.Dataset:
         try:

@@ -27,24 +27,24 @@ def rollout_quota(schedule: FractionSchedule, step: int, rows: int) -> int:
     return min(rows, so_far(step) - so_far(step - 1))
 
 
-def choose_rollouts(strata: Sequence[str], forced: Sequence[bool], quota: int, seed: int, step: int) -> list[bool]:
+def choose_rollouts(sources: Sequence[str], missing: Sequence[bool], quota: int, seed: int, step: int) -> list[bool]:
     """Choose the rows to roll out.
 
     Args:
-        strata: each row's data source; the quota is spread over them in proportion (systematic sampling).
-        forced: rows that have no demonstration; they are rolled out first and count towards the quota.
-        quota: rows to roll out; more only if more are forced.
+        sources: each row's data source; the quota is spread over them in proportion (systematic sampling).
+        missing: rows without a demonstration; they are rolled out in any case and count towards the quota.
+        quota: rows to roll out; more only if more have no demonstration.
         seed, step: the choice is a pure function of them.
 
     Returns:
         One flag a row.
     """
     generator = random.Random(f"{seed}-{step}")
-    chosen = list(forced)
-    candidates = [row for row, is_forced in enumerate(forced) if not is_forced]
+    chosen = list(missing)
+    candidates = [row for row, is_missing in enumerate(missing) if not is_missing]
     generator.shuffle(candidates)
-    candidates.sort(key=lambda row: strata[row])  # stable: random within a stratum
-    wanted = min(max(0, quota - sum(forced)), len(candidates))
+    candidates.sort(key=lambda row: sources[row])  # stable: random within a source
+    wanted = min(max(0, quota - sum(missing)), len(candidates))
     offset = generator.random()
     for pick in range(wanted):
         chosen[candidates[math.floor((pick + offset) * len(candidates) / wanted)]] = True

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 
 from hpd_verl.head.output_head import OutputHead
 
-Head = Callable[[Tensor, OutputHead], Any]
-"""``head(hidden [rows, tokens, d], output_head)``: takes the place of the output layer; what it returns is returned."""
+HeadFunction = Callable[[Tensor, OutputHead], Any]
+"""``head(hidden [rows, tokens, d], layer)``: takes the place of the output layer; the model returns what it returns."""
 
 _PROBE_LENGTH = 8
 
@@ -80,11 +80,11 @@ def offer_head(module: nn.Module, vocabulary_size: int | None = None) -> None:
     layer = model.get_output_embeddings()
     plain_model_forward, plain_layer_forward = model.forward, layer.forward
 
-    def layer_forward(hidden: Tensor, head: Head | None = None) -> Any:
+    def layer_forward(hidden: Tensor, head: HeadFunction | None = None) -> Any:
         return plain_layer_forward(hidden) if head is None else head(hidden, output_head(model, vocabulary_size))
 
     @functools.wraps(plain_model_forward)  # transformers reads the signature
-    def model_forward(*args: Any, head: Head | None = None, **kwargs: Any) -> Any:
+    def model_forward(*args: Any, head: HeadFunction | None = None, **kwargs: Any) -> Any:
         if head is None:
             return plain_model_forward(*args, **kwargs)
         return layer(model.base_model(*args, **kwargs)[0], head=head)

@@ -63,7 +63,7 @@ class HeadEngine(FSDPEngineWithLMHead):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the model's products are made in."""
+        """Dtype of the model's matrix products."""
         return self._autocast_dtype
 
     @property

@@ -25,16 +25,16 @@ def test_quota_follows_a_linear_schedule() -> None:
 
 def test_choice_is_stratified_and_reproducible() -> None:
     """A quota of half takes half of each data source; the same step gives the same rows, another step others."""
-    strata = ["a"] * 8 + ["b"] * 4
-    chosen = choose_rollouts(strata, [False] * 12, 6, seed=1, step=3)
+    sources = ["a"] * 8 + ["b"] * 4
+    chosen = choose_rollouts(sources, [False] * 12, 6, seed=1, step=3)
     assert sum(chosen[:8]) == 4
     assert sum(chosen[8:]) == 2
-    assert chosen == choose_rollouts(strata, [False] * 12, 6, seed=1, step=3)
-    assert any(chosen != choose_rollouts(strata, [False] * 12, 6, seed=1, step=step) for step in (4, 5, 6))
+    assert chosen == choose_rollouts(sources, [False] * 12, 6, seed=1, step=3)
+    assert any(chosen != choose_rollouts(sources, [False] * 12, 6, seed=1, step=step) for step in (4, 5, 6))
 
 
 def test_rows_without_demonstration_come_first() -> None:
     """They count towards the quota, and exceed it if there are more of them."""
-    forced = [True, False, False, True]
-    assert sum(choose_rollouts([""] * 4, forced, 3, seed=0, step=1)) == 3
-    assert choose_rollouts([""] * 4, forced, 1, seed=0, step=1) == forced
+    missing = [True, False, False, True]
+    assert sum(choose_rollouts([""] * 4, missing, 3, seed=0, step=1)) == 3
+    assert choose_rollouts([""] * 4, missing, 1, seed=0, step=1) == missing

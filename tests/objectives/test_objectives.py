@@ -34,7 +34,7 @@ from hpd_verl.objectives import (
 )
 from hpd_verl.objectives import objective as declare
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 COEFFICIENTS: list[dict[str, Any]] = [
     {},

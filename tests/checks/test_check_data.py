@@ -14,7 +14,7 @@ from conftest import WORDS, Tiny, make_rows, make_tokenizer, write_parquet
 from omegaconf import OmegaConf
 
 from hpd_verl.checks.data import check_prompts_fit
-from hpd_verl.checks.start import check_lean_run
+from hpd_verl.checks.start import check_sft_run
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.dataset import HPDDataset
 from hpd_verl.data.files import RowRules, check_files
@@ -307,7 +307,7 @@ def test_the_files_of_a_whole_run(tiny: Tiny, tmp_path: Path) -> None:
         base += ["data.train_batch_size=8", "data.max_prompt_length=16", "data.max_response_length=16"]
         base += [f"trainer.default_local_dir={tmp_path / 'checkpoints'}"]
         with initialize_config_dir(str(config_dir()), version_base=None):
-            check_lean_run(compose("sft_trainer", overrides=[*base, *overrides]), **settings)
+            check_sft_run(compose("sft_trainer", overrides=[*base, *overrides]), **settings)
 
     check_run()
     assert list(tmp_path.iterdir()) == []
