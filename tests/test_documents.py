@@ -197,3 +197,14 @@ def test_the_citation_is_of_this_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
     assert "2604.20244" in citation["preferred-citation"]["url"]
+
+
+def test_generated_pages_are_those_of_the_code() -> None:
+    """Settings and objectives are documented by their declarations; ``python docs/generate.py`` writes the pages."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for name, make in generate.PAGES.items():
+        assert (ROOT / "docs" / name).read_text() == make(), f"docs/{name}: run python docs/generate.py"

@@ -138,7 +138,7 @@ def distillation_head(
     gradients = Gradients(hidden, head)
     with torch.no_grad():
         sweep = _Sweep(hidden, head, tokens, teacher, objectives, temperature, chunk_size, exact_kl, gradients)
-        output = sweep.over_tokens(compiled) if sweep.whole is None else sweep.over_vocabulary()
+        output = sweep.over_vocabulary() if objectives.over_vocabulary or exact_kl else sweep.over_tokens(compiled)
     return replace(output, loss=gradients.attach(output.loss, hidden))
 
 
@@ -266,13 +266,13 @@ class _Sweep:
 
     def over_vocabulary(self) -> HeadOutput:
         """The sweep with the whole distributions of student and teacher, of a step's rows at a time."""
-        assert self.whole is not None
         head, output = self.head, self.output
         scratch = Scratch(self.products.buffer, head.dtype, count=3)
         over_tokens = any(mixture.over("token") for mixture, _ in self.mixtures)
         for chunk in chunks(len(self.tokens.labels), self.chunk_size):
             matrix = self.products[chunk]
-            self.whole.start(chunk)
+            if self.whole is not None:
+                self.whole.start(chunk)
             weighted = []
             for rows in steps(matrix):
                 tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
@@ -280,13 +280,17 @@ class _Sweep:
                 logits = head.logits(matrix[rows], self.temperature, out=student)
                 slope = head.slope(logits, self.temperature)
                 log_softmax(logits, student, probs)
-                teacher, teacher_probs = self.whole.rows(tokens)
+                if self.whole is not None:
+                    teacher, teacher_probs = self.whole.rows(tokens)
+                else:
+                    teacher = teacher_probs = student.new_full((), math.nan).expand_as(student)
                 self._student_of_tokens(tokens, student, probs)
                 # An impossible token has a finite logarithm from here on: its terms are 0.
                 student.clamp_min_(LOG_ZERO)
                 output.entropy[tokens] = -torch.mul(probs, student, out=spare).sum(-1)
                 both = VocabularyLogProbs(student, teacher, self.tokens.labels[tokens], probs, teacher_probs)
-                self._teacher_of_distribution(tokens, teacher)
+                if self.whole is not None:
+                    self._teacher_of_distribution(tokens, teacher)
                 if output.forward_kl is not None and output.reverse_kl is not None:
                     difference = torch.sub(teacher, student, out=spare)
                     output.reverse_kl[tokens] = -(difference * probs).sum(-1)

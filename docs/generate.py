@@ -1,0 +1,164 @@
+"""Writes docs/settings.md and docs/objectives.md from the declarations in the code.
+
+    python docs/generate.py
+
+A test fails where they are not what this writes.
+"""
+
+import inspect
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hpd_verl.config import HPDConfig, allowed  # noqa: E402
+from hpd_verl.objectives import OBJECTIVES, Objective  # noqa: E402
+from hpd_verl.objectives.token import HPDParameters  # noqa: E402
+
+GENERATED = "<!-- Written by docs/generate.py: change the declarations in the code instead. -->"
+
+SECTIONS: dict[str, list[str]] = {
+    "What is optimised": ["objective", "on_policy_objective", *HPDParameters.model_fields],
+    "Sampling and temperature": ["num_student_samples", "temperature", "teacher_temperature", "seed"],
+    "Demonstrations and rollouts": [
+        "on_policy_fraction",
+        "missing_demonstration",
+        "overlong_demonstration",
+        "score_rollouts",
+    ],
+    "Computation": ["pipeline", "token_chunk_size", "exact_kl_metrics"],
+    "The teacher's store": [name for name in HPDConfig.model_fields if name.startswith("teacher_cache")],
+}
+NOT_SETTINGS = {"objective_parameters"}
+
+SETTINGS = """# Settings
+
+All stand under `algorithm.hpd`, with the same names and meaning in main_ppo and in the lean trainer
+(`configs/settings/hpd.yaml`). A wrong name or value ends the run before anything loads, with one line. What is set for
+verl's own keys is in `configs/algorithm/hpd.yaml` and `configs/sft_trainer.yaml`, with comments.
+
+    python -m verl.trainer.main_ppo algorithm=hpd algorithm.hpd.temperature=2 \\
+        'algorithm.hpd.objective={hpd: 1.0, sft: 0.1}' \\
+        'algorithm.hpd.on_policy_fraction={start: 0, end: 1, steps: 100}' \\
+        actor_rollout_ref.model.path=STUDENT actor_rollout_ref.ref.model.path=TEACHER data.train_files=train.parquet
+"""
+
+OBJECTIVES_PAGE = """# Objectives
+
+`algorithm.hpd.objective` says what the student learns from a demonstration, `algorithm.hpd.on_policy_objective` what it
+learns from a rollout of its own (by default the same). Each is the name of an objective, or a mixture: objectives on
+the same tokens, whose gradients are added up with factors, at one pass.
+
+    algorithm.hpd.objective=fkl
+    'algorithm.hpd.objective={hpd: 1.0, sft: 0.1}'
+    algorithm.hpd.objective=skew_fkl algorithm.hpd.skew_fkl.skew=0.2
+    algorithm.hpd.objective=path/file.py:my_objective     # or package.module:my_objective
+
+An objective gives weights to the student's log-likelihood: `loss = -sum w log q`, the weights without gradient. `q` is
+the student, `p` the teacher, `y` the label, `a` the token that the student samples, and
+`gap(v) = q(v) (log p(v) - log q(v))`.
+Parameters stand under the objective's name, `algorithm.hpd.NAME.PARAMETER`, those of `hpd` and `hpd_exact` beside
+`algorithm.hpd.objective` itself. A parameter that no objective in use has is refused.
+
+Your own is a function with a decorator; CONTRIBUTING.md shows one.
+
+**Over tokens**: a weight for the label, and for `hpd` one for the sampled token. In one pass the teacher costs one dot
+product a token beside its forward; they also run staged, over several updates a batch and with Ulysses.
+
+**Over the vocabulary**: a weight for every token, so that nothing is sampled. They cost a product with the teacher's
+output layer and run in one pass. `algorithm.hpd.teacher_temperature` gives the teacher a temperature of its own.
+
+In value and gradient those of other papers were compared with their authors' published code and agree to 1e-13, but
+for `akl`, which says below where it differs, and `symmetric_kl` and `tvd`, which were written from their definitions.
+"""
+
+
+def _text(description: str | None) -> str:
+    return " ".join((description or "").replace("``", "`").replace("|", "\\|").split())
+
+
+def _default(field: FieldInfo) -> str:
+    return json.dumps(field.default)
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    described: Mapping[str, Any] = field.json_schema_extra if isinstance(field.json_schema_extra, Mapping) else {}
+    if name in ("objective", "on_policy_objective"):
+        what = "a name, module:name, file.py:name, or {name: factor, ...}"
+    else:
+        what = str(described.get("remedy") or allowed(field))
+    what = what.removeprefix("give ").removeprefix("choose ")
+    return f"| `{name}` | `{_default(field)}` | {what} | {_text(field.description)} |"
+
+
+def _table(fields: Mapping[str, FieldInfo]) -> str:
+    rows = [_row(name, field) for name, field in fields.items()]
+    return "\n".join(["| setting | default | values | |", "|---|---|---|---|", *rows])
+
+
+def settings_page() -> str:
+    """docs/settings.md."""
+    fields = HPDConfig.model_fields
+    listed = {name for names in SECTIONS.values() for name in names}
+    missing = fields.keys() - listed - NOT_SETTINGS
+    if missing:
+        raise SystemExit(f"docs/generate.py: {', '.join(missing)} in no section")
+    parts = [SETTINGS, GENERATED]
+    for title, names in SECTIONS.items():
+        parts.append(f"## {title}\n\n{_table({name: fields[name] for name in names})}")
+    nodes = {
+        f"{name}.{parameter}": field
+        for name, each in OBJECTIVES.items()
+        if each.has_own_node
+        for parameter, field in each.parameters.model_fields.items()
+    }
+    parts.append(f"## Parameters of objectives\n\nSee [objectives](objectives.md).\n\n{_table(nodes)}")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _objective(each: Objective) -> str:
+    lines = [line.strip() for line in inspect.cleandoc(each.function.__doc__ or "").split("Args:")[0].splitlines()]
+    properties = [
+        "" if each.needs_teacher else "needs no teacher",
+        "weighs the sampled token" if each.weighs_sample else "",
+        "for the student's own rollouts only" if each.needs_rollouts else "",
+        "its weights do not depend on the student" if each.is_likelihood else "",
+    ]
+    parts = [f"### {each.name}", "\n".join(lines).strip()]
+    facts = [text for text in properties if text]
+    parts.append(f"*{'; '.join([f'Source: {each.source}', *facts])}.*")
+    parameters = each.parameters.model_fields
+    _, _, more = inspect.cleandoc(each.parameters.__doc__ or "").partition(". ")
+    parts += [_text(more)] if more and each.has_own_node and parameters else []
+    if each.has_own_node and parameters:
+        parts.append(_table({f"{each.name}.{name}": field for name, field in parameters.items()}))
+    elif parameters:
+        parts.append(f"Parameters: {', '.join(f'`{name}`' for name in parameters)} ([settings](settings.md)).")
+    return "\n\n".join(parts)
+
+
+def objectives_page() -> str:
+    """docs/objectives.md."""
+    parts = [OBJECTIVES_PAGE, GENERATED]
+    for title, over in (("Over tokens", "token"), ("Over the vocabulary", "vocabulary")):
+        parts.append(f"## {title}")
+        parts += [_objective(each) for each in OBJECTIVES.values() if each.over == over]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+PAGES = {"settings.md": settings_page, "objectives.md": objectives_page}
+
+
+def main() -> None:
+    for name, make in PAGES.items():
+        (ROOT / "docs" / name).write_text(make(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
