@@ -63,7 +63,7 @@ the same tokens, whose gradients are added up with factors, at one pass.
 An objective gives weights to the student's log-likelihood: `loss = -sum w log q`, the weights without gradient. `q` is
 the student, `p` the teacher, `y` the label, `a` the token that the student samples, and
 `gap(v) = q(v) (log p(v) - log q(v))`.
-Parameters stand under the objective's name, `algorithm.hpd.NAME.PARAMETER`, those of `hpd` and `hpd_exact` beside
+Parameters stand under the objective's name, `algorithm.hpd.<name>.<parameter>`, those of `hpd` and `hpd_exact` beside
 `algorithm.hpd.objective` itself. A parameter that no objective in use has is refused.
 
 Your own is a function with a decorator; CONTRIBUTING.md shows one.

@@ -1,6 +1,7 @@
 """The real command on tiny models: verl, Ray, TransferQueue and vLLM run for real."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,12 @@ from conftest import RunMainPPO, Tiny, make_nan_model, make_rows, write_parquet
 
 UPDATES = ("actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.ppo_epochs=2")
 """Four of each batch: two mini-batches, two epochs."""
-FULL_VOCABULARY = ("algorithm.hpd.objective=hpd_exact", "algorithm.hpd.exact_kl_metrics=true")
+MIXTURE = (
+    r"algorithm.hpd.objective={hpd_exact: 1.0, hpd: 0.5, cross_entropy.py\:smoothed_label: 0.1}",
+    "+algorithm.hpd.smoothed_label.smoothing=0.2",
+    "algorithm.hpd.exact_kl_metrics=true",
+)
+"""Over the vocabulary and over tokens, with the objective of CONTRIBUTING.md."""
 
 
 def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMainPPO) -> None:
@@ -126,13 +132,16 @@ def test_mixed_batches_with_vllm(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path:
     assert "Initial validation metrics" in run.output
 
 
-def test_lora_student_with_an_external_teacher(run_main_ppo: RunMainPPO) -> None:
+def test_lora_student_with_an_external_teacher(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
     """The teacher is the model of its own path, not the student without its adapter: the gap is not zero.
 
-    With a full-vocabulary objective, exact divergences in the log, and several updates of one pass, which weighs
-    with the current student.
+    With a mixture of objectives, one of them a user's own, exact divergences in the log, and several updates of one
+    pass, which weighs with the current student.
     """
-    run = run_main_ppo("trainer.resume_mode=disable", "actor_rollout_ref.model.lora_rank=4", *FULL_VOCABULARY, *UPDATES)
+    document = Path(__file__).parents[2] / "CONTRIBUTING.md"
+    (example,) = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+    (tmp_path / "cross_entropy.py").write_text(example)
+    run = run_main_ppo("trainer.resume_mode=disable", "actor_rollout_ref.model.lora_rank=4", *MIXTURE, *UPDATES)
     assert run.returncode == 0, run.output[-3000:]
     assert abs(run.steps[0]["hpd/reverse_kl_k1"]) > 0.1
     assert "actor/pg_clipfrac" not in run.steps[0]
