@@ -180,11 +180,11 @@ AGAINST_ONE_PASS = [
 NEEDING_ONE_PASS = [
     (("algorithm.hpd.teacher_cache=memory",), "algorithm.hpd.teacher_cache=memory"),
     (("algorithm.hpd.exact_kl_metrics=true",), "algorithm.hpd.exact_kl_metrics=true"),
-    (("algorithm.hpd.objective=jsd_exact",), "a full-vocabulary objective (jsd_exact)"),
-    (("algorithm.hpd.on_policy_objective=fkl",), "a full-vocabulary objective (fkl, hpd)"),
+    (("algorithm.hpd.objective=jsd_exact",), "an objective over the vocabulary (jsd_exact)"),
+    (("algorithm.hpd.on_policy_objective=fkl",), "an objective over the vocabulary (fkl, hpd)"),
     (
         ("algorithm.hpd.objective=akl", "algorithm.hpd.exact_kl_metrics=true"),
-        "algorithm.hpd.exact_kl_metrics=true and a full-vocabulary objective (akl)",
+        "algorithm.hpd.exact_kl_metrics=true and an objective over the vocabulary (akl)",
     ),
 ]
 against_one_pass = pytest.mark.parametrize(("override", "reason"), AGAINST_ONE_PASS, ids=lambda value: value)
