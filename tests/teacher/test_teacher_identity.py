@@ -268,7 +268,7 @@ def test_refuses_an_index_that_cannot_be_read(text: str, tmp_path: Path) -> None
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the hub with one sharded model in it, as the hub's client lays it out; offline."""
     source = make_teacher(tmp_path / "source", shards=True)
-    repo = tmp_path / "hub" / "models--tests--teacher"
+    repo = tmp_path / "hub" / "models--organisation--teacher"
     snapshot = repo / "snapshots" / ("0" * 40)
     for folder in (snapshot, repo / "blobs", repo / "refs"):
         folder.mkdir(parents=True)
@@ -283,20 +283,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_model_of_the_hub(hub: Path, tmp_path: Path) -> None:
     """The same teacher as its folder; needs the files that are loaded, all of them, and no others."""
-    identity = identify("tests/teacher")
+    identity = identify("organisation/teacher")
     assert identity == identify(tmp_path / "source") == identify(hub)
     (hub / "generation_config.json").unlink()
-    assert identify("tests/teacher") == identity
+    assert identify("organisation/teacher") == identity
     shard = sorted(hub.glob("*.safetensors"))[0]
     shard.unlink()
     with pytest.raises(
-        ValueError, match=rf"path=tests/teacher: 1 of the .* are missing \({shard.name}\); get the whole"
+        ValueError, match=rf"path=organisation/teacher: 1 of the .* are missing \({shard.name}\); get the whole"
     ):
-        identify("tests/teacher")
+        identify("organisation/teacher")
     for file in hub.glob("model*"):
         file.unlink()
-    with pytest.raises(ValueError, match=r"path=tests/teacher: no weights there; give"):
-        identify("tests/teacher")
+    with pytest.raises(ValueError, match=r"path=organisation/teacher: no weights there; give"):
+        identify("organisation/teacher")
 
 
 # The memory of hashes
