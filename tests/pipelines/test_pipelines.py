@@ -19,7 +19,7 @@ from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.pipelines.pipeline import Driver
 from hpd_verl.pipelines.staged import StagedDriver
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Take = Callable[..., dict[str, float]]
 
 
