@@ -148,7 +148,7 @@ class HPDConfig(HPDParameters):
     teacher_cache_max_gib: float = Field(100.0, gt=0)
     """Size limit: of the folder, all ranks and runs together and the output head left out, or of the process's memory.
     Rows beyond it are not kept. A token takes 2 (float32: 4) bytes a hidden unit and 8 more, or 8 bytes a top-k entry
-    and 4 more."""
+    and 8 more."""
 
     objective_parameters: dict[str, dict[str, Any]] = Field({}, repr=False, exclude=True)
     """Parameters by their objective's name: the keys of ``algorithm.hpd`` that are objectives. Not a setting itself."""
