@@ -238,6 +238,10 @@ class HPDConfig(HPDParameters):
         factors = [value if isinstance(value, dict) else {value: 1.0} for value in chosen]
         used = {reference: find_objective(reference) for mixture in factors for reference in mixture}
         by_name = {each.name: each for each in used.values()}
+        for name in by_name.keys() & type(self).model_fields.keys():
+            raise ValueError(
+                f"{PREFIX}.objective={self.objective}: {name} is the name of a setting, too; give the objective another"
+            )
         for name, values in self.objective_parameters.items():
             known = by_name.get(name) or OBJECTIVES.get(name)
             if known is None or not known.has_own_node:
@@ -294,6 +298,10 @@ class HPDConfig(HPDParameters):
         assert isinstance(container, dict)
         return cls(**{str(key): value for key, value in container.items()})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By its values: functions of objectives are found again where it is read.
+        return _from_values, (self.model_dump() | self.objective_parameters,)
+
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Every setting with its default, as in configs/settings/hpd.yaml."""
@@ -326,6 +334,10 @@ class HPDConfig(HPDParameters):
     def temperature_of_teacher(self) -> float:
         """The temperature of the teacher's distribution."""
         return self.temperature if self.teacher_temperature is None else self.teacher_temperature
+
+
+def _from_values(values: dict[str, Any]) -> HPDConfig:
+    return HPDConfig(**values)
 
 
 def _nodes() -> dict[str, type[ObjectiveParameters]]:

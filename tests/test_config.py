@@ -1,6 +1,7 @@
 """HPDConfig and FractionSchedule: defaults, accepted and refused values, derived properties."""
 
 import math
+import pickle
 import re
 from typing import Any
 
@@ -250,6 +251,23 @@ def test_from_config_explains_off_without_quotes() -> None:
     """Yaml reads a bare off as false."""
     with pytest.raises(ValueError, match=r"^algorithm\.hpd\.teacher_cache=False: .*with quotes"):
         HPDConfig.from_config(OmegaConf.create(yaml.safe_load("teacher_cache: off")))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {
+            "objective": {"abkd": 1.0, "sft": 0.5},
+            "abkd": {"alpha": 1.0},
+            "on_policy_fraction": FractionSchedule(0, 1, 9),
+        },
+    ],
+    ids=str,
+)
+def test_can_be_pickled(values: dict[str, Any]) -> None:
+    config = HPDConfig(**values)
+    assert pickle.loads(pickle.dumps(config)) == config
 
 
 def test_is_frozen() -> None:

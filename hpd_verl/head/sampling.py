@@ -193,19 +193,19 @@ def sample_tokens(
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, chunk_size: int | None) -> Tensor:
-        log_mass = torch.cat([chunk.logsumexp(-1) for _, chunk in _chunks(logits, chunk_size)])
-        ctx.save_for_backward(logits, tokens, log_mass)
+        log_sum_exp = torch.cat([chunk.logsumexp(-1) for _, chunk in _chunks(logits, chunk_size)])
+        ctx.save_for_backward(logits, tokens, log_sum_exp)
         ctx.chunk_size = chunk_size
-        return logits.gather(1, tokens).to(log_mass.dtype) - log_mass.unsqueeze(1)
+        return logits.gather(1, tokens).to(log_sum_exp.dtype) - log_sum_exp.unsqueeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        logits, tokens, log_mass = ctx.saved_tensors
+        logits, tokens, log_sum_exp = ctx.saved_tensors
         (grad_output,) = grad_outputs
         grad = torch.empty_like(logits)
         for rows, chunk in _chunks(logits, ctx.chunk_size):
             weights = grad_output[rows]
-            chunk_grad = (chunk - log_mass[rows].unsqueeze(1)).exp_().mul_(-weights.sum(-1, keepdim=True))
+            chunk_grad = (chunk - log_sum_exp[rows].unsqueeze(1)).exp_().mul_(-weights.sum(-1, keepdim=True))
             grad[rows] = chunk_grad.scatter_add_(1, tokens[rows], weights.to(chunk_grad.dtype))
         return grad, None, None
 

@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Objective:
     """An objective and all that the package knows of it. Made by the decorator ``objective``.
 
     Raises:
-        ValueError: the function's arguments are not the log-probs and the parameters' fields.
+        ValueError: the function's arguments are not the log-probs and the parameters' fields, or one has no default.
     """
 
     name: str
@@ -77,6 +78,10 @@ class Objective:
                 f"objective {self.name!r}: its function takes ({', '.join(given)}), expected the log-probs and its "
                 f"parameters ({', '.join(['log_probs', *expected])})"
             )
+
+        required = [name for name, field in self.parameters.model_fields.items() if field.is_required()]
+        if required:
+            raise ValueError(f"objective {self.name!r}: its parameter {required[0]} has no default; give it one")
 
     def __call__(self, log_probs: Any, **parameters: Any) -> Any:
         """Weights of the log-probs, computed without autograd; parameters that are not given have their defaults."""
@@ -177,21 +182,30 @@ def _import(place: str) -> Any:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
+        for registered in [each for each in OBJECTIVES.values() if each.function.__module__ == name]:
+            del OBJECTIVES[registered.name]
         if isinstance(error, Exception):
-            raise ValueError(f"{file} fails when it is imported ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{file} fails when it is imported ({_one_line(error)})") from error
         raise
     return module
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def check_objective(checked: Objective) -> None:
     """Try an objective on a few random log-probs.
 
     Raises:
-        ValueError: it fails, or returns something else than finite weights of the right type and shape.
+        ValueError: it fails, returns something else than finite weights of the right type and shape, or does what its
+            declared properties exclude.
     """
     generator = torch.Generator().manual_seed(0)
     rows, vocabulary = 5, 7
     student, teacher = torch.randn(2, rows, vocabulary, generator=generator).log_softmax(-1)
+    if not checked.needs_teacher:
+        teacher = torch.full_like(teacher, math.nan)  # what it gets in a run without one
     labels = torch.arange(rows)
     try:
         if checked.over == "vocabulary":
@@ -206,9 +220,7 @@ def check_objective(checked: Objective) -> None:
             found = {name: (getattr(result, name, None), student[:, 0]) for name in ("label", "sampled")}
             kind = TokenWeights
     except Exception as error:  # of the user's code
-        raise ValueError(
-            f"objective {checked.name!r} fails on {rows} random tokens ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(f"objective {checked.name!r} fails on {rows} random tokens ({_one_line(error)})") from error
     if not isinstance(result, kind):
         raise ValueError(f"objective {checked.name!r} returns {type(result).__name__}, not {kind.__name__}")
     for name, (value, like) in found.items():
@@ -216,7 +228,10 @@ def check_objective(checked: Objective) -> None:
             form = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"objective {checked.name!r}: {name} is {form}, expected {like.dtype} {tuple(like.shape)}")
         if not value.isfinite().all():
-            raise ValueError(f"objective {checked.name!r}: {name} is not finite for ordinary log-probs")
+            cause = "for ordinary log-probs" if checked.needs_teacher else "without a teacher: declare needs_teacher"
+            raise ValueError(f"objective {checked.name!r}: {name} is not finite {cause}")
+    if isinstance(result, TokenWeights) and not checked.bind().weighs_sample and result.sampled.any():
+        raise ValueError(f"objective {checked.name!r}: weighs the sampled token; declare weighs_sample=True")
 
 
 @dataclass(frozen=True)

@@ -588,6 +588,12 @@ def test_arguments_are_the_parameters(own_registry: dict[str, Any]) -> None:
     for function in (lambda: None, lambda log_probs: None, lambda log_probs, strong: None):
         with pytest.raises(ValueError, match=r"expected the log-probs and its parameters \(log_probs, strength\)"):
             declare("wrong", over="token", source="", parameters=Parameters)(function)
+
+    class Required(ObjectiveParameters):
+        strength: float
+
+    with pytest.raises(ValueError, match="'wrong': its parameter strength has no default; give it one"):
+        declare("wrong", over="token", source="", parameters=Required)(lambda log_probs, strength: None)
     assert "wrong" not in own_registry
 
 
@@ -620,6 +626,14 @@ def failing(log_probs):
 def untyped(log_probs):
     return log_probs.student_label, log_probs.student_label
 
+@objective("undeclared", over="token", source="here")
+def undeclared(log_probs):
+    return TokenWeights(log_probs.teacher_label.exp(), log_probs.teacher_sampled)
+
+@objective("untaught", over="token", source="here", needs_teacher=False)
+def untaught(log_probs):
+    return TokenWeights(log_probs.teacher_label.exp(), torch.zeros_like(log_probs.teacher_label))
+
 plain = mine.function
 """
 
@@ -639,14 +653,19 @@ def test_own_objectives_by_file_and_module(
         ("infinite", r"'infinite': weights is not finite"),
         ("failing", r"'failing' fails on 5 random tokens \(AttributeError: .*nothing"),
         ("untyped", r"'tuple' returns tuple, not TokenWeights"),
+        ("undeclared", "'undeclared': weighs the sampled token; declare weighs_sample=True"),
+        ("untaught", "'untaught': label is not finite without a teacher: declare needs_teacher"),
         ("plain", r"has a function of the name 'plain'; define it with"),
         ("absent", r"has nothing of the name 'absent'"),
     ]:
         with pytest.raises(ValueError, match=message):
             registry.find_objective(f"{file}:{name}")
-    (tmp_path / "broken_objective.py").write_text("1 / 0")
+    (tmp_path / "broken_objective.py").write_text(
+        OWN.split('@objective("half')[0].replace("mine", "half_way") + "1 / 0"
+    )
     with pytest.raises(ValueError, match="fails when it is imported"):
         registry.find_objective(f"{tmp_path}/broken_objective.py:any")
+    assert "half_way" not in own_registry
     with pytest.raises(ValueError, match="there is no file"):
         registry.find_objective("/nowhere/own.py:mine")
     with pytest.raises(ValueError, match="cannot import no_such_module"):
