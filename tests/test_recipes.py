@@ -53,7 +53,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     MATH: PAPER
     | {
         "actor_rollout_ref.model.path": "Qwen/Qwen2.5-1.5B",
-        "actor_rollout_ref.ref.model.path": "Qwen/Qwen2.5-7B-Instruct",
+        "actor_rollout_ref.ref.model.path": "wh-zhu/Qwen2.5-7B-PSFT-RL-DAPO-90",
         "actor_rollout_ref.actor.optim.lr": 1e-4,
         "data.max_prompt_length": 2048,
         "data.max_response_length": 8192,
