@@ -156,7 +156,8 @@ class HPDConfig(HPDParameters):
     _objectives: RowObjectives = PrivateAttr()
 
     def __init__(self, **values: Any) -> None:
-        own = {name: value for name, value in values.items() if name in type(self).model_fields}
+        settings = type(self).model_fields.keys() - {"objective_parameters"}
+        own = {name: value for name, value in values.items() if name in settings}
         nodes = {name: value for name, value in values.items() if name not in own}
         try:
             super().__init__(**{"objective_parameters": nodes, **own})

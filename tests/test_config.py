@@ -195,6 +195,7 @@ def test_parameters_of_objectives_in_use() -> None:
         ({"objective": "fkl", "fkl": {"skew": 1}}, "fkl.skew=1: no such parameter; there are none"),
         ({"objective": "akl", "akl": 0.5}, "akl=0.5: give its parameters, mu"),
         ({"hpd": {"forward_coef": 1.0}}, "hpd={'forward_coef': 1.0}: no such setting; there are abkd, akl, "),
+        ({"objective_parameters": 3}, "objective_parameters=3: no such setting; there are abkd"),
         ({"teacher_temperature": 2.0}, "teacher_temperature=2.0: hpd has one temperature for both models"),
         ({"objective": {"hpd": 1, "fkl": 1}, "teacher_temperature": 2.0}, "teacher_temperature=2.0: hpd has one"),
         ({"objective": {"opd": 1, "fkl": 1}}, "objective={'opd': 1, 'fkl': 1}: opd is for the student's own rollouts"),

@@ -164,11 +164,13 @@ def _import(place: str) -> Any:
     if not place.endswith(".py"):
         try:
             return importlib.import_module(place)
-        except ImportError as error:
-            raise ValueError(
-                f"cannot import {place} ({error}); give a module that Python finds, or file.py:name"
-            ) from error
-    file = Path(place).expanduser().absolute()
+        except Exception as error:  # of the user's code
+            found = f"cannot import {place} ({_one_line(error)})"
+            raise ValueError(f"{found}; give a module that Python finds, or file.py:name") from error
+    try:
+        file = Path(place).expanduser().resolve()
+    except RuntimeError as error:  # of ~ and no such user
+        raise ValueError(f"{place}: {_one_line(error)}; give the whole path") from error
     if not file.is_file():
         raise ValueError(f"there is no file {file}; give a file that every machine has")
     name = f"hpd_verl_objective_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"

@@ -668,6 +668,9 @@ def test_own_objectives_by_file_and_module(
     assert "half_way" not in own_registry
     with pytest.raises(ValueError, match="there is no file"):
         registry.find_objective("/nowhere/own.py:mine")
+    for place in ("..x", ".", "~no_such_user/own.py"):
+        with pytest.raises(ValueError, match="; give "):
+            registry.find_objective(f"{place}:mine")
     with pytest.raises(ValueError, match="cannot import no_such_module"):
         registry.find_objective("no_such_module:mine")
     with pytest.raises(ValueError, match=r"choose one of abkd, .*, or give your own as module:name"):
