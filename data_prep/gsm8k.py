@@ -1,8 +1,8 @@
 """GSM8K (grade-school maths, MIT licence): its worked answers become the demonstrations.
 
-Expects a folder with train.jsonl and test.jsonl of the original release, each line
-``{"question": ..., "answer": "<worked answer>\\n#### <number>"}``; writes train.parquet and test.parquet.
-From the root of the checkout:
+Reads train.jsonl and test.jsonl of the original release, or the parquet files of the hub, with the columns question and
+answer (a worked answer that ends with a line "#### number"); writes train.parquet and test.parquet. From the root of
+the checkout:
 
     python -m data_prep.gsm8k --local_dataset_path ~/data/gsm8k --local_save_dir ~/data/gsm8k_hpd
 
@@ -14,10 +14,10 @@ import re
 from typing import Any
 
 from data_prep.rows import build_row, run
+from data_prep.sources import Source
 
 DATA_SOURCE = "openai/gsm8k"
-SPLITS = {"train": "train.jsonl", "test": "test.jsonl"}
-REQUIRED = ("question", "answer")
+SOURCE = Source(DATA_SOURCE, {"train": "train", "test": "test"}, ("question", "answer"), config="main")
 INSTRUCTION = 'Reason step by step and write the final answer after "####".'
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -54,4 +54,4 @@ def convert(record: dict[str, Any], split: str, index: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(__doc__, SPLITS, REQUIRED, convert)
+    run(__doc__, SOURCE, convert)

@@ -1,85 +1,67 @@
-"""What the scripts of this folder share: JSON lines in, rows of verl's columns plus ``demonstration`` out.
+"""What the scripts of this folder share: records in, rows of verl's columns plus ``demonstration`` out, as a stream.
 
-A script is a function from one record to one row, raising ValueError on a record it cannot use::
+A script is a function from one record to one row. It raises ValueError on a record that it cannot use, and returns None
+for one that is no row of this split::
 
-    def convert(record: dict[str, Any], split: str, index: int) -> dict[str, Any]:
+    def convert(record: dict[str, Any], split: str, index: int) -> dict[str, Any] | None:
         return build_row(...)
 
     if __name__ == "__main__":
-        run(__doc__, SPLITS, REQUIRED, convert)
+        run(__doc__, SOURCE, convert)
 """
 
 import argparse
-import json
+import heapq
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from data_prep.sources import Place, Source, find_files, read
 
 logger = logging.getLogger("data_prep")
 
-Convert = Callable[[dict[str, Any], str, int], dict[str, Any]]
+Row = dict[str, Any]
+Convert = Callable[[dict[str, Any], str, int], Row | None]
 
+MATH_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+MATH_REWARD = "lighteval/MATH"
+r"""``data_source`` for which verl compares the content of the last \boxed{}, with no package beside verl."""
+ROWS_PER_GROUP = 256
+"""Rows held in memory before they are written."""
 
-def read_jsonl(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a JSON lines file; empty lines are skipped.
-
-    Args:
-        path: the file.
-        required: keys that every record must hold, as strings that are not blank.
-
-    Yields:
-        ``(where, record)``, where ``where`` is "file, line number" for errors.
-
-    Raises:
-        ValueError: no such file, a line that is no JSON object, or a required key missing; names file and line.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: a JSON {type(record).__name__}, expected an object")
-            for key in required:
-                if key not in record:
-                    raise ValueError(f"{where}: no key {key!r}, there are {', '.join(record) or 'none'}")
-                if not isinstance(record[key], str) or not record[key].strip():
-                    raise ValueError(f"{where}: {key!r} is {record[key]!r}, expected a text")
-            yield where, record
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 def build_row(
     *,
     data_source: str,
     prompt: list[dict[str, str]],
-    demonstration: str,
+    demonstration: str | None,
     ability: str,
     ground_truth: str,
     split: str,
     index: int,
     **extra_info: Any,
-) -> dict[str, Any]:
+) -> Row:
     """One row.
 
     Args:
         data_source: verl chooses the reward function by it.
         prompt: chat list that ends with the user's turn.
-        demonstration: the answer that HPD learns from, without the turn's end token.
+        demonstration: the answer that HPD learns from, without the turn's end token; None if the set has none.
         ability: kind of task, such as "math".
         ground_truth: what the reward function compares an answer with.
         split: "train" or "test".
         index: number of the row in its split.
-        **extra_info: more to carry along.
+        **extra_info: more to carry along, of one type for all rows.
     """
     return {
         "data_source": data_source,
@@ -91,55 +73,310 @@ def build_row(
     }
 
 
-def convert_jsonl(path: Path, required: Sequence[str], split: str, convert: Convert) -> list[dict[str, Any]]:
-    """All rows of one file.
+def math_prompt(problem: str) -> list[dict[str, str]]:
+    r"""System prompt that asks for \boxed{}, and the problem."""
+    return [{"role": "system", "content": MATH_SYSTEM_PROMPT}, {"role": "user", "content": problem.strip()}]
+
+
+def text_of(record: dict[str, Any], *keys: str) -> str:
+    """The first of these columns that holds a text or a number; a whole float is written without ``.0``.
 
     Raises:
-        ValueError: names file and line; also if the file has no rows at all.
+        ValueError: none does.
     """
-    rows: list[dict[str, Any]] = []
-    for where, record in read_jsonl(path, required):
+    for key in keys:
+        value = record.get(key)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
+            return str(value).strip()
+    raise ValueError(f"no text in {' or '.join(map(repr, keys))}, there are {', '.join(record) or 'none'}")
+
+
+def split_messages(messages: Any, key: str) -> tuple[list[dict[str, str]], str]:
+    """Prompt and demonstration of a conversation: all before its last message, and that message's text.
+
+    Raises:
+        ValueError: not a list of messages of texts, or not the assistant's after the user's at its end.
+    """
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise ValueError(f"{key!r} is {repr(messages)[:80]}, expected a list of two messages or more")
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        fields = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not all(isinstance(value, str) and value.strip() for value in fields):
+            raise ValueError(f"{key!r}, message {number} is {repr(message)[:80]}, expected texts as role and content")
+        turns.append({"role": str(fields[0]), "content": str(fields[1])})
+    if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ValueError(f"{key!r} has the roles {roles}, expected user and assistant at the end")
+    return turns[:-1], turns[-1]["content"]
+
+
+@dataclass
+class Tally:
+    """What became of the records of a split."""
+
+    rows: int = 0
+    left_out: int = 0
+    bad: int = 0
+    first_bad: str = ""
+    prompt: "array[int]" = field(default_factory=lambda: array("q"))
+    demonstration: "array[int]" = field(default_factory=lambda: array("q"))
+
+
+def convert_records(
+    places: Iterable[Place], split: str, convert: Convert, tally: Tally, skip_bad_rows: bool = False
+) -> Iterator[Row]:
+    """The rows of these records; their indices count the rows.
+
+    Raises:
+        ValueError: a record that cannot be used, by its place, unless ``skip_bad_rows``.
+    """
+    index = 0
+    for where, record in places:
         try:
-            rows.append(convert(record, split, len(rows)))
+            if isinstance(record, ValueError):
+                raise record
+            row = convert(record, split, index)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    return rows
+            if not skip_bad_rows:
+                raise ValueError(f"{where}: {error}") from error
+            tally.bad += 1
+            tally.first_bad = tally.first_bad or f"{where}: {error}"
+            continue
+        if row is None:
+            tally.left_out += 1
+            continue
+        index += 1
+        yield row
 
 
-def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows; a file of that name is replaced only by a complete one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    pq.write_table(pa.Table.from_pylist(list(rows)), unfinished)
-    unfinished.replace(path)
+def draw(rows: Iterable[Row], max_rows: int, seed: int) -> Iterator[Row]:
+    """``max_rows`` of these at random, in their order, each set of rows equally likely; holds no more in memory."""
+    generator = random.Random(seed)
+    kept: list[tuple[float, int, Row]] = []
+    for number, row in enumerate(rows):
+        item = (-generator.random(), -number, row)
+        if len(kept) < max_rows:
+            heapq.heappush(kept, item)
+        else:
+            heapq.heappushpop(kept, item)
+    for _, _, row in sorted(kept, key=lambda item: -item[1]):
+        yield row
 
 
-def run(description: str, splits: Mapping[str, str], required: Sequence[str], convert: Convert) -> None:
-    """The command line of a script: read every split, then write every split as ``<split>.parquet``.
+def schema_of(row: Row) -> pa.Schema:
+    """verl's columns, with the ``extra_info`` of this row."""
+    extra = pa.Table.from_pylist([row["extra_info"]]).schema
+    reward = pa.struct([("style", pa.string()), ("ground_truth", pa.string())])
+    columns = [("data_source", pa.string()), ("prompt", _MESSAGES), ("demonstration", pa.string())]
+    return pa.schema([*columns, ("ability", pa.string()), ("reward_model", reward), ("extra_info", pa.struct(extra))])
+
+
+def write_parquet(rows: Iterable[Row], path: Path) -> None:
+    """Write rows as they come, under another name: ``path`` itself is left as it is.
+
+    Raises:
+        ValueError: a row whose types are not the first row's.
+    """
+    writer, group = None, []
+    try:
+        for row in rows:
+            group.append(row)
+            if writer is None:
+                writer = pq.ParquetWriter(unfinished(path), schema_of(row))
+            if len(group) == ROWS_PER_GROUP:
+                writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
+                group.clear()
+        if writer is not None and group:
+            writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"{path.name}: a row does not fit the rows before it: {error}") from error
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def unfinished(path: Path) -> Path:
+    """The name of a file that is being written."""
+    return path.with_suffix(".unfinished")
+
+
+def percentiles(lengths: Sequence[int]) -> str:
+    """The 50th, 90th, 99th percentile and the longest."""
+    ordered = sorted(lengths)
+    names = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    return ", ".join(f"{name} {ordered[max(0, -int(-len(ordered) * q // 1) - 1)]}" for name, q in names.items())
+
+
+class Lengths:
+    """Measures prompts and demonstrations: in tokens of a tokenizer with its chat template, else in characters.
+
+    Raises:
+        ValueError: no such tokenizer, or one without a chat template.
+    """
+
+    def __init__(self, tokenizer: str | None) -> None:
+        self.unit, self._tokenizer = "characters", None
+        if tokenizer is None:
+            return
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--tokenizer {tokenizer}: {' '.join(str(error).split())[:300]}") from error
+        if not self._tokenizer.chat_template:
+            raise ValueError(f"--tokenizer {tokenizer}: it has no chat template")
+        self.unit = "tokens"
+
+    def add(self, row: Row, tally: Tally) -> None:
+        """Count one row."""
+        prompt, demonstration = row["prompt"], row["demonstration"]
+        if self._tokenizer is None:
+            tally.prompt.append(sum(len(message["content"]) for message in prompt))
+        else:
+            text = self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            tally.prompt.append(len(self._tokenizer(text, add_special_tokens=False)["input_ids"]))
+            if demonstration is not None:
+                demonstration = self._tokenizer(demonstration, add_special_tokens=False)["input_ids"]
+        if demonstration is not None:
+            tally.demonstration.append(len(demonstration))
+
+
+def _parser(description: str, source: Source) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument("--dataset", default=source.dataset, help="its name on the hub (%(default)s)")
+    origin.add_argument("--local_dataset_path", type=Path, nargs="+", help="its files, or the folder that holds them")
+    parser.add_argument("--local_save_dir", type=Path, required=True, help="folder for the parquet files")
+    parser.add_argument("--data_source", help="column data_source, by which verl chooses the reward function")
+    parser.add_argument("--max_rows", type=int, help="rows a split: the first ones, or drawn with --seed")
+    parser.add_argument("--seed", type=int, help="draw --max_rows rows, and --test_fraction, by this seed")
+    parser.add_argument("--test_fraction", type=float, help="share of the training rows to write as test instead")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="count the rows that cannot be read, and go on")
+    parser.add_argument("--tokenizer", help="count lengths in its tokens instead of characters")
+    return parser
+
+
+def _check(args: argparse.Namespace, source: Source) -> None:
+    if args.max_rows is not None and args.max_rows < 1:
+        raise ValueError(f"--max_rows is {args.max_rows}, expected 1 or more")
+    if args.test_fraction is not None:
+        if not 0 < args.test_fraction < 1:
+            raise ValueError(f"--test_fraction is {args.test_fraction}, expected a number between 0 and 1")
+        if list(source.splits) != ["train"]:
+            raise ValueError(
+                f"--test_fraction: the set has the splits {', '.join(source.splits)}, expected train alone"
+            )
+    if args.seed is not None and args.max_rows is None and args.test_fraction is None:
+        raise ValueError("--seed draws the rows of --max_rows or --test_fraction, neither is given")
+
+
+def _in_split(places: Iterable[Place], fraction: float, seed: int, test: bool) -> Iterator[Place]:
+    generator = random.Random(seed)
+    return (place for place in places if (generator.random() < fraction) == test)
+
+
+def _prepare(args: argparse.Namespace, source: Source, convert: Convert, out: Path) -> None:
+    lengths = Lengths(args.tokenizer)
+    files = None
+    if args.local_dataset_path:
+        files = find_files([path.expanduser() for path in args.local_dataset_path], source)
+        empty = [split for split, found in files.items() if not found]
+        if empty:
+            logger.info("no file of the split %s: not written", ", ".join(empty))
+    fraction, seed = args.test_fraction, args.seed or 0
+    splits = ["train", "test"] if fraction else [split for split in source.splits if files is None or files[split]]
+    targets = {split: out / f"{split}.parquet" for split in splits}
+    for path in [path for found in (files or {}).values() for path in found]:
+        if path.resolve() in {target.resolve() for target in targets.values()}:
+            raise ValueError(f"{path}: --local_save_dir would replace it by its own rows")
+
+    tallies = {split: Tally() for split in splits}
+
+    def rows(split: str) -> Iterator[Row]:
+        tally = tallies[split]
+        places: Iterable[Place] = read("train" if fraction else split, source, files, args.dataset)
+        if fraction:
+            places = _in_split(places, fraction, seed, test=split == "test")
+        stream = convert_records(places, split, convert, tally, args.skip_bad_rows)
+        if args.max_rows is not None and args.seed is not None:
+            stream = draw(stream, args.max_rows, args.seed)
+        # disable=None: no bar where nobody looks.
+        for number, row in enumerate(tqdm(stream, desc=split, unit=" rows", disable=None)):
+            if number == args.max_rows:
+                break
+            row["extra_info"]["index"] = number
+            row["data_source"] = args.data_source or row["data_source"]
+            lengths.add(row, tally)
+            tally.rows += 1
+            yield row
+
+    try:
+        for split, target in targets.items():
+            write_parquet(rows(split), target)
+            if not tallies[split].rows:
+                bad = f", {tallies[split].bad} bad ones: {tallies[split].first_bad}" if tallies[split].bad else ""
+                raise ValueError(f"{split}: no rows, {tallies[split].left_out} left out{bad}")
+        for target in targets.values():
+            unfinished(target).replace(target)
+    finally:
+        for target in targets.values():
+            unfinished(target).unlink(missing_ok=True)
+    for split, target in targets.items():
+        _report(split, target, tallies[split], lengths.unit)
+
+
+def _report(split: str, target: Path, tally: Tally, unit: str) -> None:
+    logger.info("%s: %d rows -> %s", split, tally.rows, target)
+    if tally.left_out:
+        logger.info("  left out: %d", tally.left_out)
+    if tally.bad:
+        logger.info("  bad rows skipped: %d, the first: %s", tally.bad, tally.first_bad)
+    for name, counted in (("prompt", tally.prompt), ("demonstration", tally.demonstration)):
+        if counted:
+            logger.info("  %s, %s: %s", name, unit, percentiles(counted))
+
+
+def run(
+    description: str,
+    source: Source,
+    convert: Convert | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    configure: Callable[[argparse.Namespace], tuple[Source, Convert]] | None = None,
+) -> None:
+    """The command line of a script: write every split as ``<split>.parquet``, all of them or none.
 
     Args:
         description: the script's docstring, shown by --help.
-        splits: name of a split -> its file in the folder of the data set.
-        required: keys that every record must hold as texts.
-        convert: from ``(record, split, index)`` to a row.
+        source: the data set.
+        convert: from ``(record, split, index)`` to a row; None if ``configure`` gives it.
+        add_arguments: adds the script's own flags.
+        configure: from the arguments to another source and function.
 
     Raises:
         SystemExit: bad data, told in one line; nothing has been written then.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--local_dataset_path", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--local_save_dir", type=Path, required=True, help="folder for the parquet files")
+    parser = _parser(description, source)
+    if add_arguments is not None:
+        add_arguments(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-
-    folder: Path = args.local_dataset_path.expanduser()
+    logging.getLogger("httpx").setLevel(logging.ERROR)
     out: Path = args.local_save_dir.expanduser()
+    created = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        rows = {split: convert_jsonl(folder / file, required, split, convert) for split, file in splits.items()}
-    except ValueError as error:
+        if configure is not None:
+            source, convert = configure(args)
+        if convert is None:
+            raise TypeError("neither convert nor configure")
+        _check(args, source)
+        out.mkdir(parents=True, exist_ok=True)
+        _prepare(args, source, convert, out)
+    except (ValueError, OSError) as error:
+        for folder in created:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         raise SystemExit(f"Error: {error}") from error
-    for split in splits:
-        write_parquet(rows[split], out / f"{split}.parquet")
-        logger.info("%s: %d rows -> %s", split, len(rows[split]), out / f"{split}.parquet")

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # data_prep is no part of the installed package
 
-from data_prep import gsm8k, rows  # noqa: E402
+from data_prep import gsm8k, rows, sources  # noqa: E402
 
 ANSWER = "She has 2*600 = <<2*600=1200>>1200 beads.\nShe sells 1200/2 = $<<1200/2=600>>600.\n#### 1,200"
 
@@ -33,6 +33,11 @@ def prepare(folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
         *("--local_save_dir", str(out)),
     ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def converted(file: Path, tally: rows.Tally | None = None, skip_bad_rows: bool = False) -> list[dict[str, Any]]:
+    records = sources.read("train", gsm8k.SOURCE, {"train": [file]}, "")
+    return list(rows.convert_records(records, "train", gsm8k.convert, tally or rows.Tally(), skip_bad_rows))
 
 
 def test_gsm8k_columns_and_contents(tmp_path: Path) -> None:
@@ -87,15 +92,20 @@ def test_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     good = json.dumps({"question": "How many?", "answer": ANSWER})
     file = write_gsm8k(tmp_path, train=f"{good}\n\n{line}\n") / "train.jsonl"
     with pytest.raises(ValueError, match=r"train\.jsonl, line 3: ") as error:
-        rows.convert_jsonl(file, gsm8k.REQUIRED, "train", gsm8k.convert)
+        converted(file)
     assert message in str(error.value)
+    tally = rows.Tally()
+    assert len(converted(file, tally, skip_bad_rows=True)) == 1
+    assert tally.bad == 1
+    assert message in tally.first_bad
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_no_rows(tmp_path: Path, text: str) -> None:
-    file = write_gsm8k(tmp_path, train=text) / "train.jsonl"
-    with pytest.raises(ValueError, match=r"train\.jsonl: no rows"):
-        rows.convert_jsonl(file, gsm8k.REQUIRED, "train", gsm8k.convert)
+    result = prepare(write_gsm8k(tmp_path / "gsm8k", train=text), tmp_path / "out")
+    assert result.returncode == 1
+    assert result.stderr == "Error: train: no rows, 0 left out\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_data_ends_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
@@ -110,7 +120,7 @@ def test_bad_data_ends_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     result = prepare(tmp_path / "nowhere", tmp_path / "out")
     assert result.returncode == 1
-    assert result.stderr == f"Error: {tmp_path / 'nowhere' / 'train.jsonl'}: no such file\n"
+    assert result.stderr == f"Error: {tmp_path / 'nowhere'}: no such file or folder\n"
 
 
 def test_build_row_carries_extra_info() -> None:

@@ -1,0 +1,43 @@
+"""HumanEval (164 functions to complete, MIT licence): programs to validate on.
+
+Columns read: task_id, prompt, canonical_solution, test, entry_point; HumanEval.jsonl.gz of the release is read too. The
+ground truth is the test program, which calls ``check`` with the function; verl has no reward function for it, so
+validation needs one of yours (``reward.custom_reward_function``) that runs programs in a sandbox.
+
+    python -m data_prep.humaneval --local_dataset_path ~/data/HumanEval.jsonl.gz --local_save_dir ~/data/humaneval
+"""
+
+from typing import Any
+
+from data_prep.rows import Row, build_row, run
+from data_prep.sources import Source
+
+SOURCE = Source(
+    "openai/openai_humaneval",
+    {"test": "test"},
+    ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+    unnamed=("test",),
+)
+INSTRUCTION = "Complete the following Python function. Answer with the whole function in one code block."
+
+
+def convert(record: dict[str, Any], split: str, index: int) -> Row:
+    """One row from one record."""
+    start, name = record["prompt"], record["entry_point"].strip()
+    if f"def {name}(" not in start:
+        raise ValueError(f"'prompt' does not define {name!r}, its 'entry_point'")
+    return build_row(
+        data_source=SOURCE.dataset,
+        prompt=[{"role": "user", "content": f"{INSTRUCTION}\n\n```python\n{start.strip()}\n```"}],
+        demonstration=f"```python\n{(start + record['canonical_solution']).strip()}\n```",
+        ability="code",
+        ground_truth=f"{record['test'].strip()}\n\ncheck({name})\n",
+        split=split,
+        index=index,
+        problem_id=record["task_id"],
+        entry_point=name,
+    )
+
+
+if __name__ == "__main__":
+    run(__doc__, SOURCE, convert)

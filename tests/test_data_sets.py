@@ -1,0 +1,144 @@
+"""data_prep: one small file a set, in the columns of the sets' cards, through each script's command line."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # data_prep is no part of the installed package
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+R1 = {
+    "problem": "1+1?",
+    "answer": "2",
+    "uuid": "u",
+    "generations": ["<think>3</think>3", "<think>2</think>\\boxed{2}"],
+    "correctness_math_verify": [False, True],
+    "is_reasoning_complete": [True, True],
+}
+HUMAN = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "canonical_solution": "    return x\n", "entry_point": "f"}
+MBPP = {"task_id": 601, "text": "Add.", "code": "def a(x):\r\n  return x", "test_list": ["assert a(1) == 1"]}
+SETS: dict[str, tuple[str, str, dict[str, Any], str, str | None]] = {
+    # script: (split, name of the file, record, ground truth, demonstration)
+    "openr1_math": ("train", "train-00000-of-00001", R1, "2", "<think>2</think>\\boxed{2}"),
+    "math500": ("test", "test", {"problem": "1+1?", "solution": "\\boxed{2}", "answer": "2"}, "2", "\\boxed{2}"),
+    "aime": ("test", "train", {"ID": "1", "Problem": "?", "Solution": "So.", "Answer": 33}, "33", "So."),
+    "amc": ("test", "train", {"id": 0, "problem": "?", "answer": 142.0, "url": ""}, "142", None),
+    "humaneval": (
+        "test",
+        "HumanEval",
+        {**HUMAN, "test": "def check(c):\n    assert c(1) == 1\n"},
+        "def check(c):\n    assert c(1) == 1\n\ncheck(f)\n",
+        "```python\ndef f(x):\n    return x\n```",
+    ),
+    "mbpp": ("train", "train-0", MBPP, "assert a(1) == 1\n", "```python\ndef a(x):\n  return x\n```"),
+    "wizardcoder": ("train", "Evol", {"instruction": "Sort.", "output": "sorted(x)"}, "", "sorted(x)"),
+    "ultrafeedback": ("train", "train_sft-0", {"prompt_id": "p", "messages": CHAT}, "", "Hello."),
+    "chat": ("train", "any", {"messages": CHAT}, "", "Hello."),
+}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def call(name: str, *flags: object) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        runpy.run_module(f"data_prep.{name}", run_name="__main__")
+
+    return call
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", SETS)
+def test_each_script(name: str, ending: str, tmp_path: Path, script: Any) -> None:
+    split, stem, record, ground_truth, demonstration = SETS[name]
+    file, out = write(tmp_path / f"{stem}{ending}", [record]), tmp_path / "out" / f"{split}.parquet"
+    if name == "mbpp":
+        write(tmp_path / f"test-0{ending}", [{**MBPP, "task_id": 11}])
+    folder = file.parent if name == "mbpp" else file
+    script(name, "--local_dataset_path", folder, "--local_save_dir", out.parent)
+    (row,) = pq.read_table(out).to_pylist()
+    assert list(row) == ["data_source", "prompt", "demonstration", "ability", "reward_model", "extra_info"]
+    assert row["reward_model"]["ground_truth"] == ground_truth
+    assert row["demonstration"] == demonstration
+    assert row["prompt"][-1]["role"] == "user"
+    if name in ("openr1_math", "math500"):
+        from verl.utils.reward_score import default_compute_score
+
+        assert default_compute_score(row["data_source"], demonstration, ground_truth) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("openr1_math", {"generations": ["x"]}, "have the lengths [1, 2, 2], expected lists of one length"),
+        ("math500", {"answer": None}, "'answer' is None, expected a text"),
+        ("aime", {"Answer": 1000}, "expected a whole number from 0 to 999"),
+        ("amc", {"answer": "two"}, "the answer is 'two', expected a number"),
+        ("humaneval", {"entry_point": "g"}, "'prompt' does not define 'g', its 'entry_point'"),
+        ("wizardcoder", {"output": ""}, "no text in 'output' or 'response'"),
+        ("ultrafeedback", {"messages": CHAT[:1]}, "expected a list of two messages or more"),
+        ("chat", {"messages": CHAT[::-1]}, "has the roles assistant, user, expected user and assistant at the end"),
+    ],
+)
+def test_bad_records(name: str, changed: dict[str, Any], message: str, tmp_path: Path, script: Any) -> None:
+    split, stem, record, *_ = SETS[name]
+    file, out = write(tmp_path / f"{stem}.jsonl", [record, {**record, **changed}]), tmp_path / "out"
+    with pytest.raises(SystemExit) as error:
+        script(name, "--local_dataset_path", file, "--local_save_dir", out)
+    assert str(error.value).startswith(f"Error: {file}, line 2: ")
+    assert message in str(error.value)
+    assert not out.exists()
+    script(name, "--local_dataset_path", file, "--local_save_dir", out, "--skip_bad_rows")
+    assert len(pq.read_table(out / f"{split}.parquet")) == 1
+
+
+def test_a_draw_repeats_and_test_rows_are_no_training_rows(tmp_path: Path, script: Any) -> None:
+    records = [{"instruction": f"Task {number}", "output": "x"} for number in range(600)]
+    file = write(tmp_path / "a.jsonl", records)
+    flags = ("--local_dataset_path", file, "--seed", 3)
+    drawn = []
+    for out in (tmp_path / "1", tmp_path / "2"):
+        script("wizardcoder", *flags, "--local_save_dir", out, "--test_fraction", 0.2)
+        drawn.append([(out / f"{split}.parquet").read_bytes() for split in ("train", "test")])
+    assert drawn[0] == drawn[1]
+    parts = [pq.read_table(tmp_path / "1" / f"{split}.parquet").to_pylist() for split in ("train", "test")]
+    tasks = [{row["prompt"][0]["content"] for row in part} for part in parts]
+    assert tasks[0].isdisjoint(tasks[1])
+    assert len(tasks[0] | tasks[1]) == 600
+    script("wizardcoder", *flags, "--local_save_dir", tmp_path / "3", "--max_rows", 10)
+    rows = pq.read_table(tmp_path / "3" / "train.parquet").to_pylist()
+    assert [row["extra_info"]["index"] for row in rows] == list(range(10))
+    assert [row["prompt"][0]["content"] for row in rows] != [f"Task {number}" for number in range(10)]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, script: Any) -> None:
+    torn = tmp_path / "train.parquet"
+    torn.write_bytes(b"PAR1 torn")
+    with pytest.raises(SystemExit, match=r"train\.parquet: cannot be read as parquet"):
+        script("wizardcoder", "--local_dataset_path", torn, "--local_save_dir", tmp_path / "out")
+    with pytest.raises(SystemExit, match="would replace it by its own rows"):
+        script("wizardcoder", "--local_dataset_path", torn, "--local_save_dir", tmp_path)
+    assert torn.read_bytes() == b"PAR1 torn"
+
+
+def test_a_hub_name_offline(tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match=r"HF_HUB_OFFLINE; give its files by --local_dataset_path"):
+        script("math500", "--local_save_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
