@@ -299,6 +299,10 @@ class HPDConfig(HPDParameters):
         assert isinstance(container, dict)
         return cls(**{str(key): value for key, value in container.items()})
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> "HPDConfig":
+        """The same with other values, checked again; objectives are bound to what they are then."""
+        return HPDConfig(**(self.model_dump() | self.objective_parameters | dict(update or {})))
+
     def __reduce__(self) -> tuple[Any, ...]:
         # By its values: functions of objectives are found again where it is read.
         return _from_values, (self.model_dump() | self.objective_parameters,)

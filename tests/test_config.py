@@ -271,6 +271,16 @@ def test_can_be_pickled(values: dict[str, Any]) -> None:
     assert pickle.loads(pickle.dumps(config)) == config
 
 
+def test_a_copy_is_bound_anew() -> None:
+    """Other objectives, the same schedule; and what does not fit is refused."""
+    config = HPDConfig(objective="akl", akl={"mu": 0.3}, on_policy_fraction=FractionSchedule(0, 1, 9))
+    copied = config.model_copy(update={"pipeline": "one_pass", "on_policy_objective": "fkl"})
+    assert (copied.objectives.names(), copied.schedule, copied.pipeline) == ("akl, fkl", config.schedule, "one_pass")
+    assert dict(copied.objectives.demonstration.parts[0][0].parameters) == {"mu": 0.3}
+    with pytest.raises(ValueError, match=r"akl\.mu=0\.3: it belongs to akl"):
+        config.model_copy(update={"objective": "fkl"})
+
+
 def test_is_frozen() -> None:
     """Checked once, so never changed."""
     with pytest.raises(ValueError, match="frozen"):
