@@ -233,9 +233,11 @@ def draw_metric(axes: Axes, runs: Sequence[Run], metric: str, references: Mappin
         style = ("-", "--", ":")[number // len(COLORS) % 3]
         marker = "o" if len(steps) <= 20 else None
         drawn = [values[step] for step in steps]
-        axes.plot(
-            steps, drawn, color=color, linestyle=style, marker=marker, markersize=3, linewidth=1.4, label=run.name
-        )
+        smooth = _smoothed(drawn)
+        if smooth is not drawn:
+            axes.plot(steps, drawn, color=color, linewidth=0.7, alpha=0.3)
+        look: Any = {"color": color, "linestyle": style, "marker": marker, "markersize": 3, "linewidth": 1.5}
+        axes.plot(steps, smooth, label=run.name, **look)
         gaps = [step for step in steps if math.isnan(values[step])]
         axes.plot(gaps, [0.02] * len(gaps), "|", color="#d62728", markersize=9, transform=axes.get_xaxis_transform())
     for name, value in (references or {}).items():
@@ -373,28 +375,34 @@ ul.runs small { display: block; color: var(--soft); padding-left: 1.4rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .75rem; }
 figure { margin: 0; padding: .5rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
 figure svg { width: 100%; height: auto; display: block; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; min-width: 30rem; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child, td.run, th.run { text-align: left; }
-td small { color: var(--soft); }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums;
+  width: 100%; max-width: 50rem; }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; overflow-wrap: anywhere; }
+td small { color: var(--soft); display: block; }
+td .dot { width: .6rem; height: .6rem; margin-right: .35rem; }
 footer { margin: 2rem 0 1rem; color: var(--soft); font-size: .85rem; }
 """
 
 
-def _summary_rows(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
+def _table(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
     rows = []
     for metric in metrics:
-        for run in runs:
+        for number_of_run, run in enumerate(runs):
             summary = summarize(run.metrics.get(metric, {}), metric)
             if summary is None:
                 continue
             best = "" if summary.best is None else f"{number(summary.best)} <small>at {summary.best_step}</small>"
             cells = [number(summary.first), number(summary.last), best]
-            name = f'<td class="run">{html.escape(run.name)}</td>' if len(runs) > 1 else ""
+            name = f"<small>{_dot(number_of_run)}{html.escape(run.name)}</small>" if len(runs) > 1 else ""
             numbers = "".join(f"<td>{cell}</td>" for cell in cells)
-            rows.append(f"<tr><td>{html.escape(metric)}</td>{name}{numbers}</tr>")
-    return rows
+            rows.append(f"<tr><td>{html.escape(metric)}{name}</td>{numbers}</tr>")
+    heads = "<tr><th>metric</th><th>first</th><th>last</th><th>best</th></tr>"
+    return ["<table><thead>", heads, "</thead><tbody>", *rows, "</tbody></table>"]
+
+
+def _dot(number_of_run: int) -> str:
+    return f'<span class="dot" style="background:{COLORS[number_of_run % len(COLORS)]}"></span>'
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -410,23 +418,18 @@ def page(runs: Sequence[Run]) -> str:
     ]
     for count, run in enumerate(runs):
         notes = "".join(f"<small>{html.escape(note)}</small>" for note in run.notes)
-        dot = f'<span class="dot" style="background:{COLORS[count % len(COLORS)]}"></span>'
-        lines.append(f"<li>{dot}{html.escape(run.name)}, {run.steps:,} steps{notes}</li>")
+        lines.append(f"<li>{_dot(count)}{html.escape(run.name)}, {run.steps:,} steps{notes}</li>")
     lines.append("</ul>")
     groups = {title: metrics for title, patterns in GROUPS.items() if (metrics := logged(runs, patterns))}
     if not groups:
         groups = {"Metrics": logged(runs, [".*"])}
-    heads = "<th>metric</th>" + ('<th class="run">run</th>' if len(runs) > 1 else "")
-    lines += [
-        "<h2>Summary</h2>",
-        f'<div class="wide"><table><thead><tr>{heads}<th>first</th><th>last</th><th>best</th></tr></thead><tbody>',
-        *_summary_rows(runs, [metric for metrics in groups.values() for metric in metrics]),
-        "</tbody></table></div>",
-    ]
+    short = logged(runs, PICTURE)
+    lines += ["<h2>Summary</h2>", *_table(runs, short)] if short else []
     for title, metrics in groups.items():
         lines += [f"<h2>{html.escape(title)}</h2>", '<div class="figures">']
         lines += [f"<figure>{_svg(runs, metric)}</figure>" for metric in metrics]
         lines.append("</div>")
+    lines += ["<h2>All numbers</h2>", *_table(runs, [metric for metrics in groups.values() for metric in metrics])]
     lines.append("</main><footer>What each metric is: docs/metrics.md of hpd-verl.</footer></body></html>")
     return "\n".join(lines) + "\n"
 
