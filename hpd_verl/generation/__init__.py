@@ -1,0 +1,19 @@
+"""Answers of a model to prompts, by vLLM's engine or an OpenAI-compatible endpoint, resumable."""
+
+from hpd_verl.generation.answers import Answer, GenerationError, Generator, Messages, Sampling
+from hpd_verl.generation.flags import add_arguments, generator_of
+from hpd_verl.generation.journal import Journal, generate, generate_all, open_journal
+
+__all__ = [
+    "Answer",
+    "GenerationError",
+    "Generator",
+    "Journal",
+    "Messages",
+    "Sampling",
+    "add_arguments",
+    "generate",
+    "generate_all",
+    "generator_of",
+    "open_journal",
+]
