@@ -92,3 +92,6 @@ class Generator(Protocol):
             ValueError: a prompt that the model cannot take, by its position.
             GenerationError: the engine or endpoint fails.
         """
+
+    def close(self) -> None:
+        """Give back what it holds, such as devices; it starts again where it is asked once more."""

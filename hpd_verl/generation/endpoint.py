@@ -98,6 +98,9 @@ class EndpointGenerator:
             finally:
                 runner.run(_stop(running, client))
 
+    def close(self) -> None:
+        """Nothing is held between questions."""
+
     async def _ask(
         self, client: httpx.AsyncClient, position: int, messages: Messages, sampling: Sampling
     ) -> tuple[int, list[Answer]]:

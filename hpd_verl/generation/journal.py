@@ -67,7 +67,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, depends_on: Mapping[str, Any], prompts: int, n: int) -> None:
-        self.path, self.n = path, n
+        self.path, self.depends_on, self.n = path, dict(depends_on), n
         self._offsets = array("q", [-1]) * prompts
         self._fsynced = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -236,8 +236,21 @@ def _shares_of_devices(engines: int, each: int) -> list[dict[str, str]]:
     return [{name: ",".join(devices[index * each : (index + 1) * each])} for index in range(engines)]
 
 
-def load_template(model: str, template_kwargs: Mapping[str, Any], trust_remote_code: bool = False) -> Any:
+def load_template(
+    model: str,
+    template_kwargs: Mapping[str, Any],
+    trust_remote_code: bool = False,
+    setting: str = "--model",
+    weights: bool = True,
+) -> Any:
     """The chat template of a model, with its tokenizer, as ``hpd_verl.data.chat_template.ChatTemplate``.
+
+    Args:
+        model: folder or hub name.
+        template_kwargs: for the template.
+        trust_remote_code: run a tokenizer's own code.
+        setting: names the model in errors.
+        weights: check that the folder holds whole weights too.
 
     Raises:
         ValueError: what the model's folder lacks.
@@ -248,23 +261,32 @@ def load_template(model: str, template_kwargs: Mapping[str, Any], trust_remote_c
     from hpd_verl.data.chat_template import ChatTemplate
     from hpd_verl.data.files import one_line
 
-    folder = Path(model).expanduser()
+    folder = Path(model)
     if folder.is_dir():
-        check_weights("--model", folder)
+        if weights:
+            check_weights(setting, folder)
     elif model.startswith(("/", "./", "../", "~")):
-        raise ValueError(f"--model={model}: no such folder; give a folder that is there, or a hub name")
+        raise ValueError(f"{setting}={model}: no such folder; give a folder that is there, or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # of transformers, tokenizers or the model's own code
-        raise ValueError(f"--model={model}: cannot load its tokenizer: {one_line(error)[:300]}") from error
+        raise ValueError(f"{setting}={model}: cannot load its tokenizer: {one_line(error)[:300]}") from error
     if not tokenizer.chat_template:
-        raise ValueError(f"--model={model}: its tokenizer has no chat template; choose an instruction-tuned model")
+        raise ValueError(f"{setting}={model}: its tokenizer has no chat template; choose an instruction-tuned model")
     template = ChatTemplate(tokenizer, template_kwargs)
     try:
         template.turn_end([{"role": "user", "content": "question"}])
     except Exception as error:  # templates are programs: any error of Jinja or of what they call
-        raise ValueError(f"--model={model}: its chat template cannot write a chat: {one_line(error)[:300]}") from error
+        raise ValueError(
+            f"{setting}={model}: its chat template cannot write a chat: {one_line(error)[:300]}"
+        ) from error
     return template
+
+
+def end_with_parent() -> None:
+    """Let Linux kill this process when the one that started it ends, however that ends."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 # In the engine's process
@@ -273,7 +295,7 @@ def load_template(model: str, template_kwargs: Mapping[str, Any], trust_remote_c
 def _serve(connection: Connection, model: str, template_kwargs: Mapping[str, Any], load: dict[str, Any]) -> None:
     """Answer prompts until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: who asks decides
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: with who asks, however that ends
+    end_with_parent()
     requests: queue.SimpleQueue[tuple[int, Messages, Sampling] | None] = queue.SimpleQueue()
 
     def receive() -> None:
@@ -320,7 +342,8 @@ class _VLLM:
 
         self._template = load_template(model, template_kwargs, load["trust_remote_code"])
         self._end = self._template.turn_end([{"role": "user", "content": "question"}]).token
-        self._llm = LLM(model, **load)
+        compiles = os.environ.get("TORCHDYNAMO_DISABLE") != "1"  # the plugin's choice on a CPU
+        self._llm = LLM(model, **{"enforce_eager": not compiles, **load})
         self._engine = self._llm.llm_engine
         self._context: int = self._llm.model_config.max_model_len
         self._too_long: list[tuple[int, list[Answer]]] = []
