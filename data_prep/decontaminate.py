@@ -114,7 +114,18 @@ def shared_runs(texts: Iterable[Words]) -> set[str]:
     if len(sample) < FEWEST:
         return set()
     counts = Counter(run for words in sample for run in set(runs(words, SHARED_WORDS)))
-    return {run for run, count in counts.items() if count >= max(2, SHARED_BY * len(sample))}
+    shared = {run: count for run, count in counts.items() if count >= max(2, SHARED_BY * len(sample))}
+    # Many problems beside an instruction begin or end alike; their words are not its own, as fewer prompts have them.
+    beside: Counter[str] = Counter()
+    for run, count in shared.items():
+        first, last = run.split(" ", 1)[1], run.rsplit(" ", 1)[0]
+        beside[f"> {first}"] = max(beside[f"> {first}"], count)
+        beside[f"< {last}"] = max(beside[f"< {last}"], count)
+    return {
+        run
+        for run, count in shared.items()
+        if 2 * count > max(beside[f"> {run.rsplit(' ', 1)[0]}"], beside[f"< {run.split(' ', 1)[1]}"])
+    }
 
 
 def parts_of(words: Words, shared: set[str]) -> list[Words]:
