@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "hpd_verl"
 ORDER = [
     {"objectives", "import_hooks", "verl_contract"},
     {"head"},
-    {"config", "checkpoint"},
+    {"config", "checkpoint", "stopping"},
     {"data"},
     {"engine"},
     {"teacher"},
