@@ -8,6 +8,7 @@ one-pass pipeline.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -213,7 +214,7 @@ class HPDSFTTrainer(SFTTrainer):
                 if stops and not is_last:
                     bar.close()
                     destroy_global_process_group()
-                    signals.end(step, self.total_training_steps, str(self.previous_checkpoint), says=leads)
+                    signals.end(step, self.total_training_steps, str(self.previous_checkpoint))
                 if is_last:
                     break
         bar.close()
@@ -271,7 +272,7 @@ def _train_names(metrics: dict[str, Any]) -> dict[str, float]:
 @hydra.main(config_path=str(config_dir()), config_name="sft_trainer", version_base=None)
 def main(config: DictConfig) -> None:
     """Check settings, data and models before anything loads, then train."""
-    signals = StopSignals(ask=lambda: False)
+    signals = StopSignals(ask=lambda: False, says=os.environ.get("RANK", "0") == "0")
     signals.install()
     checked(config)
     initialize_global_process_group()

@@ -23,10 +23,12 @@ class StopSignals:
     Args:
         ask: passes the request on to what is running; False where nothing would be lost: the process ends at once.
             Called in the main thread, for every signal that asks.
+        says: print a line about what happens; of several ranks, one does.
     """
 
-    def __init__(self, ask: Callable[[], bool]) -> None:
+    def __init__(self, ask: Callable[[], bool], says: bool = True) -> None:
         self.ask = ask
+        self.says = says
         self.asked_by: signal.Signals | None = None
         self._terminated_at: float | None = None
 
@@ -43,23 +45,25 @@ class StopSignals:
             self._terminated_at = self._terminated_at or now
         first, self.asked_by = self.asked_by is None, self.asked_by or signal.Signals(number)
         if not self.ask():
-            print(f"Ended by {self.asked_by.name} before a step was made: exit code {EXIT_CODE}", flush=True)
+            self._say(f"Ended by {self.asked_by.name} before the first step, exit code {EXIT_CODE}")
             sys.exit(EXIT_CODE)
         if first:
-            print(f"{self.asked_by.name}: the run ends after this step, with a checkpoint", flush=True)
+            self._say(f"{self.asked_by.name}: the run ends after this step, with a checkpoint")
 
-    def end(self, step: int, total_steps: int, checkpoint: str, says: bool = True) -> None:
+    def _say(self, line: str) -> None:
+        if self.says:
+            print(line, flush=True)
+
+    def end(self, step: int, total_steps: int, checkpoint: str) -> None:
         """End the process after it has stopped as asked.
 
         Args:
             step: the last that was made.
             total_steps: of the whole run.
             checkpoint: folder that holds the step.
-            says: print the one line about it.
         """
         for number in (signal.SIGUSR1, signal.SIGTERM):  # a launcher's, once the first of its ranks has ended
             signal.signal(number, signal.SIG_IGN)
-        if says:
-            name = "a signal" if self.asked_by is None else self.asked_by.name
-            print(f"Stopped by {name} after step {step} of {total_steps}: {checkpoint}, exit code {EXIT_CODE}", flush=True)
+        name = "a signal" if self.asked_by is None else self.asked_by.name  # another rank's
+        self._say(f"Stopped by {name} after step {step} of {total_steps}: {checkpoint}, exit code {EXIT_CODE}")
         sys.exit(EXIT_CODE)

@@ -20,7 +20,7 @@ ORDER = [
     {"checks"},
     {"pipelines"},
     {"ppo"},
-    {"sft_trainer", "teacher_cache", "lean", "hydra_config"},
+    {"sft_trainer", "teacher_cache", "torchrun", "lean", "hydra_config"},
     {"cpu"},
     {"plugin"},
 ]
