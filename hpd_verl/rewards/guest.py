@@ -184,7 +184,8 @@ def serve(program: str, requests: int, replies: int) -> None:
             case "get":
                 value = getattr(target, *arguments)
             case "set":
-                value = setattr(target, *arguments)
+                setattr(target, *arguments)
+                value = None
             case "item":
                 value = target[arguments[0]]
             case "set_item":
@@ -293,8 +294,8 @@ def error_of(name: str, message: str) -> Exception:
     StopIteration would end a loop of the tests as if it had come to its end.
     """
     kind = getattr(builtins, name, None)
-    usable = isinstance(kind, type) and issubclass(kind, Exception)
-    if usable and not issubclass(kind, StopIteration | StopAsyncIteration | UnicodeError):
+    unusable = StopIteration | StopAsyncIteration | UnicodeError
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, unusable):
         return kind(message)
     return CandidateError(f"{name}: {message}")
 

@@ -325,16 +325,16 @@ def _bubblewrap(numpy: Path | None) -> list[str]:
     stdlib, base = Path(sysconfig.get_path("stdlib")), Path(sys.base_prefix)
     read_only = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
     read_only += [str(base / "lib"), str(stdlib), os.path.realpath(sys.executable)]
-    # bubblewrap makes the folder of a file for its own user alone.
-    for folder in ("/dev", "/etc", str(Path(os.path.realpath(sys.executable)).parent)):
+    # The folders that bubblewrap makes by itself may be closed to other users.
+    for folder in ("/dev", "/etc", "/packages", str(base), str(Path(os.path.realpath(sys.executable)).parent)):
         words += ["--perms", "0755", "--dir", folder]
     for path in dict.fromkeys(read_only):
         words += ["--ro-bind-try", path, path]
     for packages in (stdlib / "site-packages", Path("/usr/lib/python3/dist-packages")):
         if packages.is_dir():
             words += ["--tmpfs", str(packages)]
-    for folder in (numpy, numpy.with_name("numpy.libs")) if numpy is not None else ():
-        words += ["--ro-bind-try", str(folder), f"/packages/{folder.name}"]
+    for package in (numpy, numpy.with_name("numpy.libs")) if numpy is not None else ():
+        words += ["--ro-bind-try", str(package), f"/packages/{package.name}"]
     words += ["--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"]
     # The last one is of the root alone: /tmp stays writable.
     words += ["--perms", "1777", "--size", "{tmp}", "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
