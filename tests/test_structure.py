@@ -66,9 +66,7 @@ def violations(module: str, text: str) -> list[str]:
             if other and other != own and own and level[other] > level[own]:
                 wrong.append(f"{module} imports {imported}: {own} is below {other}")
         elif own in KERNELS and imported.split(".")[0] not in KERNELS[own] | sys.stdlib_module_names:
-            wrong.append(
-                f"{module} imports {imported}: {own} knows {', '.join(sorted(KERNELS[own]))} and what is below it, nothing else"
-            )
+            wrong.append(f"{module} imports {imported}: {own} knows {KERNELS[own]} and what is below it, nothing else")
     return wrong
 
 

@@ -344,6 +344,8 @@ def _bubblewrap(numpy: Path | None) -> list[str]:
 def _bubblewrap_fails(prefix: list[str]) -> str | None:
     """Why bubblewrap with these flags does not run Python; None if it does."""
     words = [word.replace("{tmp}", "65536") for word in prefix]
+    if not os.path.isabs(words[0]):
+        return "the command bwrap is not found"
     command = [*words, os.path.realpath(sys.executable), "-I", "-S", "-c", "import json, sys; sys.exit(7)"]
     try:
         found = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
@@ -355,9 +357,10 @@ def _bubblewrap_fails(prefix: list[str]) -> str | None:
 def _namespaces() -> list[str]:
     """``unshare`` without network and with processes of its own, where it works; nothing otherwise."""
     own_user = [] if os.getuid() == 0 else ["--user", "--map-current-user"]
-    words = ["unshare", *own_user, "--net", "--pid", "--fork", "--kill-child=SIGKILL"]
+    words = [shutil.which("unshare") or "", *own_user, "--net", "--pid", "--fork", "--kill-child=SIGKILL"]
     try:
-        works = subprocess.run([*words, "true"], env=ENVIRONMENT, capture_output=True, timeout=60).returncode == 0
+        command = [*words, os.path.realpath(sys.executable), "-I", "-S", "-c", ""]
+        works = subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=60).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         works = False
     return words if works else []
