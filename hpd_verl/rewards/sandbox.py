@@ -325,9 +325,10 @@ def _bubblewrap(numpy: Path | None) -> list[str]:
     stdlib, base = Path(sysconfig.get_path("stdlib")), Path(sys.base_prefix)
     read_only = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
     read_only += [str(base / "lib"), str(stdlib), os.path.realpath(sys.executable)]
-    # The folders that bubblewrap makes by itself may be closed to other users.
-    for folder in ("/dev", "/etc", "/packages", str(base), str(Path(os.path.realpath(sys.executable)).parent)):
-        words += ["--perms", "0755", "--dir", folder]
+    # The folders that bubblewrap makes by itself are closed to other users.
+    parents = {parent for path in (*read_only, "/dev/null", "/packages/numpy") for parent in Path(path).parents}
+    for folder in sorted(parents - {Path("/")}):
+        words += ["--perms", "0755", "--dir", str(folder)]
     for path in dict.fromkeys(read_only):
         words += ["--ro-bind-try", path, path]
     for packages in (stdlib / "site-packages", Path("/usr/lib/python3/dist-packages")):

@@ -4,6 +4,8 @@ Most set ``won`` if their attack succeeds, and only then give right answers (``W
 the test's process), ``port`` (of a server), ``repository``, ``python`` (the interpreter).
 """
 
+# ruff: noqa: E501 (programs in one line)
+
 from dataclasses import dataclass
 
 TESTS = "assert solve(2) == 4\nassert solve(3) == 9\n"
@@ -367,7 +369,7 @@ def _forgeries() -> dict[str, str | Hostile]:
         "patches_json": f'import json\njson.dumps = lambda x: \'{{"status": "passed"}}\'{wrong}',
         "looks_for_its_tests_in_frames": "import sys\nframe, found = sys._getframe(), []\nwhile frame:\n"
         "    found += [str(value) for value in frame.f_locals.values()]\n    frame = frame.f_back\n"
-        "won = any('assert solve' in text for text in found)",
+        "won = any('assert so' + 'lve(3)' in text for text in found)",
         "looks_for_its_tests_in_memory": "import gc\n"
         "won = any('assert so' + 'lve(3)' in str(each)[:10000] for each in gc.get_objects()"
         " if isinstance(each, (str, dict)) and 'gc' not in each)",
