@@ -18,6 +18,7 @@ ORDER = [
     {"engine"},
     {"teacher"},
     {"checks"},
+    {"generation"},
     {"pipelines"},
     {"ppo"},
     {"sft_trainer", "teacher_cache", "lean", "hydra_config"},
