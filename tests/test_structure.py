@@ -21,7 +21,7 @@ ORDER = [
     {"generation"},
     {"pipelines"},
     {"ppo"},
-    {"sft_trainer", "teacher_cache", "torchrun", "lean", "hydra_config"},
+    {"sft_trainer", "teacher_cache", "torchrun", "lean", "hydra_config", "export", "plan", "report"},
     {"cpu"},
     {"plugin"},
 ]
