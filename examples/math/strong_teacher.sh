@@ -34,7 +34,7 @@ KEEP_CHECKPOINTS=${KEEP_CHECKPOINTS:-2}
 TEST_FREQ=${TEST_FREQ:-100}
 OUT_DIR=$(realpath -m "${OUT_DIR:-checkpoints/hpd_math/$(basename "$STUDENT")_from_$(basename "$TEACHER")}")
 TRACKER=${TRACKER:-wandb} # or trackio
-export WANDB_MODE=${WANDB_MODE:-offline}
+export WANDB_MODE=${WANDB_MODE:-offline} WANDB_DIR=${WANDB_DIR:-$OUT_DIR}
 export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$OUT_DIR/metrics_$(date +%Y%m%d_%H%M%S).jsonl}
 
 DATA=(
