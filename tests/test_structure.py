@@ -18,9 +18,10 @@ ORDER = [
     {"engine"},
     {"teacher"},
     {"checks"},
+    {"generation"},
     {"pipelines"},
     {"ppo"},
-    {"sft_trainer", "teacher_cache", "lean", "hydra_config"},
+    {"sft_trainer", "teacher_cache", "lean", "hydra_config", "export", "plan", "report"},
     {"cpu"},
     {"plugin"},
 ]
