@@ -183,15 +183,15 @@ _HEAD_TOKENS = 64
 """Tokens among which the head is looked for first: most distributions of a language model have it there."""
 
 
-def _head_mask(probs: Tensor, mass: float) -> Tensor:
-    """The fewest most likely tokens of each row that hold ``mass``, and those as likely as the last: 1, others 0."""
-    top = probs.topk(min(_HEAD_TOKENS, probs.shape[1]), dim=-1).values
+def _head_sum(values: Tensor, probs: Tensor, mass: float) -> Tensor:
+    """The sum of values, [n], over the fewest most likely tokens that hold ``mass`` and those as likely as the last."""
+    top, tokens = probs.topk(min(_HEAD_TOKENS, probs.shape[1]), dim=-1)
     held = top.cumsum(-1)
-    if bool((held[:, -1] >= mass).all()):
-        least = torch.where(held - top < mass, top, math.inf).amin(-1, keepdim=True)
-    else:
-        least = _least_of_head(probs, mass)
-    return torch.ge(probs, least, out=torch.empty_like(probs))
+    least = torch.where(held - top < mass, top, math.inf).amin(-1, keepdim=True)
+    # Beyond the last of these tokens there may be more that are as likely.
+    if bool(((held[:, -1:] >= mass) & ((least > top[:, -1:]) | (top.shape[1] == probs.shape[1]))).all()):
+        return values.gather(1, tokens).mul_(top >= least).sum(-1)
+    return (probs >= _least_of_head(probs, mass)).to(values.dtype).mul_(values).sum(-1)
 
 
 def _least_of_head(probs: Tensor, mass: float) -> Tensor:
@@ -231,13 +231,16 @@ def akl(log_probs: VocabularyLogProbs, mu: float) -> VocabularyWeights:
         log_probs: see ``VocabularyLogProbs``.
         mu: see ``AKLParameters``.
     """
-    forward, reverse = fkl(log_probs), rkl_exact(log_probs)
+    difference = torch.sub(log_probs.teacher, log_probs.student)
+    forward = torch.mul(log_probs.teacher_probs, difference).sum(-1)
+    gaps = difference.mul_(log_probs.student_probs)
+    reverse = -gaps.sum(-1)
     distance = torch.sub(log_probs.teacher_probs, log_probs.student_probs).abs_()
     total = distance.sum(-1)
-    in_head = distance.mul_(_head_mask(log_probs.teacher_probs, mu)).sum(-1)
-    share = torch.where(total == 0, 0.5, in_head / total)
-    weights = torch.lerp(reverse.weights, forward.weights, share.unsqueeze(1))
-    return VocabularyWeights(weights, torch.lerp(reverse.value, forward.value, share))
+    share = torch.where(total == 0, 0.5, _head_sum(distance, log_probs.teacher_probs, mu) / total)
+    return VocabularyWeights(
+        gaps.lerp_(log_probs.teacher_probs, share.unsqueeze(1)), torch.lerp(reverse, forward, share)
+    )
 
 
 class ABKDParameters(ObjectiveParameters):
@@ -263,11 +266,11 @@ def abkd(log_probs: VocabularyLogProbs, alpha: float, beta: float) -> Vocabulary
         alpha, beta: see ``ABKDParameters``.
     """
     student, teacher, total = log_probs.student, log_probs.teacher, alpha + beta
-    student_alpha, student_beta = (alpha * student).exp_(), (beta * student).exp_()
-    weights = (alpha * teacher).exp_().sub_(student_alpha).mul_(student_beta).div_(alpha)
+    student_total = (total * student).exp_()
+    weights = (beta * student).add_(teacher, alpha=alpha).exp_().sub_(student_total).div_(alpha)
     # The sum above, with p^alpha q^beta - q^(alpha + beta) = alpha w taken out.
-    remainder = (total * teacher).exp_().sub_(student_alpha.mul_(student_beta)).div_(total)
-    return VocabularyWeights(weights, remainder.sub_(weights).sum(-1) / beta)
+    remainder = (total * teacher).exp_().sub_(student_total)
+    return VocabularyWeights(weights, (remainder.sum(-1) / total - weights.sum(-1)) / beta)
 
 
 @objective("todi", over="vocabulary", source="ToDi, Jung et al. 2025, arXiv 2505.16297")
