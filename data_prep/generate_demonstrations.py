@@ -317,7 +317,7 @@ def main() -> None:
         SystemExit: bad data, a model or endpoint that gives no answers, or a full disk, told in one line.
     """
     args = _parser().parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # verl has set its own
     for name in ("httpx", "verl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

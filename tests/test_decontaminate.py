@@ -78,6 +78,7 @@ def test_the_same_problem_in_another_form(tmp_path: Path, train: str, test: str)
         ("1,000", "1,00"),
         (" ".join(LONG.split()[:12]) + " and then", " ".join(LONG.split()[:12]) + " but now"),
         ("?!", "!!"),
+        ("f of 1 2 3 4 5 6 7 8 9 10 11 12 13", "g of 1 2 3 4 5 6 7 8 9 10 11 12 13"),
     ],
 )
 def test_another_problem(tmp_path: Path, train: str, test: str) -> None:
