@@ -15,11 +15,11 @@ MIN_REWARD=${MIN_REWARD:-1}        # an answer below it is no demonstration
 TEMPERATURE=${TEMPERATURE:-0.7}    # of the teacher's answers
 GENERATE_ARGS=${GENERATE_ARGS:-}   # further words of data_prep.generate_demonstrations, as "--tensor_parallel_size 2"
 TEST_ROWS=${TEST_ROWS:-}           # problems of each test set; all
-EVALUATE_ARGS=${EVALUATE_ARGS:-}   # further words of the evaluation
+EVALUATE_ARGS=${EVALUATE_ARGS:-}   # further words of the evaluation, as "--n 8 --temperature 0.6"
 EVALUATED=${EVALUATED:-teacher before after}
 
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export PYTHONPATH=$examples/..${PYTHONPATH:+:$PYTHONPATH} # of data_prep
+export PYTHONPATH=$examples/..${PYTHONPATH:+:$PYTHONPATH} # of data_prep and examples.evaluation
 
 stage() { # NAME COMMAND...
     python "$examples/stage.py" "$RUN_DIR" "$1" -- "${@:2}"
@@ -40,8 +40,9 @@ prepare() { # SET
 
 evaluate() { # SET NAME MODEL
     # shellcheck disable=SC2086 # words
-    stage "evaluate_$1_$2" python "$examples/evaluation/$EVALUATION" --test_file "$RUN_DIR/data/$1/test.parquet" \
-        --model "$3" --out "$RUN_DIR/scores/$1_$2.json" ${TEST_ROWS:+--max_rows "$TEST_ROWS"} $EVALUATE_ARGS
+    stage "evaluate_$1_$2" python -m "examples.evaluation.$EVALUATION" --data "$RUN_DIR/data/$1/test.parquet" \
+        --model "$3" --name "$2" --out "$RUN_DIR/scores/$1_$2.json" --max_tokens "$MAX_RESPONSE_LENGTH" \
+        ${TEST_ROWS:+--max_rows "$TEST_ROWS"} $EVALUATE_ARGS
 }
 
 prepare "$TRAIN_SET"
