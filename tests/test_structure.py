@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "hpd_verl"
 ORDER = [
     {"objectives", "rewards", "import_hooks", "verl_contract"},
     {"head"},
-    {"config", "checkpoint"},
+    {"config", "checkpoint", "stopping"},
     {"data"},
     {"engine"},
     {"teacher"},
@@ -21,7 +21,7 @@ ORDER = [
     {"generation"},
     {"pipelines"},
     {"ppo"},
-    {"sft_trainer", "teacher_cache", "lean", "hydra_config", "export", "plan", "report"},
+    {"sft_trainer", "teacher_cache", "torchrun", "lean", "hydra_config", "export", "plan", "report"},
     {"cpu"},
     {"plugin"},
 ]
@@ -67,9 +67,7 @@ def violations(module: str, text: str) -> list[str]:
             if other and other != own and own and level[other] > level[own]:
                 wrong.append(f"{module} imports {imported}: {own} is below {other}")
         elif own in KERNELS and imported.split(".")[0] not in KERNELS[own] | sys.stdlib_module_names:
-            wrong.append(
-                f"{module} imports {imported}: {own} knows {', '.join(sorted(KERNELS[own]))} and what is below it, nothing else"
-            )
+            wrong.append(f"{module} imports {imported}: {own} knows {KERNELS[own]} and what is below it, nothing else")
     return wrong
 
 

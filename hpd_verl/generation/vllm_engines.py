@@ -4,6 +4,7 @@ Each engine has a process, with its devices, from ``VLLMGenerator``'s first ques
 the engine that has the fewest; an engine that dies, or the process that asks, ends them all.
 """
 
+import atexit
 import contextlib
 import ctypes
 import multiprocessing
@@ -175,6 +176,7 @@ class VLLMGenerator:
         )
 
     def _start(self) -> None:
+        atexit.register(self.close)  # before multiprocessing waits for its processes
         context = multiprocessing.get_context("spawn")
         for devices in self._devices:
             here, there = context.Pipe()
@@ -196,10 +198,7 @@ class VLLMGenerator:
                 engine.process.kill()
                 engine.process.join()
         self._engines = []
-
-    def __del__(self) -> None:
-        if getattr(self, "_engines", None):
-            self.close()
+        atexit.unregister(self.close)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,6 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from hpd_verl.data.files import one_line
-
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -47,6 +45,10 @@ class ModelSize:
         return self.active - self.embedding - (0 if self.tied else self.output)
 
 
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
 def read_config(name: str) -> PretrainedConfig:
     """The configuration of a folder, a config.json, or a model of the hub.
 
@@ -59,7 +61,7 @@ def read_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{name}: no configuration of a model can be read ({one_line(error)[:160]}); give a folder with "
+            f"{name}: no configuration of a model can be read ({_one_line(error)}); give a folder with "
             "config.json, or a hub name where the hub can be reached"
         ) from error
 
@@ -90,7 +92,7 @@ def model_size(name: str, config: PretrainedConfig) -> ModelSize:
             model: Any = AutoModelForCausalLM.from_config(text)
     except (ValueError, AttributeError, TypeError, ImportError) as error:
         raise ValueError(
-            f"{name}: transformers cannot build a causal language model of it ({one_line(error)[:160]})"
+            f"{name}: transformers cannot build a causal language model of it ({_one_line(error)})"
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -201,12 +201,7 @@ def serve(program: str, requests: int, replies: int) -> None:
             case "next":
                 # A batch an exchange; what an endless one makes in a batch is bounded too.
                 return {"value": enc(list(itertools.islice(target, 1)))}
-        reply = {"value": enc(value)}
-        if request["op"] == "call":
-            after = [enc(each) for each in arguments]
-            if after != request["args"]:
-                reply["args"] = after
-        return reply
+        return {"value": enc(value)}
 
     send({"started": True})
     try:
@@ -257,7 +252,8 @@ class Channel:
         raise Lost(why)
 
     def ask(self, op: str, number: int, *args: Any, **kwargs: Any) -> Any:
-        """The result of an operation on a candidate's object; its arguments change as the candidate changes them."""
+        """The result of an operation on a candidate's object. Arguments are copies: what the candidate changes in
+        them, the tests do not see."""
         coded = [encode(each, number_of) for each in args]
         named = {name: encode(each, number_of) for name, each in kwargs.items()}
         reply = self.exchange({"op": op, "object": number, "args": coded, "kwargs": named})
@@ -266,8 +262,6 @@ class Channel:
             if "error" in reply:
                 name, message = map(str, reply["error"])
                 raise error_of(name, message)
-            for mine, theirs in zip(args, reply.get("args", ()), strict=False):
-                replace(mine, self.decode(theirs))
             return self.decode(reply["value"])
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             if "error" in reply:
@@ -298,16 +292,6 @@ def error_of(name: str, message: str) -> Exception:
     if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, unusable):
         return kind(message)
     return CandidateError(f"{name}: {message}")
-
-
-def replace(mine: Any, theirs: Any) -> None:
-    """Give a mutable argument the content that it has after the call."""
-    if type(mine) is type(theirs):
-        if isinstance(mine, list | bytearray):
-            mine[:] = theirs
-        elif isinstance(mine, dict | set):
-            mine.clear()
-            mine.update(theirs)
 
 
 class Remote:

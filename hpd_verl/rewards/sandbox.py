@@ -325,9 +325,10 @@ def _bubblewrap(numpy: Path | None) -> list[str]:
     stdlib, base = Path(sysconfig.get_path("stdlib")), Path(sys.base_prefix)
     read_only = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
     read_only += [str(base / "lib"), str(stdlib), os.path.realpath(sys.executable)]
-    # The folders that bubblewrap makes by itself may be closed to other users.
-    for folder in ("/dev", "/etc", "/packages", str(base), str(Path(os.path.realpath(sys.executable)).parent)):
-        words += ["--perms", "0755", "--dir", folder]
+    # The folders that bubblewrap makes by itself are closed to other users.
+    parents = {parent for path in (*read_only, "/dev/null", "/packages/numpy") for parent in Path(path).parents}
+    for folder in sorted(parents - {Path("/")}):
+        words += ["--perms", "0755", "--dir", str(folder)]
     for path in dict.fromkeys(read_only):
         words += ["--ro-bind-try", path, path]
     for packages in (stdlib / "site-packages", Path("/usr/lib/python3/dist-packages")):
@@ -344,6 +345,8 @@ def _bubblewrap(numpy: Path | None) -> list[str]:
 def _bubblewrap_fails(prefix: list[str]) -> str | None:
     """Why bubblewrap with these flags does not run Python; None if it does."""
     words = [word.replace("{tmp}", "65536") for word in prefix]
+    if not os.path.isabs(words[0]):
+        return "the command bwrap is not found"
     command = [*words, os.path.realpath(sys.executable), "-I", "-S", "-c", "import json, sys; sys.exit(7)"]
     try:
         found = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
@@ -355,9 +358,10 @@ def _bubblewrap_fails(prefix: list[str]) -> str | None:
 def _namespaces() -> list[str]:
     """``unshare`` without network and with processes of its own, where it works; nothing otherwise."""
     own_user = [] if os.getuid() == 0 else ["--user", "--map-current-user"]
-    words = ["unshare", *own_user, "--net", "--pid", "--fork", "--kill-child=SIGKILL"]
+    words = [shutil.which("unshare") or "", *own_user, "--net", "--pid", "--fork", "--kill-child=SIGKILL"]
     try:
-        works = subprocess.run([*words, "true"], env=ENVIRONMENT, capture_output=True, timeout=60).returncode == 0
+        command = [*words, os.path.realpath(sys.executable), "-I", "-S", "-c", ""]
+        works = subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=60).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         works = False
     return words if works else []

@@ -202,7 +202,7 @@ def test_a_bad_reply_is_asked_for_again(server: Server, tmp_path: Path, bad: Rep
     ("bad", "found"),
     [
         (slow, "no answer within 0.3 seconds"),
-        (replies({"error": "out of memory"}, 500), "status 500: {\"error\": \"out of memory\"}"),
+        (replies({"error": "out of memory"}, 500), 'status 500: {"error": "out of memory"}'),
         (replies({}), "a reply that is no chat completion: b'{}'"),
         (one_choice(finish_reason="content_filter"), "finish_reason 'content_filter', expected stop or length"),
     ],
@@ -215,7 +215,9 @@ def test_what_stays_bad_ends_in_one_line_and_loses_nothing(
     server.always = bad
     with pytest.raises(GenerationError) as error:
         texts(server, journal, sampling, concurrency=1)
-    assert str(error.value).startswith(f"--endpoint={server.url}: {found}, prompt 2, 3 times; finished prompts are kept")
+    assert str(error.value).startswith(
+        f"--endpoint={server.url}: {found}, prompt 2, 3 times; finished prompts are kept"
+    )
     assert "\n" not in str(error.value)
     assert len(server.requests) == 2 + 3
     server.always = good
@@ -225,7 +227,7 @@ def test_what_stays_bad_ends_in_one_line_and_loses_nothing(
 
 def test_what_no_retry_helps_is_not_asked_again(server: Server, tmp_path: Path) -> None:
     server.always = replies({"error": "no such model"}, 404)
-    with pytest.raises(GenerationError, match="status 404: .*no such model"):
+    with pytest.raises(GenerationError, match=r"status 404: .*no such model"):
         texts(server, tmp_path / "journal", Sampling(), concurrency=1)
     assert len(server.requests) == 1
 
