@@ -45,6 +45,18 @@ evaluate() { # SET NAME MODEL
         ${TEST_ROWS:+--max_rows "$TEST_ROWS"} $EVALUATE_ARGS
 }
 
+divergence() { # SET NAME MODEL
+    stage "divergence_$1_$2" python -m examples.evaluation.divergence --data "$RUN_DIR/data/$1/test.parquet" \
+        --answers "$RUN_DIR/scores/$1_teacher.json" --student "$3" --teacher "$TEACHER" --name "$2" \
+        --out "$RUN_DIR/scores/$1_$2_kl.json" ${TEST_ROWS:+--max_rows "$TEST_ROWS"}
+}
+
+results() { # SET: its results, the first of them what the others are compared with
+    find "$RUN_DIR/scores" -name "$1_before.json" -o -name "$1_after.json" | sort -r
+    find "$RUN_DIR/scores" -name "$1_teacher.json"
+    find "$RUN_DIR/scores" -name "$1_*_kl.json" | sort -r
+}
+
 prepare "$TRAIN_SET"
 for set in $TEST_SETS; do
     [[ $set == "$TRAIN_SET" ]] || prepare "$set"
@@ -63,9 +75,24 @@ stage train env STUDENT="$STUDENT" TEACHER="$TEACHER" TRAIN_FILE="$RUN_DIR/answe
 
 stage export python -m hpd_verl.export "$RUN_DIR/train" "$RUN_DIR/student"
 
+# The teacher first: the others are held against its answers, word by word.
 declare -A models=([teacher]=$TEACHER [before]=$STUDENT [after]=$RUN_DIR/student)
 for set in $TEST_SETS; do
     for name in $EVALUATED; do
         evaluate "$set" "$name" "${models[$name]}"
+        [[ $name == teacher || ! -e $RUN_DIR/scores/${set}_teacher.json ]] || divergence "$set" "$name" "${models[$name]}"
     done
 done
+
+# What is shown is made anew each time.
+mkdir -p "$RUN_DIR/report"
+python -m hpd_verl.report "$RUN_DIR/train" --out "$RUN_DIR/report/training"
+for set in $TEST_SETS; do
+    mapfile -t files < <(results "$set")
+    [[ ${#files[@]} -gt 0 ]] || continue
+    printf '\n%s\n\n' "$set"
+    python -m examples.evaluation.compare "${files[@]}" --html "$RUN_DIR/report/$set.html" --png "$RUN_DIR/report/$set.png"
+done
+printf '\n'
+python "$examples/stage.py" "$RUN_DIR"
+printf '\nThe student: %s\nPages: %s\n' "$RUN_DIR/student" "$RUN_DIR/report"
