@@ -92,7 +92,7 @@ def run(run_dir: Path, name: str, command: list[str]) -> None:
             end(of_run(run_dir, os.getpid()))
     if process.returncode != 0:
         output = log.read_bytes()[begin:].decode(errors="replace")
-        print(*output.splitlines()[-30:], sep="\n", file=sys.stderr)
+        print(*(line[:500] for line in output.splitlines()[-30:]), sep="\n", file=sys.stderr)
         sys.exit(f"[{name}] failed with exit code {process.returncode}; log in {log}")
     result = {"stage": name, "seconds": round(time.monotonic() - start, 1), "peak_gib": round(peak / 2**30, 2)}
     print(f"[{name}] {result['seconds']:.0f} s, {result['peak_gib']} GiB", flush=True)
