@@ -30,7 +30,8 @@ SHOWN_ITEMS = 200
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; } th, td { border: 1px solid #ccc; padding: .3em .6em; text-align: left; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { border: 1px solid #ccc; padding: .3em .6em; text-align: left; }
 th { background: #f3f3f3; } td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 img { max-width: 100%; } pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24em; overflow: auto;
 background: #f8f8f8; padding: .6em; } .right { color: #0a6b2d; } .wrong { color: #a11; }
@@ -123,10 +124,9 @@ def page(results: Sequence[Mapping[str, Any]], image: bytes, seed: int = 0) -> s
         names = list(dict.fromkeys(name for result in own for name in result["summary"]))
         lines = [["run", *names], *([str(r["name"]), *(shown(r["summary"].get(n)) for n in names)] for r in own)]
         parts += [f"<h2>{_text(kind)}</h2>", _html_table(lines)]
-        compared = [line for line in pair_lines(own, seed)[1:]]
-        if compared:
-            parts += [f"<p>In pairs, by {_text(MEASURES.get(kind, 'score'))}:</p>"]
-            parts += [_html_table([pair_lines(own, seed)[0], *compared])]
+        compared = pair_lines(own, seed)
+        if len(compared) > 1:
+            parts += [f"<p>In pairs, by {_text(MEASURES.get(kind, 'score'))}:</p>", _html_table(compared)]
         parts += _problems(own)
     parts.append("<h2>Settings</h2>")
     for result in results:
