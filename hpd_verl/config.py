@@ -169,9 +169,9 @@ class HPDConfig(HPDParameters):
     def _known_objectives(cls, value: Any) -> Any:
         names = list(value) if isinstance(value, Mapping) else [value]
         if isinstance(value, Mapping) and (
-            not names or not all(is_number(factor) and factor > 0 for factor in value.values())
+            not names or not all(is_number(factor) and 1e-6 <= factor <= 1e6 for factor in value.values())
         ):
-            raise ValueError("a mixture is {objective: factor, ...} with factors above 0")
+            raise ValueError("a mixture is {objective: factor, ...} with factors from 1e-6 to 1e6")
         for name in names:
             find_objective(name if isinstance(name, str) else "")
         return dict(value) if isinstance(value, Mapping) else value
@@ -363,9 +363,12 @@ def _one_line(error: ValidationError, fields: Mapping[str, FieldInfo], prefix: s
     setting, found = ".".join([prefix, *path]), first["input"]
     if path[0] not in fields:
         return f"{setting}={found}: no such parameter; there are {', '.join(fields) or 'none'}"
+    field = fields[path[0]]
+    takes_text = get_origin(field.annotation) is Literal or str in get_args(field.annotation)
+    if isinstance(found, str) and not (takes_text and found.split() == [found]):
+        found = repr(found)  # a number in quotes is none, and a space is easily overlooked
     if cause is not None:
         return f"{setting}={found}: {cause}"
-    field = fields[path[0]]
     if len(path) > 1:  # of a schedule
         remedy = _FRACTION if path[1] != "steps" else "give an integer of at least 1"
     else:
