@@ -265,11 +265,11 @@ class Mixture:
         """Weights of the label and of each sampled token, by the parts over tokens.
 
         Args:
-            log_probs: one entry for each of the K samples a position, all of one shape.
+            log_probs: one entry for each of the K sampled tokens a position, all of one shape.
 
         Returns:
             ``(label_weights, K sampled_weights)`` of the log-probs' shape and dtype. The label's weight is the mean
-            over samples, and each sample counts 1/K.
+            over sampled tokens, and each of them counts 1/K.
         """
         label = torch.zeros_like(log_probs[0].student_label)
         sampled = [torch.zeros_like(sample.student_sampled) for sample in log_probs]
