@@ -167,6 +167,8 @@ class HPDConfig(HPDParameters):
     @field_validator("objective", "on_policy_objective", mode="plain")
     @classmethod
     def _known_objectives(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            raise ValueError("this is a text; a mixture, {objective: factor, ...}, has no quotes around it")
         names = list(value) if isinstance(value, Mapping) else [value]
         if isinstance(value, Mapping) and (
             not names or not all(is_number(factor) and 1e-6 <= factor <= 1e6 for factor in value.values())
@@ -295,6 +297,7 @@ class HPDConfig(HPDParameters):
         Raises:
             ValueError: an unknown key, or a value outside its range; the message names the setting.
         """
+        require(isinstance(node, DictConfig), PREFIX, node, "give settings by name, or leave it out for the defaults")
         container = OmegaConf.to_container(node, resolve=True)
         assert isinstance(container, dict)
         return cls(**{str(key): value for key, value in container.items()})

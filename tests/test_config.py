@@ -157,6 +157,17 @@ def test_texts_are_shown_with_their_quotes(values: dict[str, Any]) -> None:
         HPDConfig(**values)
 
 
+def test_a_mixture_in_quotes_is_no_module() -> None:
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.objective='{hpd: 1\.0}': this is a text; a mixture"):
+        HPDConfig(objective="{hpd: 1.0}")
+
+
+@pytest.mark.parametrize("node", [None, OmegaConf.create([1])], ids=["null", "list"])
+def test_the_whole_node_is_settings(node: Any) -> None:
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd=(None|\[1\]): give settings by name"):
+        HPDConfig.from_config(node)
+
+
 def test_every_setting_has_a_refused_value() -> None:
     """A new setting without a check would be missed here."""
     assert {name for name, _ in REFUSED} == HPDConfig.model_fields.keys() - {"objective_parameters"}
