@@ -78,6 +78,7 @@ def run(run_dir: Path, name: str, command: list[str]) -> None:
     print(f"[{name}] log in {log}", flush=True)
     start, peak = time.monotonic(), 0
     with open(log, "a") as stream:
+        begin = stream.tell()
         environment = {**os.environ, VARIABLE: str(run_dir), STAGE: str(os.getpid())}
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
         try:
@@ -90,7 +91,8 @@ def run(run_dir: Path, name: str, command: list[str]) -> None:
         finally:
             end(of_run(run_dir, os.getpid()))
     if process.returncode != 0:
-        print(*log.read_text(errors="replace").splitlines()[-30:], sep="\n", file=sys.stderr)
+        output = log.read_bytes()[begin:].decode(errors="replace")
+        print(*(line[:500] for line in output.splitlines()[-30:]), sep="\n", file=sys.stderr)
         sys.exit(f"[{name}] failed with exit code {process.returncode}; log in {log}")
     result = {"stage": name, "seconds": round(time.monotonic() - start, 1), "peak_gib": round(peak / 2**30, 2)}
     print(f"[{name}] {result['seconds']:.0f} s, {result['peak_gib']} GiB", flush=True)

@@ -17,7 +17,7 @@ from hpd_verl import checkpoint
 from hpd_verl.export import export, find_checkpoint, model_card, read_scores
 
 TOKENS = torch.arange(1, 25).view(2, 12)
-LEAN_SETTINGS = {
+LEAN_SETTINGS: dict[str, Any] = {
     "model": {"path": "Qwen/Qwen2.5-1.5B", "lora_rank": 0},
     "teacher": {"model": {"path": "/models/a|b"}},
     "algorithm": {"hpd": {"objective": {"hpd": 1.0, "sft": 0.1}, "on_policy_objective": None, "temperature": 1.0}},

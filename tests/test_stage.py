@@ -39,6 +39,9 @@ def test_a_failure_is_shown_and_not_done(tmp_path: Path) -> None:
     assert "was wrong" in result.stderr
     assert f"[bad] failed with exit code 7; log in {tmp_path / 'bad.log'}" in result.stderr
     assert not (tmp_path / "bad.done").exists()
+    result = run(tmp_path, "bad", "echo now other; exit 7")
+    assert "now other" in result.stderr
+    assert "was wrong" not in result.stderr  # of an earlier start
     assert run(tmp_path, "bad", "true").returncode == 0
 
 

@@ -1,7 +1,7 @@
 """How far a student is from its teacher on held-out answers: exact KL divergences and entropies, nats a token.
 
 Both models read each prompt with its answer, the row's demonstration or what a model has answered in a result of
-this folder, and their distributions are compared at each response token, over the whole vocabulary.
+this folder, and their distributions are compared at each response token, over all tokens that both have.
 
     python -m examples.evaluation.divergence --data test.parquet --student STUDENT --teacher TEACHER --out kl.json
     python -m examples.evaluation.divergence --data test.parquet --student STUDENT --teacher TEACHER --out kl.json \\
@@ -11,6 +11,7 @@ this folder, and their distributions are compared at each response token, over t
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,9 @@ def divergence(
     labels = tokens[start:]
     hidden, head = student.hidden(tokens, start)
     teacher_hidden, layer = teacher.hidden(tokens, start)
-    layer = OutputHead(
-        layer.weight, min(head.vocabulary_size, layer.vocabulary_size), layer.bias, layer.scale, layer.soft_cap
-    )
+    # Rows that only one of them has are padding, which neither can mean: both are normalised over the others.
+    shared = min(head.vocabulary_size, layer.vocabulary_size)
+    head, layer = replace(head, vocabulary_size=shared), replace(layer, vocabulary_size=shared)
     features = teacher_features(teacher_hidden, layer, labels, 1.0, chunk_size)
     rest: dict[str, Any] = {
         "labels": labels,

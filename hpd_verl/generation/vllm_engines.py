@@ -72,6 +72,8 @@ class VLLMGenerator:
         trust_remote_code: bool = False,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        from verl.plugin.platform import get_platform
+
         for name, value in (
             ("--tensor_parallel_size", tensor_parallel_size),
             ("--data_parallel_size", data_parallel_size),
@@ -91,6 +93,9 @@ class VLLMGenerator:
             "gpu_memory_utilization": gpu_memory_utilization,
             "disable_log_stats": True,
         }
+        if get_platform().device_name == "cpu":
+            # vLLM cannot take back a random number of an answer whose prompt it has read in part: prompts whole, then.
+            self._load["enable_chunked_prefill"] = False
         load_template(model, self.template_kwargs, trust_remote_code)
         self._devices = _shares_of_devices(data_parallel_size, tensor_parallel_size)
         self._engines: list[_Engine] = []

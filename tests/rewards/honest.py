@@ -82,4 +82,11 @@ HONEST = {
         "import signal, time\ndef f():\n    time.sleep(0.1)\n    return signal.SIGTERM",
         "assert f() == 15",
     ),
+    "tests of EvalPlus": (
+        "def f(x, y):\n    return [x / y, y]",
+        "import numpy as np\ndef assertion(out, exp, atol):\n    exact = out == exp\n"
+        "    if not exact and all(isinstance(x, (int, float)) for x in exp):\n"
+        "        assert type(out) == type(exp) and np.allclose(out, exp, rtol=1e-07, atol=atol)\n        return\n    assert exact\n"
+        "for inp, exp in zip([[1, 3], [2, 4]], [[0.33333333333, 3], [0.5, 4]]):\n    assertion(f(*inp), exp, 1e-6)",
+    ),
 }
