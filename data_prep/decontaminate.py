@@ -107,7 +107,8 @@ def is_text(run: str) -> bool:
 
 def shared_runs(texts: Iterable[Words]) -> set[str]:
     """What many of these different texts share: runs of ``SHARED_WORDS`` words; none if there are few texts."""
-    generator, sample, seen = random.Random(0), [], set()
+    generator, seen = random.Random(0), set()
+    sample: list[Words] = []
     for words in texts:
         key = hash(tuple(words))
         if key in seen:
