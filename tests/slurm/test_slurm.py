@@ -18,7 +18,7 @@ STOPPED = "75:0"
 """Slurm's words for the exit code of a run that was asked to end."""
 
 RUN_THAT_STOPS = """#!/bin/bash
-# A job whose run starts deaf, as Python does, and ends at a "checkpoint" when it is asked to; the third time it is done.
+# A job whose run starts deaf, as Python does, and ends when it is asked to; after some restarts it is done.
 source {job}
 export restarts=${{SLURM_RESTART_COUNT:-0}}
 code=0
@@ -78,7 +78,7 @@ STOPS = ("--requeue", "--open-mode=append", "--signal=B:USR1@60")
 
 @pytest.mark.slow
 def test_a_run_that_is_ended_goes_back_to_the_queue(slurm: Slurm) -> None:
-    """By Slurm's warning, by preemption, and while it starts; at the end the job has the run's exit code."""
+    """By Slurm's warning while it starts, and by SIGTERM; at the end the job has the run's exit code."""
     job = slurm.submit(*STOPS, stopping_job(slurm, "stops", runs=2, code=7))
     slurm.wait_for_text(job, "run 0 of the job began")
     slurm.run("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1 sends; the run is deaf yet
