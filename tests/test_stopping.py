@@ -19,7 +19,9 @@ print("ready", flush=True)
 while sys.stdin.readline():
     if signals.asked_by and sys.argv[1] == "training":
         signals.end(step=3, total_steps=9, checkpoint="folder/global_step_3")
-print("went on to its end")
+signals.ignore()
+print("went on to its end", flush=True)
+time.sleep(1)
 """
 FIRST = "SIGTERM: the run ends after this step, with a checkpoint"
 STOPPED = "Stopped by SIGTERM after step 3 of 9: folder/global_step_3, exit code 75"
@@ -80,6 +82,17 @@ def test_nothing_is_waited_for_before_the_first_step(number: signal.Signals) -> 
     process = Process(phase="starting")
     process.process.send_signal(number)
     assert process.end() == (75, f"Ended by {number.name} before the first step, exit code 75")
+
+
+def test_a_run_that_has_made_its_last_step_is_not_ended_by_a_late_signal() -> None:
+    process = Process(phase="starting")
+    assert process.process.stdin is not None
+    process.process.stdin.close()
+    process.process.stdin = None
+    assert process.line() == "went on to its end"
+    process.process.send_signal(signal.SIGUSR1)
+    process.process.terminate()
+    assert process.end() == (0, "")
 
 
 def test_one_rank_speaks() -> None:

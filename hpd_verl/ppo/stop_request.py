@@ -34,7 +34,8 @@ def _put(word: str, value: str = "yes") -> None:
 
 
 def _get(word: str) -> str | None:
-    value = internal_kv_get_gcs_client().internal_kv_get(_key(word))
+    store = internal_kv_get_gcs_client()  # None in a client of Ray's (ray://), which ends at once
+    value = None if store is None else store.internal_kv_get(_key(word))
     return None if value is None else value.decode()
 
 
@@ -77,6 +78,7 @@ class Driver:
 
     def end(self) -> None:
         """After the trainer has ended without an error: end the process if it did so because it was asked to."""
+        self.signals.ignore()
         ray.init = self.init
         text = _get(_STOPPED) if ray.is_initialized() else None
         if text is not None:
