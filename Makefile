@@ -1,6 +1,7 @@
 # make quickstart   set up a virtual environment and run the main job on the CPU
 # make test         set up a virtual environment and run all tests
 # make lint, units, e2e: the parts of make test
+# make debian       Debian's bubblewrap, Slurm, Chromium and shellcheck; without one, the tests that use it are skipped
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -8,7 +9,13 @@ TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxschedchunk 1
 
-.PHONY: install quickstart test lint units e2e clean
+DEBIAN_PACKAGES := bubblewrap chromium munge shellcheck slurm-client slurmctld slurmd
+
+.PHONY: debian install quickstart test lint units e2e clean
+
+debian:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(DEBIAN_PACKAGES)
 
 install: $(VENV)/installed
 

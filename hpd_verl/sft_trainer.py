@@ -247,6 +247,7 @@ class HPDSFTTrainer(SFTTrainer):
         self.ckpt_handler.save_checkpoint(step=step)
         torch.distributed.barrier()
         if leads:
+            checkpoint.save_settings(root, step, self.config)
             checkpoint.mark_complete(root, step, keep)
         self.previous_checkpoint = root / f"global_step_{step}"
         old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, CONTENTS))

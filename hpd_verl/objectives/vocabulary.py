@@ -50,15 +50,16 @@ def hpd_exact(
     labels = log_probs.labels.unsqueeze(1)
     teacher_prob = log_probs.teacher_probs.gather(1, labels)
     student_label = log_probs.student.gather(1, labels)
-    label_gap = log_probs.student_probs.gather(1, labels) * (log_probs.teacher.gather(1, labels) - student_label)
+    label_ratio = log_probs.teacher.gather(1, labels) - student_label
+    label_gap = log_probs.student_probs.gather(1, labels) * label_ratio
 
-    label = reverse_coef * label_gap + torch.where(label_gap >= 0, forward_coef * teacher_prob, 0.0)
+    label = reverse_coef * label_gap + torch.where(label_ratio >= 0, forward_coef * teacher_prob, 0.0)
     if student_sampling:
         # Tokens that the student over-estimates, where log p - log q < 0, and their chance to be sampled, q. NaN stays.
         over = torch.sub(log_probs.teacher, log_probs.student).clamp_max_(0.0)
         over.scatter_(1, labels, 0.0)
         drawn = -over.sign().mul_(log_probs.student_probs).sum(-1, keepdim=True)
-        reinforced = torch.where(label_gap > 0, drawn, 0.0)
+        reinforced = torch.where(label_ratio > 0, drawn, 0.0)
         label = label + reinforce_coef * teacher_prob * reinforced
         weights = over.mul_(log_probs.student_probs).mul_(log_probs.student_probs).mul_(reverse_coef)
         value = -(weights * log_probs.student).sum(-1)
@@ -149,6 +150,8 @@ def skew_fkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights:
         log_probs: see ``VocabularyLogProbs``.
         skew: share of the teacher in the mixture; with 0 it is fkl.
     """
+    if skew == 0:  # the mixture is q, whose logarithm is known where q is too small for a number
+        return fkl(log_probs)
     mixture = _mixture(log_probs.teacher_probs, log_probs.student_probs, skew)
     weights = torch.div(log_probs.student_probs, mixture).mul_(log_probs.teacher_probs).mul_(1 - skew)
     value = mixture.log_().neg_().add_(log_probs.teacher).mul_(log_probs.teacher_probs).sum(-1)
@@ -165,6 +168,8 @@ def skew_rkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights:
         log_probs: see ``VocabularyLogProbs``.
         skew: share of the student in the mixture; with 0 it is rkl_exact.
     """
+    if skew == 0:
+        return rkl_exact(log_probs)
     mixture = _mixture(log_probs.student_probs, log_probs.teacher_probs, skew)
     ratio = torch.div(log_probs.student_probs, mixture)
     weights = mixture.log_().sub_(log_probs.student).mul_(log_probs.student_probs)
@@ -183,15 +188,15 @@ _HEAD_TOKENS = 64
 """Tokens among which the head is looked for first: most distributions of a language model have it there."""
 
 
-def _head_mask(probs: Tensor, mass: float) -> Tensor:
-    """The fewest most likely tokens of each row that hold ``mass``, and those as likely as the last: 1, others 0."""
-    top = probs.topk(min(_HEAD_TOKENS, probs.shape[1]), dim=-1).values
+def _head_sum(values: Tensor, probs: Tensor, mass: float) -> Tensor:
+    """The sum of values, [n], over the fewest most likely tokens that hold ``mass`` and those as likely as the last."""
+    top, tokens = probs.topk(min(_HEAD_TOKENS, probs.shape[1]), dim=-1)
     held = top.cumsum(-1)
-    if bool((held[:, -1] >= mass).all()):
-        least = torch.where(held - top < mass, top, math.inf).amin(-1, keepdim=True)
-    else:
-        least = _least_of_head(probs, mass)
-    return torch.ge(probs, least, out=torch.empty_like(probs))
+    least = torch.where(held - top < mass, top, math.inf).amin(-1, keepdim=True)
+    # Beyond the last of these tokens there may be more that are as likely.
+    if bool(((held[:, -1:] >= mass) & ((least > top[:, -1:]) | (top.shape[1] == probs.shape[1]))).all()):
+        return values.gather(1, tokens).mul_(top >= least).sum(-1)
+    return (probs >= _least_of_head(probs, mass)).to(values.dtype).mul_(values).sum(-1)
 
 
 def _least_of_head(probs: Tensor, mass: float) -> Tensor:
@@ -231,13 +236,16 @@ def akl(log_probs: VocabularyLogProbs, mu: float) -> VocabularyWeights:
         log_probs: see ``VocabularyLogProbs``.
         mu: see ``AKLParameters``.
     """
-    forward, reverse = fkl(log_probs), rkl_exact(log_probs)
+    difference = torch.sub(log_probs.teacher, log_probs.student)
+    forward = torch.mul(log_probs.teacher_probs, difference).sum(-1)
+    gaps = difference.mul_(log_probs.student_probs)
+    reverse = -gaps.sum(-1)
     distance = torch.sub(log_probs.teacher_probs, log_probs.student_probs).abs_()
     total = distance.sum(-1)
-    in_head = distance.mul_(_head_mask(log_probs.teacher_probs, mu)).sum(-1)
-    share = torch.where(total == 0, 0.5, in_head / total)
-    weights = torch.lerp(reverse.weights, forward.weights, share.unsqueeze(1))
-    return VocabularyWeights(weights, torch.lerp(reverse.value, forward.value, share))
+    share = torch.where(total == 0, 0.5, _head_sum(distance, log_probs.teacher_probs, mu) / total)
+    return VocabularyWeights(
+        gaps.lerp_(log_probs.teacher_probs, share.unsqueeze(1)), torch.lerp(reverse, forward, share)
+    )
 
 
 class ABKDParameters(ObjectiveParameters):
@@ -263,11 +271,11 @@ def abkd(log_probs: VocabularyLogProbs, alpha: float, beta: float) -> Vocabulary
         alpha, beta: see ``ABKDParameters``.
     """
     student, teacher, total = log_probs.student, log_probs.teacher, alpha + beta
-    student_alpha, student_beta = (alpha * student).exp_(), (beta * student).exp_()
-    weights = (alpha * teacher).exp_().sub_(student_alpha).mul_(student_beta).div_(alpha)
+    student_total = (total * student).exp_()
+    weights = (beta * student).add_(teacher, alpha=alpha).exp_().sub_(student_total).div_(alpha)
     # The sum above, with p^alpha q^beta - q^(alpha + beta) = alpha w taken out.
-    remainder = (total * teacher).exp_().sub_(student_alpha.mul_(student_beta)).div_(total)
-    return VocabularyWeights(weights, remainder.sub_(weights).sum(-1) / beta)
+    remainder = (total * teacher).exp_().sub_(student_total)
+    return VocabularyWeights(weights, (remainder.sum(-1) / total - weights.sum(-1)) / beta)
 
 
 @objective("todi", over="vocabulary", source="ToDi, Jung et al. 2025, arXiv 2505.16297")

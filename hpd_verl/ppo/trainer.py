@@ -333,6 +333,7 @@ class HPDTrainer(PPOTrainerSync):
         checkpoint.mark_incomplete(root, self.global_steps, self.previous_checkpoint)
         with _settings(trainer, max_actor_ckpt_to_keep=None, remove_previous_ckpt_in_save=False):
             super()._save_checkpoint()
+        checkpoint.save_settings(root, self.global_steps, self.config)
         checkpoint.mark_complete(root, self.global_steps, keep)
         self.previous_checkpoint = root / f"global_step_{self.global_steps}"
         old = checkpoint.checkpoints_to_remove(root, keep)
