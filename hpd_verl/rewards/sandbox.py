@@ -215,7 +215,7 @@ def _started(
             "role": role,
             "text": program.fileno(),
             "packages": packages,
-            "user": None if user is None else user + next(_runs) % 4096,
+            "user": None if user is None else user + (64 * os.getpid() + next(_runs)) % 4096,
             "limits": _resource_limits(limits),
             **descriptors,
         }

@@ -107,7 +107,7 @@ def test_hostile_programs_are_contained(host: Host) -> None:
         outcomes = dict(zip(table, pool.map(outcome, table.values()), strict=True))
     assert len(table) >= 100
     assert {name: found for name, (found, _) in outcomes.items() if found.passed} == {}
-    assert {name: seconds for name, (_, seconds) in outcomes.items() if seconds > LIMITS.seconds + 3} == {}
+    assert {name: seconds for name, (_, seconds) in outcomes.items() if seconds > LIMITS.seconds + 10} == {}
     after = host.canary.stat()
     assert host.canary.read_text() == "canary"
     assert (after.st_mode, after.st_nlink, after.st_mtime_ns) == (
@@ -193,16 +193,17 @@ def test_bad_ground_truth_is_an_error_and_no_score(tests: str) -> None:
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("assert f(1) == 2", ["f"]),
-        ("import math\ndef check(candidate):\n    assert abs(candidate(1)) == 1\ncheck(g)", ["g"]),
-        ("assert sum(1, 2) == 3", ["sum"]),
-        ("assert len(f(1)) == sum([1])", ["f"]),
-        ("assert math.isclose(f(1), 1)", ["f", "math"]),
-        ("x = f(1)\nassert x == [y for y in x]", ["f"]),
-        ("assert set(f(1)) == set([1])", ["f"]),
+        ("assert f(1) == 2", (["f"], [])),
+        ("import math\ndef check(candidate):\n    assert abs(candidate(1)) == 1\ncheck(g)", (["g"], [])),
+        ("assert sum(1, 2) == 3", (["sum"], [])),
+        ("assert queue(1, 2) == 3", (["queue"], ["queue"])),
+        ("assert len(f(1)) == sum([1])", (["f"], [])),
+        ("assert math.isclose(f(1), 1)", (["f"], ["math"])),
+        ("x = f(1)\nassert x == [y for y in x]", (["f"], [])),
+        ("assert set(f(1)) == set([1])", (["f"], [])),
     ],
 )
-def test_names_that_tests_ask_for(text: str, names: list[str]) -> None:
+def test_names_that_tests_ask_for(text: str, names: tuple[list[str], list[str]]) -> None:
     """A candidate never stands in for what its tests compare with."""
     assert guest.asked_names(text) == names
 
