@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "hpd_verl"
 ORDER = [
     {"objectives", "rewards", "import_hooks", "verl_contract"},
     {"head"},
-    {"config", "checkpoint"},
+    {"config", "checkpoint", "stopping"},
     {"data"},
     {"engine"},
     {"teacher"},
@@ -21,7 +21,7 @@ ORDER = [
     {"generation"},
     {"pipelines"},
     {"ppo"},
-    {"sft_trainer", "teacher_cache", "lean", "hydra_config"},
+    {"sft_trainer", "teacher_cache", "torchrun", "lean", "hydra_config", "export", "plan", "report"},
     {"cpu"},
     {"plugin"},
 ]

@@ -4,6 +4,7 @@ Each engine has a process, with its devices, from ``VLLMGenerator``'s first ques
 the engine that has the fewest; an engine that dies, or the process that asks, ends them all.
 """
 
+import atexit
 import contextlib
 import ctypes
 import multiprocessing
@@ -71,6 +72,8 @@ class VLLMGenerator:
         trust_remote_code: bool = False,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        from verl.plugin.platform import get_platform
+
         for name, value in (
             ("--tensor_parallel_size", tensor_parallel_size),
             ("--data_parallel_size", data_parallel_size),
@@ -90,6 +93,9 @@ class VLLMGenerator:
             "gpu_memory_utilization": gpu_memory_utilization,
             "disable_log_stats": True,
         }
+        if get_platform().device_name == "cpu":
+            # vLLM cannot take back a random number of an answer whose prompt it has read in part: prompts whole, then.
+            self._load["enable_chunked_prefill"] = False
         load_template(model, self.template_kwargs, trust_remote_code)
         self._devices = _shares_of_devices(data_parallel_size, tensor_parallel_size)
         self._engines: list[_Engine] = []
@@ -175,6 +181,7 @@ class VLLMGenerator:
         )
 
     def _start(self) -> None:
+        atexit.register(self.close)  # before multiprocessing waits for its processes
         context = multiprocessing.get_context("spawn")
         for devices in self._devices:
             here, there = context.Pipe()
@@ -196,10 +203,7 @@ class VLLMGenerator:
                 engine.process.kill()
                 engine.process.join()
         self._engines = []
-
-    def __del__(self) -> None:
-        if getattr(self, "_engines", None):
-            self.close()
+        atexit.unregister(self.close)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import RunMainPPO, Tiny, make_nan_model, make_rows, write_parquet
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from hpd_verl.export import export
 
 UPDATES = ("actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.ppo_epochs=2")
 """Four of each batch: two mini-batches, two epochs."""
@@ -132,16 +137,18 @@ def test_mixed_batches_with_vllm(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path:
     assert "Initial validation metrics" in run.output
 
 
-def test_lora_student_with_an_external_teacher(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
+def test_lora_student_with_an_external_teacher(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
     """The teacher is the model of its own path, not the student without its adapter: the gap is not zero.
 
     With a mixture of objectives, one of them a user's own, exact divergences in the log, and several updates of one
-    pass, which weighs with the current student.
+    pass, which weighs with the current student. Exported merged and as an adapter, the model is the same, and not what
+    it was.
     """
     document = Path(__file__).parents[2] / "CONTRIBUTING.md"
     (example,) = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
     (tmp_path / "cross_entropy.py").write_text(example)
-    run = run_main_ppo("trainer.resume_mode=disable", "actor_rollout_ref.model.lora_rank=4", *MIXTURE, *UPDATES)
+    lora = ("actor_rollout_ref.model.lora_rank=4", "trainer.save_freq=2")
+    run = run_main_ppo("trainer.resume_mode=disable", *lora, *MIXTURE, *UPDATES)
     assert run.returncode == 0, run.output[-3000:]
     assert abs(run.steps[0]["hpd/reverse_kl_k1"]) > 0.1
     assert "actor/pg_clipfrac" not in run.steps[0]
@@ -149,6 +156,21 @@ def test_lora_student_with_an_external_teacher(run_main_ppo: RunMainPPO, tmp_pat
         assert step["hpd/reverse_kl"] > 0
         assert step["hpd/forward_kl"] > 0
         assert step["actor/grad_norm"] > 0
+
+    merged, adapter = tmp_path / "merged", tmp_path / "adapter"
+    assert "LoRA merged, fp32" in export(tmp_path / "checkpoints", merged, dtype="fp32")
+    export(tmp_path / "checkpoints" / "global_step_2", adapter, dtype="fp32", lora="adapter")
+    tokens = torch.arange(1, 25).view(2, 12)
+    student = AutoModelForCausalLM.from_pretrained(tiny.student)
+    with torch.no_grad():
+        before = student(tokens).logits
+        after = AutoModelForCausalLM.from_pretrained(merged)(tokens).logits
+        with_adapter = PeftModel.from_pretrained(student, adapter)(tokens).logits
+    torch.testing.assert_close(after, with_adapter, rtol=1e-4, atol=1e-4)
+    assert (after - before).abs().max() > 0.01
+    card = (merged / "README.md").read_text()
+    assert str(tiny.teacher) in card
+    assert "| LoRA | rank 4, alpha 16 |" in card
 
 
 def test_several_updates_of_a_staged_batch_use_the_clipped_ratio(run_main_ppo: RunMainPPO) -> None:

@@ -13,9 +13,11 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from answers import by_transformers, by_vllm
 from conftest import Run, RunMainPPO, Tiny, make_nan_model, read_steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hpd_verl.export import export
 from hpd_verl.teacher.disk_store import DiskStore
 from hpd_verl.teacher.records import StoreIdentity
 
@@ -76,7 +78,8 @@ def run_sft(tiny: Tiny, tmp_path: Path) -> RunSFT:
 def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None:
     """The validation loss falls; 2 ranks and a full store give what 1 rank without a store gives.
 
-    With fewer validation rows than a batch has, and an odd number of them.
+    With fewer validation rows than a batch has, and an odd number of them. The checkpoint of 2 ranks, exported, is
+    verl's own whole model, and vLLM answers with it as transformers does.
     """
     overrides = (
         "trainer.resume_mode=disable",
@@ -92,7 +95,8 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
     )
     plain = run_sft(*overrides)
     filling = run_sft(*overrides, *cache, module="hpd_verl.teacher_cache")
-    full = run_sft(*overrides, *cache, ranks=2)
+    saved = ("trainer.save_freq=4", "checkpoint.save_contents=[model,hf_model]")
+    full = run_sft(*overrides, *cache, *saved, ranks=2)
     for run in (plain, filling, full):
         assert run.returncode == 0, run.output[-3000:]
     assert "distinct rows" in filling.output
@@ -107,6 +111,23 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
         assert "val/hpd/reverse_kl_k1" in validated
         for name in validated:
             assert two_ranks[name] == pytest.approx(one_rank[name], rel=2e-4, abs=1e-6), name
+
+    exported = tmp_path / "exported"
+    export(tmp_path / "checkpoints", exported, dtype="fp32")
+    verls = tmp_path / "checkpoints" / "global_step_4" / "huggingface"
+    whole = AutoModelForCausalLM.from_pretrained(verls, dtype=torch.float32).state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(exported).state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+    card = (exported / "README.md").read_text()
+    for said in (
+        str(tiny.student),
+        str(tiny.teacher),
+        str(tiny.train),
+        "| Objective | hpd |",
+        "| Training steps | 4 |",
+    ):
+        assert said in card
+    assert by_vllm(exported) == by_transformers(exported)
 
 
 def student_nlls(tiny: Tiny, rows: int) -> list[list[float]]:

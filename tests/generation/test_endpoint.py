@@ -227,7 +227,7 @@ def test_what_stays_bad_ends_in_one_line_and_loses_nothing(
 
 def test_what_no_retry_helps_is_not_asked_again(server: Server, tmp_path: Path) -> None:
     server.always = replies({"error": "no such model"}, 404)
-    with pytest.raises(GenerationError, match="status 404: .*no such model"):
+    with pytest.raises(GenerationError, match=r"status 404: .*no such model"):
         texts(server, tmp_path / "journal", Sampling(), concurrency=1)
     assert len(server.requests) == 1
 
