@@ -320,7 +320,7 @@ def _serve(connection: Connection, model: str, template_kwargs: Mapping[str, Any
                 connection.send((position, answers, None))
     except BrokenPipeError:
         return
-    except (ValueError, GenerationError) as error:
+    except GenerationError as error:
         connection.send((-1, [], error))
     except Exception as error:  # whatever vLLM or its libraries raise
         from hpd_verl.data.files import one_line
@@ -344,6 +344,7 @@ class _VLLM:
         import verl  # noqa: F401 - its plugins set what a CPU needs
         from vllm import LLM
 
+        self._model = model
         self._template = load_template(model, template_kwargs, load["trust_remote_code"])
         self._end = self._template.turn_end([{"role": "user", "content": "question"}]).token
         compiles = os.environ.get("TORCHDYNAMO_DISABLE") != "1"  # the plugin's choice on a CPU
@@ -365,7 +366,8 @@ class _VLLM:
             escaped, _ = self._template.escape(messages)
             tokens = self._template.encode(escaped, self._template.prompt(escaped), escaped is not messages)
         except ValueError as error:
-            raise ValueError(f"prompt {position}: {error}") from error
+            reason = str(error).replace("the student's", "the model's")
+            raise GenerationError(f"--model={self._model}: prompt {position}: {reason}") from error
         if len(tokens) >= self._context:
             self._too_long.append((position, [Answer("", [], "length")] * sampling.n))
             return

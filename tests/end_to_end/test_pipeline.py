@@ -87,5 +87,3 @@ def test_the_pipeline_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert kl[1] < 0.7 * kl[0]
     pages = {file.name for file in (run_dir / "report").iterdir()}
     assert pages >= {f"{SET}.html", f"{SET}.png", "training.html", "training.png"}
-
-
