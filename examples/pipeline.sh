@@ -47,7 +47,7 @@ evaluate() { # SET NAME MODEL
 
 divergence() { # SET NAME MODEL
     stage "divergence_$1_$2" python -m examples.evaluation.divergence --data "$RUN_DIR/data/$1/test.parquet" \
-        --answers "$RUN_DIR/scores/$1_teacher.json" --student "$3" --teacher "$TEACHER" --name "$2" \
+        --answers "$RUN_DIR/scores/$1_teacher.json" --student "$3" --teacher "$TEACHER" --name "$2, KL" \
         --out "$RUN_DIR/scores/$1_$2_kl.json" ${TEST_ROWS:+--max_rows "$TEST_ROWS"}
 }
 
