@@ -87,5 +87,3 @@ def test_the_pipeline_goes_on_after_a_kill(tmp_path: Path) -> None:
         assert any(line[: len(row)] == row for line in table), row
     pages = {file.name for file in (run_dir / "report").iterdir()}
     assert pages >= {f"{SET}.html", f"{SET}.png", "training.html", "training.png"}
-
-
