@@ -111,6 +111,7 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
     | {
         "algorithm.hpd.on_policy_fraction": {"start": 0, "end": 1, "steps": 2000},
         "algorithm.hpd.on_policy_objective": "opd",
+        "algorithm.hpd.rollouts_per_prompt": 4,  # of 256 sequences: 64 prompts
         "actor_rollout_ref.actor.optim.lr": 1e-5,
         "trainer.total_training_steps": 2400,
     },
