@@ -22,7 +22,7 @@ VARIABLE = "HPD_RUN_DIR"
 """Of the environment of all processes of a run, by which those of an earlier start are found."""
 STAGE = "HPD_STAGE"
 """The process id of the stage's own."""
-INTERVAL = 1.0
+INTERVAL = 2.0
 """Seconds between looks at the memory."""
 
 
