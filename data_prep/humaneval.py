@@ -1,9 +1,9 @@
 """HumanEval (164 functions to complete, MIT licence): programs to validate on.
 
 Columns read: task_id, prompt, canonical_solution, test, entry_point; HumanEval.jsonl.gz of the release is read too. The
-ground truth is the test program, which calls ``check`` with the function. verl has no reward function for it:
-``reward.custom_reward_function.path=pkg://hpd_verl.rewards.code`` runs programs in a sandbox. EvalPlus's tests come with
---dataset evalplus/humanevalplus, which has the same columns.
+ground truth is the test program, which calls ``check`` with the function. verl has no reward function for it; with
+``reward.custom_reward_function.path=pkg://hpd_verl.rewards.code`` programs run in a sandbox. For EvalPlus's tests give
+--dataset evalplus/humanevalplus, whose columns are the same.
 
     python -m data_prep.humaneval --local_dataset_path ~/data/HumanEval.jsonl.gz --local_save_dir ~/data/humaneval
 """

@@ -502,9 +502,8 @@ def main() -> None:
     parser.add_argument("--score", type=Path, help="JSON file with scores for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
     arguments = parser.parse_args()
-    logging.getLogger("torch.distributed.device_mesh").setLevel(
-        logging.ERROR
-    )  # meshes of the training, read here alone
+    # It warns of meshes that are read without the training's processes, as all are here.
+    logging.getLogger("torch.distributed.device_mesh").disabled = True
     try:
         print(
             export(

@@ -265,7 +265,7 @@ def draw_picture(
         references: horizontal lines by metric and name.
     """
     shown = logged(runs, metrics or PICTURE) or logged(runs, [".*"])[:12]
-    columns = min(4, len(shown))
+    columns = len(shown) if len(shown) <= 5 else 4
     rows = math.ceil(len(shown) / columns)
     legend = 0.3 * math.ceil(len(runs) / 4) if len(runs) > 1 else 0.0
     figure = plt.figure(figsize=(3.7 * columns, 2.8 * rows + legend + 0.2), layout="constrained")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir, initialize_config_module
 from transformers import (
     AutoConfig,
     Gemma2Config,
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from hpd_verl.hydra_config import config_dir
 from hpd_verl.plan.__main__ import describe, main
 from hpd_verl.plan.memory import ALLOWANCE, complaints, plan_memory, what_helps
 from hpd_verl.plan.model_size import ModelSize, model_size, read_config
@@ -160,6 +162,24 @@ def test_the_server_needs_room_for_a_row(student: ModelSize, teacher: ModelSize)
 def test_each_setting_lowers_what_it_is_said_to(student: ModelSize, teacher: ModelSize, change: dict[str, Any]) -> None:
     run = Run(response_tokens=4000)
     assert plan_memory(student, teacher, replace(run, **change)).peak < plan_memory(student, teacher, run).peak
+
+
+@pytest.mark.parametrize("trainer", ["main_ppo", "lean"])
+def test_what_helps_is_taken_by_the_trainer(trainer: str, student: ModelSize, teacher: ModelSize) -> None:
+    """Every setting's name, as an override of the trainer's configuration."""
+    share = 0.25 if trainer == "main_ppo" else 0.0
+    run = Run(gpus=1, trainer=trainer, on_policy_fraction=share, gradient_checkpointing=False, attention="sdpa")
+    with_server = [name for name, _ in what_helps(student, teacher, replace(run, gpu_memory_utilization=0.9))]
+    names = {name.split(",")[0] for name in with_server}
+    names |= {name.split(",")[0] for name, _ in what_helps(student, teacher, replace(run, on_policy_fraction=0.0))}
+    overrides = [each for name in names if "=" in name for each in name.split()]
+    assert len(overrides) >= (6 if trainer == "main_ppo" else 4)
+    if trainer == "main_ppo":
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            compose("ppo_trainer", overrides=["algorithm=hpd", *overrides])
+    else:
+        with initialize_config_dir(str(config_dir()), version_base=None):
+            compose("sft_trainer", overrides=overrides)
 
 
 def write_config(folder: Path, config: PretrainedConfig) -> str:

@@ -65,7 +65,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.before)
     teacher = load(args.teacher)
     run = read_run(args.metrics, "student")
-    (accuracy_metric,) = logged([run], CURVES[:1])
+    validated = logged([run], CURVES[:1])
 
     print(f"\n{'model':<16}{'parameters':>12}{'accuracy':>10}{'KL to teacher':>15}")
     scores = {}
@@ -74,9 +74,10 @@ def main() -> None:
         kl = 0.0 if name == "teacher" else kl_to_teacher(model, teacher, tokenizer, rows)
         scores[name] = accuracy(model, tokenizer, rows)
         print(f"{name:<16}{model.num_parameters():>12,}{scores[name]:>10.3f}{kl:>15.4f}")
-    by_vllm = ", ".join(f"{value:.3f} at step {step}" for step, value in sorted(run.metrics[accuracy_metric].items()))
+    by_step = sorted((step, value) for name in validated for step, value in run.metrics[name].items())
+    by_vllm = ", ".join(f"{value:.3f} at step {step}" for step, value in by_step)
     print(f"\n{len(rows)} held-out problems, greedy. The student's accuracy by verl's validation with vLLM: {by_vllm}.")
-    draw_picture([run], args.plot, CURVES, {accuracy_metric: {"teacher": scores["teacher"]}})
+    draw_picture([run], args.plot, CURVES, {name: {"teacher": scores["teacher"]} for name in validated})
     print(f"Training curves: {args.plot}")
 
 

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # the sbatch files use what is set here
 # Sourced by the sbatch files of this folder, in the job's batch shell, which Slurm runs on the first node: addresses,
 # containers, an end by a signal, and what follows from the run's exit code. docs/clusters.md explains the variables.
 set -euo pipefail
@@ -28,7 +28,7 @@ fi
 export HEAD_ADDRESS INTERFACE=${INTERFACE:-}
 
 # Run at the start of each node's task: the address by which the others see it, and the interface for torch's ranks.
-# shellcheck disable=SC2016,SC2034 # the node's own shell expands it; the sbatch files use it
+# shellcheck disable=SC2016 # the node's own shell expands it
 ON_NODE='
 route=$(ip -o -4 route get "$HEAD_ADDRESS" 2>/dev/null) || true
 NODE_ADDRESS=$(sed -nE "s/.* src ([0-9.]+).*/\1/p" <<<"$route")

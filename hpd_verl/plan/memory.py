@@ -178,7 +178,10 @@ def _settings(run: Run) -> list[tuple[str, Run]]:
     length = "data.max_token_len_per_gpu" if lean else "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
     tried = [
         (f"{model}.enable_gradient_checkpointing=true", replace(run, gradient_checkpointing=True)),
-        (f"{model}.override_config.attn_implementation=flash_attention_2", replace(run, attention="flash_attention_2")),
+        (
+            f"+{model}.override_config.attn_implementation=flash_attention_2",
+            replace(run, attention="flash_attention_2"),
+        ),
         (f"algorithm.hpd.token_chunk_size={_chunk(run) // 4}", replace(run, token_chunk_size=_chunk(run) // 4)),
     ]
     if run.tokens // 2 >= run.row_tokens:

@@ -16,16 +16,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from conftest import Tiny, make_model, make_rows, write_parquet
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # examples is no part of the installed package
 
 pytest.importorskip("math_verify", reason="needs hpd-verl[evaluation]")
 pytest.importorskip("rouge_score", reason="needs hpd-verl[evaluation]")
 
-from examples.evaluation import code, compare, dialogue, divergence, maths, results  # noqa: E402
+from examples.evaluation import code, compare, dialogue, divergence, maths, results
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs Debian's package bubblewrap")
 
@@ -266,7 +265,7 @@ def test_verdicts(text: str, verdict: str | None) -> None:
 
 
 def test_preferences_in_both_places() -> None:
-    table = {("A", "B"): 1.0, ("B", "A"): 0.0}
+    table: dict[tuple[str | None, str | None], float] = {("A", "B"): 1.0, ("B", "A"): 0.0}
     for first in ("A", "B", "C", None):
         for second in ("A", "B", "C", None):
             assert dialogue.preference(first, second) == table.get((first, second), 0.5)
@@ -294,7 +293,7 @@ def test_divergence_is_that_of_the_distributions(wider: str, call: Call, tiny: T
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (student, teacher)]
     tokenizer = AutoTokenizer.from_pretrained(student)
     shared = min(model.config.vocab_size for model in models)
-    totals, tokens = {name: 0.0 for name in divergence.METRICS}, 0
+    totals, tokens = dict.fromkeys(divergence.METRICS, 0.0), 0
     for item, source in zip(found["items"], make_rows(3), strict=True):
         prompt = f"<turn> user {source['prompt'][0]['content']} <end> <turn> assistant "
         start = len(tokenizer.encode(prompt, add_special_tokens=False))
@@ -380,7 +379,7 @@ def test_comparison_of_runs(
     compare.main()
     printed, text = capsys.readouterr().out, html.read_text()
     assert "+0.500 (+0.000, +1.000)" in printed
-    assert "before (0)" in printed
+    assert "before (" not in printed  # one of maths, one of dialogue
     assert png.read_bytes().startswith(b"\x89PNG")
     (embedded,) = re.findall(r"src='data:image/png;base64,([^']*)'", text)
     assert base64.b64decode(embedded) == png.read_bytes()
@@ -389,7 +388,7 @@ def test_comparison_of_runs(
     assert "http" not in text  # it needs nothing else
     assert text.index("&lt;b&gt;0") < text.index("&lt;b&gt;1")  # those that differ come first
     files[0].write_text('{"kind": 1}')
-    with pytest.raises(SystemExit, match="0.json: no result of an evaluation"):
+    with pytest.raises(SystemExit, match=r"0\.json: no result of an evaluation"):
         compare.main()
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # examples is no part of the installed package
 
-from examples.evaluation.statistics import avg_at_k, bootstrap, compare, pass_at_k  # noqa: E402
+from examples.evaluation.statistics import avg_at_k, bootstrap, compare, pass_at_k
 
 
 @given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))

@@ -35,7 +35,7 @@ RIGHT = [
     (r"\boxed{90^\circ}", "90"),
     ("It has 2 parts.\n#### 1,200", "1200"),
     ("The answer is 12.", "12"),
-    ("答案是 $\\boxed{３}$ 或 \\boxed{3}", "3"),
+    ("答案是 $\\boxed{\uff13}$ 或 \\boxed{3}", "3"),
     (r"<think>\boxed{1}</think> \boxed{2}", "2"),
     (r"\boxed{2} </think> \boxed{3}", "3"),
 ]
