@@ -103,6 +103,10 @@ class HPDConfig(HPDParameters):
     ] = Field(0.0, json_schema_extra=_says(_FRACTION))
     """Share of a batch's rows that the student answers itself: a number, or {start, end, steps} for a line."""
 
+    rollouts_per_prompt: int = Field(1, ge=1)
+    """Of the rows of a batch that the student answers, so many at a time take one of their prompts: as many sequences,
+    fewer prompts (counted). For rollouts alone actor_rollout_ref.rollout.n leaves no prompt out."""
+
     missing_demonstration: Literal["error", "rollout"] = "error"
     """Rows without a demonstration where one is needed: error, or rollout (the student answers; counted)."""
 
@@ -208,6 +212,12 @@ class HPDConfig(HPDParameters):
             self.objective,
             f"{needing} is for the student's own rollouts: set {PREFIX}.on_policy_fraction=1, "
             f"or keep another objective for demonstrations and set {PREFIX}.on_policy_objective={needing}",
+        )
+        require(
+            self.rollouts_per_prompt == 1 or self.schedule.highest > 0 or self.missing_demonstration == "rollout",
+            f"{PREFIX}.rollouts_per_prompt",
+            self.rollouts_per_prompt,
+            f"the student answers nothing: set {PREFIX}.on_policy_fraction, or leave it out",
         )
         over_tokens = objectives.names(lambda bound: bound.objective.over == "token")
         require(
