@@ -210,6 +210,7 @@ def check_objective(checked: Objective) -> None:
         teacher = torch.full_like(teacher, math.nan)  # what it gets in a run without one
     labels = torch.arange(rows)
     log_probs: Any
+    kind: type[VocabularyWeights] | type[TokenWeights]
     if checked.over == "vocabulary":
         log_probs, kind = VocabularyLogProbs(student, teacher, labels), VocabularyWeights
         likes = {"weights": student, "value": student[:, 0]}
