@@ -11,6 +11,7 @@ Memory is the highest sum over the stage's processes of their proportional sets 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ VARIABLE = "HPD_RUN_DIR"
 """Of the environment of all processes of a run, by which those of an earlier start are found."""
 STAGE = "HPD_STAGE"
 """The process id of the stage's own."""
-INTERVAL = 1.0
+INTERVAL = 2.0
 """Seconds between looks at the memory."""
 
 
@@ -76,6 +77,7 @@ def run(run_dir: Path, name: str, command: list[str]) -> None:
         print(f"[{name}] ending {len(left)} processes of an earlier start", flush=True)
         end(left)
     print(f"[{name}] log in {log}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes are ended
     start, peak = time.monotonic(), 0
     with open(log, "a") as stream:
         begin = stream.tell()

@@ -107,6 +107,7 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
     | {
         "algorithm.hpd.on_policy_fraction": {"start": 0, "end": 1, "steps": 2000},
         "algorithm.hpd.on_policy_objective": "opd",
+        "algorithm.hpd.rollouts_per_prompt": 4,  # of 256 sequences: 64 prompts
         "actor_rollout_ref.actor.optim.lr": 1e-5,
         "trainer.total_training_steps": 2400,
     },
@@ -167,10 +168,22 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
         "actor_rollout_ref.ref.fsdp_config.model_dtype": "fp32",  # platform/cpu.yaml
     },
 }
-NOT_RECIPES = {"quickstart/run.sh"}
+NOT_RECIPES = {"pipeline.sh", "math/pipeline.sh", "code/pipeline.sh", "quickstart/pipeline.sh", "quickstart/run.sh"}
+PIPELINES = {
+    "math/pipeline.sh": [
+        *("prepare_gsm8k", "answers", "train", "export"),
+        *("evaluate_gsm8k_teacher", "evaluate_gsm8k_before", "evaluate_gsm8k_after"),
+    ],
+    "code/pipeline.sh": [
+        *("prepare_mbpp", "prepare_humaneval", "answers", "train", "export"),
+        *("evaluate_mbpp_teacher", "evaluate_mbpp_before", "evaluate_mbpp_after"),
+        *("evaluate_humaneval_teacher", "evaluate_humaneval_before", "evaluate_humaneval_after"),
+    ],
+}
 
 COMMAND = """#!/usr/bin/env bash
 printf '%s\\0' "$(basename "$0")" "$@" > "$COMMAND_FILE"
+printf '%s\\n' "$*" >> "$COMMAND_FILE.all"
 """
 
 
@@ -290,6 +303,34 @@ def test_variables_and_overrides_win(tmp_path: Path) -> None:
     assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == (4, 4)
     assert config.trainer.save_freq == 5
     assert config.trainer.logger == ["console", "file", "trackio"]
+
+
+@pytest.mark.parametrize("script", PIPELINES)
+def test_stages_of_a_pipeline(script: str, tmp_path: Path) -> None:
+    """In their order, with modules that exist; tests/end_to_end/test_pipeline.py runs them."""
+    command_of(script, tmp_path, "optim.lr=1e-3", RUN_DIR=str(tmp_path / "run"), GENERATE_ARGS="--top_p 0.9 --seed 3")
+    commands = (tmp_path / "command.all").read_text().splitlines()
+    stages = [line.split() for line in commands if line.split()[0].endswith("stage.py") and "--" in line.split()]
+    assert [words[2] for words in stages] == PIPELINES[script]
+    by_name = {words[2]: words[words.index("--") + 1 :] for words in stages}
+    assert by_name["answers"][-4:] == ["--top_p", "0.9", "--seed", "3"]
+    assert by_name["train"][-1] == "optim.lr=1e-3"
+    assert Path(by_name["train"][-2]).is_file()
+    for words in by_name.values():
+        if words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]) is not None
+
+
+def test_a_set_that_is_not_there(tmp_path: Path) -> None:
+    result = subprocess.run(
+        ["bash", EXAMPLES / "math/pipeline.sh"],
+        env=environment(tmp_path, RUN_DIR=str(tmp_path / "run"), DATA_DIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert result.stderr == f"Error: DATA_DIR={tmp_path}: holds no gsm8k and no gsm8k.*; put the set's files there\n"
 
 
 def test_unknown_pair(tmp_path: Path) -> None:
