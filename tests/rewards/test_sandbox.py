@@ -117,7 +117,7 @@ def test_hostile_programs_are_contained(host: Host) -> None:
     assert sorted(path.name for path in host.canary.parent.iterdir()) == ["canary.txt", "socket"]
     assert Path(os.path.realpath(sys.executable)).stat().st_size == interpreter.st_size
     assert host.reached == 0
-    assert descendants() - before <= {pid for pid in descendants() if b"ps" in command(pid)}
+    assert {pid for pid in descendants() - before if b"ps" not in command(pid)} == set()
     assert os.getuid() != 0 or of_strangers() == []
 
 
@@ -178,6 +178,7 @@ def test_reward_of_code() -> None:
     assert compute_score("humaneval", "def f(x):\n    return math.prod([x, x])", tests, before) == 1.0
     cases = '{"inputs": ["2\\n", "3\\n"], "outputs": ["4", "9"]}'
     assert compute_score("scripts", "```python\nprint(int(input()) ** 2)\n```", cases) == 1.0
+    assert compute_score("scripts", "```python\nprint(int(input()) ** 2)\nexit()\n```", cases) == 1.0
     assert compute_score("scripts", "```python\nprint(4)\n```", cases) == 0.0
 
 
