@@ -118,8 +118,16 @@ def _entry(line: str) -> tuple[int, dict[str, Any]] | None:
     try:
         content = json.loads(line)
         return int(content["step"]), dict(content["data"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _finite(value: float | None) -> float:
+    """A logged number as a float; NaN if it is not finite, as it is where it was logged as null."""
+    try:
+        return float(value) if value is not None and math.isfinite(value) else math.nan
+    except OverflowError:  # of a whole number
+        return math.nan
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -134,7 +142,7 @@ def read_run(path: Path, name: str) -> Run:
     run, files = Run(name), metric_files(path)
     last, resumed, replaced, torn, gaps = -1, 0, 0, 0, 0
     for file in files:
-        lines = file.read_bytes().decode(errors="replace").splitlines()
+        lines = file.read_bytes().decode(errors="replace").rstrip("\n").split("\n")
         for number, line in enumerate(lines):
             entry = _entry(line)
             if entry is None:
@@ -154,7 +162,7 @@ def read_run(path: Path, name: str) -> Run:
             last = step
             for metric, value in data.items():
                 if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-                    number_or_nan = math.nan if value is None or not math.isfinite(value) else float(value)
+                    number_or_nan = _finite(value)
                     gaps += math.isnan(number_or_nan)
                     run.metrics.setdefault(metric, {})[step] = number_or_nan
     run.metrics = {metric: values for metric, values in run.metrics.items() if values}
@@ -437,6 +445,7 @@ def page(runs: Sequence[Run]) -> str:
 def _write(file: Path, content: bytes) -> None:
     """Write a file that is whole or what it was before."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         partial.write_bytes(content)
         partial.replace(file)
