@@ -41,6 +41,8 @@ SHARED_BY = 0.1
 """Share of a file's prompts that have such a run."""
 SAMPLE = 1000
 """Prompts of a file, drawn, that are looked at for it."""
+ENDS = 500
+"""Words at either end of a prompt that are looked at for it."""
 FEWEST = 10
 """Prompts below which a file cannot show what its prompts share."""
 
@@ -107,12 +109,14 @@ def is_text(run: str) -> bool:
 
 def shared_runs(texts: Iterable[Words]) -> set[str]:
     """What many of these different texts share: runs of ``SHARED_WORDS`` words; none if there are few texts."""
-    generator, sample, seen = random.Random(0), [], set()
+    generator, seen = random.Random(0), set()
+    sample: list[Words] = []
     for words in texts:
         key = hash(tuple(words))
         if key in seen:
             continue
         seen.add(key)
+        words = words if len(words) <= 2 * ENDS else [*words[:ENDS], *words[-ENDS:]]
         if len(sample) < SAMPLE:
             sample.append(words)
         elif (place := generator.randrange(len(seen))) < SAMPLE:

@@ -327,6 +327,8 @@ def main() -> None:
         _run(args)
     except (ValueError, OSError, GenerationError) as error:
         raise SystemExit(f"Error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted: the finished prompts are kept, the same command goes on from there") from None
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ TEMPERATURE=${TEMPERATURE:-0.7}    # of the teacher's answers
 GENERATE_ARGS=${GENERATE_ARGS:-}   # further words of data_prep.generate_demonstrations, as "--tensor_parallel_size 2"
 TEST_ROWS=${TEST_ROWS:-}           # problems of each test set; all
 EVALUATE_ARGS=${EVALUATE_ARGS:-}   # further words of the evaluation, as "--n 8 --temperature 0.6"
-EVALUATED=${EVALUATED:-teacher before after}
+EVALUATED=${EVALUATED-teacher before after} # models; empty for none
 
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$examples/..${PYTHONPATH:+:$PYTHONPATH} # of data_prep and examples.evaluation
@@ -47,7 +47,7 @@ evaluate() { # SET NAME MODEL
 
 divergence() { # SET NAME MODEL
     stage "divergence_$1_$2" python -m examples.evaluation.divergence --data "$RUN_DIR/data/$1/test.parquet" \
-        --answers "$RUN_DIR/scores/$1_teacher.json" --student "$3" --teacher "$TEACHER" --name "$2" \
+        --answers "$RUN_DIR/scores/$1_teacher.json" --student "$3" --teacher "$TEACHER" --name "$2, KL" \
         --out "$RUN_DIR/scores/$1_$2_kl.json" ${TEST_ROWS:+--max_rows "$TEST_ROWS"}
 }
 
@@ -85,7 +85,7 @@ for set in $TEST_SETS; do
 done
 
 # What is shown is made anew each time.
-mkdir -p "$RUN_DIR/report"
+mkdir -p "$RUN_DIR/report" "$RUN_DIR/scores"
 python -m hpd_verl.report "$RUN_DIR/train" --out "$RUN_DIR/report/training"
 for set in $TEST_SETS; do
     mapfile -t files < <(results "$set")

@@ -25,7 +25,7 @@ VARIABLE = "HPD_RUN_DIR"
 """Of the environment of all processes of a run, by which those of an earlier start are found."""
 STAGE = "HPD_STAGE"
 """The process id of the stage's own."""
-INTERVAL = 1.0
+INTERVAL = 2.0
 """Seconds between looks at the memory."""
 
 
@@ -79,6 +79,7 @@ def run(run_dir: Path, name: str, command: list[str]) -> None:
         print(f"[{name}] ending {len(left)} processes of an earlier start", flush=True)
         end(left)
     print(f"[{name}] log in {log}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes are ended
     start, peak = time.monotonic(), 0
     process: subprocess.Popen[bytes] | None = None
     asked: list[int] = []

@@ -19,11 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 try:
     import matplotlib
     from matplotlib import pyplot as plt
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError:
     sys.exit("Error: matplotlib is not installed; pip install 'hpd-verl[report]', or matplotlib itself")
 
@@ -67,6 +70,8 @@ LOWER_IS_BETTER = re.compile(r"(val/)?hpd/(student_nll|(reverse|forward)_kl.*)|(
 """Not ``hpd/loss``, whose weights move with the student."""
 COLORS = ("#1b87c9", "#e07b00", "#12a173", "#c9549b", "#8f7ce0", "#a58a00", "#c94b4b", "#6f8a99")
 """Of the runs in their order: legible on white and on black."""
+_POINTS = 500
+"""Of a curve at most, which keeps the page small; of more steps, the range of values is drawn behind the mean."""
 _INK = "#010203"
 """Stands for the page's own colour of text in the figures of the page."""
 
@@ -211,16 +216,23 @@ def logged(runs: Sequence[Run], patterns: Sequence[str]) -> list[str]:
 # ------------------------------ figures ------------------------------
 
 
-def _smoothed(values: list[float]) -> list[float]:
+def smoothed(values: list[float]) -> list[float]:
     """Of many values the mean of each with its neighbours, a fiftieth of all; NaN where the value itself is."""
     reach = len(values) // 100
     if reach == 0:
         return values
-    smooth = []
-    for index, value in enumerate(values):
-        near = [each for each in values[max(0, index - reach) : index + reach + 1] if not math.isnan(each)]
-        smooth.append(math.nan if math.isnan(value) else sum(near) / len(near))
-    return smooth
+    whole = np.asarray(values)
+    finite = np.isfinite(whole)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(each)]) for each in (np.where(finite, whole, 0.0), finite))
+    places = np.arange(len(whole))
+    start, end = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(whole))
+    means = (sums[end] - sums[start]) / np.maximum(counts[end] - counts[start], 1)
+    return np.where(finite, means, math.nan).tolist()
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    finite = [value for value in values if math.isfinite(value)]
+    return (min(finite), max(finite)) if finite else (math.nan, math.nan)
 
 
 def draw_metric(axes: Axes, runs: Sequence[Run], metric: str, references: Mapping[str, float] | None = None) -> None:
@@ -241,11 +253,17 @@ def draw_metric(axes: Axes, runs: Sequence[Run], metric: str, references: Mappin
         style = ("-", "--", ":")[number // len(COLORS) % 3]
         marker = "o" if len(steps) <= 20 else None
         drawn = [values[step] for step in steps]
-        smooth = _smoothed(drawn)
-        if smooth is not drawn:
+        smooth = smoothed(drawn)
+        stride = math.ceil(len(steps) / _POINTS)
+        if stride > 1:
+            low, high = zip(
+                *(_range(drawn[start : start + stride]) for start in range(0, len(drawn), stride)), strict=True
+            )
+            axes.fill_between(steps[::stride], low, high, color=color, alpha=0.3 / len(runs), linewidth=0)
+        elif smooth is not drawn:
             axes.plot(steps, drawn, color=color, linewidth=0.7, alpha=0.3)
         look: Any = {"color": color, "linestyle": style, "marker": marker, "markersize": 3, "linewidth": 1.5}
-        axes.plot(steps, smooth, label=run.name, **look)
+        axes.plot(steps[::stride], smooth[::stride], label=run.name, **look)
         gaps = [step for step in steps if math.isnan(values[step])]
         axes.plot(gaps, [0.02] * len(gaps), "|", color="#d62728", markersize=9, transform=axes.get_xaxis_transform())
     for name, value in (references or {}).items():
@@ -253,6 +271,7 @@ def draw_metric(axes: Axes, runs: Sequence[Run], metric: str, references: Mappin
     axes.set_title(metric, fontsize=10 if len(metric) < 34 else 8)
     axes.set_xlabel("training step", fontsize=8)
     axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)

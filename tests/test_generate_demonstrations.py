@@ -181,6 +181,16 @@ def test_a_failing_endpoint_keeps_what_was_finished(tmp_path: Path, teacher: Tea
     assert teacher.asked == 2 + 1 + 1
 
 
+def test_maths_by_math_verify(tmp_path: Path, teacher: Teacher) -> None:
+    """The package's own reward, in the processes that judge."""
+    answers = ["so $\\boxed{\\frac{8}{2}}$", "#### 4", "the answer is 5", "\\boxed{4"]
+    teacher.answers = {"0": [(text, "stop") for text in answers]}
+    rows = run(
+        tmp_path, teacher, "--n", "4", "--reward", "maths", "--keep", "all", "--processes", "2", rows=[question(0)]
+    )
+    assert [row["demonstration"] for row in rows] == answers[:2]
+
+
 def test_a_model_s_own_tokens(tiny: Tiny) -> None:
     """What the demonstration's tokens are, beside those generated."""
     tokenizer = make_tokenizer(WORDS)

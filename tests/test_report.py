@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpd_verl.report import Run, draw_picture, logged, main, page, read_run, read_runs, summarize
+from hpd_verl.report import Run, draw_picture, logged, main, page, read_run, read_runs, smoothed, summarize
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
@@ -113,6 +113,18 @@ def test_best_is_the_most_or_the_least() -> None:
         assert summary is not None
         assert (summary.best, summary.best_step) == best
     assert summarize({1: math.nan}, "actor/lr") is None
+
+
+def test_many_values_are_smoothed_over_a_fiftieth() -> None:
+    values = [float(step % 2) for step in range(300)]
+    values[100] = math.nan
+    smooth = smoothed(values)
+    assert smooth[0] == pytest.approx(sum(values[:4]) / 4)
+    assert smooth[200] == pytest.approx(sum(values[197:204]) / 7)
+    assert math.isnan(smooth[100])
+    assert smooth[101] == pytest.approx(sum(values[98:100] + values[101:105]) / 6)
+    assert smoothed(values[:99]) is not smooth
+    assert smoothed([1.0, 5.0]) == [1.0, 5.0]
 
 
 def test_metrics_that_no_run_logged_are_left_out() -> None:

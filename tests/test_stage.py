@@ -76,6 +76,22 @@ def test_what_a_killed_start_left_is_ended(tmp_path: Path) -> None:
                 continue
 
 
+def test_an_end_by_a_signal_takes_its_processes_along(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    stage = subprocess.Popen(
+        command(tmp_path / "run", "long", "bash", "-c", f"touch {ready}; sleep 60 & echo $!; wait"),
+        stdout=subprocess.DEVNULL,
+    )
+    log = tmp_path / "run" / "long.log"
+    while not (ready.exists() and log.read_text().strip()):
+        time.sleep(0.05)
+    stage.terminate()
+    assert stage.wait(30) == 143
+    left = int(log.read_text())
+    assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+    assert not (tmp_path / "run" / "long.done").exists()
+
+
 def test_a_failing_stage_takes_its_processes_along(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     result = run(tmp_path / "run", "bad", f"setsid sleep 60 > {os.devnull} 2>&1 & echo $! > {pid}; exit 1")

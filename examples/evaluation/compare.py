@@ -33,7 +33,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; 
 table { border-collapse: collapse; margin: 1em 0; }
 th, td { border: 1px solid #ccc; padding: .3em .6em; text-align: left; }
 th { background: #f3f3f3; } td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.wide { overflow-x: auto; } img { max-width: 100%; } pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24em; overflow: auto;
+.wide { overflow-x: auto; }
+img { max-width: 100%; } pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24em; overflow: auto;
 background: #f8f8f8; padding: .6em; } .right { color: #0a6b2d; } .wrong { color: #a11; }
 """
 

@@ -90,11 +90,11 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memo
     phases: dict[str, Parts] = {}
     features = 0.0
     if teacher is not None:
-        form_width = width * teacher.hidden
-        if run.teacher_cache != "off" and run.teacher_cache_format == "topk":
-            form_width = 8 * run.teacher_cache_top_k
+        keeps_top_k = run.teacher_cache != "off" and run.teacher_cache_format == "topk"
+        form_width = 8 * run.teacher_cache_top_k if keeps_top_k else width * teacher.hidden
         features = run.rows_per_gpu * run.response_tokens * (form_width + 8)
-        always["teacher's whole output layer"] = width * teacher.output
+        if not (keeps_top_k and run.store_is_full):
+            always["teacher's whole output layer"] = width * teacher.output
         if not run.store_is_full:
             stored = (4 if run.teacher_dtype == "fp32" else 2) * teacher.parameters
             if on_cpu:
@@ -137,7 +137,8 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memo
         "output layer's gradient": output_gradient,
         "response tokens' states": width * responses * (2 * student.hidden + (teacher.hidden if teacher else 0)),
     }
-    reduced = (width + 4) * max(student.layer, student.output if trains_output else 0)
+    largest = max(student.layer, student.output) if trains_output else trained / student.layers
+    reduced = (width + 4) * largest
     backward = held + mask + tokens * _passing(student, width) + (inside if run.gradient_checkpointing else 0)
     phases["backward"] = {**during, "activations": backward, "gradients of a layer, whole": reduced}
     phases["optimiser"] = {

@@ -60,7 +60,7 @@ def compute_score(
 def _names(tests: str) -> list[str]:
     """The answer's names that tests use; none where they are no program, which the sandbox says."""
     try:
-        return asked_names(tests)
+        return asked_names(tests)[0]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
 

@@ -456,11 +456,11 @@ def number_of(value: Any) -> int:
     raise TypeError(f"an argument is a {type(value).__name__}, which cannot be handed to a candidate")
 
 
-def asked_names(tests: str) -> list[str]:
-    """The candidate's names that tests use.
+def asked_names(tests: str) -> tuple[list[str], list[str]]:
+    """The candidate's names that tests use, and modules that they use without an import of their own.
 
-    A name of Python's own (``abs``, ``len``) is among them only where the tests use no other: a candidate must not
-    replace what its tests compare with, but may be asked for a function ``sum``.
+    A name of Python's own (``abs``, ``math``) is among the former only where the tests use no other: a candidate must
+    not replace what its tests compare with, but may be asked for a function ``sum``.
     """
     nodes = list(ast.walk(ast.parse(tests)))
     own = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
@@ -469,18 +469,10 @@ def asked_names(tests: str) -> list[str]:
     own |= {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
     used = {node.id for node in nodes if isinstance(node, ast.Name)} - own
     called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    foreign = {name for name in used if not hasattr(builtins, name)}
-    modules = foreign & (sys.stdlib_module_names | {"np", "numpy"})
-    return sorted(foreign if foreign - modules else modules | called & used)
-
-
-def modules_of(tests: str) -> set[str]:
-    """Names of modules that tests use as such (``math.isclose``) without an import of their own.
-
-    A candidate lets them have the real one, by its import, and nothing that it calls so.
-    """
-    bases = {node.value for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Attribute)}
-    return {node.id for node in bases if isinstance(node, ast.Name)} & (sys.stdlib_module_names | {"np", "numpy"})
+    bases = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    modules = used & (sys.stdlib_module_names | {"np", "numpy"}) - (called - bases)  # a module cannot be called
+    foreign = {name for name in used - modules if not hasattr(builtins, name)}
+    return sorted(foreign or called & used), sorted(modules)
 
 
 def judge(tests: str, requests: int, replies: int, report: int) -> None:
@@ -494,7 +486,7 @@ def judge(tests: str, requests: int, replies: int, report: int) -> None:
 
     channel = Channel(requests, replies)
     try:
-        names, modules, code = asked_names(tests), modules_of(tests), compile(tests, "<tests>", "exec")
+        (names, modules), code = asked_names(tests), compile(tests, "<tests>", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return say("bad_tests", f"they are no Python program: {error}")
     try:
@@ -506,12 +498,13 @@ def judge(tests: str, requests: int, replies: int, report: int) -> None:
         reply = channel.read()
         if "ready" not in reply:
             return say("failed", f"the program ends with {': '.join(map(str, reply.get('error', ['nothing'])[:2]))}")
-        found = channel.exchange({"op": "names", "names": names})
+        found = channel.exchange({"op": "names", "names": [*names, *modules]})
         scope: dict[str, Any] = {"__name__": "tests"}
-        for name in names:
+        for name in modules:
             if name in found.get("m", ()):
                 scope[name] = __import__({"np": "numpy"}.get(name, name))
-            elif name in found.get("value", {}) and name not in modules:
+        for name in names:
+            if name in found.get("value", {}):
                 scope[name] = channel.decode(found["value"][name])
         exec(code, scope)
     except Lost as error:

@@ -11,6 +11,7 @@ from conftest import RunMainPPO, Tiny, make_nan_model, make_rows, write_parquet
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from hpd_verl import stopping
 from hpd_verl.export import export
 
 UPDATES = ("actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.ppo_epochs=2")
@@ -71,25 +72,31 @@ def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMain
 
 
 def test_killed_run_resumes_to_the_same_losses(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
-    """SIGKILL some steps after a checkpoint, then the same command: those steps' losses are the same again, exactly.
+    """SIGKILL some steps after a checkpoint, then SIGTERM: the same command goes on, with the same losses, exactly.
 
-    With room for one checkpoint, of which old ones are removed whole.
+    After SIGTERM from the step that was under way. With room for one checkpoint, of which old ones are removed whole.
     """
-    overrides = ("trainer.total_training_steps=20", "trainer.save_freq=10", "trainer.max_actor_ckpt_to_keep=1")
-    killed = run_main_ppo(*overrides, kill_after_step=13)
+    overrides = ("trainer.total_training_steps=60", "trainer.save_freq=20", "trainer.max_actor_ckpt_to_keep=1")
+    killed = run_main_ppo(*overrides, kill_after_step=36)
     assert killed.returncode != 0
     # As a kill in the middle of a save leaves it: a newer folder without its end, and an empty tracker.
     root = tmp_path / "checkpoints"
     (root / "global_step_90" / "actor").mkdir(parents=True)
     (root / "latest_checkpointed_iteration.txt").write_text("")
+    stopped = run_main_ppo(*overrides, terminate_after_step=2)
+    assert stopped.returncode == stopping.EXIT_CODE, stopped.output[-3000:]
+    last = int(stopped.steps[-1]["training/global_step"])
+    assert f"Stopped by SIGTERM after step {last} of 60: {root}/global_step_{last}, exit code 75" in stopped.output
+    assert [marker.parent.name for marker in root.glob("*/complete")] == [f"global_step_{last}"]
     resumed = run_main_ppo(*overrides)
     assert resumed.returncode == 0, resumed.output[-3000:]
-    assert [int(step["training/global_step"]) for step in resumed.steps] == list(range(11, 21))
-    again = killed.losses()[10:]
-    assert len(again) >= 3
-    assert resumed.losses()[: len(again)] == again
-    assert [marker.parent.name for marker in root.glob("*/complete")] == ["global_step_20"]
-    assert sorted(folder.name for folder in root.glob("global_step_*")) == ["global_step_20", "global_step_90"]
+    rest = stopped.steps + resumed.steps
+    assert [int(step["training/global_step"]) for step in rest] == list(range(21, 61))
+    again = killed.losses()[20:]
+    assert len(again) >= 16
+    assert len(stopped.steps) < len(again), "the run was not ended in time to compare what follows"
+    assert (stopped.losses() + resumed.losses())[: len(again)] == again
+    assert sorted(folder.name for folder in root.glob("global_step_*")) == ["global_step_60", "global_step_90"]
 
 
 def test_stored_teacher_is_not_run_again(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
@@ -339,6 +339,12 @@ def test_divergence_on_a_models_own_answers(call: Call, tiny: Tiny, tmp_path: Pa
     found = call(divergence, data, *flags)
     assert [item["tokens"] for item in found["items"]] == [4 + 2] * 2
     assert found["summary"]["reverse_kl"]["value"] == pytest.approx(0, abs=1e-6)
+    # Of the second row one answer is cut, which does not end its turn, and one is empty.
+    items[1] |= {"answers": ["1 2 3", " "], "finish_reasons": ["length", "length"]}
+    (tmp_path / "answers.json").write_text(json.dumps({**answers, "items": items}))
+    found = call(divergence, data, *flags)
+    assert [item["tokens"] for item in found["items"]] == [6, 3]
+    assert (found["summary"]["truncated answers"], found["summary"]["empty answers"]) == (1, 1)
     (tmp_path / "answers.json").write_text(json.dumps({**answers, "items": items[:1]}))
     assert "no answer to row 1" in call.error(divergence, data, *flags)
 

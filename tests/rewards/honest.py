@@ -57,6 +57,7 @@ HONEST = {
     ),
     "constant": ("LIMIT = 7\ndef f():\n    return LIMIT", "assert f() == LIMIT"),
     "name of Python's own": ("def sum(a, b):\n    return a + b", "assert sum(1, 2) == 3"),
+    "name of a module": ("def queue(a):\n    return a", "assert queue(3) == 3"),
     "module of the program": ("import math\ndef f(x):\n    return x * math.pi", "assert math.isclose(f(1), math.pi)"),
     "numpy": (
         "import numpy as np\ndef f(n):\n    return np.arange(n).sum(), np.ones(2)",

@@ -368,6 +368,10 @@ def _forgeries() -> dict[str, str | Hostile]:
             f"class math:\n    @staticmethod\n    def isclose(a, b):\n        return True\n{wrong}",
             "import math\nassert math.isclose(solve(2), 4)",
         ),
+        "own_module_that_its_tests_do_not_import": Hostile(
+            f"class math:\n    @staticmethod\n    def isclose(a, b):\n        return True\n{wrong}",
+            "assert math.isclose(solve(2), 4)",
+        ),
         "patches_equality_of_numbers": "import ctypes, gc\n"
         "gc.get_referents(int.__dict__)[0]['__eq__'] = lambda a, b: True\n"
         f"ctypes.pythonapi.PyType_Modified(ctypes.py_object(int)){wrong}",

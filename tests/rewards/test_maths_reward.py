@@ -126,6 +126,16 @@ def test_no_ground_truth_is_an_error(truth: str | None) -> None:
         compute_score("maths", "1", truth)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["maths", "code"])
+def test_verl_finds_the_reward_functions(name: str) -> None:
+    from verl.utils.import_utils import load_extern_object
+
+    file = Path(maths.__file__).with_name(f"{name}.py")
+    for path in (f"pkg://hpd_verl.rewards.{name}", str(file)):
+        function = load_extern_object(module_path=path, object_name="compute_score")
+        assert function(data_source="", solution_str="", ground_truth="1", extra_info=None, more=1) == 0.0
+
+
 def test_parts_of_an_answer() -> None:
     assert boxed(r"a \boxed{1} b \boxed{\frac{1}{2}} c") == r"\frac{1}{2}"
     assert boxed(r"\boxed{\{1\}}") == r"\{1\}"

@@ -27,7 +27,7 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -52,7 +52,8 @@ NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=16
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
-"""Each node pretends to have more CPUs than there are: Ray counts them."""
+"""Each node pretends to have more CPUs than there are: Ray counts them. A requeued job waits for its credential to
+expire, which by default takes two minutes."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -99,10 +100,10 @@ class Slurm:
         file = self.folder / f"{number}.log"
         return file.read_text() if file.exists() else ""
 
-    def wait_for_text(self, number: str, text: str, seconds: float = 120, times: int = 1) -> None:
+    def wait_for_text(self, number: str, text: str, seconds: float = 60, times: int = 1) -> None:
         wait_until(lambda: self.log(number).count(text) >= times, seconds, lambda: self.log(number)[-5000:])
 
-    def wait_for_end(self, number: str, seconds: float = 120) -> dict[str, str]:
+    def wait_for_end(self, number: str, seconds: float = 60) -> dict[str, str]:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_until(lambda: self.job(number)["JobState"] in ended, seconds, lambda: self.log(number)[-5000:])
         return self.job(number)

@@ -14,21 +14,25 @@ from slurm_cluster import Slurm, free_ports, running_slurm, wait_until
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = EXAMPLES / "slurm"
+SRUN = '"${on_all_nodes[@]}" --nodes=1 --ntasks=1 bash -c "$RELAY" task'
 STOPPED = "75:0"
 """Slurm's words for the exit code of a run that was asked to end."""
 
 RUN_THAT_STOPS = """#!/bin/bash
-# A job whose run starts deaf, as Python does, and ends at a "checkpoint" when it is asked to; the third time it is done.
+# A job whose run starts deaf, as Python does, and ends when it is asked to; after some restarts it is done.
 source {job}
 export restarts=${{SLURM_RESTART_COUNT:-0}}
 code=0
-run_group bash -c '
+run_group {launcher} bash -c '
 echo "run $restarts of the job began"
 if ((restarts == {runs})); then exit {code}; fi
 sleep 3
 python -c "
 import signal, sys
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+def end(number, frame):
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, end)
 print(\\"ready\\", flush=True)
 signal.pause()
 "
@@ -67,9 +71,9 @@ def slurm(cluster: Slurm) -> Iterator[Slurm]:
     wait_until(lambda: not left(), 30, lambda: "\n".join(left()))
 
 
-def stopping_job(slurm: Slurm, name: str, runs: int, code: int = 0) -> str:
+def stopping_job(slurm: Slurm, name: str, runs: int, code: int = 0, launcher: str = "") -> str:
     file = slurm.folder / f"{name}.sh"
-    file.write_text(RUN_THAT_STOPS.format(job=SCRIPTS / "job.sh", runs=runs, code=code))
+    file.write_text(RUN_THAT_STOPS.format(job=SCRIPTS / "job.sh", runs=runs, code=code, launcher=launcher))
     return str(file)
 
 
@@ -77,9 +81,10 @@ STOPS = ("--requeue", "--open-mode=append", "--signal=B:USR1@60")
 
 
 @pytest.mark.slow
-def test_a_run_that_is_ended_goes_back_to_the_queue(slurm: Slurm) -> None:
-    """By Slurm's warning, by preemption, and while it starts; at the end the job has the run's exit code."""
-    job = slurm.submit(*STOPS, stopping_job(slurm, "stops", runs=2, code=7))
+@pytest.mark.parametrize("launcher", ["", SRUN], ids=["of the shell", "of srun"])
+def test_a_run_that_is_ended_goes_back_to_the_queue(slurm: Slurm, launcher: str) -> None:
+    """By Slurm's warning while it starts, and by SIGTERM; at the end the job has the run's exit code."""
+    job = slurm.submit(*STOPS, stopping_job(slurm, "stops", runs=2, code=7, launcher=launcher))
     slurm.wait_for_text(job, "run 0 of the job began")
     slurm.run("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1 sends; the run is deaf yet
     slurm.wait_for_text(job, "Requeued: the run ended at a checkpoint, restart 1 of at most 100")
