@@ -464,7 +464,6 @@ def page(runs: Sequence[Run]) -> str:
 def _write(file: Path, content: bytes) -> None:
     """Write a file that is whole or what it was before."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         partial.write_bytes(content)
         partial.replace(file)
