@@ -225,7 +225,15 @@ def test_bad_input_is_one_line(arguments: list[str], found: str, tmp_path: Path)
     assert "\n" not in str(ended.value.code)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_type": "clip"}', '{"model_type": "nothing"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}", '{"model_type": "clip"}', '{"model_type": "nothing"}'),
+        *('{"model_type": "qwen2", "hidden_size": "64"}', '{"model_type": "qwen2", "hidden_size": -64}'),
+        *('{"model_type": "qwen2", "num_attention_heads": 0}', '{"model_type": "qwen2", "num_hidden_layers": 0}'),
+        '{"model_type": "other", "auto_map": {"AutoConfig": "a.B"}}',
+    ],
+)
 def test_a_strange_config_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(SystemExit) as ended:
