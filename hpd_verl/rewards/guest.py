@@ -196,11 +196,9 @@ def serve(program: str, requests: int, replies: int) -> None:
             case "text":
                 value = str(target)
             case "iterate":
-                value = {"object": objects.number(iter(target))}
-                return {"value": value}
+                return {"value": {"object": objects.number(iter(target))}}
             case "next":
-                # A batch an exchange; what an endless one makes in a batch is bounded too.
-                return {"value": enc(list(itertools.islice(target, 1)))}
+                return {"value": enc(list(itertools.islice(target, 1)))}  # empty at its end
         return {"value": enc(value)}
 
     send({"started": True})
@@ -251,7 +249,7 @@ class Channel:
         self.lost = self.lost or why
         raise Lost(why)
 
-    def ask(self, op: str, number: int, *args: Any, **kwargs: Any) -> Any:
+    def ask(self, op: str, number: int, /, *args: Any, **kwargs: Any) -> Any:
         """The result of an operation on a candidate's object. Arguments are copies: what the candidate changes in
         them, the tests do not see."""
         coded = [encode(each, number_of) for each in args]
@@ -303,10 +301,10 @@ class Remote:
         object.__setattr__(self, "_channel", channel)
         object.__setattr__(self, "_number", number)
 
-    def _ask(self, op: str, *args: Any, **kwargs: Any) -> Any:
+    def _ask(self, op: str, /, *args: Any, **kwargs: Any) -> Any:
         return self._channel.ask(op, self._number, *args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._ask("call", *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -331,8 +329,8 @@ class Remote:
 
     def __iter__(self) -> Iterator[Any]:
         iterator = self._ask("iterate")
-        while batch := iterator._ask("next"):
-            yield batch[0]
+        while item := iterator._ask("next"):
+            yield item[0]
 
     def __bool__(self) -> bool:
         raise TypeError("the result is an object of the candidate, which is neither true nor false")

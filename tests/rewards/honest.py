@@ -57,6 +57,10 @@ HONEST = {
     ),
     "constant": ("LIMIT = 7\ndef f():\n    return LIMIT", "assert f() == LIMIT"),
     "name of Python's own": ("def sum(a, b):\n    return a + b", "assert sum(1, 2) == 3"),
+    "names of arguments": (
+        "def f(number, op=1, *, self=0):\n    return number + op + self",
+        "assert f(number=1, op=2, self=3) == 6\nassert f(1) == 2",
+    ),
     "name of a module": ("def queue(a):\n    return a", "assert queue(3) == 3"),
     "module of the program": ("import math\ndef f(x):\n    return x * math.pi", "assert math.isclose(f(1), math.pi)"),
     "numpy": (
