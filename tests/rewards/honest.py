@@ -98,7 +98,7 @@ HONEST = {
         "def f():\n    yield 1\n    yield 2",
         "i = f()\nassert next(i) == 1 and list(i) == [2] and next(i, 7) == 7 and hasattr(i, '__next__')",
     ),
-    "names of arguments": (
+    "names of arguments, self among them": (
         "def f(op, number, self=1):\n    return op + number",
         "assert f(op=1, number=2, self=3) == 3",
     ),
