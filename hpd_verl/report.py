@@ -123,8 +123,16 @@ def _entry(line: str) -> tuple[int, dict[str, Any]] | None:
     try:
         content = json.loads(line)
         return int(content["step"]), dict(content["data"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _finite(value: float | None) -> float:
+    """A logged number as a float; NaN if it is not finite, as it is where it was logged as null."""
+    try:
+        return float(value) if value is not None and math.isfinite(value) else math.nan
+    except OverflowError:  # of a whole number
+        return math.nan
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -139,7 +147,7 @@ def read_run(path: Path, name: str) -> Run:
     run, files = Run(name), metric_files(path)
     last, resumed, replaced, torn, gaps = -1, 0, 0, 0, 0
     for file in files:
-        lines = file.read_bytes().decode(errors="replace").splitlines()
+        lines = file.read_bytes().decode(errors="replace").rstrip("\n").split("\n")
         for number, line in enumerate(lines):
             entry = _entry(line)
             if entry is None:
@@ -159,7 +167,7 @@ def read_run(path: Path, name: str) -> Run:
             last = step
             for metric, value in data.items():
                 if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-                    number_or_nan = math.nan if value is None or not math.isfinite(value) else float(value)
+                    number_or_nan = _finite(value)
                     gaps += math.isnan(number_or_nan)
                     run.metrics.setdefault(metric, {})[step] = number_or_nan
     run.metrics = {metric: values for metric, values in run.metrics.items() if values}

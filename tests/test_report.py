@@ -90,6 +90,18 @@ def test_what_is_not_finite_is_a_gap(tmp_path: Path) -> None:
     assert (summary.first, summary.last, summary.best) == (1.0, 1.0, None)
 
 
+def test_strange_lines_cost_themselves_alone(tmp_path: Path) -> None:
+    good = '{"step": 1, "data": {"hpd/loss": 1, "val-core/a\u2028b": 2}}'
+    huge = '{"step": 2, "data": {"hpd/loss": 1' + "0" * 400 + "}}"
+    lines = ['{"step": Infinity, "data": {}}', "[" * 100_000, good, huge]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    run = read_run(tmp_path, "run")
+    assert run.metrics["hpd/loss"][1] == 1
+    assert math.isnan(run.metrics["hpd/loss"][2])
+    assert run.metrics["val-core/a\u2028b"] == {1: 2}
+    assert any("2 lines could not be read" in note for note in run.notes)
+
+
 def test_best_is_the_most_or_the_least() -> None:
     values = {1: 0.5, 2: 0.9, 3: 0.7}
     for metric, best in (

@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 STAGE = Path(__file__).resolve().parents[1] / "examples" / "stage.py"
 
@@ -96,3 +98,28 @@ def test_a_failing_stage_takes_its_processes_along(tmp_path: Path) -> None:
     assert result.returncode == 1
     left = int(pid.read_text())
     assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("trap 'exit 75' USR1 TERM; touch {}; sleep 60 & wait", 75), ("touch {}; exec sleep 60", 0)]
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_goes_to_the_command(tmp_path: Path, script: str, code: int, number: signal.Signals) -> None:
+    """Whose exit code is the stage's; nothing is left, nothing done."""
+    ready = tmp_path / "ready"
+    stage = subprocess.Popen(
+        command(tmp_path / "run", "long", "bash", "-c", script.format(ready)), stdout=subprocess.DEVNULL
+    )
+    while not ready.exists():
+        time.sleep(0.05)
+    time.sleep(0.2)
+    stage.send_signal(number)
+    assert stage.wait(20) == (code or 128 + number)
+    assert not (tmp_path / "run" / "long.done").exists()
+
+
+@pytest.mark.parametrize("words", [("a", "--"), ("a/b", "--", "true"), ("a", "--", "/no/such/command")])
+def test_what_is_no_stage_is_said_in_a_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    found = subprocess.run([sys.executable, STAGE, tmp_path, *words], capture_output=True, text=True, timeout=60)
+    assert found.returncode in (1, 2)
+    assert "Traceback" not in found.stderr

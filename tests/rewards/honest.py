@@ -79,6 +79,48 @@ HONEST = {
         "METADATA = {}\ndef check(candidate):\n    assert candidate(1) == 1\ncheck(f)",
     ),
     "arguments are copies": ("def f(x):\n    x.append(1)\n    return x", "a = []\nassert f(a) == [1] and a == []"),
+    "works in place": (
+        "def f(x, more=None):\n    x.reverse()\n    x[0].append(9)\n    if more:\n        more.clear()",
+        "a, d = [1, [2]], {1: 2}\nassert f(a, more=d) is None and a == [[2, 9], 1] and d == {}",
+    ),
+    "functions as arguments": (
+        "def f(g, x):\n    return g(x)\ndef h(x):\n    return x + 1\ndef s(x, key, kind):\n    return kind(sorted(x, key=key))",
+        "import operator\nassert f(lambda x: x + 1, 2) == 3 and f(len, [1]) == 1 and f(operator.neg, 1) == -1\n"
+        "assert f(lambda x: h(x) * 2, 1) == 4 and f(h, 2) == 3\n"
+        "assert s(list(range(3000)), lambda x: -x, tuple) == tuple(range(2999, -1, -1))\n"
+        "try:\n    f(lambda x: 1 / x, 0)\n    assert False\nexcept ZeroDivisionError:\n    pass",
+    ),
+    "iterators as arguments": (
+        "def f(x):\n    return sum(x)",
+        "assert f(x for x in (1, 2)) == 3 == f(map(int, '12')) and f({1: 2}.values()) == 2",
+    ),
+    "iterator": (
+        "def f():\n    yield 1\n    yield 2",
+        "i = f()\nassert next(i) == 1 and list(i) == [2] and next(i, 7) == 7 and hasattr(i, '__next__')",
+    ),
+    "names of arguments": (
+        "def f(op, number, self=1):\n    return op + number",
+        "assert f(op=1, number=2, self=3) == 3",
+    ),
+    "derived exceptions": (
+        "import json\nclass Own(KeyError):\n    pass\ndef f(x):\n    return json.loads('{') if x else 'é'.encode('ascii')\n"
+        "def g():\n    raise Own('k')",
+        "for x in (0, 1):\n    try:\n        f(x)\n        assert False\n    except ValueError:\n        pass\n"
+        "try:\n    g()\n    assert False\nexcept KeyError as error:\n    assert str(error) == \"'k'\"",
+    ),
+    "dates": (
+        "import datetime\ndef f(x):\n    return x + datetime.timedelta(1), x.year",
+        "from datetime import date, datetime\nassert f(date(2020, 2, 28)) == (date(2020, 2, 29), 2020)\n"
+        "assert f(datetime(2020, 1, 1, 5))[0] == datetime(2020, 1, 2, 5)",
+    ),
+    "deque": (
+        "from collections import deque\ndef f():\n    return deque([1])",
+        "from collections import deque\nassert f() == deque([1]) and f() != [1]",
+    ),
+    "module's name as a function's": (
+        "def copy(x):\n    return x\ndef f():\n    return 1",
+        "assert copy(3) == 3 and f() == 1",
+    ),
     "docstring tests": (
         "def f(x):\n    '''>>> f(1)\n    1'''\n    return x\nimport doctest\ndoctest.testmod()",
         "assert f(1) == 1",

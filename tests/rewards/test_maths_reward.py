@@ -33,6 +33,14 @@ RIGHT = [
     (r"\boxed{-7}", "-7"),
     (r"\boxed{\text{(C)}}", "C"),
     (r"\boxed{90^\circ}", "90"),
+    (r"\boxed{90°}", "90"),
+    (r"\boxed{50\%}", "50"),
+    (r"\boxed{50}", r"50\%"),
+    (r"\boxed{1\,234\,567}", "1234567"),
+    (r"\boxed{1\!234}", "1234"),
+    (r"\boxed{1.5e3}", "1500"),
+    (r"\boxed{.5}", "0.5"),
+    (r"\boxed{ 5 . }", "5"),
     ("It has 2 parts.\n#### 1,200", "1200"),
     ("The answer is 12.", "12"),
     ("答案是 $\\boxed{\uff13}$ 或 \\boxed{3}", "3"),
@@ -41,6 +49,12 @@ RIGHT = [
 ]
 WRONG = [
     (r"\boxed{43}", "42"),
+    (r"\boxed{.5}", "5"),
+    (r"\boxed{$.50}", "50"),
+    (r"\boxed{1 2}", "12"),
+    (r"\boxed{3 1/2}", "31/2"),
+    (r"\boxed{1\,234}", "235"),
+    (r"\boxed{1e}", "1"),
     (r"\boxed{42}, no: \boxed{43}", "42"),
     (r"\boxed{}", "42"),
     (r"\boxed{42", "7"),
@@ -141,7 +155,10 @@ def test_parts_of_an_answer() -> None:
         ("```python\ndef f(): pass\n```\n```\nf()\n```", None, "f()\n"),
         ("~~~\na\n~~~", None, "a\n"),
         ("````\na\n```\nb\n````", None, "a\n```\nb\n"),
-        ("  ```python\n  a\n  ```", None, "  a\n"),
+        ("1. It is:\n   ```python\n   a\n     b\n   ```", None, "a\n  b\n"),
+        ("It is: ```python\na\n```\nDone.", None, "a\n"),
+        ("```python\nf = 1\n```\n```\nf == 2\n```", "f", "f = 1\n"),
+        ("```python\nclass f:\n  x\n```\n```\nf()\n```", "f", "class f:\n  x\n"),
         ("```python\ncut", None, "cut"),
         ("```", None, ""),
         ("", None, ""),
@@ -150,4 +167,4 @@ def test_parts_of_an_answer() -> None:
     ],
 )
 def test_code_of_an_answer(answer: str, name: str | None, code: str) -> None:
-    assert code_of(answer, name) == code
+    assert code_of(answer, [name] if name else []) == code

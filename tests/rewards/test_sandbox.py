@@ -181,6 +181,7 @@ def test_reward_of_code() -> None:
     assert compute_score("humaneval", "def f(x):\n    return math.prod([x, x])", tests, before) == 1.0
     cases = '{"inputs": ["2\\n", "3\\n"], "outputs": ["4", "9"]}'
     assert compute_score("scripts", "```python\nprint(int(input()) ** 2)\n```", cases) == 1.0
+    assert compute_score("scripts", "```python\nprint(int(input()) ** 2)\nexit()\n```", cases) == 1.0
     assert compute_score("scripts", "```python\nprint(4)\n```", cases) == 0.0
 
 
@@ -199,7 +200,7 @@ def test_bad_ground_truth_is_an_error_and_no_score(tests: str) -> None:
         ("assert f(1) == 2", (["f"], [])),
         ("import math\ndef check(candidate):\n    assert abs(candidate(1)) == 1\ncheck(g)", (["g"], [])),
         ("assert sum(1, 2) == 3", (["sum"], [])),
-        ("assert queue(1, 2) == 3", (["queue"], ["queue"])),
+        ("assert queue(1, 2) == 3", (["queue"], [])),
         ("assert len(f(1)) == sum([1])", (["f"], [])),
         ("assert math.isclose(f(1), 1)", (["f"], ["math"])),
         ("x = f(1)\nassert x == [y for y in x]", (["f"], [])),
