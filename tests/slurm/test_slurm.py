@@ -149,7 +149,8 @@ def test_ray_on_two_nodes(slurm: Slurm) -> None:
     log = slurm.log(job)
     assert (found["JobState"], found["ExitCode"]) == ("FAILED", "3:0"), log[-5000:]
     assert f"Ray: 2 nodes at 127.0.0.1:{port}, 8 GPUs, 16 CPUs" in log
-    assert "arguments: a=1 b=x y\nsize: 2 x 4\nGPUs: 8.0 CPUs: 16.0\n" in log
+    assert "arguments: a=1 b=x y\nsize: 2 x 4\n" in log
+    assert "GPUs: 8.0 CPUs: 16.0\n" in log
     assert "workers: [['forwarded', 'lo', 'lo'], ['forwarded', 'lo', 'lo']]" in log
 
 
@@ -185,7 +186,7 @@ def steps(log: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_the_lean_trainer_survives_preemption(slurm: Slurm, tiny: Tiny, tmp_path: Path) -> None:
-    """One run of an array job on two nodes, preempted by a job of another partition: no step is lost or made twice."""
+    """One run of an array job on two nodes, ended as by preemption: no step is lost or made twice."""
     log = tmp_path / "metrics.jsonl"
     (slurm.folder / "sweep.txt").write_text("optim.lr=1e-3\noptim.lr=1e-2 'trainer.project_name=two words'\n")
     array = slurm.submit(
@@ -209,8 +210,8 @@ def test_the_lean_trainer_survives_preemption(slurm: Slurm, tiny: Tiny, tmp_path
     )
     job = slurm.job(f"{array}_2")["JobId"]
     wait_until(lambda: len(steps(log)) >= 5, 200, lambda: slurm.log(job)[-5000:])
-    urgent = slurm.submit("--partition=high", "--exclusive", "--wrap=true")
-    assert slurm.wait_for_end(urgent, 60)["JobState"] == "COMPLETED"
+    slurm.run("scancel", "--signal=TERM", job)  # what preemption with a grace time sends: to the steps
+    slurm.wait_for_text(job, "Requeued", 60)
     first = steps(log)
     assert 5 <= len(first) < 40
     found = slurm.wait_for_end(job, 200)
