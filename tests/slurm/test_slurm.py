@@ -1,6 +1,5 @@
 """examples/slurm on a real Slurm of two nodes, which are both this machine."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -149,7 +148,8 @@ def test_ray_on_two_nodes(slurm: Slurm) -> None:
     log = slurm.log(job)
     assert (found["JobState"], found["ExitCode"]) == ("FAILED", "3:0"), log[-5000:]
     assert f"Ray: 2 nodes at 127.0.0.1:{port}, 8 GPUs, 16 CPUs" in log
-    assert "arguments: a=1 b=x y\nsize: 2 x 4\nGPUs: 8.0 CPUs: 16.0\n" in log
+    assert "arguments: a=1 b=x y\nsize: 2 x 4\n" in log
+    assert "GPUs: 8.0 CPUs: 16.0\n" in log
     assert "workers: [['forwarded', 'lo', 'lo'], ['forwarded', 'lo', 'lo']]" in log
 
 
@@ -175,18 +175,14 @@ def test_a_node_that_never_comes(slurm: Slurm) -> None:
     assert "ray is broken" in slurm.log(fails)
 
 
-def steps(log: Path) -> list[int]:
-    """The steps that were logged, in the order of the log."""
-    if not log.exists():
-        return []
-    lines = [json.loads(line)["data"] for line in log.read_text().splitlines()]
-    return [int(line["training/global_step"]) for line in lines if "hpd/loss" in line]
+def steps(log: str) -> list[int]:
+    """The steps that were logged, in the order of the log; verl's file of metrics begins anew with each start."""
+    return [int(step) for step in re.findall(r"training/global_step:(\d+)", log)]
 
 
 @pytest.mark.slow
-def test_the_lean_trainer_survives_preemption(slurm: Slurm, tiny: Tiny, tmp_path: Path) -> None:
-    """One run of an array job on two nodes, preempted by a job of another partition: no step is lost or made twice."""
-    log = tmp_path / "metrics.jsonl"
+def test_the_lean_trainer_survives_preemption(slurm: Slurm, tiny: Tiny) -> None:
+    """One run of an array job on two nodes, ended as by preemption: no step is lost or made twice."""
     (slurm.folder / "sweep.txt").write_text("optim.lr=1e-3\noptim.lr=1e-2 'trainer.project_name=two words'\n")
     array = slurm.submit(
         "--array=2",
@@ -199,24 +195,23 @@ def test_the_lean_trainer_survives_preemption(slurm: Slurm, tiny: Tiny, tmp_path
         "data.train_batch_size=8",
         "data.max_prompt_length=16",
         "data.max_response_length=16",
-        "trainer.logger=[console,file]",
+        "trainer.logger=[console]",
         "trainer.total_training_steps=40",
         "trainer.save_freq=-1",
         HEAD_ADDRESS="127.0.0.1",
         MASTER_PORT=str(free_ports(1)[0]),
         NGPUS_PER_NODE="1",
-        VERL_FILE_LOGGER_PATH=str(log),
     )
     job = slurm.job(f"{array}_2")["JobId"]
-    wait_until(lambda: len(steps(log)) >= 5, 200, lambda: slurm.log(job)[-5000:])
-    urgent = slurm.submit("--partition=high", "--exclusive", "--wrap=true")
-    assert slurm.wait_for_end(urgent, 60)["JobState"] == "COMPLETED"
-    first = steps(log)
+    wait_until(lambda: len(steps(slurm.log(job))) >= 5, 200, lambda: slurm.log(job)[-5000:])
+    slurm.run("scancel", "--signal=TERM", job)  # what preemption with a grace time sends: to the steps
+    slurm.wait_for_text(job, "Requeued", 60)
+    first = steps(slurm.log(job))
     assert 5 <= len(first) < 40
     found = slurm.wait_for_end(job, 200)
     text = slurm.log(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), text[-5000:]
-    assert steps(log) == list(range(1, 41))
+    assert steps(slurm.log(job)) == list(range(1, 41))
     folder = "checkpoints/two words/sweep_2"
     assert f"Stopped by SIGTERM after step {len(first)} of 40: {slurm.folder}/{folder}/global_step_{len(first)}" in text
     assert "Requeued: the run ended at a checkpoint, restart 1 of at most 100" in text
