@@ -100,10 +100,10 @@ class Slurm:
         file = self.folder / f"{number}.log"
         return file.read_text() if file.exists() else ""
 
-    def wait_for_text(self, number: str, text: str, seconds: float = 60, times: int = 1) -> None:
+    def wait_for_text(self, number: str, text: str, seconds: float = 180, times: int = 1) -> None:
         wait_until(lambda: self.log(number).count(text) >= times, seconds, lambda: self.log(number)[-5000:])
 
-    def wait_for_end(self, number: str, seconds: float = 60) -> dict[str, str]:
+    def wait_for_end(self, number: str, seconds: float = 180) -> dict[str, str]:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_until(lambda: self.job(number)["JobState"] in ended, seconds, lambda: self.log(number)[-5000:])
         return self.job(number)

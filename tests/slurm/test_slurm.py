@@ -51,7 +51,7 @@ def slurm(cluster: Slurm) -> Iterator[Slurm]:
     """After each test its jobs have ended, and no process of them is left."""
     before = {process.pid for process in psutil.process_iter()}
     yield cluster
-    wait_until(lambda: not cluster.run("squeue", "--noheader"), 60, lambda: cluster.run("squeue"))
+    wait_until(lambda: not cluster.run("squeue", "--noheader"), 180, lambda: cluster.run("squeue"))
 
     def left() -> list[str]:
         marker = str(cluster.folder)
@@ -67,7 +67,7 @@ def slurm(cluster: Slurm) -> Iterator[Slurm]:
                 found.append(" ".join(process.info["cmdline"] or []))
         return found
 
-    wait_until(lambda: not left(), 30, lambda: "\n".join(left()))
+    wait_until(lambda: not left(), 90, lambda: "\n".join(left()))
 
 
 def stopping_job(slurm: Slurm, name: str, runs: int, code: int = 0, launcher: str = "") -> str:
@@ -168,7 +168,7 @@ def test_a_node_that_never_comes(slurm: Slurm) -> None:
         hangs: "Error: no Ray head at .* within START_TIMEOUT=5 seconds",
         fails: "Error: srun has ended, its message is above",
     }.items():
-        found = slurm.wait_for_end(job, 60)
+        found = slurm.wait_for_end(job)
         assert (found["JobState"], found["ExitCode"]) == ("FAILED", "1:0"), slurm.log(job)
         (error,) = [each for each in slurm.log(job).splitlines() if each.startswith("Error: ")]
         assert re.fullmatch(line, error)
@@ -205,7 +205,7 @@ def test_the_lean_trainer_survives_preemption(slurm: Slurm, tiny: Tiny) -> None:
     job = slurm.job(f"{array}_2")["JobId"]
     wait_until(lambda: len(steps(slurm.log(job))) >= 5, 200, lambda: slurm.log(job)[-5000:])
     slurm.run("scancel", "--signal=TERM", job)  # what preemption with a grace time sends: to the steps
-    slurm.wait_for_text(job, "Requeued", 60)
+    slurm.wait_for_text(job, "Requeued")
     first = steps(slurm.log(job))
     assert 5 <= len(first) < 40
     found = slurm.wait_for_end(job, 200)
