@@ -194,12 +194,11 @@ def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
 
 
 def command_of(script: str, tmp_path: Path, *overrides: str, **variables: str) -> list[str]:
-    """The words of the command that a script ends in; other programs stand in for python and torchrun."""
+    """The words of the command that a script ends in; another program stands in for python."""
     programs, file = tmp_path / "programs", tmp_path / "command"
     programs.mkdir(exist_ok=True)
-    for name in ("python", "torchrun"):
-        (programs / name).write_text(COMMAND)
-        (programs / name).chmod(0o755)
+    (programs / "python").write_text(COMMAND)
+    (programs / "python").chmod(0o755)
     path = f"{programs}{os.pathsep}{PATH}"
     result = subprocess.run(
         ["bash", EXAMPLES / script, *overrides],
@@ -215,7 +214,8 @@ def command_of(script: str, tmp_path: Path, *overrides: str, **variables: str) -
 
 def composed(command: list[str]) -> DictConfig:
     """The configuration that a command would run with, which has passed HPD's check."""
-    module, *overrides = command[command.index("-m") + 1 :]
+    last = len(command) - 1 - command[::-1].index("-m")
+    module, *overrides = command[last + 1 :]
     if module == "verl.trainer.main_ppo":
         with initialize_config_module("verl.trainer.config", version_base=None):
             config = compose("ppo_trainer", overrides=overrides)
