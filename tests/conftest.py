@@ -269,7 +269,8 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path) -> RunMainPPO:
 def read_steps(log: Path) -> list[dict[str, float]]:
     if not log.exists():
         return []
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    whole = log.read_text().rpartition("\n")[0]  # a line may be in the middle of being written
+    lines = [json.loads(line) for line in whole.splitlines()]
     return [line["data"] for line in lines if "hpd/loss" in line["data"]]
 
 
