@@ -11,7 +11,8 @@ only after the new one has its marker, and a run resumes from what is marked:
 - with none marked, from the tracker's, as verl would: the run began without this plugin.
 
 The files, beside verl's own: ``global_step_N/complete`` is the marker; ``global_step_N.incomplete`` stands from before
-the first file of a save until after the marker, and from before a removal until after it.
+the first file of a save until after the marker, and from before a removal until after it;
+``global_step_N/settings.yaml`` are the settings of the run, for the card of an exported model.
 """
 
 import contextlib
@@ -31,6 +32,8 @@ COMPLETE = "complete"
 """Marker file inside ``global_step_N``: json, ``number`` counts completions, ``limited`` allows the removal."""
 INCOMPLETE = ".incomplete"
 """Suffix of the file beside ``global_step_N``: ``saving`` or ``removing``."""
+SETTINGS = "settings.yaml"
+"""File inside ``global_step_N`` with all settings of the run."""
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's tracker file."""
 
@@ -137,12 +140,28 @@ def mark_complete(root: Path, step: int, keep: int | None = None) -> None:
     _incomplete(root, step).unlink(missing_ok=True)
 
 
+def save_settings(root: Path, step: int, config: DictConfig) -> None:
+    """Write a run's settings into its checkpoint.
+
+    Args:
+        root: folder of the checkpoints.
+        step: the checkpoint's.
+        config: all settings.
+    """
+    _write_atomically(_step_dir(root, step) / SETTINGS, OmegaConf.to_yaml(config, resolve=True))
+
+
 def _tracked_step(root: Path) -> int | None:
     """The tracker's step, None without a tracker or with a torn one."""
     try:
         return int((root / TRACKER).read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def is_incomplete(folder: Path) -> bool:
+    """Whether a checkpoint is known not to be whole: its saving or its removal was interrupted, or goes on."""
+    return folder.with_name(folder.name + INCOMPLETE).exists() and not (folder / COMPLETE).is_file()
 
 
 def checkpoint_to_resume(root: Path, contents: str = "actor") -> Path | None:
@@ -228,7 +247,7 @@ def check_resume_path(trainer: DictConfig) -> None:
     if trainer.resume_mode != "resume_path" or not isinstance(path, str) or not path.strip("/"):
         return
     folder = Path(path).absolute()
-    if folder.with_name(folder.name + INCOMPLETE).exists() and not (folder / COMPLETE).is_file():
+    if is_incomplete(folder):
         raise ValueError(
             f"trainer.resume_from_path={path}: this checkpoint is not whole, its saving or removal was interrupted; "
             f"choose one whose folder holds a file named {COMPLETE}"

@@ -8,6 +8,7 @@ one-pass pipeline.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,6 +42,7 @@ from hpd_verl.lean import (
     read_demonstrations,
 )
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
+from hpd_verl.stopping import StopSignals
 from hpd_verl.teacher.choice import make_teacher
 
 Value = TypeVar("Value")
@@ -171,8 +173,12 @@ class HPDSFTTrainer(SFTTrainer):
         loss = loss / tokens if self.one_pass.loss.loss_agg_mode == "token-mean" else loss
         return {f"val/{name}": value / tokens for name, value in sums.items()} | {"val/hpd/loss": loss}
 
-    def fit(self) -> None:
-        """Train until ``trainer.total_training_steps`` or ``total_epochs``, resuming where a checkpoint is."""
+    def fit(self, signals: StopSignals) -> None:
+        """Train until ``trainer.total_training_steps`` or ``total_epochs``, resuming where a checkpoint is.
+
+        Ends the process, once the step under way is saved, where ``signals`` ask any rank for it.
+        """
+        signals.ask = lambda: True
         trainer = self.config.trainer
         leads = self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
         tracking = None
@@ -191,17 +197,33 @@ class HPDSFTTrainer(SFTTrainer):
                 step += 1
                 metrics = self._train_step(tensors, step)
                 is_last = step >= self.total_training_steps
+                saves = is_last or (self.save_freq > 0 and step % self.save_freq == 0)
+                stops = self._is_asked(signals)
+                if stops:
+                    self._save(step)  # before a validation for which there may be no time
                 if self.val_dataloader is not None and (is_last or (self.test_freq > 0 and step % self.test_freq == 0)):
                     metrics |= self._validate(step)
+                    if not stops and (stops := self._is_asked(signals)):
+                        self._save(step)
                 if tracking is not None:
                     tracking.log(data=metrics, step=step)
                     bar.update()
                     bar.set_postfix(loss=f"{metrics['hpd/loss']:.4f}")
-                if is_last or (self.save_freq > 0 and step % self.save_freq == 0):
+                if saves and not stops:
                     self._save(step)
+                if stops and not is_last:
+                    bar.close()
+                    destroy_global_process_group()
+                    signals.end(step, self.total_training_steps, str(self.previous_checkpoint))
                 if is_last:
                     break
         bar.close()
+
+    def _is_asked(self, signals: StopSignals) -> bool:
+        """Whether a signal asked any rank to end the run, the same on all of them."""
+        asked = torch.tensor(int(signals.asked_by is not None), device=self.device_name)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return bool(asked.item())
 
     def _build_ckpt_handler(self) -> None:
         """verl's, told which checkpoint to resume from and that old ones are removed here."""
@@ -225,6 +247,7 @@ class HPDSFTTrainer(SFTTrainer):
         self.ckpt_handler.save_checkpoint(step=step)
         torch.distributed.barrier()
         if leads:
+            checkpoint.save_settings(root, step, self.config)
             checkpoint.mark_complete(root, step, keep)
         self.previous_checkpoint = root / f"global_step_{step}"
         old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, CONTENTS))
@@ -250,9 +273,11 @@ def _train_names(metrics: dict[str, Any]) -> dict[str, float]:
 @hydra.main(config_path=str(config_dir()), config_name="sft_trainer", version_base=None)
 def main(config: DictConfig) -> None:
     """Check settings, data and models before anything loads, then train."""
+    signals = StopSignals(ask=lambda: False, says=os.environ.get("RANK", "0") == "0")
+    signals.install()
     checked(config)
     initialize_global_process_group()
-    HPDSFTTrainer(config).fit()
+    HPDSFTTrainer(config).fit(signals)
     destroy_global_process_group()
 
 

@@ -96,6 +96,8 @@ CONTRACT: tuple[Entry, ...] = (
             "on_init_end(self)": "weights go to the rollout server only before something is generated",
             "on_step_end(self)": "weights go to the rollout server only before something is generated",
             "on_sample_end(self)": "a server that was not woken is not put to sleep",
+            "on_train_begin(self)": "from here on a signal lets the step under way end",
+            "on_validate_end(self)": "a signal during validation needs no further step",
             "_next_train_batch(self, num_prompts)": "rows are numbered, and marked as demonstration or rollout",
             "_balance_batch(self, batch, metrics, logging_prefix, keep_minibatch)": "a reproducible order before it; "
             "row numbers after it",
@@ -115,7 +117,8 @@ CONTRACT: tuple[Entry, ...] = (
         "ppo/trainer.py",
         {
             "config": "the run's configuration",
-            "global_steps total_training_steps": "counters of the draws and of the schedules",
+            "global_steps total_training_steps": "counters of the draws and of the schedules; the second set to the "
+            "first, the run ends after this step",
             "train_dataset": "number of rows and of dropped ones",
             "actor_rollout_wg ref_policy_wg": "workers that run the passes and the update",
             "checkpoint_manager": "weights to the rollout server",
@@ -139,6 +142,17 @@ CONTRACT: tuple[Entry, ...] = (
                 "Role.ActorRolloutRef",
                 "the role of a worker with student and teacher",
             ),
+        ],
+    ),
+    *_texts(
+        f"{_TRAINER}.fit",
+        "ppo/trainer.py",
+        [
+            (
+                "self.global_steps <= self.total_training_steps:",
+                "self.total_training_steps = self.global_steps",
+                "the loop's condition, which a signal makes false after the step",
+            )
         ],
     ),
     *_texts(
@@ -467,7 +481,7 @@ CONTRACT: tuple[Entry, ...] = (
             "_build_dataloader(self)": "the seed of the order; validation of every row",
             "_init_engine(self)": "the pipeline, once the student is loaded",
             "_build_ckpt_handler(self)": "resumes from complete checkpoints only",
-            "fit(self)": "steps with a teacher; verl's computes its own loss",
+            "fit(self)": "steps with a teacher, and an end by a signal; verl's computes its own loss",
         },
     ),
     *_attributes(
@@ -481,6 +495,7 @@ CONTRACT: tuple[Entry, ...] = (
             "train_dataloader val_dataloader train_sampler collate_fn": "batches",
             "global_batch_size train_batch_size_per_dp": "their sizes",
             "ckpt_handler": "saves and resumes",
+            "device_name": "where a tensor for all ranks lies",
             "resume_global_step steps_per_epoch total_training_steps save_freq test_freq": "the course of the run",
         },
     ),

@@ -14,24 +14,24 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hpd_verl.checks.run import check_config
+from hpd_verl.checks.run import check_config, check_sft_config
+from hpd_verl.hydra_config import config_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-MATH = "math/run_qwen2.5-1.5b_fsdp2.sh"
-CODE = "code/run_qwen2.5-coder-1.5b_fsdp2.sh"
 SMOLLM2 = "quickstart/run_smollm2.sh"
 SLURM = EXAMPLES / "slurm" / "hpd.sbatch"
 SHELL_SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
+each_script = pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: str(path.relative_to(EXAMPLES)))
 PASSED_ON = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS")
 # The scripts call `python` and `ray`: those of this environment, activated or not.
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
-ALL = {
+MAIN_PPO = {
     "algorithm.adv_estimator": "hpd",
     "algorithm.hpd.objective": "hpd",
     "algorithm.hpd.temperature": 1.0,
@@ -41,34 +41,126 @@ ALL = {
     "actor_rollout_ref.actor.policy_loss.loss_mode": "hpd",
     "actor_rollout_ref.actor.use_dynamic_bsz": True,
 }
-PAPER = {
+RECIPE = MAIN_PPO | {
     "data.train_batch_size": 256,
     "actor_rollout_ref.actor.ppo_mini_batch_size": 256,
     "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
     "actor_rollout_ref.actor.optim.min_lr_ratio": 0.1,
+    "actor_rollout_ref.actor.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+    "actor_rollout_ref.actor.checkpoint.load_contents": ["model", "optimizer", "extra"],
+    "actor_rollout_ref.rollout.n": 1,
+    "trainer.logger": ["console", "file", "wandb"],
     "trainer.nnodes": 1,
     "trainer.n_gpus_per_node": 8,
 }
-EXPECTED: dict[str, dict[str, Any]] = {
-    MATH: PAPER
+MATH = RECIPE | {
+    "actor_rollout_ref.model.path": "Qwen/Qwen2.5-1.5B",
+    "actor_rollout_ref.ref.model.path": "wh-zhu/Qwen2.5-7B-PSFT-RL-DAPO-90",
+    "actor_rollout_ref.actor.optim.lr": 1e-4,
+    "actor_rollout_ref.rollout.val_kwargs.n": 4,
+    "actor_rollout_ref.rollout.val_kwargs.do_sample": True,
+    "actor_rollout_ref.rollout.val_kwargs.temperature": 0.7,
+    "actor_rollout_ref.rollout.val_kwargs.top_p": 0.95,
+    "reward.custom_reward_function.path": "pkg://hpd_verl.rewards.maths",
+    "data.max_prompt_length": 2048,
+    "data.max_response_length": 8192,
+    "trainer.total_training_steps": 2000,
+    "trainer.test_freq": 200,
+}
+CODE = RECIPE | {
+    "actor_rollout_ref.model.path": "Qwen/Qwen2.5-Coder-1.5B",
+    "actor_rollout_ref.ref.model.path": "Qwen/Qwen2.5-Coder-7B-Instruct",
+    "actor_rollout_ref.actor.optim.lr": 5e-6,
+    "actor_rollout_ref.rollout.val_kwargs.n": 1,
+    "actor_rollout_ref.rollout.val_kwargs.do_sample": False,
+    "reward.custom_reward_function.path": "pkg://hpd_verl.rewards.code",
+    "data.max_prompt_length": 1024,
+    "data.max_response_length": 3072,
+    "trainer.total_epochs": 3,
+    "trainer.total_training_steps": None,
+}
+LEAN = {
+    "algorithm.hpd.objective": "hpd",
+    "algorithm.hpd.temperature": 1.0,
+    "optim.lr_scheduler_type": "cosine",
+    "optim.min_lr_ratio": 0.1,
+    "checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+    "checkpoint.load_contents": ["model", "optimizer", "extra"],
+    "trainer.logger": ["console", "file", "wandb"],
+    "trainer.total_epochs": 3,
+    "trainer.total_training_steps": None,
+    "trainer.test_freq": 100,
+}
+STORED = {
+    "model.path": "Qwen/Qwen3-0.6B",
+    "teacher.model.path": "Qwen/Qwen3-30B-A3B",
+    "data.max_response_length": 20480,
+    "algorithm.hpd.teacher_cache_max_gib": 1000,
+}
+ONE_GPU = LEAN | {"data.train_batch_size": 64, "data.max_prompt_length": 512, "data.max_response_length": 1024}
+EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
+    ("math/hpd.sh", ""): MATH,
+    ("math/hpd.sh", "qwen2.5-3b"): MATH
+    | {"actor_rollout_ref.model.path": "Qwen/Qwen2.5-3B", "actor_rollout_ref.actor.optim.lr": 8e-5},
+    ("math/hpd.sh", "llama3-1b"): MATH
     | {
-        "actor_rollout_ref.model.path": "Qwen/Qwen2.5-1.5B",
-        "actor_rollout_ref.ref.model.path": "wh-zhu/Qwen2.5-7B-PSFT-RL-DAPO-90",
-        "actor_rollout_ref.actor.optim.lr": 1e-4,
-        "data.max_prompt_length": 2048,
-        "data.max_response_length": 8192,
-        "trainer.total_training_steps": 2000,
+        "actor_rollout_ref.model.path": "meta-llama/Llama-3.2-1B-Instruct",
+        "actor_rollout_ref.ref.model.path": "meta-llama/Llama-3.1-8B-Instruct",
     },
-    CODE: PAPER
+    ("math/hpd_then_opd.sh", ""): MATH
     | {
-        "actor_rollout_ref.model.path": "Qwen/Qwen2.5-Coder-1.5B",
-        "actor_rollout_ref.ref.model.path": "Qwen/Qwen2.5-Coder-7B-Instruct",
+        "algorithm.hpd.on_policy_fraction": {"start": 0, "end": 1, "steps": 2000},
+        "algorithm.hpd.on_policy_objective": "opd",
+        "actor_rollout_ref.actor.optim.lr": 1e-5,
+        "trainer.total_training_steps": 2400,
+    },
+    ("math/opd.sh", ""): MATH
+    | {
+        "algorithm.hpd.objective": "opd",
+        "algorithm.hpd.on_policy_fraction": 1,
+        "data.train_batch_size": 64,  # with 4 rollouts a prompt the paper's 256 sequences
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 64,
+        "actor_rollout_ref.rollout.n": 4,
+        "actor_rollout_ref.rollout.temperature": 1.0,
+        "actor_rollout_ref.model.path": "checkpoints/hpd_math/Qwen2.5-1.5B_from_Qwen2.5-7B-PSFT-RL-DAPO-90/"
+        "global_step_2000/actor/huggingface",
         "actor_rollout_ref.actor.optim.lr": 5e-6,
-        "data.max_prompt_length": 1024,
-        "data.max_response_length": 3072,
-        "trainer.total_epochs": 3,
+        "trainer.total_training_steps": 200,
+        "trainer.test_freq": 50,
     },
-    SMOLLM2: {
+    ("math/lora.sh", ""): ONE_GPU
+    | {
+        "model.path": "Qwen/Qwen2.5-1.5B-Instruct",
+        "teacher.model.path": "Qwen/Qwen2.5-7B-Instruct",
+        "model.lora_rank": 64,
+        "model.lora_alpha": 128,
+        "optim.lr": 2e-4,
+    },
+    ("math/one_gpu.sh", ""): ONE_GPU
+    | {
+        "model.path": "Qwen/Qwen2.5-0.5B-Instruct",
+        "teacher.model.path": "Qwen/Qwen2.5-1.5B-Instruct",
+        "optim.lr": 1e-5,
+    },
+    ("math/store_teacher.sh", ""): STORED,
+    ("math/strong_teacher.sh", ""): LEAN | STORED | {"algorithm.hpd.teacher_cache": "disk", "optim.lr": 1e-5},
+    ("code/hpd.sh", ""): CODE,
+    ("code/hpd.sh", "deepseek-coder"): CODE
+    | {
+        "actor_rollout_ref.model.path": "deepseek-ai/deepseek-coder-1.3b-instruct",
+        "actor_rollout_ref.ref.model.path": "deepseek-ai/deepseek-coder-6.7b-instruct",
+    },
+    ("dialogue/hpd.sh", ""): LEAN
+    | {
+        "model.path": "Qwen/Qwen2.5-1.5B",
+        "teacher.model.path": "Qwen/Qwen2.5-7B-Instruct",
+        "data.train_batch_size": 256,
+        "data.max_prompt_length": 2048,
+        "data.max_response_length": 2048,
+        "optim.lr": 5e-6,
+    },
+    (SMOLLM2, ""): MAIN_PPO
+    | {
         "actor_rollout_ref.actor.optim.lr": 1e-4,
         "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant",
         "data.train_batch_size": 8,
@@ -79,6 +171,11 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "actor_rollout_ref.ref.fsdp_config.model_dtype": "fp32",  # platform/cpu.yaml
     },
 }
+NOT_RECIPES = {"quickstart/run.sh"}
+
+COMMAND = """#!/usr/bin/env bash
+printf '%s\\0' "$(basename "$0")" "$@" > "$COMMAND_FILE"
+"""
 
 
 def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
@@ -87,18 +184,40 @@ def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
     return passed_on | {"PATH": PATH, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"} | variables
 
 
-def compose(script: str, tmp_path: Path, *overrides: str, **variables: str) -> dict[str, Any]:
-    """The configuration that a script would run with."""
+def command_of(script: str, tmp_path: Path, *overrides: str, **variables: str) -> list[str]:
+    """The words of the command that a script ends in; other programs stand in for python and torchrun."""
+    programs, file = tmp_path / "programs", tmp_path / "command"
+    programs.mkdir(exist_ok=True)
+    for name in ("python", "torchrun"):
+        (programs / name).write_text(COMMAND)
+        (programs / name).chmod(0o755)
+    path = f"{programs}{os.pathsep}{PATH}"
     result = subprocess.run(
-        ["bash", EXAMPLES / script, *overrides, "--cfg", "job", "--resolve"],
+        ["bash", EXAMPLES / script, *overrides],
         cwd=tmp_path,
-        env=environment(tmp_path, **variables),
+        env=environment(tmp_path, PATH=path, COMMAND_FILE=str(file), **variables),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=60,
     )
     assert result.returncode == 0, result.stderr
-    return yaml.safe_load(result.stdout)
+    return file.read_text().split("\0")[:-1]
+
+
+def composed(command: list[str]) -> DictConfig:
+    """The configuration that a command would run with, which has passed HPD's check."""
+    module, *overrides = command[command.index("-m") + 1 :]
+    if module == "verl.trainer.main_ppo":
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose("ppo_trainer", overrides=overrides)
+        check_config(config)
+        return config
+    (ranks,) = (int(word.split("=")[1]) for word in command if word.startswith("--nproc_per_node="))
+    fills_store = module == "hpd_verl.teacher_cache"
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        config = compose("sft_trainer", overrides=overrides)
+    check_sft_config(config, ranks, fills_store)
+    return config
 
 
 def prepared(tmp_path: Path) -> Path:
@@ -110,54 +229,83 @@ def prepared(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: str(path.relative_to(EXAMPLES)))
+@each_script
 def test_parses(script: Path) -> None:
     result = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", EXPECTED)
-def test_composes(script: str, tmp_path: Path) -> None:
-    expected, variables = ALL | EXPECTED[script], {}
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck (Debian: apt install shellcheck)")
+@each_script
+def test_shellcheck(script: Path) -> None:
+    result = subprocess.run(["shellcheck", "--external-sources", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_every_script_is_here() -> None:
+    names = {str(script.relative_to(EXAMPLES)) for script in SHELL_SCRIPTS if script.suffix == ".sh"}
+    names -= {name for name in names if name.startswith("slurm/")}
+    assert names == {script for script, _ in EXPECTED} | NOT_RECIPES
+
+
+@pytest.mark.parametrize(("script", "pair"), EXPECTED, ids=lambda value: value or "-")
+def test_composes(script: str, pair: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, variables = dict(EXPECTED[script, pair]), {"PAIR": pair} if pair else {}
     if script == SMOLLM2:
         out = prepared(tmp_path)
-        variables = {"OUT_DIR": str(out)}
+        variables["OUT_DIR"] = str(out)
         expected |= {
             "data.train_files": str(out / "data/train.parquet"),
             "actor_rollout_ref.model.path": str(out / "models/student"),
             "actor_rollout_ref.ref.model.path": str(out / "models/teacher"),
         }
-    config = OmegaConf.create(compose(script, tmp_path, **variables))
+    else:
+        monkeypatch.setenv("VERL_PLATFORM", "accelerator")  # as on GPUs
+    config = composed(command_of(script, tmp_path, **variables))
     assert {key: OmegaConf.select(config, key) for key in expected} == expected
-    check_config(config)
     longest = config.data.max_prompt_length + config.data.max_response_length
-    for limit in (
-        config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu,
-        config.actor_rollout_ref.ref.log_prob_max_token_len_per_gpu,
-        config.actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu,
-    ):
-        assert limit >= longest
+    limits = ["data.max_token_len_per_gpu"]
+    if "actor_rollout_ref" in config:
+        limits = [
+            "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+            "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",
+            "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+        ]
+    assert all(OmegaConf.select(config, limit) >= longest for limit in limits)
 
 
-@pytest.mark.slow
 def test_variables_and_overrides_win(tmp_path: Path) -> None:
-    config = compose(
-        MATH,
+    command = command_of(
+        "math/opd.sh",
         tmp_path,
         "trainer.save_freq=5",
-        "trainer.nnodes=3",
+        "trainer.nnodes=4",
         STUDENT="/models/small one",
         TRAIN_FILE="/data/train.parquet",
         LR="8e-5",
         NNODES="2",
         NGPUS_PER_NODE="4",
+        TRACKER="trackio",
     )
-    assert config["actor_rollout_ref"]["model"]["path"] == "/models/small one"
-    assert config["data"]["train_files"] == "/data/train.parquet"
-    assert config["actor_rollout_ref"]["actor"]["optim"]["lr"] == 8e-5
-    assert (config["trainer"]["nnodes"], config["trainer"]["n_gpus_per_node"]) == (3, 4)
-    assert config["trainer"]["save_freq"] == 5
+    config = composed(command)
+    assert config.actor_rollout_ref.model.path == "/models/small one"
+    assert config.data.train_files == "/data/train.parquet"
+    assert config.actor_rollout_ref.actor.optim.lr == 8e-5
+    assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == (4, 4)
+    assert config.trainer.save_freq == 5
+    assert config.trainer.logger == ["console", "file", "trackio"]
+
+
+def test_unknown_pair(tmp_path: Path) -> None:
+    result = subprocess.run(
+        ["bash", EXAMPLES / "math/hpd.sh"],
+        env=environment(tmp_path, PAIR="qwen"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "Error: PAIR=qwen: choose qwen2.5-1.5b, qwen2.5-3b or llama3-1b\n"
 
 
 def test_smollm2_asks_for_the_data(tmp_path: Path) -> None:

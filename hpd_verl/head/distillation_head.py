@@ -327,7 +327,9 @@ class _Sweep:
         output = self.output
         assert output.teacher_label_log_probs is not None
         assert output.teacher_sampled_log_probs is not None
-        output.teacher_label_log_probs[tokens] = take(log_probs, self.tokens.labels[tokens])
+        assert self.teacher is not None
+        known = self.teacher[tokens].tensors.get("label_log_probs")  # exact, also where the distribution is not
+        output.teacher_label_log_probs[tokens] = take(log_probs, self.tokens.labels[tokens]) if known is None else known
         output.teacher_sampled_log_probs[tokens] = log_probs.gather(1, output.sampled[tokens])
 
     def _teacher_of_tokens(self, tokens: slice, teacher: TeacherFeatures) -> None:

@@ -27,6 +27,7 @@ from hpd_verl.head.output_head import (
     steps,
     take,
 )
+from hpd_verl.head.sampling import block_masses
 from hpd_verl.objectives import LOG_ZERO
 
 Features = TypeVar("Features", bound="TeacherFeatures")
@@ -82,7 +83,7 @@ class TeacherFeatures(ABC):
 
     @abstractmethod
     def log_probs(self, tokens: Tensor) -> Tensor:
-        """log p of chosen tokens, floating [n, M], of int64 [n, M] in the student's vocabulary."""
+        """log p, at least ``LOG_ZERO``, of chosen tokens: floating [n, M] of int64 [n, M], the student's numbers."""
 
     @abstractmethod
     def whole_distribution(self, vocabulary_size: int, chunk_size: int) -> WholeDistribution:
@@ -111,7 +112,7 @@ class HiddenFeatures(TeacherFeatures):
     temperature: float
     """Of the teacher's distribution."""
     label_log_probs: Tensor | None = None
-    """log p(y), [n], float32 or float64; ``LOG_ZERO`` for a label beyond the teacher's vocabulary."""
+    """log p(y), [n], float32 or float64, at least ``LOG_ZERO``, which a label beyond the teacher's vocabulary has."""
     log_sum_exp: Tensor | None = None
     """[n], float32 or float64: of the teacher's logits over temperature, over its head's vocabulary."""
 
@@ -124,7 +125,8 @@ class HiddenFeatures(TeacherFeatures):
             raise ValueError("the log-sum-exp of the teacher's logits is not known: make features by teacher_features")
         within = tokens.clamp_max(self.vocabulary_size - 1)
         logits = self.head.token_logits(self.hidden.to(self.head.weight.dtype), within, self.temperature)
-        return torch.where(tokens < self.vocabulary_size, logits - self.log_sum_exp.unsqueeze(1), LOG_ZERO)
+        log_probs = (logits - self.log_sum_exp.unsqueeze(1)).clamp_min_(LOG_ZERO)
+        return torch.where(tokens < self.vocabulary_size, log_probs, LOG_ZERO)
 
     def whole_distribution(self, vocabulary_size: int, chunk_size: int) -> WholeDistribution:
         return _WholeOfHidden(self, vocabulary_size, chunk_size)
@@ -173,7 +175,7 @@ class TopKFeatures(TeacherFeatures):
     TENSORS = ("label_log_probs", "rest_log_prob", "top_tokens", "top_log_probs")
 
     label_log_probs: Tensor
-    """log p(y), [n], float32 or float64; ``LOG_ZERO`` for a label beyond the teacher's vocabulary."""
+    """log p(y), [n], float32 or float64, at least ``LOG_ZERO``, which a label beyond the teacher's vocabulary has."""
     rest_log_prob: Tensor
     """[n], float32 or float64: log-prob of all other tokens together."""
     top_tokens: Tensor
@@ -193,7 +195,8 @@ class TopKFeatures(TeacherFeatures):
         matches = self.top_tokens.unsqueeze(1) == tokens.unsqueeze(2)
         found = self.top_log_probs.to(self.dtype).gather(1, matches.int().argmax(-1))
         others = self.other_log_prob.expand_as(found)
-        return torch.where(tokens < self.vocabulary_size, torch.where(matches.any(-1), found, others), LOG_ZERO)
+        log_probs = torch.where(matches.any(-1), found, others).clamp_min_(LOG_ZERO)
+        return torch.where(tokens < self.vocabulary_size, log_probs, LOG_ZERO)
 
     @property
     def other_log_prob(self) -> Tensor:
@@ -221,12 +224,16 @@ class _WholeOfTopK(WholeDistribution):
         return log_probs, log_probs.exp()
 
 
-def _log_sum_exp(products: Tensor, head: OutputHead, temperature: float, out: Tensor | None) -> Tensor:
-    """log-sum-exp over the vocabulary, [n], of products [n, V]; ``out`` is memory of their shape."""
+def _top_and_mass(products: Tensor, head: OutputHead, temperature: float, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The largest logit and the sum of ``exp(logit - largest)``, [n] each, of products [n, V].
+
+    Added up as the student's are, so that a student that is its teacher finds the same log-probs; ``out`` is memory of
+    the products' shape.
+    """
     logits = head.logits(products, temperature, out=out)
     top = logits.amax(-1, keepdim=True)
     shifted = torch.sub(logits, top, out=out)
-    return top.squeeze(1) + torch.exp(shifted, out=out).sum(-1).log()
+    return top.squeeze(1), block_masses(torch.exp(shifted, out=out)).sum(-1, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -257,12 +264,15 @@ def teacher_features(
     scratch = None if compiled else Scratch(products.buffer, head.dtype, count=1)
     for chunk in chunks(len(hidden), chunk_size):
         matrix = products[chunk]
-        label_log_probs[chunk] = label_logits(matrix, head, within[chunk], temperature)
+        logits = label_logits(matrix, head, within[chunk], temperature)
         for rows in steps(matrix):
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
             out = None if scratch is None else scratch.rows(rows.stop - rows.start)[0]
-            log_sum_exp[tokens] = maybe_compiled(_log_sum_exp, compiled)(matrix[rows], head, temperature, out)
-    label_log_probs = torch.where(known, label_log_probs - log_sum_exp, LOG_ZERO)
+            top, mass = maybe_compiled(_top_and_mass, compiled)(matrix[rows], head, temperature, out)
+            log_mass = mass.log().to(head.dtype)
+            label_log_probs[tokens] = logits[rows] - top - log_mass
+            log_sum_exp[tokens] = top + log_mass
+    label_log_probs = torch.where(known, label_log_probs.clamp_min_(LOG_ZERO), LOG_ZERO)
     return HiddenFeatures(hidden.detach(), head, temperature, label_log_probs, log_sum_exp)
 
 
@@ -295,7 +305,7 @@ def teacher_top_k(
             # In the logarithm: what remains of 1 would cancel where the top tokens hold nearly everything.
             rest_log_prob[tokens] = log_probs.scatter_(1, top_tokens[tokens], -math.inf).logsumexp(-1)
     return TopKFeatures(
-        label_log_probs=torch.where(known, label_log_probs, LOG_ZERO),
+        label_log_probs=torch.where(known, label_log_probs.clamp_min_(LOG_ZERO), LOG_ZERO),
         rest_log_prob=rest_log_prob.clamp_min_(LOG_ZERO),
         top_tokens=top_tokens,
         top_log_probs=top_log_probs,

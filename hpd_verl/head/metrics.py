@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpd_verl.objectives import TokenLogProbs, gap
+from hpd_verl.objectives import TokenLogProbs, gap, log_ratio
 
 
 def token_metrics(
@@ -28,14 +28,14 @@ def token_metrics(
         return torch.stack([value.double() for value in values]).mean(0)
 
     first = log_probs[0]
-    label_gap = gap(first.student_label, first.teacher_label)
-    sampled_gaps = [gap(sample.student_sampled, sample.teacher_sampled) for sample in log_probs]
+    label_ratio = log_ratio(first.student_label, first.teacher_label)
+    sampled_ratios = [log_ratio(sample.student_sampled, sample.teacher_sampled) for sample in log_probs]
     return {
         "hpd/label_weight_mean": label_weights,
         "hpd/sampled_weight_mean": torch.stack(list(sampled_weights)).sum(0),
-        "hpd/label_gap_mean": label_gap,
-        "hpd/forward_fraction": label_gap >= 0,
-        "hpd/reinforced_fraction": mean_over_samples([(label_gap > 0) & (sampled < 0) for sampled in sampled_gaps]),
+        "hpd/label_gap_mean": gap(first.student_label, first.teacher_label),
+        "hpd/forward_fraction": label_ratio >= 0,
+        "hpd/reinforced_fraction": mean_over_samples([(label_ratio > 0) & (sampled < 0) for sampled in sampled_ratios]),
         "hpd/suppressed_fraction": mean_over_samples([weights < 0 for weights in sampled_weights]),
         "hpd/sampled_equals_label_fraction": mean_over_samples([sample.sampled_is_label for sample in log_probs]),
         "hpd/reverse_kl_k1": mean_over_samples(

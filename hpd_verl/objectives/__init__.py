@@ -16,6 +16,7 @@ from hpd_verl.objectives.log_probs import (
     VocabularyLogProbs,
     VocabularyWeights,
     gap,
+    log_ratio,
 )
 from hpd_verl.objectives.registry import (
     OBJECTIVES,
@@ -42,6 +43,7 @@ __all__ = [
     "VocabularyWeights",
     "find_objective",
     "gap",
+    "log_ratio",
     "objective",
     "token",
     "vocabulary",

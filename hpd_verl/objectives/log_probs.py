@@ -3,10 +3,8 @@
 ``loss = -sum_t w(v_t) log q(v_t)`` with detached weights (paper eq. 9): ``q`` the student, ``p`` the teacher.
 """
 
-import math
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 LOG_ZERO = -1000.0
@@ -76,6 +74,15 @@ class VocabularyWeights:
     """[n], the loss itself: the divergence, or for hpd_exact the weighted log-likelihood."""
 
 
+def log_ratio(student: Tensor, teacher: Tensor) -> Tensor:
+    """``log p(v) - log q(v)``. Its sign is that of ``gap``, also where q(v) is too small for a number of its dtype.
+
+    Args:
+        student, teacher: log q(v) and log p(v), any equal shape; below ``LOG_ZERO`` they count as it.
+    """
+    return teacher.clamp_min(LOG_ZERO) - student.clamp_min(LOG_ZERO)
+
+
 def gap(student: Tensor, teacher: Tensor) -> Tensor:
     """``q(v) (log p(v) - log q(v))``, the negative reverse-KL integrand (paper 5.1).
 
@@ -85,5 +92,4 @@ def gap(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Tensor of that shape; 0 where q(v) = 0 (its limit), finite where only p(v) = 0 (see ``LOG_ZERO``).
     """
-    difference = teacher.masked_fill(teacher == -math.inf, LOG_ZERO) - student
-    return torch.where(student == -math.inf, 0.0, student.exp() * difference)
+    return student.exp() * log_ratio(student, teacher)

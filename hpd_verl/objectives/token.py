@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpd_verl.objectives.log_probs import LOG_ZERO, TokenLogProbs, TokenWeights, gap
+from hpd_verl.objectives.log_probs import TokenLogProbs, TokenWeights, gap, log_ratio
 from hpd_verl.objectives.registry import ObjectiveParameters, objective
 
 PAPER = "arXiv 2604.20244"
@@ -57,16 +57,18 @@ def hpd(
         forward_coef, reverse_coef, reinforce_coef, student_sampling: see ``HPDParameters``.
     """
     label_gap = gap(log_probs.student_label, log_probs.teacher_label)
-    sampled_gap = gap(log_probs.student_sampled, log_probs.teacher_sampled)
+    label_ratio = log_ratio(log_probs.student_label, log_probs.teacher_label)
     teacher_prob = log_probs.teacher_label.exp()
 
-    label = reverse_coef * label_gap + torch.where(label_gap >= 0, forward_coef * teacher_prob, 0.0)
+    label = reverse_coef * label_gap + torch.where(label_ratio >= 0, forward_coef * teacher_prob, 0.0)
     if not student_sampling:
         return _label_only(label)
-    reinforced = (label_gap > 0) & (sampled_gap < 0)
+    sampled_gap = gap(log_probs.student_sampled, log_probs.teacher_sampled)
+    sampled_ratio = log_ratio(log_probs.student_sampled, log_probs.teacher_sampled)
+    reinforced = (label_ratio > 0) & (sampled_ratio < 0)
     label = label + torch.where(reinforced, reinforce_coef * teacher_prob, 0.0)
     # A sample that is the label itself is already weighted as the label; a NaN is kept, for the caller to see.
-    suppressed = ~(sampled_gap >= 0) & ~log_probs.sampled_is_label
+    suppressed = ~(sampled_ratio >= 0) & ~log_probs.sampled_is_label
     return TokenWeights(label=label, sampled=torch.where(suppressed, reverse_coef * sampled_gap, 0.0))
 
 
@@ -98,5 +100,4 @@ def jsd(log_probs: TokenLogProbs) -> TokenWeights:
 @objective("opd", over="token", needs_rollouts=True, source=f"{PAPER}, on-policy distillation")
 def opd(log_probs: TokenLogProbs) -> TokenWeights:
     """On-policy distillation: weight log p(y) - log q(y), for labels that the student drew itself."""
-    teacher = log_probs.teacher_label.masked_fill(log_probs.teacher_label == -math.inf, LOG_ZERO)
-    return _label_only(teacher - log_probs.student_label)
+    return _label_only(log_ratio(log_probs.student_label, log_probs.teacher_label))

@@ -50,15 +50,16 @@ def hpd_exact(
     labels = log_probs.labels.unsqueeze(1)
     teacher_prob = log_probs.teacher_probs.gather(1, labels)
     student_label = log_probs.student.gather(1, labels)
-    label_gap = log_probs.student_probs.gather(1, labels) * (log_probs.teacher.gather(1, labels) - student_label)
+    label_ratio = log_probs.teacher.gather(1, labels) - student_label
+    label_gap = log_probs.student_probs.gather(1, labels) * label_ratio
 
-    label = reverse_coef * label_gap + torch.where(label_gap >= 0, forward_coef * teacher_prob, 0.0)
+    label = reverse_coef * label_gap + torch.where(label_ratio >= 0, forward_coef * teacher_prob, 0.0)
     if student_sampling:
         # Tokens that the student over-estimates, where log p - log q < 0, and their chance to be sampled, q. NaN stays.
         over = torch.sub(log_probs.teacher, log_probs.student).clamp_max_(0.0)
         over.scatter_(1, labels, 0.0)
         drawn = -over.sign().mul_(log_probs.student_probs).sum(-1, keepdim=True)
-        reinforced = torch.where(label_gap > 0, drawn, 0.0)
+        reinforced = torch.where(label_ratio > 0, drawn, 0.0)
         label = label + reinforce_coef * teacher_prob * reinforced
         weights = over.mul_(log_probs.student_probs).mul_(log_probs.student_probs).mul_(reverse_coef)
         value = -(weights * log_probs.student).sum(-1)
@@ -149,6 +150,8 @@ def skew_fkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights:
         log_probs: see ``VocabularyLogProbs``.
         skew: share of the teacher in the mixture; with 0 it is fkl.
     """
+    if skew == 0:  # the mixture is q, whose logarithm is known where q is too small for a number
+        return fkl(log_probs)
     mixture = _mixture(log_probs.teacher_probs, log_probs.student_probs, skew)
     weights = torch.div(log_probs.student_probs, mixture).mul_(log_probs.teacher_probs).mul_(1 - skew)
     value = mixture.log_().neg_().add_(log_probs.teacher).mul_(log_probs.teacher_probs).sum(-1)
@@ -165,6 +168,8 @@ def skew_rkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights:
         log_probs: see ``VocabularyLogProbs``.
         skew: share of the student in the mixture; with 0 it is rkl_exact.
     """
+    if skew == 0:
+        return rkl_exact(log_probs)
     mixture = _mixture(log_probs.student_probs, log_probs.teacher_probs, skew)
     ratio = torch.div(log_probs.student_probs, mixture)
     weights = mixture.log_().sub_(log_probs.student).mul_(log_probs.student_probs)

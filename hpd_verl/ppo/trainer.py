@@ -37,6 +37,7 @@ from hpd_verl.data.dataset import DEMONSTRATION
 from hpd_verl.data.demonstration import has_demonstration
 from hpd_verl.data.on_policy import choose_rollouts, rollout_quota
 from hpd_verl.pipelines.choice import PIPELINES
+from hpd_verl.ppo import stop_request
 from hpd_verl.ppo.queue_batch import QueueBatch
 from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
 from hpd_verl.teacher.size import log_size
@@ -88,6 +89,7 @@ class HPDTrainer(PPOTrainerSync):
                 config.actor_rollout_ref.rollout.nnodes = 1  # verl asserts a place for replicas, however few
                 config.reward.num_workers = 0  # demonstrations earn no reward: no process waits to give one
         self.server_is_awake = False
+        self.is_stopping = False
         super().__init__(config)
         self.use_reference_policy = True  # the teacher; verl derives this from its own KL terms
 
@@ -137,7 +139,9 @@ class HPDTrainer(PPOTrainerSync):
         is_last = self.global_steps >= self.total_training_steps
         test_freq = self.config.trainer.test_freq
         validates_now = test_freq > 0 and (is_last or self.global_steps % test_freq == 0)
-        if self.serves_rollouts and (validates_now or (not is_last and self._may_generate(self.global_steps + 1))):
+        self._stop_if_asked()
+        generates_next = not (is_last or self.is_stopping) and self._may_generate(self.global_steps + 1)
+        if self.serves_rollouts and (validates_now or generates_next):
             super().on_step_end()
             self.server_is_awake = True
 
@@ -300,6 +304,26 @@ class HPDTrainer(PPOTrainerSync):
         with _settings(trainer, **chosen):
             super()._load_checkpoint()
 
+    def on_train_begin(self) -> None:
+        super().on_train_begin()
+        stop_request.say_begun()
+
+    def on_validate_end(self) -> None:
+        super().on_validate_end()
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """Save this step, and make it the last: what verl does after it, as its validation, still happens."""
+        is_last = self.global_steps >= self.total_training_steps
+        if is_last or not stop_request.is_asked():
+            return
+        saved = self._checkpoint_root() / f"global_step_{self.global_steps}"
+        if self.previous_checkpoint != saved:
+            self._save_checkpoint()
+        stop_request.say_stopped(stop_request.Stopped(self.global_steps, self.total_training_steps, str(saved)))
+        self.is_stopping = True
+        self.total_training_steps = self.global_steps
+
     def _save_checkpoint(self) -> None:
         """verl's; old checkpoints are removed only after the new one is marked complete."""
         root, trainer = self._checkpoint_root(), self.config.trainer
@@ -307,6 +331,7 @@ class HPDTrainer(PPOTrainerSync):
         checkpoint.mark_incomplete(root, self.global_steps, self.previous_checkpoint)
         with _settings(trainer, max_actor_ckpt_to_keep=None, remove_previous_ckpt_in_save=False):
             super()._save_checkpoint()
+        checkpoint.save_settings(root, self.global_steps, self.config)
         checkpoint.mark_complete(root, self.global_steps, keep)
         self.previous_checkpoint = root / f"global_step_{self.global_steps}"
         old = checkpoint.checkpoints_to_remove(root, keep)

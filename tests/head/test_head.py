@@ -224,6 +224,30 @@ def test_mixtures(values: dict[str, Any], layer: dict[str, Any]) -> None:
         close(gradient, wanted)
 
 
+@pytest.mark.parametrize("spread", [1.0, 100.0])
+def test_a_mixture_changes_nothing_for_objectives_over_tokens(spread: float) -> None:
+    """Beside one over the vocabulary: the label's own log p of top-k features, and log p far below ``LOG_ZERO``."""
+    case = Case(draws=2, config=configured("hpd"))
+    case.teacher_weight *= spread
+    alone = RowObjectives(HPDConfig(objective={"hpd": 1.0, "opd": 0.5}, on_policy_fraction=1.0).objectives.rollout)
+    beside = RowObjectives(Mixture((*alone.demonstration.parts, (OBJECTIVES["fkl"].bind(), 1e-12))))
+    for teacher in (case.teacher(), case.teacher(top=2)):
+        output = case.run(objectives=alone, teacher=teacher)
+        found = case.run(objectives=beside, teacher=teacher)
+        for name in ("label_weights", "sampled_weights", "teacher_label_log_probs", "teacher_sampled_log_probs"):
+            close(getattr(found, name), getattr(output, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_hpd_of_a_student_that_is_its_teacher(dtype: torch.dtype) -> None:
+    """gap(y) is exactly 0 where both make the same products, not what rounding leaves of it: its weight is p(y)."""
+    case = Case(dtype=dtype, bias=True, layer={"soft_cap": 8.0}, config=HPDConfig(temperature=0.7))
+    case.token_scale[:] = 1.0
+    output = case.run(teacher=teacher_features(case.hidden, case.head(), case.labels, 0.7), chunk_size=None)
+    assert output.teacher_label_log_probs is not None
+    close(output.label_weights, output.teacher_label_log_probs.exp(), 1e-6)
+
+
 @pytest.mark.parametrize("objective", VOCABULARY_OBJECTIVE_NAMES)
 def test_temperature_of_the_teacher(objective: str) -> None:
     assert_matches(Case(config=configured(objective, temperature=1.3, teacher_temperature=0.8)))

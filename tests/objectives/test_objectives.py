@@ -679,3 +679,32 @@ def test_own_objectives_by_file_and_module(
     (tmp_path / "own_module_of_objectives.py").write_text(OWN.replace('"mine"', '"other"').split('@objective("half')[0])
     monkeypatch.syspath_prepend(tmp_path)
     assert registry.find_objective("own_module_of_objectives:mine").name == "other"
+
+
+# Probabilities too small for float32
+
+
+def test_reinforcement_of_a_label_of_no_mass() -> None:
+    """The sign of gap(y) is that of log p - log q, where q(y) and gap(y) are 0 in float32."""
+    student, teacher = torch.tensor([[-150.0, 0.0, -140.0]]), torch.tensor([[0.3, 0.5, 0.2]]).log()
+    log_probs = TokenLogProbs(
+        student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], torch.zeros(1, dtype=torch.bool)
+    )
+    assert not student[:, 0].exp().any()
+    for found in (
+        OBJECTIVES["hpd"](log_probs, forward_coef=0.0).label,
+        OBJECTIVES["hpd_exact"](VocabularyLogProbs(student, teacher, torch.tensor([0])), forward_coef=0.0).weights[
+            :, 0
+        ],
+    ):
+        torch.testing.assert_close(found, torch.tensor([0.3]))
+
+
+@pytest.mark.parametrize(("skewed", "plain"), [("skew_fkl", "fkl"), ("skew_rkl", "rkl_exact")])
+def test_no_skew_is_the_plain_divergence(skewed: str, plain: str) -> None:
+    """Also where probabilities are 0 in float32."""
+    student, teacher = torch.tensor([[-150.0, 0.0, -140.0]]), torch.tensor([[0.0, -150.0, -1000.0]])
+    log_probs = VocabularyLogProbs(student, teacher, torch.tensor([0]))
+    found, wanted = OBJECTIVES[skewed](log_probs, skew=0.0), OBJECTIVES[plain](log_probs)
+    assert torch.equal(found.weights, wanted.weights)
+    assert torch.equal(found.value, wanted.value)

@@ -1,0 +1,1 @@
+"""Scripts and recipes, run from the root of a checkout. Not part of the wheel."""

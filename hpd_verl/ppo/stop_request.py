@@ -1,0 +1,83 @@
+"""How a signal to main_ppo's driver reaches the trainer, which runs in a Ray actor, maybe on another machine.
+
+The two share a few words in Ray's key-value store, under the number of the job: the trainer says that it has begun,
+the driver that the run shall end, the trainer where it did.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.experimental import internal_kv
+
+from hpd_verl.stopping import StopSignals
+
+_BEGUN, _ASKED, _STOPPED = "begun", "asked", "stopped"
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Where a run ended that was asked to."""
+
+    step: int
+    total_steps: int
+    checkpoint: str
+
+
+def _key(word: str) -> str:
+    return f"hpd_verl/{ray.get_runtime_context().get_job_id()}/{word}"
+
+
+def _put(word: str, value: str = "") -> None:
+    internal_kv._internal_kv_put(_key(word), value)
+
+
+def _has(word: str) -> bool:
+    return bool(internal_kv._internal_kv_exists(_key(word)))
+
+
+def say_begun() -> None:
+    """The trainer's: from now on there is something to lose."""
+    _put(_BEGUN)
+
+
+def is_asked() -> bool:
+    """Whether the run shall end after this step."""
+    return _has(_ASKED)
+
+
+def say_stopped(stopped: Stopped) -> None:
+    """The trainer's: it ends before its last step."""
+    _put(_STOPPED, json.dumps(asdict(stopped)))
+
+
+class Driver:
+    """The driver's side, from before Ray starts until the trainer has ended."""
+
+    def __init__(self) -> None:
+        self.signals = StopSignals(self._ask)
+        self.signals.install()
+        self.init = ray.init
+
+        def init(*args: Any, **kwargs: Any) -> Any:
+            context = self.init(*args, **kwargs)
+            self.signals.install()  # ray.init has put a handler of SIGTERM in place that ends the driver
+            return context
+
+        ray.init = init
+
+    @staticmethod
+    def _ask() -> bool:
+        if not (ray.is_initialized() and _has(_BEGUN)):
+            return False
+        _put(_ASKED)
+        return True
+
+    def end(self) -> None:
+        """After the trainer has ended without an error: end the process if it did so because it was asked to."""
+        ray.init = self.init
+        text = internal_kv._internal_kv_get(_key(_STOPPED)) if ray.is_initialized() else None
+        if text is not None:
+            stopped = Stopped(**json.loads(text))
+            self.signals.end(stopped.step, stopped.total_steps, stopped.checkpoint)

@@ -1,0 +1,303 @@
+"""Answers of an endpoint: a real server of this process that misbehaves in turn."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpd_verl.generation import Answer, GenerationError, Sampling, generate_all
+from hpd_verl.generation.endpoint import EndpointGenerator
+
+Reply = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
+PROMPTS = [[{"role": "user", "content": f"{number} plus 1 ?"}] for number in range(6)]
+
+
+def send(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def choice_of(request: dict[str, Any], number: int, **message: Any) -> dict[str, Any]:
+    text = f"{request['messages'][0]['content'].split()[0]} by {request['seed'] + number}"
+    return {"index": number, "message": {"role": "assistant", "content": text, **message}, "finish_reason": "stop"}
+
+
+def good(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+    choices = [choice_of(request, number) for number in range(request["n"])]
+    send(handler, json.dumps({"choices": choices}).encode())
+
+
+def replies(content: Any, status: int = 200, **headers: str) -> Reply:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda handler, request: send(handler, body, status, **headers)
+
+
+def one_choice(**changed: Any) -> Reply:
+    def reply(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+        choices = [{**choice_of(request, number), **changed} for number in range(request["n"])]
+        send(handler, json.dumps({"choices": choices}).encode())
+
+    return reply
+
+
+def one_answer_only(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+    send(handler, json.dumps({"choices": [choice_of(request, 0)]}).encode())
+
+
+def slow(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+    time.sleep(0.8)
+    good(handler, request)
+
+
+def drips(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+    """A byte now and then: no single read is slow."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    for _ in range(20):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+def hangs_up(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def stops_in_the_middle(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [{"mess')
+    handler.wfile.flush()
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+class Server(ThreadingHTTPServer):
+    """Gives the replies of ``script`` in turn, good ones after them, and keeps the requests."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script: list[Reply] = []
+        self.always: Reply = good
+        self.requests: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that have gone are part of the tests."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append({"path": self.path, "key": self.headers.get("Authorization"), **request})
+            reply = self.server.script.pop(0) if self.server.script else self.server.always
+        reply(self, request)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def endpoint(url: str, **settings: Any) -> EndpointGenerator:
+    return EndpointGenerator(url, "teacher", **{"timeout": 0.3, "retries": 2, "first_pause": 0.01, **settings})
+
+
+def texts(server: Server, journal: Path, sampling: Sampling, **settings: Any) -> list[list[str]]:
+    answers = generate_all(endpoint(server.url, **settings), PROMPTS, sampling, journal)
+    return [[answer.text for answer in each] for each in answers]
+
+
+def expected(sampling: Sampling) -> list[list[str]]:
+    seeds = [sampling.seed_of(position) for position in range(len(PROMPTS))]
+    return [[f"{position} by {seed + number}" for number in range(sampling.n)] for position, seed in enumerate(seeds)]
+
+
+def test_what_is_asked(server: Server, tmp_path: Path) -> None:
+    sampling = Sampling(n=2, temperature=0.5, top_p=0.9, top_k=20, max_tokens=7, seed=3)
+    answers = texts(server, tmp_path / "journal", sampling, api_key="key", template_kwargs={"enable_thinking": False})
+    assert answers == expected(sampling)
+    request = next(each for each in server.requests if each["messages"] == PROMPTS[1])
+    assert request == {
+        "path": "/v1/chat/completions",
+        "key": "Bearer key",
+        "model": "teacher",
+        "messages": PROMPTS[1],
+        "n": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 20,
+        "max_tokens": 7,
+        "seed": sampling.seed_of(1),
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert "key" not in (tmp_path / "journal").read_text().replace("template_kwargs", "")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        slow,
+        drips,
+        hangs_up,
+        stops_in_the_middle,
+        replies({"error": "busy"}, 500),
+        replies({"error": "busy"}, 503, Retry_After="0"),
+        replies({"error": "too many"}, 429),
+        replies(b'{"choices": [{"message": {"content": "4"'),
+        replies(b"<html>busy</html>"),
+        replies(b"\xff\xfe"),
+        replies(b""),
+        replies({}),
+        replies([]),
+        replies(None),
+        replies({"choices": []}),
+        replies({"choices": None}),
+        replies({"choices": ["4"]}),
+        replies({"choices": [{"text": "4", "finish_reason": "stop"}]}),
+        replies({"choices": [{"message": None, "finish_reason": "stop"}]}),
+        one_choice(message={"content": 4}),
+        one_choice(message={"content": "\ud800"}),
+        one_choice(finish_reason=None),
+        one_choice(finish_reason="content_filter"),
+        one_answer_only,
+    ],
+    ids=lambda bad: getattr(bad, "__name__", "reply"),
+)
+def test_a_bad_reply_is_asked_for_again(server: Server, tmp_path: Path, bad: Reply) -> None:
+    sampling = Sampling(n=2)
+    server.script = [bad, bad]
+    assert texts(server, tmp_path / "journal", sampling, concurrency=2) == expected(sampling)
+    assert not server.script
+
+
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
+        (slow, "no answer within 0.3 seconds"),
+        (replies({"error": "out of memory"}, 500), 'status 500: {"error": "out of memory"}'),
+        (replies({}), "a reply that is no chat completion: b'{}'"),
+        (one_choice(finish_reason="content_filter"), "finish_reason 'content_filter', expected stop or length"),
+    ],
+)
+def test_what_stays_bad_ends_in_one_line_and_loses_nothing(
+    server: Server, tmp_path: Path, bad: Reply, found: str
+) -> None:
+    sampling, journal = Sampling(n=1), tmp_path / "journal"
+    server.script = [good, good]
+    server.always = bad
+    with pytest.raises(GenerationError) as error:
+        texts(server, journal, sampling, concurrency=1)
+    assert str(error.value).startswith(
+        f"--endpoint={server.url}: {found}, prompt 2, 3 times; finished prompts are kept"
+    )
+    assert "\n" not in str(error.value)
+    assert len(server.requests) == 2 + 3
+    server.always = good
+    assert texts(server, journal, sampling) == expected(sampling)
+    assert len(server.requests) == 2 + 3 + 4
+
+
+def test_what_no_retry_helps_is_not_asked_again(server: Server, tmp_path: Path) -> None:
+    server.always = replies({"error": "no such model"}, 404)
+    with pytest.raises(GenerationError, match=r"status 404: .*no such model"):
+        texts(server, tmp_path / "journal", Sampling(), concurrency=1)
+    assert len(server.requests) == 1
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(GenerationError, match=r"ConnectError.*prompt \d, 3 times; finished prompts are kept"):
+        generate_all(endpoint(url), PROMPTS, Sampling(), tmp_path / "journal")
+
+
+def test_others_that_finish_beside_a_failure_are_kept(server: Server, tmp_path: Path) -> None:
+    """Requests run at a time: all that had come back is in the journal."""
+    server.script = [replies({"error": "no"}, 403)]
+    journal = tmp_path / "journal"
+    with pytest.raises(GenerationError, match="status 403"):
+        texts(server, journal, Sampling(), concurrency=6)
+    kept = len(journal.read_text().splitlines()) - 1
+    assert texts(server, journal, Sampling()) == expected(Sampling())
+    assert len(server.requests) <= 6 + len(PROMPTS) - kept
+
+
+def test_text_reasoning_and_tokens(server: Server, tmp_path: Path) -> None:
+    server.script = [
+        one_choice(message={"content": "It is 4.", "reasoning_content": "2 and 2\n"}),
+        one_choice(message={"content": None}, finish_reason="length"),
+        one_choice(message={"content": ""}),
+        replies({"error": {"message": "This model's maximum context length is 8 tokens"}}, 400),
+        one_choice(message={"content": "日本 🎉\u2028\n"}),
+    ]
+    answers = generate_all(endpoint(server.url, concurrency=1), PROMPTS, Sampling(), tmp_path / "journal")
+    assert [each for (each,) in answers[:5]] == [
+        Answer("<think>\n2 and 2\n</think>\n\nIt is 4.", None, "stop"),
+        Answer("", None, "length"),
+        Answer("", None, "stop"),
+        Answer("", None, "length"),
+        Answer("日本 🎉\u2028\n", None, "stop"),
+    ]
+
+
+def test_tokens_are_asked_for(server: Server, tmp_path: Path) -> None:
+    server.always = one_choice(token_ids=[5, 1])
+    answers = generate_all(endpoint(server.url, token_ids=True), PROMPTS, Sampling(), tmp_path / "journal")
+    assert answers[0][0].tokens == [5, 1]
+    assert server.requests[0]["return_token_ids"] is True
+    server.always = good
+    with pytest.raises(GenerationError, match="its replies hold no token_ids; leave --token_ids away"):
+        generate_all(endpoint(server.url, token_ids=True), PROMPTS, Sampling(), tmp_path / "other")
+
+
+def test_no_more_requests_at_a_time_than_asked(server: Server, tmp_path: Path) -> None:
+    running, most = 0, 0
+
+    def counted(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+        nonlocal running, most
+        with server.lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with server.lock:
+            running -= 1
+        good(handler, request)
+
+    server.always = counted
+    texts(server, tmp_path / "journal", Sampling(), concurrency=2, timeout=5)
+    assert most == 2
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc/passwd"])
+def test_no_url(url: str) -> None:
+    with pytest.raises(ValueError, match="expected a URL"):
+        endpoint(url)

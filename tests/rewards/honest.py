@@ -1,0 +1,85 @@
+"""Programs that a sandbox must let pass, each with its tests."""
+
+# ruff: noqa: E501 (programs in one line)
+
+HONEST = {
+    "prints": ("def f(x):\n    print('working', x)\n    return x * 2\nprint(f(1))", "assert f(2) == 4"),
+    "recursion": ("def f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)", "assert f(15) == 610"),
+    "deep recursion": ("def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)", "assert f(900) == 900"),
+    "floats": (
+        "import math\ndef f(x):\n    return math.sqrt(x)",
+        "assert abs(f(2) - 1.41421356) < 1e-6\nassert f(4) == 2.0",
+    ),
+    "not a number": ("def f():\n    return [float('inf'), float('nan')]", "a, b = f()\nassert a > 0 and b != b"),
+    "big numbers": ("def f(n):\n    return 2 ** n", "assert f(100000) == 2 ** 100000 and f(-1) == 0.5"),
+    "texts": ("def f(s):\n    return s[::-1]", "assert f('añ✓\\ud800') == '\\ud800✓ña'\nassert f('') == ''"),
+    "bytes": ("def f(s):\n    return s.encode(), bytearray(2)", "assert f('é') == (b'\\xc3\\xa9', bytearray(2))"),
+    "containers": (
+        "def f(x):\n    return {(1, 2): [x, {3}, frozenset({4})], None: True}",
+        "assert f({'a': 1}) == {(1, 2): [{'a': 1}, {3}, frozenset({4})], None: True}",
+    ),
+    "types are kept": (
+        "def f():\n    return True, 1, (1,), [1]",
+        "assert [type(x) for x in f()] == [bool, int, tuple, list]",
+    ),
+    "other numbers": (
+        "from fractions import Fraction\nfrom decimal import Decimal\ndef f():\n    return Fraction(1, 3), Decimal('0.1'), 1j",
+        "from fractions import Fraction\nfrom decimal import Decimal\nassert f() == (Fraction(1, 3), Decimal('0.1'), 1j)",
+    ),
+    "counter": (
+        "from collections import Counter\ndef f(s):\n    return Counter(s)",
+        "assert f('aab') == {'a': 2, 'b': 1}",
+    ),
+    "named tuple": (
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f():\n    return P(1, 2)",
+        "assert f() == (1, 2)",
+    ),
+    "range": ("def f(n):\n    return range(n)", "assert f(3) == range(3) and list(f(2)) == [0, 1]"),
+    "generator": ("def f(n):\n    yield from range(n)", "assert list(f(3)) == [0, 1, 2]\nassert next(iter(f(2))) == 0"),
+    "class": (
+        "class Node:\n    def __init__(self, value):\n        self.value, self.next = value, None\n"
+        "    def last(self):\n        return self.next.last() if self.next else self.value\n"
+        "def length(node):\n    return 0 if node is None else 1 + length(node.next)",
+        "a = Node(1)\na.next = Node(2)\nassert length(a) == 2 and a.next.value == 2 and a.last() == 2",
+    ),
+    "sequence of its own": (
+        "class S:\n    def __getitem__(self, i):\n        return i * 2\n    def __len__(self):\n        return 3",
+        "s = S()\nassert s[4] == 8 and len(s) == 3",
+    ),
+    "data class": (
+        "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    def moved(self, by):\n        return P(self.x + by)",
+        "assert P(1).moved(by=2).x == 3",
+    ),
+    "exception": (
+        "class Own(Exception):\n    pass\ndef f(x):\n    raise ValueError('odd') if x else Own('own')",
+        "try:\n    f(1)\n    assert False\nexcept ValueError as error:\n    assert str(error) == 'odd'\n"
+        "try:\n    f(0)\n    raise SystemExit\nexcept Exception as error:\n    assert 'own' in str(error)",
+    ),
+    "constant": ("LIMIT = 7\ndef f():\n    return LIMIT", "assert f() == LIMIT"),
+    "name of Python's own": ("def sum(a, b):\n    return a + b", "assert sum(1, 2) == 3"),
+    "module of the program": ("import math\ndef f(x):\n    return x * math.pi", "assert math.isclose(f(1), math.pi)"),
+    "numpy": (
+        "import numpy as np\ndef f(n):\n    return np.arange(n).sum(), np.ones(2)",
+        "assert f(4) == (6, [1.0, 1.0])",
+    ),
+    "threads": (
+        "from concurrent.futures import ThreadPoolExecutor\ndef f(n):\n    with ThreadPoolExecutor(4) as pool:\n"
+        "        return sorted(pool.map(abs, range(-n, 0)))",
+        "assert f(3) == [1, 2, 3]",
+    ),
+    "file": ("def f(s):\n    open('x', 'w').write(s)\n    return open('/tmp/x').read()", "assert f('abc') == 'abc'"),
+    "script": ("def f():\n    return 1\nif __name__ == '__main__':\n    f(1, 2)", "assert f() == 1"),
+    "check": (
+        "def f(x):\n    return x",
+        "METADATA = {}\ndef check(candidate):\n    assert candidate(1) == 1\ncheck(f)",
+    ),
+    "arguments are copies": ("def f(x):\n    x.append(1)\n    return x", "a = []\nassert f(a) == [1] and a == []"),
+    "docstring tests": (
+        "def f(x):\n    '''>>> f(1)\n    1'''\n    return x\nimport doctest\ndoctest.testmod()",
+        "assert f(1) == 1",
+    ),
+    "a shorter time": (
+        "import signal, time\ndef f():\n    time.sleep(0.1)\n    return signal.SIGTERM",
+        "assert f() == 15",
+    ),
+}

@@ -1,0 +1,227 @@
+"""Checkpoints of all layouts become models; what is torn, missing or in the way is refused in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Tiny, make_model
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from hpd_verl import checkpoint
+from hpd_verl.export import export, find_checkpoint, model_card, read_scores
+
+TOKENS = torch.arange(1, 25).view(2, 12)
+LEAN_SETTINGS = {
+    "model": {"path": "Qwen/Qwen2.5-1.5B", "lora_rank": 0},
+    "teacher": {"model": {"path": "/models/a|b"}},
+    "algorithm": {"hpd": {"objective": {"hpd": 1.0, "sft": 0.1}, "on_policy_objective": None, "temperature": 1.0}},
+    "data": {
+        "train_files": ["a.parquet", "b.parquet"],
+        "train_batch_size": 8,
+        "max_prompt_length": 16,
+        "max_response_length": 16,
+    },
+    "optim": {"lr": 1e-5},
+}
+
+
+def save_checkpoint(root: Path, model: Path, step: int, actor: bool, shards: bool, weights: bool) -> Path:
+    """A complete checkpoint in the layout of a trainer; returns the folder of its files."""
+    step_folder = root / f"global_step_{step}"
+    folder = step_folder / "actor" if actor else step_folder
+    checkpoint.mark_incomplete(root, step)
+    shutil.copytree(model, folder / "huggingface", ignore=None if weights else shutil.ignore_patterns("*.safetensors"))
+    if shards:
+        state = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+        torch.save(state, folder / "model_world_size_1_rank_0.pt")
+        (folder / "fsdp_config.json").write_text('{"FSDP_version": 2, "world_size": 1}')
+    checkpoint.mark_complete(root, step)
+    return folder
+
+
+@torch.no_grad()
+def logits(folder: Path) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
+
+
+@pytest.mark.parametrize(
+    ("actor", "shards", "weights", "tied"),
+    [(True, True, True, False), (True, True, False, True), (False, True, False, False), (False, False, True, True)],
+)
+def test_every_layout_gives_the_same_logits(
+    tmp_path: Path, actor: bool, shards: bool, weights: bool, tied: bool
+) -> None:
+    model = make_model(tmp_path / "model", seed=3, tie_word_embeddings=tied)
+    save_checkpoint(tmp_path / "run", model, 2, actor, shards, weights)
+    out = tmp_path / "exports" / "ünïcode model"
+    assert str(out) in export(tmp_path / "run", out, dtype="fp32")
+    assert torch.equal(logits(out), logits(model))
+    assert not (tmp_path / "exports" / "model").exists()
+    assert [entry.name for entry in out.parent.iterdir()] == [out.name]  # nothing is left of the writing
+    assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(model).chat_template
+    assert {file.stat().st_mode for file in out.iterdir()} == {(out / "README.md").stat().st_mode}
+
+
+def test_the_dtype_is_the_weights_and_the_configurations(tiny: Tiny, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "run", tiny.student, 1, actor=True, shards=True, weights=False)
+    export(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight.dtype == torch.bfloat16
+
+
+def test_what_is_the_trainings_alone_stays_there(tiny: Tiny, tmp_path: Path) -> None:
+    """The attention that verl wrote into the configuration; and generation stops where the chat template ends."""
+    folder = save_checkpoint(tmp_path / "run", tiny.student, 1, actor=True, shards=True, weights=False)
+    file = folder / "huggingface" / "config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"attn_implementation": "sdpa", "_name_or_path": "/home"})
+    )
+    GenerationConfig(eos_token_id=[5], temperature=0.7, do_sample=True).save_pretrained(folder / "huggingface")
+    export(tmp_path / "run", tmp_path / "out")
+    assert not {name for name in json.loads((tmp_path / "out" / "config.json").read_text()) if "attn_impl" in name}
+    assert "/home" not in (tmp_path / "out" / "config.json").read_text()
+    written = GenerationConfig.from_pretrained(tmp_path / "out")
+    end = AutoTokenizer.from_pretrained(tiny.student).eos_token_id
+    assert (written.eos_token_id, written.temperature) == ([end, 5], 0.7)
+
+
+def test_a_runs_folder_gives_what_the_run_would_resume_from(tiny: Tiny, tmp_path: Path) -> None:
+    for step in (9, 10):
+        save_checkpoint(tmp_path, tiny.student, step, actor=True, shards=False, weights=True)
+    checkpoint.mark_incomplete(tmp_path, 11)
+    (tmp_path / "global_step_11" / "actor" / "huggingface").mkdir(parents=True)
+    newest = tmp_path / "global_step_10" / "actor"
+    assert find_checkpoint(tmp_path) == newest
+    assert (
+        find_checkpoint(newest) == find_checkpoint(newest.parent) == find_checkpoint(newest / "huggingface") == newest
+    )
+    with pytest.raises(ValueError, match=r"^CHECKPOINT=.*global_step_11: not whole"):
+        find_checkpoint(tmp_path / "global_step_11")
+
+
+def spoil(folder: Path, case: str) -> None:
+    shard, huggingface = folder / "model_world_size_1_rank_0.pt", folder / "huggingface"
+    if case == "torn shard":
+        shard.write_bytes(shard.read_bytes()[:50_000])
+    elif case == "empty shard":
+        shard.write_bytes(b"")
+    elif case == "missing rank":
+        (folder / "fsdp_config.json").write_text('{"world_size": 2}')
+    elif case == "no fsdp_config":
+        (folder / "fsdp_config.json").unlink()
+    elif case == "other model":
+        config = json.loads((huggingface / "config.json").read_text())
+        (huggingface / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    elif case == "torn safetensors":
+        shard.unlink()
+        weights = huggingface / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif case == "no weights":
+        shard.unlink()
+        (huggingface / "model.safetensors").unlink()
+    elif case == "LoRA without adapter":
+        (folder / "lora_train_meta.json").write_text('{"r": 4, "lora_alpha": 16}')
+    elif case == "torn settings":
+        (folder / "settings.yaml").write_text("a: [")
+
+
+@pytest.mark.parametrize(
+    ("case", "found"),
+    [
+        ("torn shard", "model_world_size_1_rank_0.pt cannot be read"),
+        ("empty shard", "model_world_size_1_rank_0.pt cannot be read"),
+        ("missing rank", "2 of 2 files are missing, as model_world_size_2_rank_0.pt"),
+        ("no fsdp_config", "does not tell the number of ranks"),
+        ("other model", "its weights are not those of its huggingface/config.json"),
+        ("torn safetensors", "model.safetensors"),
+        ("no weights", "no weights there"),
+        ("LoRA without adapter", "a LoRA run whose adapter was not saved"),
+        ("torn settings", "settings.yaml is damaged"),
+    ],
+)
+def test_a_torn_checkpoint_is_refused(case: str, found: str, tiny: Tiny, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "run", tiny.student, 1, actor=False, shards=True, weights=True)
+    spoil(folder, case)
+    with pytest.raises(ValueError, match=f"^CHECKPOINT=.*({found})") as caught:
+        export(folder, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run"], "something was left behind"
+
+
+def test_what_is_in_the_way_stays(tiny: Tiny, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "run", tiny.student, 1, actor=False, shards=False, weights=True)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    file = tmp_path / "file"
+    file.write_text("x")
+    for out, found in (
+        (mine, "not empty"),
+        (file, "a file or link"),
+        (folder / "out", "lies in the checkpoint"),
+        (tmp_path, "lies in the checkpoint or holds it"),
+    ):
+        with pytest.raises(ValueError, match=f"^OUT=.*{found}"):
+            export(folder, out)
+    with pytest.raises(ValueError, match="holds no exported model"):
+        export(folder, mine, overwrite=True)
+    assert (mine / "thesis.tex").read_text() == "x"
+
+    out = tmp_path / "out"
+    out.mkdir()  # empty: may be filled
+    export(folder, out)
+    (out / "stale").write_text("x")
+    with pytest.raises(ValueError, match="add --overwrite"):
+        export(folder, out)
+    export(folder, out, overwrite=True)
+    assert not (out / "stale").exists()
+
+
+@pytest.mark.parametrize("layout", ["lean", "main_ppo"])
+def test_the_card_says_teacher_objective_data_and_score(layout: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = LEAN_SETTINGS
+    if layout == "main_ppo":
+        settings = {
+            "actor_rollout_ref": {
+                "model": LEAN_SETTINGS["model"],
+                "ref": LEAN_SETTINGS["teacher"],
+                "actor": {"optim": LEAN_SETTINGS["optim"]},
+            },
+            "algorithm": {"hpd": LEAN_SETTINGS["algorithm"]["hpd"] | {"on_policy_fraction": 0.25}},
+            "data": LEAN_SETTINGS["data"],
+        }
+    card = model_card("out", tmp_path / "global_step_7", OmegaConf.create(settings), {"gsm8k": 0.5}, "whole model")
+    assert "base_model: Qwen/Qwen2.5-1.5B\n" in card
+    for row in (
+        "| Teacher | /models/a/b |",  # no bar ends a cell
+        "| Objective | {'hpd': 1.0, 'sft': 0.1} |",
+        "| Data | a.parquet, b.parquet |",
+        "| Training steps | 7 |",
+        "| gsm8k | 0.5 |",
+    ):
+        assert row in card
+    assert ("| Share of rollouts | 0.25 |" in card) == (layout == "main_ppo")
+
+
+def test_scores_of_any_nesting(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"model": "x", "gsm8k": {"maj@8": 0.5, "passed": True}, "n": 3}))
+    assert read_scores(file) == {"gsm8k/maj@8": 0.5, "n": 3}
+    for content in ("", "[1]", "{}", "{"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"^--score=.*results\.json: "):
+            read_scores(file)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hpd_verl.export", str(tmp_path / "nothing"), str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(f"Error: CHECKPOINT={tmp_path}/nothing: no such folder")
