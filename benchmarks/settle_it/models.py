@@ -78,6 +78,7 @@ def train(
     from hpd_verl.hydra_config import config_dir
     from hpd_verl.lean import checked
     from hpd_verl.sft_trainer import HPDSFTTrainer
+    from hpd_verl.stopping import StopSignals
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -110,7 +111,7 @@ def train(
     with _said_to(folder / "log"), initialize_config_dir(str(config_dir()), version_base=None):
         config = compose("sft_trainer", overrides=[f"{name}={value}" for name, value in overrides.items()])
         checked(config)
-        HPDSFTTrainer(config).fit()
+        HPDSFTTrainer(config).fit(StopSignals(ask=lambda: False))
     return folder / f"global_step_{steps}" / "huggingface"
 
 
