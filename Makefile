@@ -9,7 +9,7 @@ TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxschedchunk 1
 
-DEBIAN_PACKAGES := bubblewrap chromium munge shellcheck slurm-client slurmctld slurmd
+DEBIAN_PACKAGES := bubblewrap chromium iproute2 munge shellcheck slurm-client slurmctld slurmd
 
 .PHONY: debian install quickstart test lint units e2e clean
 

@@ -24,6 +24,7 @@ from results import append_rows, machine
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hpd_verl.lean import ALONE
 from hpd_verl.plan.memory import plan_memory
 from hpd_verl.plan.model_size import model_size, read_config
 from hpd_verl.plan.run import Run
@@ -122,13 +123,13 @@ def make_data(folder: Path) -> Path:
 
 def peak_of_ranks(command: list[str], folder: Path) -> int:
     """Run a command; the largest resident memory that one of its processes reached, bytes."""
-    environment = {**os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**ALONE, **os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     peak = 0
     log = folder / "run.log"
     with open(log, "w") as stream:
         process = psutil.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            for each in process.children(recursive=True):
+            for each in [process, *process.children(recursive=True)]:
                 try:
                     lines = Path(f"/proc/{each.pid}/status").read_text().splitlines()
                 except (FileNotFoundError, ProcessLookupError):
@@ -144,9 +145,9 @@ def measure(point: Point, folder: Path, data: Path) -> tuple[int, Path, Path | N
     """Peak of a rank, bytes, and the folders of student and teacher."""
     student = make_model(folder, *point.student)
     teacher = None if point.teacher is None else make_model(folder, *point.teacher)
+    ranks = ("torch.distributed.run", "--standalone", f"--nproc_per_node={point.gpus}", "-m") if point.gpus > 1 else ()
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={point.gpus}"),
-        *("-m", "hpd_verl.sft_trainer", f"model.path={student}", f"data.train_files={data}"),
+        *(sys.executable, "-m", *ranks, "hpd_verl.sft_trainer", f"model.path={student}", f"data.train_files={data}"),
         "algorithm.hpd.objective=sft" if teacher is None else f"teacher.model.path={teacher}",
         f"data.train_batch_size={point.rows}",
         f"data.max_token_len_per_gpu={point.tokens}",

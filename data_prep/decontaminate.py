@@ -1,7 +1,7 @@
 """Takes the rows out of a training file that overlap with test sets, and reports every one of them.
 
-A row overlaps where its problem is a test problem, word for word, or shares a run of --ngram words with one; problems
-of fewer words are compared whole. From the root of the checkout:
+A row overlaps where its problem is a test problem, word for word, or shares a run of --ngram words with one, half of
+which hold letters; problems of fewer words are compared whole. From the root of the checkout:
 
     python -m data_prep.decontaminate --train data/train.parquet --test aime24/test.parquet math500/test.parquet \\
         --local_save_dir data/clean
@@ -41,6 +41,8 @@ SHARED_BY = 0.1
 """Share of a file's prompts that have such a run."""
 SAMPLE = 1000
 """Prompts of a file, drawn, that are looked at for it."""
+ENDS = 500
+"""Words at either end of a prompt that are looked at for it."""
 FEWEST = 10
 """Prompts below which a file cannot show what its prompts share."""
 
@@ -99,14 +101,22 @@ def runs(words: Sequence[str], length: int) -> Iterator[str]:
     return (" ".join(words[start : start + length]) for start in range(len(words) - length + 1))
 
 
+def is_text(run: str) -> bool:
+    """Whether half of a run's words hold letters: lists of numbers are the same by chance."""
+    words = run.split(" ")
+    return 2 * sum(any(map(str.isalpha, word)) for word in words) >= len(words)
+
+
 def shared_runs(texts: Iterable[Words]) -> set[str]:
     """What many of these different texts share: runs of ``SHARED_WORDS`` words; none if there are few texts."""
-    generator, sample, seen = random.Random(0), [], set()
+    generator, seen = random.Random(0), set()
+    sample: list[Words] = []
     for words in texts:
         key = hash(tuple(words))
         if key in seen:
             continue
         seen.add(key)
+        words = words if len(words) <= 2 * ENDS else [*words[:ENDS], *words[-ENDS:]]
         if len(sample) < SAMPLE:
             sample.append(words)
         elif (place := generator.randrange(len(seen))) < SAMPLE:
@@ -114,7 +124,18 @@ def shared_runs(texts: Iterable[Words]) -> set[str]:
     if len(sample) < FEWEST:
         return set()
     counts = Counter(run for words in sample for run in set(runs(words, SHARED_WORDS)))
-    return {run for run, count in counts.items() if count >= max(2, SHARED_BY * len(sample))}
+    shared = {run: count for run, count in counts.items() if count >= max(2, SHARED_BY * len(sample))}
+    # Many problems beside an instruction begin or end alike; their words are not its own, as fewer prompts have them.
+    beside: Counter[str] = Counter()
+    for run, count in shared.items():
+        first, last = run.split(" ", 1)[1], run.rsplit(" ", 1)[0]
+        beside[f"> {first}"] = max(beside[f"> {first}"], count)
+        beside[f"< {last}"] = max(beside[f"< {last}"], count)
+    return {
+        run
+        for run, count in shared.items()
+        if 2 * count > max(beside[f"> {run.rsplit(' ', 1)[0]}"], beside[f"< {run.split(' ', 1)[1]}"])
+    }
 
 
 def parts_of(words: Words, shared: set[str]) -> list[Words]:
@@ -171,7 +192,7 @@ class TestSet:
         if column == "prompt":
             self.whole.setdefault(" ".join(word for part in parts for word in part), row)
         for part in parts:
-            for gram in runs(part, self.ngram):
+            for gram in filter(is_text, runs(part, self.ngram)):
                 self.grams.setdefault(gram, (row, column))
 
     def match(self, column: str, parts: list[Words]) -> Match | None:

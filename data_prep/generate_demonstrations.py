@@ -58,7 +58,8 @@ class Tally:
     """What became of prompts and answers."""
 
     prompts: int = 0
-    rows: int = 0
+    chosen: list[tuple[int, int]] = field(default_factory=list)
+    """Row and number of each answer that becomes a demonstration."""
     answers: Counter[str] = field(default_factory=Counter)
     round_trips: Counter[str] = field(default_factory=Counter)
     first_refused: str = ""
@@ -132,48 +133,51 @@ def with_demonstrations(part: pa.RecordBatch, indices: list[int], texts: list[st
     return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
 
 
-def schema_with(schema: pa.Schema) -> pa.Schema:
+def schema_with(schema: pa.Schema, made: dict[str, Any]) -> pa.Schema:
     """The file's columns with ``demonstration``; what other libraries said about the columns is left away."""
     fields = {each.name: each for each in schema}
     fields[DEMONSTRATION] = pa.field(DEMONSTRATION, pa.string())
-    return pa.schema(list(fields.values()))
+    return pa.schema(list(fields.values()), metadata={METADATA: json.dumps(made).encode()})
 
 
-def select(
-    file: DataFile,
-    prompts: list[Messages],
-    journal: Journal,
-    judges: Judges,
-    keep: str,
-    writer: pq.ParquetWriter,
-    left_out: IO[str],
+def judge_all(
+    file: DataFile, prompts: list[Messages], journal: Journal, judges: Judges, keep: str, left_out: IO[str]
 ) -> Tally:
-    """Judge all answers, write the chosen ones as rows, and the prompts that have none as lines."""
+    """Judge and choose all answers, and write the prompts that have none as lines."""
     tally = Tally(prompts=len(prompts))
-    with tqdm(total=len(prompts), desc="chosen", unit=" prompts", disable=None) as bar:
+    with tqdm(total=len(prompts), desc="judged", unit=" prompts", disable=None) as bar:
         for start, part in slices(file, len(prompts)):
             batch = cases(part, start, prompts, journal)
-            indices: list[int] = []
-            texts: list[str] = []
-            for index, (case, (length, verdicts)) in enumerate(zip(batch, judges.judge(batch), strict=True)):
+            for row, (case, (length, verdicts)) in enumerate(zip(batch, judges.judge(batch), strict=True), start):
                 numbers = chosen(verdicts, keep)
                 _count(tally, case, verdicts, numbers)
+                tally.chosen.extend((row, number) for number in numbers)
                 if numbers:
                     tally.prompt_lengths.append(length)
                 else:
                     fates = Counter(verdict.fate for verdict in verdicts)
-                    left_out.write(json.dumps({"row": start + index, **fates}) + "\n")
-                indices += [index] * len(numbers)
-                texts += [case.answers[number].text for number in numbers]
+                    left_out.write(json.dumps({"row": row, **fates}) + "\n")
                 bar.update()
-            if indices:
-                rows = with_demonstrations(part, indices, texts)
-                writer.write_table(pa.Table.from_batches([rows]).cast(writer.schema))
     return tally
 
 
+def write_rows(file: DataFile, tally: Tally, journal: Journal, writer: pq.ParquetWriter) -> None:
+    """Write the chosen answers as rows."""
+    following = iter([*tally.chosen, (tally.prompts, 0)])
+    row, number = next(following)
+    for start, part in slices(file, tally.prompts):
+        indices: list[int] = []
+        texts: list[str] = []
+        while row < start + len(part):
+            indices.append(row - start)
+            texts.append(journal.read(row)[number].text)
+            row, number = next(following)
+        if indices:
+            rows = with_demonstrations(part, indices, texts)
+            writer.write_table(pa.Table.from_batches([rows]).cast(writer.schema))
+
+
 def _count(tally: Tally, case: Case, verdicts: list[Verdict], numbers: list[int]) -> None:
-    tally.rows += len(numbers)
     tally.without += not numbers
     for number, verdict in enumerate(verdicts):
         unchosen = verdict.fate == "kept" and number not in numbers
@@ -188,7 +192,7 @@ def _count(tally: Tally, case: Case, verdicts: list[Verdict], numbers: list[int]
 def report(tally: Tally, target: Path, left_out: Path, unit: str) -> None:
     """Say what became of prompts and answers."""
     answers = tally.answers
-    logger.info("%d prompts, %d answers: %d rows -> %s", tally.prompts, answers.total(), tally.rows, target)
+    logger.info("%d prompts, %d answers: %d rows -> %s", tally.prompts, answers.total(), len(tally.chosen), target)
     for fate, text in (
         ("not chosen", "good, but not chosen by --keep"),
         ("rejected", "rejected by the reward function"),
@@ -246,15 +250,14 @@ def write(
     target = args.local_save_dir / f"{args.prompts.stem}.parquet"
     left_out = args.local_save_dir / f"{args.prompts.stem}.without_rows.jsonl"
     try:
-        with (
-            unfinished(left_out).open("w") as lines,
-            pq.ParquetWriter(unfinished(target), schema_with(file.schema)) as writer,
-        ):
-            tally = select(file, prompts, journal, judges, args.keep, writer, lines)
-            counts = {"prompts": tally.prompts, "rows": tally.rows, "answers": dict(tally.answers)}
-            writer.add_key_value_metadata({METADATA: json.dumps({**source, "counts": counts}).encode()})
-        if not tally.rows:
+        with unfinished(left_out).open("w") as lines:
+            tally = judge_all(file, prompts, journal, judges, args.keep, lines)
+        if not tally.chosen:
             raise ValueError(f"no answer is kept of {tally.answers.total()}: {dict(tally.answers)}; nothing is written")
+        counts = {"prompts": tally.prompts, "rows": len(tally.chosen), "answers": dict(tally.answers)}
+        schema = schema_with(file.schema, {**source, "counts": counts})
+        with pq.ParquetWriter(unfinished(target), schema) as writer:
+            write_rows(file, tally, journal, writer)
         unfinished(left_out).replace(left_out)
         unfinished(target).replace(target)
     except pa.ArrowException as error:
@@ -317,13 +320,15 @@ def main() -> None:
         SystemExit: bad data, a model or endpoint that gives no answers, or a full disk, told in one line.
     """
     args = _parser().parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # verl has set its own
     for name in ("httpx", "verl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _run(args)
     except (ValueError, OSError, GenerationError) as error:
         raise SystemExit(f"Error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted: the finished prompts are kept, the same command goes on from there") from None
 
 
 if __name__ == "__main__":

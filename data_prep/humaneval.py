@@ -1,8 +1,9 @@
 """HumanEval (164 functions to complete, MIT licence): programs to validate on.
 
 Columns read: task_id, prompt, canonical_solution, test, entry_point; HumanEval.jsonl.gz of the release is read too. The
-ground truth is the test program, which calls ``check`` with the function; verl has no reward function for it, so
-validation needs one of yours (``reward.custom_reward_function``) that runs programs in a sandbox.
+ground truth is the test program, which calls ``check`` with the function. verl has no reward function for it; with
+``reward.custom_reward_function.path=pkg://hpd_verl.rewards.code`` programs run in a sandbox. For EvalPlus's tests give
+--dataset evalplus/humanevalplus, whose columns are the same.
 
     python -m data_prep.humaneval --local_dataset_path ~/data/HumanEval.jsonl.gz --local_save_dir ~/data/humaneval
 """
@@ -24,7 +25,8 @@ INSTRUCTION = "Complete the following Python function. Answer with the whole fun
 def convert(record: dict[str, Any], split: str, index: int) -> Row:
     """One row from one record."""
     start, name = record["prompt"], record["entry_point"].strip()
-    if f"def {name}(" not in start:
+    preamble, defined, _ = start.partition(f"def {name}(")
+    if not defined:
         raise ValueError(f"'prompt' does not define {name!r}, its 'entry_point'")
     return build_row(
         data_source=SOURCE.dataset,
@@ -36,6 +38,7 @@ def convert(record: dict[str, Any], split: str, index: int) -> Row:
         index=index,
         problem_id=record["task_id"],
         entry_point=name,
+        preamble=preamble,  # imports and helpers, which an answer may take for given
     )
 
 

@@ -2,8 +2,9 @@
 
 Columns read: task_id, text (prompt in the sanitized set), code, test_list, test_setup_code or test_imports. A file that
 holds all tasks, mbpp.jsonl, is split as the authors do: tasks 601 to 974 to train on, 11 to 510 to test on. The ground
-truth is the test program; verl has no reward function for it, so validation needs one of yours
-(``reward.custom_reward_function``) that runs programs in a sandbox.
+truth is the test program. verl has no reward function for it:
+``reward.custom_reward_function.path=pkg://hpd_verl.rewards.code`` runs programs in a sandbox. Files of EvalPlus's set,
+evalplus/mbppplus, are read too, with their column test as ground truth.
 
     python -m data_prep.mbpp --local_dataset_path ~/data/mbpp.jsonl --local_save_dir ~/data/mbpp
 """
@@ -29,7 +30,9 @@ def convert(record: dict[str, Any], split: str, index: int) -> Row | None:
     task, tests = record["task_id"], record["test_list"]
     if not isinstance(task, int) or isinstance(task, bool):
         raise ValueError(f"'task_id' is {task!r}, expected a whole number")
-    if task not in TASKS[split]:
+    thorough = record.get("test")  # EvalPlus's, of tasks that are all to test on
+    has_thorough = isinstance(thorough, str) and bool(thorough.strip())
+    if split == "train" if has_thorough else task not in TASKS[split]:
         return None
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) and test.strip() for test in tests):
         raise ValueError(f"'test_list' is {repr(tests)[:80]}, expected a list of texts")
@@ -48,7 +51,7 @@ def convert(record: dict[str, Any], split: str, index: int) -> Row | None:
         ],
         demonstration=f"```python\n{code}\n```",
         ability="code",
-        ground_truth=f"{setup}\n{shown}\n".lstrip(),
+        ground_truth=f"{setup}\n{thorough if has_thorough else shown}\n".lstrip(),
         split=split,
         index=index,
         problem_id=str(task),

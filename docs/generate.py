@@ -28,6 +28,7 @@ SECTIONS: dict[str, list[str]] = {
     "Sampling and temperature": ["num_student_samples", "temperature", "teacher_temperature", "seed"],
     "Demonstrations and rollouts": [
         "on_policy_fraction",
+        "rollouts_per_prompt",
         "missing_demonstration",
         "overlong_demonstration",
         "score_rollouts",

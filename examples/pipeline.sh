@@ -15,11 +15,11 @@ MIN_REWARD=${MIN_REWARD:-1}        # an answer below it is no demonstration
 TEMPERATURE=${TEMPERATURE:-0.7}    # of the teacher's answers
 GENERATE_ARGS=${GENERATE_ARGS:-}   # further words of data_prep.generate_demonstrations, as "--tensor_parallel_size 2"
 TEST_ROWS=${TEST_ROWS:-}           # problems of each test set; all
-EVALUATE_ARGS=${EVALUATE_ARGS:-}   # further words of the evaluation
-EVALUATED=${EVALUATED:-teacher before after}
+EVALUATE_ARGS=${EVALUATE_ARGS:-}   # further words of the evaluation, as "--n 8 --temperature 0.6"
+EVALUATED=${EVALUATED-teacher before after} # models; empty for none
 
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export PYTHONPATH=$examples/..${PYTHONPATH:+:$PYTHONPATH} # of data_prep
+export PYTHONPATH=$examples/..${PYTHONPATH:+:$PYTHONPATH} # of data_prep and examples.evaluation
 
 stage() { # NAME COMMAND...
     python "$examples/stage.py" "$RUN_DIR" "$1" -- "${@:2}"
@@ -40,8 +40,21 @@ prepare() { # SET
 
 evaluate() { # SET NAME MODEL
     # shellcheck disable=SC2086 # words
-    stage "evaluate_$1_$2" python "$examples/evaluation/$EVALUATION" --test_file "$RUN_DIR/data/$1/test.parquet" \
-        --model "$3" --out "$RUN_DIR/scores/$1_$2.json" ${TEST_ROWS:+--max_rows "$TEST_ROWS"} $EVALUATE_ARGS
+    stage "evaluate_$1_$2" python -m "examples.evaluation.$EVALUATION" --data "$RUN_DIR/data/$1/test.parquet" \
+        --model "$3" --name "$2" --out "$RUN_DIR/scores/$1_$2.json" --max_tokens "$MAX_RESPONSE_LENGTH" \
+        ${TEST_ROWS:+--max_rows "$TEST_ROWS"} $EVALUATE_ARGS
+}
+
+divergence() { # SET NAME MODEL
+    stage "divergence_$1_$2" python -m examples.evaluation.divergence --data "$RUN_DIR/data/$1/test.parquet" \
+        --answers "$RUN_DIR/scores/$1_teacher.json" --student "$3" --teacher "$TEACHER" --name "$2, KL" \
+        --out "$RUN_DIR/scores/$1_$2_kl.json" ${TEST_ROWS:+--max_rows "$TEST_ROWS"}
+}
+
+results() { # SET: its results, the first of them what the others are compared with
+    find "$RUN_DIR/scores" -name "$1_before.json" -o -name "$1_after.json" | sort -r
+    find "$RUN_DIR/scores" -name "$1_teacher.json"
+    find "$RUN_DIR/scores" -name "$1_*_kl.json" | sort -r
 }
 
 prepare "$TRAIN_SET"
@@ -62,9 +75,24 @@ stage train env STUDENT="$STUDENT" TEACHER="$TEACHER" TRAIN_FILE="$RUN_DIR/answe
 
 stage export python -m hpd_verl.export "$RUN_DIR/train" "$RUN_DIR/student"
 
+# The teacher first: the others are held against its answers, word by word.
 declare -A models=([teacher]=$TEACHER [before]=$STUDENT [after]=$RUN_DIR/student)
 for set in $TEST_SETS; do
     for name in $EVALUATED; do
         evaluate "$set" "$name" "${models[$name]}"
+        [[ $name == teacher || ! -e $RUN_DIR/scores/${set}_teacher.json ]] || divergence "$set" "$name" "${models[$name]}"
     done
 done
+
+# What is shown is made anew each time.
+mkdir -p "$RUN_DIR/report" "$RUN_DIR/scores"
+python -m hpd_verl.report "$RUN_DIR/train" --out "$RUN_DIR/report/training"
+for set in $TEST_SETS; do
+    mapfile -t files < <(results "$set")
+    [[ ${#files[@]} -gt 0 ]] || continue
+    printf '\n%s\n\n' "$set"
+    python -m examples.evaluation.compare "${files[@]}" --html "$RUN_DIR/report/$set.html" --png "$RUN_DIR/report/$set.png"
+done
+printf '\n'
+python "$examples/stage.py" "$RUN_DIR"
+printf '\nThe student: %s\nPages: %s\n' "$RUN_DIR/student" "$RUN_DIR/report"

@@ -5,16 +5,19 @@
 
 RUN_DIR/NAME.done is written after the command has succeeded; with it there, nothing runs. Processes that an earlier
 start of the same run left behind, as a kill does, are ended first. If the command fails, the end of its log is shown.
+SIGTERM and SIGUSR1 go to the command, whose exit code is the stage's then.
 Memory is the highest sum over the stage's processes of their proportional sets (pages shared are counted once).
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -22,7 +25,7 @@ VARIABLE = "HPD_RUN_DIR"
 """Of the environment of all processes of a run, by which those of an earlier start are found."""
 STAGE = "HPD_STAGE"
 """The process id of the stage's own."""
-INTERVAL = 1.0
+INTERVAL = 2.0
 """Seconds between looks at the memory."""
 
 
@@ -76,22 +79,43 @@ def run(run_dir: Path, name: str, command: list[str]) -> None:
         print(f"[{name}] ending {len(left)} processes of an earlier start", flush=True)
         end(left)
     print(f"[{name}] log in {log}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes are ended
     start, peak = time.monotonic(), 0
+    process: subprocess.Popen[bytes] | None = None
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
     with open(log, "a") as stream:
+        begin = stream.tell()
         environment = {**os.environ, VARIABLE: str(run_dir), STAGE: str(os.getpid())}
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
         try:
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+            for each in asked:  # while it was started
+                process.send_signal(each)
             while process.poll() is None:
                 peak = max(peak, memory(of_run(run_dir, os.getpid())))
                 try:
                     process.wait(INTERVAL)
                 except subprocess.TimeoutExpired:
                     continue
+        except OSError as error:
+            sys.exit(f"[{name}] cannot start {command[0]}: {error.strerror}")
         finally:
             end(of_run(run_dir, os.getpid()))
     if process.returncode != 0:
-        print(*log.read_text(errors="replace").splitlines()[-30:], sep="\n", file=sys.stderr)
-        sys.exit(f"[{name}] failed with exit code {process.returncode}; log in {log}")
+        output = log.read_bytes()[begin:].decode(errors="replace")
+        print(*(line[:500] for line in output.splitlines()[-30:]), sep="\n", file=sys.stderr)
+        said = f"[{name}] failed with exit code {process.returncode}; log in {log}"
+        if not asked:
+            sys.exit(said)
+        print(said, file=sys.stderr)
+        sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
     result = {"stage": name, "seconds": round(time.monotonic() - start, 1), "peak_gib": round(peak / 2**30, 2)}
     print(f"[{name}] {result['seconds']:.0f} s, {result['peak_gib']} GiB", flush=True)
     unfinished = done.with_suffix(".unfinished")
@@ -119,6 +143,8 @@ def main() -> None:
         print(table(run_dir))
         return
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command or Path(args.name).name != args.name:
+        parser.error("NAME is a word, and after -- stands a command")
     run_dir.mkdir(parents=True, exist_ok=True)
     run(run_dir, args.name, command)
 

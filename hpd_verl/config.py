@@ -103,6 +103,10 @@ class HPDConfig(HPDParameters):
     ] = Field(0.0, json_schema_extra=_says(_FRACTION))
     """Share of a batch's rows that the student answers itself: a number, or {start, end, steps} for a line."""
 
+    rollouts_per_prompt: int = Field(1, ge=1)
+    """Of the rows of a batch that the student answers, so many at a time take one of their prompts: as many sequences,
+    fewer prompts (counted). For rollouts alone actor_rollout_ref.rollout.n leaves no prompt out."""
+
     missing_demonstration: Literal["error", "rollout"] = "error"
     """Rows without a demonstration where one is needed: error, or rollout (the student answers; counted)."""
 
@@ -167,11 +171,13 @@ class HPDConfig(HPDParameters):
     @field_validator("objective", "on_policy_objective", mode="plain")
     @classmethod
     def _known_objectives(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            raise ValueError("this is a text; a mixture, {objective: factor, ...}, has no quotes around it")
         names = list(value) if isinstance(value, Mapping) else [value]
         if isinstance(value, Mapping) and (
-            not names or not all(is_number(factor) and factor > 0 for factor in value.values())
+            not names or not all(is_number(factor) and 1e-6 <= factor <= 1e6 for factor in value.values())
         ):
-            raise ValueError("a mixture is {objective: factor, ...} with factors above 0")
+            raise ValueError("a mixture is {objective: factor, ...} with factors from 1e-6 to 1e6")
         for name in names:
             find_objective(name if isinstance(name, str) else "")
         return dict(value) if isinstance(value, Mapping) else value
@@ -206,6 +212,12 @@ class HPDConfig(HPDParameters):
             self.objective,
             f"{needing} is for the student's own rollouts: set {PREFIX}.on_policy_fraction=1, "
             f"or keep another objective for demonstrations and set {PREFIX}.on_policy_objective={needing}",
+        )
+        require(
+            self.rollouts_per_prompt == 1 or self.schedule.highest > 0 or self.missing_demonstration == "rollout",
+            f"{PREFIX}.rollouts_per_prompt",
+            self.rollouts_per_prompt,
+            f"the student answers nothing: set {PREFIX}.on_policy_fraction, or leave it out",
         )
         over_tokens = objectives.names(lambda bound: bound.objective.over == "token")
         require(
@@ -295,6 +307,7 @@ class HPDConfig(HPDParameters):
         Raises:
             ValueError: an unknown key, or a value outside its range; the message names the setting.
         """
+        require(isinstance(node, DictConfig), PREFIX, node, "give settings by name, or leave it out for the defaults")
         container = OmegaConf.to_container(node, resolve=True)
         assert isinstance(container, dict)
         return cls(**{str(key): value for key, value in container.items()})
@@ -363,9 +376,12 @@ def _one_line(error: ValidationError, fields: Mapping[str, FieldInfo], prefix: s
     setting, found = ".".join([prefix, *path]), first["input"]
     if path[0] not in fields:
         return f"{setting}={found}: no such parameter; there are {', '.join(fields) or 'none'}"
+    field = fields[path[0]]
+    takes_text = get_origin(field.annotation) is Literal or str in get_args(field.annotation)
+    if isinstance(found, str) and not (takes_text and found.split() == [found]):
+        found = repr(found)  # a number in quotes is none, and a space is easily overlooked
     if cause is not None:
         return f"{setting}={found}: {cause}"
-    field = fields[path[0]]
     if len(path) > 1:  # of a schedule
         remedy = _FRACTION if path[1] != "steps" else "give an integer of at least 1"
     else:

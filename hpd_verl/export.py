@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -502,9 +503,8 @@ def main() -> None:
     parser.add_argument("--score", type=Path, help="JSON file with scores for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
     arguments = parser.parse_args()
-    logging.getLogger("torch.distributed.device_mesh").setLevel(
-        logging.ERROR
-    )  # meshes of the training, read here alone
+    # It warns of meshes that are read without the training's processes, as all are here.
+    logging.getLogger("torch.distributed.device_mesh").disabled = True
     try:
         print(
             export(
@@ -516,7 +516,7 @@ def main() -> None:
                 overwrite=arguments.overwrite,
             )
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"Error: {one_line(error)}")
 
 

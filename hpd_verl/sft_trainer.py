@@ -278,6 +278,7 @@ def main(config: DictConfig) -> None:
     checked(config)
     initialize_global_process_group()
     HPDSFTTrainer(config).fit(signals)
+    signals.ignore()
     destroy_global_process_group()
 
 

@@ -45,10 +45,16 @@ class StopSignals:
             self._terminated_at = self._terminated_at or now
         first, self.asked_by = self.asked_by is None, self.asked_by or signal.Signals(number)
         if not self.ask():
+            self.ignore()
             self._say(f"Ended by {self.asked_by.name} before the first step, exit code {EXIT_CODE}")
             sys.exit(EXIT_CODE)
         if first:
             self._say(f"{self.asked_by.name}: the run ends after this step, with a checkpoint")
+
+    def ignore(self) -> None:
+        """Ask for nothing from here on: the process ends, and Python's own end would let a signal kill it."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
     def _say(self, line: str) -> None:
         if self.says:
@@ -62,8 +68,7 @@ class StopSignals:
             total_steps: of the whole run.
             checkpoint: folder that holds the step.
         """
-        for number in (signal.SIGUSR1, signal.SIGTERM):  # a launcher's, once the first of its ranks has ended
-            signal.signal(number, signal.SIG_IGN)
+        self.ignore()
         name = "a signal" if self.asked_by is None else self.asked_by.name  # another rank's
         self._say(f"Stopped by {name} after step {step} of {total_steps}: {checkpoint}, exit code {EXIT_CODE}")
         sys.exit(EXIT_CODE)

@@ -526,4 +526,9 @@ CONTRACT: tuple[Entry, ...] = (
         "hydra_config.py",
         {"_get_header_dict(config_text)": "Hydra's: the package header of a configuration file"},
     ),
+    *_attributes(
+        "transformers:PreTrainedModel",
+        "plan/model_size.py",
+        {"_no_split_modules": "transformers': the decoder layers, whose weights are gathered one at a time"},
+    ),
 )

@@ -216,9 +216,17 @@ RunMainPPO = Callable[..., Run]
 
 @pytest.fixture
 def run_main_ppo(tiny: Tiny, tmp_path: Path) -> RunMainPPO:
-    """Run ``python -m verl.trainer.main_ppo algorithm=hpd`` on the tiny models, with overrides."""
+    """Run ``python -m verl.trainer.main_ppo algorithm=hpd`` on the tiny models, with overrides.
 
-    def run(*overrides: str, kill_after_step: int | None = None, timeout: float = 400) -> Run:
+    Killed with all of its session, or its driver sent SIGTERM, after so many steps.
+    """
+
+    def run(
+        *overrides: str,
+        kill_after_step: int | None = None,
+        terminate_after_step: int | None = None,
+        timeout: float = 400,
+    ) -> Run:
         log = tmp_path / "metrics.jsonl"
         log.unlink(missing_ok=True)
         command = [
@@ -243,10 +251,13 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path) -> RunMainPPO:
                 command, cwd=tmp_path, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
-                if kill_after_step is None:
-                    process.wait(timeout)
-                else:
-                    _kill_after_step(process, log, kill_after_step, timeout)
+                if kill_after_step is not None:
+                    _wait_for_step(process, log, kill_after_step, timeout)
+                    os.killpg(process.pid, signal.SIGKILL)
+                elif terminate_after_step is not None:
+                    _wait_for_step(process, log, terminate_after_step, timeout)
+                    process.terminate()
+                process.wait(timeout)
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
@@ -262,13 +273,12 @@ def read_steps(log: Path) -> list[dict[str, float]]:
     return [line["data"] for line in lines if "hpd/loss" in line["data"]]
 
 
-def _kill_after_step(process: "subprocess.Popen[bytes]", log: Path, step: int, timeout: float) -> None:
-    """SIGKILL the driver and everything of its session as soon as a step is logged."""
+def _wait_for_step(process: "subprocess.Popen[bytes]", log: Path, step: int, timeout: float) -> None:
+    """Until so many steps are logged."""
     import time
 
     deadline = time.monotonic() + timeout
     while len(read_steps(log)) < step:
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.poll() is None, "the run ended before it could be ended"
         assert time.monotonic() < deadline, "no step was logged in time"
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)

@@ -82,6 +82,7 @@ ACCEPTED = [
     {"on_policy_fraction": 0.5},
     {"on_policy_fraction": FractionSchedule(0.0, 1.0, 1)},
     {"missing_demonstration": "rollout"},
+    {"on_policy_fraction": 0.5, "rollouts_per_prompt": 4},
     {"overlong_demonstration": "drop"},
     {"overlong_demonstration": "error"},
     {"pipeline": "one_pass", "exact_kl_metrics": True},
@@ -103,6 +104,11 @@ def test_accepts(values: dict[str, Any]) -> None:
         assert getattr(config, name) == value
 
 
+def shown(value: Any) -> str:
+    """A value in a message, for a pattern: a text that is no word there is in quotes."""
+    return re.escape(repr(value) if value in ("1", "2", "42", "true", "") else str(value))
+
+
 NOT_NUMBERS = [math.nan, math.inf, True, "1", None]
 NOT_BOOLEANS = [1, "true", None]
 NOT_POSITIVE_INTEGERS = [0, -1, 1.0, True, "2", None]
@@ -116,12 +122,14 @@ REFUSED = [
     *(("num_student_samples", value) for value in NOT_POSITIVE_INTEGERS),
     *(("token_chunk_size", value) for value in NOT_POSITIVE_INTEGERS if value is not None),
     *(("objective", value) for value in ({}, {"hpd": 0}, {"hpd": -1.0}, {"hpd": True}, {"hpd": "1"}, {"kl": 1.0})),
+    *(("objective", {"hpd": value}) for value in (1e300, 1e-300, *NOT_NUMBERS)),
     *(("on_policy_objective", value) for value in ({}, {"opd": 0.0}, 1)),
     *(("teacher_temperature", value) for value in (0, -1.0, *NOT_NUMBERS) if value is not None),
     *(("seed", value) for value in (1.5, True, "42", None)),
     *(("temperature", value) for value in (0, -1.0, *NOT_NUMBERS)),
     *(("on_policy_fraction", value) for value in (-0.01, 1.01, *NOT_NUMBERS)),
     *(("missing_demonstration", value) for value in ("skip", "truncate", None)),
+    *(("rollouts_per_prompt", value) for value in (0, 2, 1.5, None)),
     *(("overlong_demonstration", value) for value in ("cut", "rollout", None)),
     *(("teacher_cache", value) for value in ("ram", False, True, None)),
     *(("teacher_cache_dir", value) for value in ("", 1, True)),
@@ -135,8 +143,31 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "value"), REFUSED, ids=str)
 def test_refuses(name: str, value: Any) -> None:
     """The message begins with the setting's full name and what was found."""
-    with pytest.raises(ValueError, match=rf"^algorithm\.hpd\.{name}={re.escape(str(value))}: \w+"):
+    with pytest.raises(ValueError, match=rf"^algorithm\.hpd\.{name}={shown(value)}: \w+"):
         HPDConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": "0.5"}, {"objective": "hpd "}, {"objective": "hpd\n"}, {"teacher_cache": "off "}],
+    ids=str,
+)
+def test_texts_are_shown_with_their_quotes(values: dict[str, Any]) -> None:
+    """Where they are no word by themselves; in one line."""
+    ((name, value),) = values.items()
+    with pytest.raises(ValueError, match=rf"^algorithm\.hpd\.{name}={re.escape(repr(value))}: [^\n]+$"):
+        HPDConfig(**values)
+
+
+def test_a_mixture_in_quotes_is_no_module() -> None:
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.objective='{hpd: 1\.0}': this is a text; a mixture"):
+        HPDConfig(objective="{hpd: 1.0}")
+
+
+@pytest.mark.parametrize("node", [None, OmegaConf.create([1])], ids=["null", "list"])
+def test_the_whole_node_is_settings(node: Any) -> None:
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd=(None|\[1\]): give settings by name"):
+        HPDConfig.from_config(node)
 
 
 def test_every_setting_has_a_refused_value() -> None:
@@ -156,7 +187,7 @@ REFUSED_PARAMETERS = [
 @pytest.mark.parametrize(("objective", "parameter", "value"), REFUSED_PARAMETERS, ids=str)
 def test_refuses_parameters(objective: str, parameter: str, value: Any) -> None:
     """The message begins with the parameter's full name, whether or not its objective is in use."""
-    match = rf"^algorithm\.hpd\.{objective}\.{parameter}={re.escape(str(value))}: give a number"
+    match = rf"^algorithm\.hpd\.{objective}\.{parameter}={shown(value)}: give a number"
     for used in (objective, "hpd"):
         with pytest.raises(ValueError, match=match):
             HPDConfig(objective=used, **{objective: {parameter: value}})
@@ -226,7 +257,7 @@ def test_defaults_of_other_objectives_are_no_error(hpd_block: dict[str, Any]) ->
 def test_refuses_schedule(part: str, value: Any) -> None:
     """Start, end and steps are checked like the number, and named."""
     schedule = {"start": 0.0, "end": 1.0, "steps": 10, part: value}
-    match = rf"^algorithm\.hpd\.on_policy_fraction\.{part}={re.escape(str(value))}: "
+    match = rf"^algorithm\.hpd\.on_policy_fraction\.{part}={shown(value)}: "
     with pytest.raises(ValueError, match=match):
         HPDConfig(on_policy_fraction=FractionSchedule(**schedule))
     with pytest.raises(ValueError, match=match):

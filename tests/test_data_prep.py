@@ -1,11 +1,14 @@
 """data_prep: from JSON lines to verl's columns, and errors that name file and line."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -135,3 +138,29 @@ def test_build_row_carries_extra_info() -> None:
         origin="here",
     )
     assert row["extra_info"] == {"split": "train", "index": 3, "origin": "here"}
+
+
+def test_killed_while_it_writes(tmp_path: Path) -> None:
+    """The file of an earlier run stays whole, and the next run writes it anew."""
+    source, out = tmp_path / "chats.jsonl", tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "data_prep.chat", "--local_dataset_path", str(source)),
+        *("--local_save_dir", str(out), "--data_source", "new"),
+    ]
+    chat = [{"role": "user", "content": "question " * 300}, {"role": "assistant", "content": "answer " * 300}]
+    source.write_text((json.dumps({"messages": chat}) + "\n") * 6000)
+    out.mkdir()
+    pq.write_table(pa.table({"earlier": [1]}), out / "train.parquet")
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (out / "train.unfinished").exists() or not (out / "train.unfinished").stat().st_size:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert pq.read_table(out / "train.parquet").to_pylist() == [{"earlier": 1}]
+    with pytest.raises(pa.ArrowException):
+        pq.read_table(out / "train.unfinished")  # it was in the middle
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=100)
+    assert pq.ParquetFile(out / "train.parquet").metadata.num_rows == 6000
+    assert [file.name for file in out.iterdir()] == ["train.parquet"]

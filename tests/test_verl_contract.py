@@ -174,6 +174,10 @@ def test_private_names_of_others_are_listed() -> None:
         node.name for _, node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     }
     defined |= {node.attr for _, node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    slots = [
+        node.value for _, node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__slots__"
+    ]
+    defined |= {name for names in slots for name in ast.literal_eval(names)}
     private = [
         (file.relative_to(ROOT), node.attr)
         for file, node in nodes

@@ -95,5 +95,5 @@ TRAINER=(
 )
 
 mkdir -p "$(dirname "$VERL_FILE_LOGGER_PATH")"
-python -m verl.trainer.main_ppo algorithm=hpd \
+exec python -m verl.trainer.main_ppo algorithm=hpd \
     "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${REF[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" "$@"

@@ -19,7 +19,7 @@ export TEST_SETS=${TEST_SETS:-mbpp humaneval} # with spaces between them
 export RECIPE=${RECIPE:-$here/../math/one_gpu.sh}
 export MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-1024}
 export MAX_RESPONSE_LENGTH=${MAX_RESPONSE_LENGTH:-1024}
-export REWARDED=${REWARDED:-code} EVALUATION=code.py
+export REWARDED=${REWARDED:-code} EVALUATION=code
 export RUN_DIR=${RUN_DIR:-checkpoints/code_pipeline}
 
 exec bash "$here/../pipeline.sh" "$@"

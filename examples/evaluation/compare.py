@@ -30,8 +30,10 @@ SHOWN_ITEMS = 200
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; } th, td { border: 1px solid #ccc; padding: .3em .6em; text-align: left; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { border: 1px solid #ccc; padding: .3em .6em; text-align: left; }
 th { background: #f3f3f3; } td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.wide { overflow-x: auto; }
 img { max-width: 100%; } pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24em; overflow: auto;
 background: #f8f8f8; padding: .6em; } .right { color: #0a6b2d; } .wrong { color: #a11; }
 """
@@ -82,7 +84,9 @@ def picture(results: Sequence[Mapping[str, Any]]) -> bytes:
     )
     columns = min(3, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
-    height = 1.4 + 0.45 * max(len(results), 2)
+    kinds = [str(result["kind"]) for result in results]
+    names = list(dict.fromkeys(str(result["name"]) for result in results))
+    height = 1.2 + 0.4 * max(map(kinds.count, kinds))
     figure, axes = plt.subplots(
         rows, columns, figsize=(5.2 * columns, height * rows), layout="constrained", squeeze=False
     )
@@ -93,15 +97,14 @@ def picture(results: Sequence[Mapping[str, Any]]) -> bytes:
             continue
         kind, name = panel
         having = [
-            (number, result)
-            for number, result in enumerate(results)
-            if result["kind"] == kind and isinstance(result["summary"].get(name), Mapping)
+            result for result in results if result["kind"] == kind and isinstance(result["summary"].get(name), Mapping)
         ]
-        for place, (number, result) in enumerate(having):
+        for place, result in enumerate(having):
+            colour = colours[names.index(str(result["name"])) % len(colours)]
             value = result["summary"][name]
             error = [[max(0.0, value["value"] - value["low"])], [max(0.0, value["high"] - value["value"])]]
-            axis.barh(place, value["value"], xerr=error, color=colours[number % len(colours)], capsize=3, height=0.6)
-        axis.set_yticks(range(len(having)), [_cut(str(result["name"]), 28) for _, result in having])
+            axis.barh(place, value["value"], xerr=error, color=colour, capsize=3, height=0.6)
+        axis.set_yticks(range(len(having)), [_cut(str(result["name"]), 28) for result in having])
         axis.invert_yaxis()
         axis.set_title(f"{kind}: {_cut(name, 40)}", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
@@ -123,10 +126,9 @@ def page(results: Sequence[Mapping[str, Any]], image: bytes, seed: int = 0) -> s
         names = list(dict.fromkeys(name for result in own for name in result["summary"]))
         lines = [["run", *names], *([str(r["name"]), *(shown(r["summary"].get(n)) for n in names)] for r in own)]
         parts += [f"<h2>{_text(kind)}</h2>", _html_table(lines)]
-        compared = [line for line in pair_lines(own, seed)[1:]]
-        if compared:
-            parts += [f"<p>In pairs, by {_text(MEASURES.get(kind, 'score'))}:</p>"]
-            parts += [_html_table([pair_lines(own, seed)[0], *compared])]
+        compared = pair_lines(own, seed)
+        if len(compared) > 1:
+            parts += [f"<p>In pairs, by {_text(MEASURES.get(kind, 'score'))}:</p>", _html_table(compared)]
         parts += _problems(own)
     parts.append("<h2>Settings</h2>")
     for result in results:
@@ -169,7 +171,7 @@ def _problems(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def _html_table(lines: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{_text(cell)}</th>" for cell in lines[0])
     body = "".join(f"<tr>{''.join(f'<td class=number>{_text(cell)}</td>' for cell in line)}</tr>" for line in lines[1:])
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
 
 def _text(value: Any) -> str:
@@ -191,10 +193,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         results = [read_result(path) for path in args.results]
-        names = [str(result["name"]) for result in results]
-        for path, result in zip(args.results, results, strict=True):
-            if names.count(str(result["name"])) > 1:
-                result["name"] = f"{result['name']} ({path.stem})"
+        names = [(result["kind"], str(result["name"])) for result in results]
+        for path, result, name in zip(args.results, results, names, strict=True):
+            if names.count(name) > 1:
+                result["name"] = f"{name[1]} ({path.stem})"
         for kind in dict.fromkeys(result["kind"] for result in results):
             print(f"{kind}\n{table([result for result in results if result['kind'] == kind])}\n")
         lines = pair_lines(results, args.bootstrap_seed)

@@ -56,7 +56,7 @@ _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
-class Words(Tokenizer):  # type: ignore[misc]
+class Words(Tokenizer):
     """Words of any language; rouge-score's own knows a to z only."""
 
     def tokenize(self, text: str) -> list[str]:
@@ -175,9 +175,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     known = [value for value in rouge if value is not None]
     if known:
         summary["ROUGE-L"] = estimate_dict(bootstrap(known, args.bootstrap_seed))
-    for item, value in zip(items, rouge, strict=True):
-        item["rouge_l"] = value
-        item["scores"] = item["scores"] or ([] if value is None else [value])
+    for item, overlap in zip(items, rouge, strict=True):
+        item["rouge_l"] = overlap
+        item["scores"] = item["scores"] or ([] if overlap is None else [overlap])
     words = [len(_WORD.findall(text)) for text in texts]
     summary |= {"words": sum(words) / len(words), "truncated": truncated_share(items)}
     return {"model": model, "summary": summary, "items": items}

@@ -1,7 +1,7 @@
 """How far a student is from its teacher on held-out answers: exact KL divergences and entropies, nats a token.
 
 Both models read each prompt with its answer, the row's demonstration or what a model has answered in a result of
-this folder, and their distributions are compared at each response token, over the whole vocabulary.
+this folder, and their distributions are compared at each response token, over all tokens that both have.
 
     python -m examples.evaluation.divergence --data test.parquet --student STUDENT --teacher TEACHER --out kl.json
     python -m examples.evaluation.divergence --data test.parquet --student STUDENT --teacher TEACHER --out kl.json \\
@@ -11,6 +11,7 @@ this folder, and their distributions are compared at each response token, over t
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,9 @@ def divergence(
     labels = tokens[start:]
     hidden, head = student.hidden(tokens, start)
     teacher_hidden, layer = teacher.hidden(tokens, start)
-    layer = OutputHead(
-        layer.weight, min(head.vocabulary_size, layer.vocabulary_size), layer.bias, layer.scale, layer.soft_cap
-    )
+    # Rows that only one of them has are padding, which neither can mean: both are normalised over the others.
+    shared = min(head.vocabulary_size, layer.vocabulary_size)
+    head, layer = replace(head, vocabulary_size=shared), replace(layer, vocabulary_size=shared)
     features = teacher_features(teacher_hidden, layer, labels, 1.0, chunk_size)
     rest: dict[str, Any] = {
         "labels": labels,
@@ -111,19 +112,23 @@ def divergence(
     return {name: value.double().cpu() for name, value in found.items() if value is not None}
 
 
-def answers_to(args: argparse.Namespace, rows: Sequence[Row]) -> list[list[str]]:
-    """The answers of each row that both models read.
+def answers_to(args: argparse.Namespace, rows: Sequence[Row]) -> list[list[tuple[str, bool]]]:
+    """The answers of each row that both models read, and whether each was cut before its end.
 
     Raises:
         ValueError: a result that lacks a row's prompt.
     """
     if args.answers is None:
-        return [[row.demonstration or ""] for row in rows]
-    answers = {item["key"]: item.get("answers") for item in read_result(args.answers)["items"]}
+        return [[(row.demonstration or "", False)] for row in rows]
+    items = {item["key"]: item for item in read_result(args.answers)["items"]}
+    found = []
     for number, row in enumerate(rows):
-        if not answers.get(row.key):
+        texts = items.get(row.key, {}).get("answers")
+        if not texts:
             raise ValueError(f"--answers={args.answers}: no answer to row {number}; evaluate it on the same --data")
-    return [answers[row.key] for row in rows]
+        reasons = items[row.key].get("finish_reasons") or ["stop"] * len(texts)
+        found.append([(text, reason == "length") for text, reason in zip(texts, reasons, strict=True)])
+    return found
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -139,10 +144,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     sizes = student.vocabulary_size, teacher.vocabulary_size
     check_vocabularies(student.tokenizer, teacher.tokenizer, *sizes, "--student, --teacher")
     demonstrations = DemonstrationTokenizer(student.tokenizer, {}, args.max_response_length)
-    items, truncated = [], 0
+    items, truncated, empty = [], 0, 0
     for number, (row, texts) in enumerate(zip(tqdm(rows, desc="rows", disable=None), answers, strict=True)):
         parts = []
-        for text in texts:
+        for text, cut in texts:
+            if not text.strip():
+                empty += 1
+                continue
             try:
                 response = demonstrations.encode(row.prompt, text)
                 chat, _ = demonstrations.template.escape(row.prompt)
@@ -151,20 +159,25 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 )
             except ValueError as error:
                 raise ValueError(f"--data, row {number}: {error}") from error
-            truncated += response.truncated
-            ids = prompt + response.ids
-            parts.append(divergence(student, teacher, ids, len(prompt), args.token_chunk_size))
+            truncated += response.truncated or cut
+            # An answer that was cut has not ended its turn.
+            tokens = response.ids[:-1] if cut and not response.truncated else response.ids
+            parts.append(divergence(student, teacher, prompt + tokens, len(prompt), args.token_chunk_size))
+        if not parts:
+            continue
         values = {name: torch.cat([part[name] for part in parts]) for name in METRICS}
         if not all(value.isfinite().all() for value in values.values()):
             raise ValueError(f"--data, row {number}: a model gives NaN or infinity; check its weights and --dtype")
         means = {name: value.mean().item() for name, value in values.items()}
-        tokens = len(values["forward_kl"])
-        items.append({"key": row.key, "scores": [means["reverse_kl"]], "tokens": tokens, **means})
+        count = len(values["forward_kl"])
+        items.append({"key": row.key, "scores": [means["reverse_kl"]], "tokens": count, **means})
+    if not items:
+        raise ValueError(f"--answers={args.answers}: all of them are empty")
     weights = [item["tokens"] for item in items]
     summary: dict[str, Any] = {
         name: estimate_dict(bootstrap([item[name] for item in items], args.bootstrap_seed, weights)) for name in METRICS
     }
-    summary |= {"tokens": sum(weights), "truncated answers": truncated}
+    summary |= {"tokens": sum(weights), "truncated answers": truncated, "empty answers": empty}
     model = {"student": args.student, "teacher": args.teacher, "dtype": args.dtype}
     return {"model": model, "summary": summary, "items": items}
 

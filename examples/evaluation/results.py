@@ -211,7 +211,7 @@ def write_json(result: Mapping[str, Any], path: Path) -> None:
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+            "w", encoding="utf-8", errors="backslashreplace", dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:
             temporary = Path(file.name)
             json.dump(result, file, ensure_ascii=False, indent=1)

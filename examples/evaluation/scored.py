@@ -18,7 +18,7 @@ Score = Callable[[Row, Answer], tuple[float, str]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of scoring."""
-    parser.add_argument("--pass_at", type=int, nargs="*", default=[], help="k of pass@k; 1 and --n by default")
+    parser.add_argument("--pass_at", type=int, nargs="*", default=[], help="k of pass@k; --n by default")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="answers scored at a time (%(default)s)"
     )
@@ -30,7 +30,7 @@ def evaluate(args: argparse.Namespace, score: Score) -> dict[str, Any]:
     Raises:
         ValueError: flags or rows that do not fit; also what generating and scoring raise.
     """
-    ks = sorted(set(args.pass_at) or {1, args.n})
+    ks = sorted(set(args.pass_at) or {args.n})
     for k in ks:
         pass_at_k(args.n, 0, k)
     if args.workers < 1:

@@ -5,15 +5,15 @@
 #
 # Variables, pairs, data and hardware: hpd.sh. The share of rollouts grows from 0 to 1 over MIX_STEPS steps and stays 1
 # until STEPS; rows with a demonstration have HPD's objective, rollouts on-policy distillation's (opd).
-# A step has 256 sequences, as the paper's 64 prompts x 4 rollouts; here they are of 256 prompts, for in a mixed batch a
-# demonstration is one answer. The objective weighs each token by itself, without comparing answers of a prompt, so its
-# expected gradient is the same. For 64 x 4 itself run hpd.sh, then opd.sh: the same in two runs.
+# A step has 256 sequences; once all are rollouts, they are the paper's 64 prompts x 4 rollouts. hpd.sh, then opd.sh, is
+# the same in two runs.
 # Expected: nobody's score. The paper's two stages one after the other: HPD 30.24, then 33.41 (SFT, then 29.56).
 # Ours: the schedule, learning rate 1e-5 as a compromise of the two stages.
 # Not run on a GPU by us: two steps of tiny models on a CPU are tested.
 set -euo pipefail
 
 MIX_STEPS=${MIX_STEPS:-2000}
+ROLLOUTS=${ROLLOUTS:-4} # a prompt
 export STEPS=${STEPS:-2400}
 export LR=${LR:-1e-5}
 export OUT_DIR=${OUT_DIR:-checkpoints/hpd_math/hpd_then_opd}
@@ -21,6 +21,7 @@ export OUT_DIR=${OUT_DIR:-checkpoints/hpd_math/hpd_then_opd}
 ON_POLICY=(
     algorithm.hpd.on_policy_fraction="{start: 0, end: 1, steps: $MIX_STEPS}"
     algorithm.hpd.on_policy_objective=opd
+    algorithm.hpd.rollouts_per_prompt="$ROLLOUTS"
 )
 
 exec bash "$(dirname "${BASH_SOURCE[0]}")/hpd.sh" "${ON_POLICY[@]}" "$@"

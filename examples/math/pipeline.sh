@@ -16,7 +16,7 @@ export TRAIN_SET=${TRAIN_SET:-gsm8k}
 export TEST_SETS=${TEST_SETS:-gsm8k} # with spaces between them
 export RECIPE=${RECIPE:-$here/one_gpu.sh}
 export MAX_RESPONSE_LENGTH=${MAX_RESPONSE_LENGTH:-1024}
-export REWARDED=maths EVALUATION=maths.py
+export REWARDED=maths EVALUATION=maths
 export RUN_DIR=${RUN_DIR:-checkpoints/math_pipeline}
 
 exec bash "$here/../pipeline.sh" "$@"

@@ -38,5 +38,5 @@ MODEL=(
     teacher.model.path="$TEACHER"
 )
 
-torchrun --standalone --nproc_per_node="$NGPUS_PER_NODE" -m hpd_verl.teacher_cache \
+exec python -m hpd_verl.torchrun --standalone --nproc_per_node="$NGPUS_PER_NODE" -m hpd_verl.teacher_cache \
     "${DATA[@]}" "${STORE[@]}" "${MODEL[@]}" "$@"

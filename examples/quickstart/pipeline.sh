@@ -30,6 +30,9 @@ stage teacher env STUDENT="$RUN_DIR/sets/openr1_math/teacher_init" TEACHER=null 
     bash "$here/../math/one_gpu.sh" algorithm.hpd.objective=sft trainer.total_epochs=1000
 
 export STUDENT=$RUN_DIR/sets/openr1_math/student_init TEACHER=$RUN_DIR/teacher/global_step_$TEACHER_STEPS/huggingface
+# Words without spaces; vLLM would take most of the memory.
+cpu='--dtype float32 --max_model_len 88 --engine_kwargs {"kv_cache_memory_bytes":67108864}'
+export GENERATE_ARGS=$cpu EVALUATE_ARGS=$cpu
 export DATA_DIR=$RUN_DIR/sets TRAIN_SET=openr1_math TEST_SETS=openr1_math PREPARE_ARGS="--test_fraction 0.06"
 export BATCH_SIZE=${BATCH_SIZE:-64} LR=${LR:-3e-3} MAX_PROMPT_LENGTH=24 MAX_RESPONSE_LENGTH=64 TRACKER=console
 export SAVE_FREQ=${SAVE_FREQ:-50} TEST_FREQ=${TEST_FREQ:-50} N_ANSWERS=${N_ANSWERS:-1} MIN_REWARD=${MIN_REWARD:-0}

@@ -5,26 +5,18 @@
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
 import torch
 import transformers
 from reward import compute_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from hpd_verl.report import draw_picture, logged, read_run
 
-CURVES = (
-    ("hpd/loss", "loss"),
-    ("hpd/reverse_kl_k1", "KL(student || teacher), one-sample estimate"),
-    ("hpd/student_nll", "NLL of demonstrations"),
-    ("actor/grad_norm", "gradient norm"),
-)
+CURVES = ("val-core/.*mean@1", "hpd/loss", "hpd/reverse_kl_k1", "hpd/student_nll", "actor/grad_norm")
 
 
 def load(folder: Path) -> Any:
@@ -63,41 +55,6 @@ def kl_to_teacher(student: Any, teacher: Any, tokenizer: Any, rows: list[dict[st
     return total / tokens
 
 
-def validation_accuracy(lines: list[dict[str, Any]]) -> dict[int, float]:
-    """The student's accuracy by verl's validation with vLLM, by training step."""
-    return {
-        line["step"]: value
-        for line in lines
-        for name, value in line["data"].items()
-        if name.startswith("val-core/") and name.endswith("mean@1")
-    }
-
-
-def plot(lines: list[dict[str, Any]], teacher_accuracy: float, file: Path) -> None:
-    """Draw accuracy and training curves.
-
-    Args:
-        lines: what verl's file logger wrote, ``{"step": ..., "data": {...}}`` each.
-        teacher_accuracy: drawn as a line beside the student's.
-        file: the picture.
-    """
-    steps = [line for line in lines if "hpd/loss" in line["data"]]
-    figure, axes = plt.subplots(1, len(CURVES) + 1, figsize=(3.6 * (len(CURVES) + 1), 3.2), constrained_layout=True)
-    accuracy_by_step = validation_accuracy(lines)
-    axes[0].plot(list(accuracy_by_step), list(accuracy_by_step.values()), marker="o", label="student")
-    axes[0].axhline(teacher_accuracy, linestyle="--", color="grey", label="teacher")
-    axes[0].set_ylim(0, 1)
-    axes[0].set_title("accuracy on held-out problems", fontsize=10)
-    axes[0].legend()
-    for axis, (name, title) in zip(axes[1:], CURVES, strict=True):
-        axis.plot([step["step"] for step in steps], [step["data"][name] for step in steps])
-        axis.set_title(title, fontsize=10)
-    for axis in axes:
-        axis.set_xlabel("training step")
-        axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
-
-
 def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,7 +64,8 @@ def main() -> None:
     rows = pd.read_parquet(args.val_file).to_dict("records")
     tokenizer = AutoTokenizer.from_pretrained(args.before)
     teacher = load(args.teacher)
-    lines = [json.loads(line) for line in args.metrics.read_text().splitlines()]
+    run = read_run(args.metrics, "student")
+    validated = logged([run], CURVES[:1])
 
     print(f"\n{'model':<16}{'parameters':>12}{'accuracy':>10}{'KL to teacher':>15}")
     scores = {}
@@ -116,9 +74,10 @@ def main() -> None:
         kl = 0.0 if name == "teacher" else kl_to_teacher(model, teacher, tokenizer, rows)
         scores[name] = accuracy(model, tokenizer, rows)
         print(f"{name:<16}{model.num_parameters():>12,}{scores[name]:>10.3f}{kl:>15.4f}")
-    by_vllm = ", ".join(f"{value:.3f} at step {step}" for step, value in sorted(validation_accuracy(lines).items()))
+    by_step = sorted((step, value) for name in validated for step, value in run.metrics[name].items())
+    by_vllm = ", ".join(f"{value:.3f} at step {step}" for step, value in by_step)
     print(f"\n{len(rows)} held-out problems, greedy. The student's accuracy by verl's validation with vLLM: {by_vllm}.")
-    plot(lines, scores["teacher"], args.plot)
+    draw_picture([run], args.plot, CURVES, {name: {"teacher": scores["teacher"]} for name in validated})
     print(f"Training curves: {args.plot}")
 
 

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # the sbatch files use what is set here
 # Sourced by the sbatch files of this folder, in the job's batch shell, which Slurm runs on the first node: addresses,
 # containers, an end by a signal, and what follows from the run's exit code. docs/clusters.md explains the variables.
 set -euo pipefail
@@ -28,7 +28,7 @@ fi
 export HEAD_ADDRESS INTERFACE=${INTERFACE:-}
 
 # Run at the start of each node's task: the address by which the others see it, and the interface for torch's ranks.
-# shellcheck disable=SC2016,SC2034 # the node's own shell expands it; the sbatch files use it
+# shellcheck disable=SC2016 # the node's own shell expands it
 ON_NODE='
 route=$(ip -o -4 route get "$HEAD_ADDRESS" 2>/dev/null) || true
 NODE_ADDRESS=$(sed -nE "s/.* src ([0-9.]+).*/\1/p" <<<"$route")
@@ -41,6 +41,17 @@ if [[ -n $INTERFACE ]]; then
 fi
 '
 
+# A task that runs a command as a process group, and passes SIGUSR1 on to it: many a Slurm signals only the task.
+# shellcheck disable=SC2016 # the node's own shell expands it
+RELAY='
+trap : USR1
+(trap "" USR1; exec setsid "$@") <&0 &
+group=$!
+trap "kill -USR1 -- -$group 2>/dev/null" USR1
+while wait "$group"; kill -0 "$group" 2>/dev/null; do :; done
+wait "$group"
+'
+
 # What starts a command on all nodes or on the first, one task each, with the environment of this shell.
 read -ra container_options <<<"$CONTAINER_OPTIONS"
 in_container=() srun_options=()
@@ -51,11 +62,14 @@ elif [[ -n $CONTAINER ]]; then
 fi
 on_all_nodes=(
     srun --export=ALL --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="$CPUS_PER_NODE"
-    --cpu-bind=none --kill-on-bad-exit=1 "${srun_options[@]}"
+    --cpu-bind=none "${srun_options[@]}"
 )
 on_first_node=("${in_container[@]}") # this shell is on it, but not in the container of Pyxis
 if ((${#srun_options[@]})); then
-    on_first_node=(srun --overlap --export=ALL --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" "${srun_options[@]}")
+    on_first_node=(
+        srun --overlap --export=ALL --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" "${srun_options[@]}"
+        bash -c "$RELAY" task
+    )
 fi
 
 # SIGUSR1 and SIGTERM to this shell become SIGUSR1 to the run, again and again: while a program starts, it ignores it.

@@ -1,4 +1,5 @@
-"""Which rows of a batch the student answers itself: an exact quota, spread evenly over the data sources."""
+"""Which rows of a batch the student answers itself: an exact quota, spread evenly over the data sources, and whose
+prompts they take."""
 
 import math
 import random
@@ -49,3 +50,17 @@ def choose_rollouts(sources: Sequence[str], missing: Sequence[bool], quota: int,
     for pick in range(wanted):
         chosen[candidates[math.floor((pick + offset) * len(candidates) / wanted)]] = True
     return chosen
+
+
+def shared_prompts(chosen: Sequence[bool], rollouts_per_prompt: int) -> list[int]:
+    """The row whose prompt each row takes.
+
+    Args:
+        chosen: the rows to roll out.
+        rollouts_per_prompt: so many of them at a time take the first one's; the last ones may be fewer.
+    """
+    takes = list(range(len(chosen)))
+    rollouts = [row for row, is_chosen in enumerate(chosen) if is_chosen]
+    for place, row in enumerate(rollouts):
+        takes[row] = rollouts[place - place % rollouts_per_prompt]
+    return takes

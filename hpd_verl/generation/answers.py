@@ -89,8 +89,7 @@ class Generator(Protocol):
             ``(position, n answers)`` in the order in which prompts finish.
 
         Raises:
-            ValueError: a prompt that the model cannot take, by its position.
-            GenerationError: the engine or endpoint fails.
+            GenerationError: the engine or endpoint fails, or the model cannot take a prompt.
         """
 
     def close(self) -> None:

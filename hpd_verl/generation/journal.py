@@ -215,7 +215,7 @@ def generate(generator: Generator, prompts: Sequence[Messages], sampling: Sampli
     """Answer the prompts that have no answers in the journal yet, with a progress bar where somebody looks.
 
     Raises:
-        ValueError, GenerationError: as ``Generator.answers``; the journal keeps all that had finished.
+        GenerationError: as ``Generator.answers``; the journal keeps all that had finished.
         OSError: the journal cannot be written.
     """
     bar = tqdm(total=len(prompts), initial=len(journal.done), desc="answers", unit=" prompts", disable=None)
@@ -237,8 +237,8 @@ def generate_all(
     """All answers, by prompt; those that the journal holds already are not asked for again.
 
     Raises:
-        ValueError: a journal of other settings, or a prompt that the model cannot take.
-        GenerationError: the engine or endpoint fails; the journal keeps all that had finished.
+        ValueError: a journal of other settings.
+        GenerationError: as ``Generator.answers``; the journal keeps all that had finished.
         OSError: the journal cannot be read or written.
     """
     with open_journal(generator, prompts, sampling, journal) as opened:

@@ -25,7 +25,14 @@ from hpd_verl.generation.answers import Answer, GenerationError, Messages, Sampl
 QUEUED_ANSWERS = 4096
 """Answers that an engine has before it, at most: more than it can run at once."""
 
-_WITHOUT_EFFECT = {"kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "enforce_eager"}
+_WITHOUT_EFFECT = {
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "kv_cache_memory_bytes",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+}
 """Settings of the engine by which answers differ by rounding at most."""
 
 _ENVIRONMENT = {
@@ -72,6 +79,8 @@ class VLLMGenerator:
         trust_remote_code: bool = False,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        from verl.plugin.platform import get_platform
+
         for name, value in (
             ("--tensor_parallel_size", tensor_parallel_size),
             ("--data_parallel_size", data_parallel_size),
@@ -91,6 +100,9 @@ class VLLMGenerator:
             "gpu_memory_utilization": gpu_memory_utilization,
             "disable_log_stats": True,
         }
+        if get_platform().device_name == "cpu":
+            # vLLM cannot take back a random number of an answer whose prompt it has read in part: prompts whole, then.
+            self._load["enable_chunked_prefill"] = False
         load_template(model, self.template_kwargs, trust_remote_code)
         self._devices = _shares_of_devices(data_parallel_size, tensor_parallel_size)
         self._engines: list[_Engine] = []
@@ -315,7 +327,7 @@ def _serve(connection: Connection, model: str, template_kwargs: Mapping[str, Any
                 connection.send((position, answers, None))
     except BrokenPipeError:
         return
-    except (ValueError, GenerationError) as error:
+    except GenerationError as error:
         connection.send((-1, [], error))
     except Exception as error:  # whatever vLLM or its libraries raise
         from hpd_verl.data.files import one_line
@@ -332,6 +344,17 @@ def _next(requests: "queue.SimpleQueue[Any]") -> Any:
         return ()
 
 
+def _defaults() -> dict[str, Any]:
+    """Arguments of vLLM's ``LLM`` that a CPU needs; the user's own win."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return {}
+    # A prompt in several pieces takes its random numbers back, which generators of a CPU cannot. The plugin's
+    # environment does not compile.
+    return {"enable_chunked_prefill": False, "enforce_eager": os.environ.get("TORCHDYNAMO_DISABLE") == "1"}
+
+
 class _VLLM:
     """vLLM's engine, by tokens."""
 
@@ -339,10 +362,10 @@ class _VLLM:
         import verl  # noqa: F401 - its plugins set what a CPU needs
         from vllm import LLM
 
+        self._model = model
         self._template = load_template(model, template_kwargs, load["trust_remote_code"])
         self._end = self._template.turn_end([{"role": "user", "content": "question"}]).token
-        compiles = os.environ.get("TORCHDYNAMO_DISABLE") != "1"  # the plugin's choice on a CPU
-        self._llm = LLM(model, **{"enforce_eager": not compiles, **load})
+        self._llm = LLM(model, **{**_defaults(), **load})
         self._engine = self._llm.llm_engine
         self._context: int = self._llm.model_config.max_model_len
         self._too_long: list[tuple[int, list[Answer]]] = []
@@ -360,7 +383,8 @@ class _VLLM:
             escaped, _ = self._template.escape(messages)
             tokens = self._template.encode(escaped, self._template.prompt(escaped), escaped is not messages)
         except ValueError as error:
-            raise ValueError(f"prompt {position}: {error}") from error
+            reason = str(error).replace("the student's", "the model's")
+            raise GenerationError(f"--model={self._model}: prompt {position}: {reason}") from error
         if len(tokens) >= self._context:
             self._too_long.append((position, [Answer("", [], "length")] * sampling.n))
             return

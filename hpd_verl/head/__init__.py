@@ -1,1 +1,1 @@
-"""Output layer, draws, objective and gradients in one sweep over tokens. Imports torch and objectives only."""
+"""Output layer, sampled tokens, objective and gradients in one sweep over tokens. Imports torch and objectives only."""

@@ -1,4 +1,4 @@
-"""Output layer, draws, objectives and gradients in one sweep over tokens, without the [tokens, vocabulary] logits.
+"""Output layer, sampled tokens, objectives and gradients in one sweep, without the [tokens, vocabulary] logits.
 
 ``distillation_head`` takes the student's last hidden states and its output layer, and returns the loss with the
 per-token quantities that metrics are made of. Gradients are computed in the same sweep, while a chunk's probabilities
@@ -49,7 +49,7 @@ from hpd_verl.objectives import LOG_ZERO, RowObjectives, TokenLogProbs, Vocabula
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """Results for n tokens with K draws each. All but the loss are detached; tokens of scale 0 hold zeros."""
+    """Results for n tokens with K sampled tokens each. All but the loss are detached; tokens of scale 0 hold zeros."""
 
     loss: Tensor
     """Scalar: sum of token_scale * token_losses, differentiable in hidden, weight and bias."""
@@ -60,7 +60,7 @@ class HeadOutput:
     entropy: Tensor
     """The student's entropy in nats, [n]."""
     sampled: Tensor
-    """The student's draws, int64 [n, K]."""
+    """The tokens that the student samples, int64 [n, K]."""
     sampled_log_probs: Tensor
     """log q(a), [n, K]."""
     teacher_sampled_log_probs: Tensor | None
@@ -68,7 +68,7 @@ class HeadOutput:
     label_weights: Tensor
     """[n]: of the label, by objectives over tokens and over the vocabulary together."""
     sampled_weights: Tensor
-    """[n, K]: of the draws, by objectives over tokens."""
+    """[n, K]: of the sampled tokens, by objectives over tokens."""
     token_losses: Tensor
     """[n], before token_scale: ``-w log q`` of objectives over tokens, the value of those over the vocabulary."""
     forward_kl: Tensor | None
@@ -100,8 +100,8 @@ def distillation_head(
         hidden: floating [n, d], the input of the student's output layer.
         head: the student's output layer.
         labels: int64 [n], in the student's vocabulary.
-        uniforms: float64 [n, K] in [0, 1), a number for each of K draws (``sampling.counter_uniform``). K is at least 1
-            where an objective weighs the sampled token; else draws are only for metrics, and K = 0 skips them.
+        uniforms: float64 [n, K] in [0, 1), a number for each of K tokens to sample (``sampling.counter_uniform``). K is
+            at least 1 where an objective weighs the sampled token; else they are for metrics, and K = 0 skips them.
         token_scale: floating [n], factor of each token's loss in the sum, e.g. 1 / (response tokens of the global
             batch). Tokens of scale 0 are skipped: no cost, no gradient, zeros in all outputs.
         is_rollout: bool [n], True where the label is the student's own.
@@ -113,8 +113,8 @@ def distillation_head(
         compiled: fuse the elementwise work of objectives over tokens by ``torch.compile``: the same within rounding.
 
     Raises:
-        ValueError: a teacher is missing or has a larger vocabulary, no draws where they are weighed, or exact_kl is
-            asked of a teacher whose distribution is known in part.
+        ValueError: a teacher is missing or has a larger vocabulary, no sampled token where it is weighed, or
+            exact_kl is asked of a teacher whose distribution is known in part.
     """
     _check(uniforms, head, teacher, objectives, exact_kl)
     active = (token_scale != 0).nonzero().squeeze(1)
@@ -314,7 +314,7 @@ class _Sweep:
         return self._with_loss()
 
     def _student_of_tokens(self, tokens: slice, log_probs: Tensor, probs: Tensor) -> None:
-        """Draws, and the student's log-probs of labels and draws, from its distributions [n, V]."""
+        """Sampled tokens, and the student's log-probs of them and of labels, from its distributions [n, V]."""
         output, uniforms = self.output, self.tokens.uniforms[tokens]
         output.label_log_probs[tokens] = take(log_probs, self.tokens.labels[tokens])
         if uniforms.shape[1]:
@@ -323,7 +323,7 @@ class _Sweep:
             output.sampled_log_probs[tokens] = log_probs.gather(1, output.sampled[tokens])
 
     def _teacher_of_distribution(self, tokens: slice, log_probs: Tensor) -> None:
-        """The teacher's log-probs of labels and draws, from its distributions [n, V]."""
+        """The teacher's log-probs of labels and sampled tokens, from its distributions [n, V]."""
         output = self.output
         assert output.teacher_label_log_probs is not None
         assert output.teacher_sampled_log_probs is not None
@@ -333,7 +333,7 @@ class _Sweep:
         output.teacher_sampled_log_probs[tokens] = log_probs.gather(1, output.sampled[tokens])
 
     def _teacher_of_tokens(self, tokens: slice, teacher: TeacherFeatures) -> None:
-        """The teacher's log-probs of labels and draws."""
+        """The teacher's log-probs of labels and sampled tokens."""
         output, labels = self.output, self.tokens.labels[tokens]
         assert output.teacher_label_log_probs is not None
         assert output.teacher_sampled_log_probs is not None
@@ -344,7 +344,7 @@ class _Sweep:
         output.teacher_sampled_log_probs[tokens] = teacher.log_probs(output.sampled[tokens])
 
     def _weigh_tokens(self, tokens: slice) -> Tensor:
-        """Weights [n, 1 + K] of labels and draws by the objectives over tokens, put into the output with their loss."""
+        """Weights [n, 1 + K] of labels and sampled tokens by the objectives over tokens; fills in those outputs."""
         output = self.output
         label_weights, sampled_weights = token_weights(
             self._token_log_probs(tokens), [(mixture, rows[tokens]) for mixture, rows in self.mixtures]
@@ -360,7 +360,7 @@ class _Sweep:
         return weights
 
     def _token_log_probs(self, tokens: slice) -> list[TokenLogProbs]:
-        """The input of objectives over tokens for each draw; without draws one entry, in which the label is the sample.
+        """The input of objectives over tokens for each sampled token; without any, one entry in which it is the label.
 
         Without teacher its log-probs are NaN.
         """
@@ -402,7 +402,7 @@ class _Sweep:
         return total
 
     def _add_gradients(self, chunk: slice, matrix: Tensor, weights: Tensor | None, factors: Tensor) -> None:
-        """Take in ``factors * matrix - weights onehots`` of labels and draws, times the tokens' scale."""
+        """Take in ``factors * matrix - weights onehots`` of labels and sampled tokens, times the tokens' scale."""
         if not self.gradients.needed:
             return
         head, hidden = self.head, self.products.hidden[chunk]

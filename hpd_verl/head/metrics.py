@@ -14,13 +14,13 @@ def token_metrics(
     """The value of each metric at each token.
 
     Args:
-        log_probs: one entry per sample, tensors of any one shape.
+        log_probs: one entry for each sampled token of a position, tensors of any one shape.
         label_weights, entropy: of that shape.
-        sampled_weights: one of that shape per sample.
+        sampled_weights: one of that shape for each sampled token.
 
     Returns:
         Metric name to values, of that shape. ``forward_fraction`` counts labels with gap >= 0, ``reinforced_fraction``
-        labels with gap > 0 whose sample has gap < 0, ``suppressed_fraction`` samples of negative weight;
+        labels with gap > 0 whose sampled token has gap < 0, ``suppressed_fraction`` sampled tokens of negative weight;
         ``reverse_kl_k1`` is the one-sample estimate of KL(student || teacher).
     """
 

@@ -164,7 +164,7 @@ def _import(place: str) -> Any:
     if not place.endswith(".py"):
         try:
             return importlib.import_module(place)
-        except Exception as error:  # of the user's code
+        except (Exception, SystemExit) as error:  # of the user's code
             found = f"cannot import {place} ({_one_line(error)})"
             raise ValueError(f"{found}; give a module that Python finds, or file.py:name") from error
     try:
@@ -186,13 +186,13 @@ def _import(place: str) -> Any:
         del sys.modules[name]
         for registered in [each for each in OBJECTIVES.values() if each.function.__module__ == name]:
             del OBJECTIVES[registered.name]
-        if isinstance(error, Exception):
+        if isinstance(error, Exception | SystemExit):
             raise ValueError(f"{file} fails when it is imported ({_one_line(error)})") from error
         raise
     return module
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -209,29 +209,39 @@ def check_objective(checked: Objective) -> None:
     if not checked.needs_teacher:
         teacher = torch.full_like(teacher, math.nan)  # what it gets in a run without one
     labels = torch.arange(rows)
+    log_probs: Any
+    kind: type[VocabularyWeights] | type[TokenWeights]
+    if checked.over == "vocabulary":
+        log_probs, kind = VocabularyLogProbs(student, teacher, labels), VocabularyWeights
+        likes = {"weights": student, "value": student[:, 0]}
+    else:
+        log_probs = TokenLogProbs(student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], labels > 2)
+        kind, likes = TokenWeights, {"label": student[:, 0], "sampled": student[:, 0]}
+    given = {name: value.clone() for name, value in vars(log_probs).items()}
     try:
-        if checked.over == "vocabulary":
-            result = checked(VocabularyLogProbs(student, teacher, labels))
-            found = {
-                "weights": (getattr(result, "weights", None), student),
-                "value": (getattr(result, "value", None), student[:, 0]),
-            }
-            kind: type = VocabularyWeights
-        else:
-            result = checked(TokenLogProbs(student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], labels > 2))
-            found = {name: (getattr(result, name, None), student[:, 0]) for name in ("label", "sampled")}
-            kind = TokenWeights
-    except Exception as error:  # of the user's code
+        result = checked(log_probs)
+        of_one = checked(type(log_probs)(**{name: value[:1] for name, value in given.items()}))
+    except (Exception, SystemExit) as error:  # of the user's code
         raise ValueError(f"objective {checked.name!r} fails on {rows} random tokens ({_one_line(error)})") from error
     if not isinstance(result, kind):
         raise ValueError(f"objective {checked.name!r} returns {type(result).__name__}, not {kind.__name__}")
-    for name, (value, like) in found.items():
+    for name, value in vars(log_probs).items():
+        if not torch.equal(value.nan_to_num(), given[name].nan_to_num()):
+            raise ValueError(f"objective {checked.name!r}: writes into {name} of the log-probs; let it work on a copy")
+    for name, like in likes.items():
+        value = getattr(result, name)
         if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
             form = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"objective {checked.name!r}: {name} is {form}, expected {like.dtype} {tuple(like.shape)}")
         if not value.isfinite().all():
             cause = "for ordinary log-probs" if checked.needs_teacher else "without a teacher: declare needs_teacher"
             raise ValueError(f"objective {checked.name!r}: {name} is not finite {cause}")
+        alone = getattr(of_one, name)
+        if alone.shape != value[:1].shape or not torch.allclose(alone, value[:1], rtol=1e-4, atol=1e-6):
+            raise ValueError(
+                f"objective {checked.name!r}: {name} of a token is another one where it is alone; the tokens beside it "
+                "are those of a chunk, so let it weigh each by itself, without chance"
+            )
     if isinstance(result, TokenWeights) and not checked.bind().weighs_sample and result.sampled.any():
         raise ValueError(f"objective {checked.name!r}: weighs the sampled token; declare weighs_sample=True")
 
@@ -256,11 +266,11 @@ class Mixture:
         """Weights of the label and of each sampled token, by the parts over tokens.
 
         Args:
-            log_probs: one entry for each of the K samples a position, all of one shape.
+            log_probs: one entry for each of the K sampled tokens a position, all of one shape.
 
         Returns:
             ``(label_weights, K sampled_weights)`` of the log-probs' shape and dtype. The label's weight is the mean
-            over samples, and each sample counts 1/K.
+            over sampled tokens, and each of them counts 1/K.
         """
         label = torch.zeros_like(log_probs[0].student_label)
         sampled = [torch.zeros_like(sample.student_sampled) for sample in log_probs]

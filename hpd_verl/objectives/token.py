@@ -50,7 +50,7 @@ def hpd(
     """Hybrid Policy Distillation.
 
     Where the student over-estimates the label (gap(y) < 0) only reverse KL acts; elsewhere forward KL joins it, and
-    is reinforced where the student under-estimates the label while it over-estimates its own sample.
+    is reinforced where the student under-estimates the label while it over-estimates the token that it samples.
 
     Args:
         log_probs: see ``TokenLogProbs``.
@@ -67,7 +67,7 @@ def hpd(
     sampled_ratio = log_ratio(log_probs.student_sampled, log_probs.teacher_sampled)
     reinforced = (label_ratio > 0) & (sampled_ratio < 0)
     label = label + torch.where(reinforced, reinforce_coef * teacher_prob, 0.0)
-    # A sample that is the label itself is already weighted as the label; a NaN is kept, for the caller to see.
+    # A sampled token that is the label itself is already weighted as the label; a NaN is kept, for the caller to see.
     suppressed = ~(sampled_ratio >= 0) & ~log_probs.sampled_is_label
     return TokenWeights(label=label, sampled=torch.where(suppressed, reverse_coef * sampled_gap, 0.0))
 

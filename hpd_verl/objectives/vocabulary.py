@@ -1,4 +1,4 @@
-"""Objectives over the whole vocabulary: a weight for every token, not for the label and a sample alone.
+"""Objectives over the whole vocabulary: a weight for every token, not for the label and a sampled token alone.
 
 For a divergence ``sum_v f(q(v); p(v))`` the weight is ``w(v) = -q(v) df/dq(v)``. Those of other papers were
 compared with their authors' published code, in value and gradient, but for symmetric_kl and tvd; where one differs, it

@@ -24,12 +24,12 @@ def compute_hpd_advantage(
     Args:
         response_mask: [rows, response], 1 on response tokens.
         objectives: what is optimised.
-        log_probs: one entry for each of the K samples a position, tensors of shape [rows, response].
+        log_probs: one entry for each of the K sampled tokens a position, tensors of shape [rows, response].
         is_rollout: bool [rows], True where the label is the student's own.
 
     Returns:
         ``(label_weights [rows, response], K sampled_weights [rows, response])``, zero outside the mask. With K > 1
-        the label's weight is the mean over samples and each sample counts 1/K.
+        the label's weight is the mean over sampled tokens, and each of them counts 1/K.
 
     Raises:
         ValueError: called by another trainer than HPD's, which alone provides the log-probs.

@@ -1,4 +1,4 @@
-"""The student's loss in one pass: draws, weights, loss and gradients inside the output layer."""
+"""The student's loss in one pass: sampled tokens, weights, loss and gradients inside the output layer."""
 
 import dataclasses
 import time
@@ -76,7 +76,7 @@ class OnePassLoss(HeadLoss):
         return TeacherFeatures.cat([self.teacher_features[row] for row in rows.tolist()])
 
     def _uniforms(self, responses: ResponseTokens, rows: Tensor, data: TensorDict) -> Tensor:
-        """The numbers that the student's draws are made with, float64 [n, samples]."""
+        """The numbers that the student's tokens are sampled with, float64 [n, samples]."""
         samples = self.config.num_student_samples if self.config.needs_teacher else 0
         step = tu.get_non_tensor_data(data=data, key=fields.STEP, default=None)
         positions = data["position_ids"].values()[responses.positions]

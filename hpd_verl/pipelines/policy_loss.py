@@ -18,7 +18,7 @@ def compute_hpd_policy_loss(
     config: ActorConfig | None = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Loss of one token a position, the label or a sample, given its weights (paper eq. 9).
+    """Loss of one token a position, the label or a sampled token, given its weights (paper eq. 9).
 
     Args:
         old_log_prob: [rows, response], log-probs of the student that the weights were computed with, where a batch is

@@ -52,7 +52,7 @@ def _labels(data: TensorDict) -> Tensor:
 
 
 def _uniforms(data: TensorDict, config: HPDConfig) -> Tensor:
-    """The numbers that the student's draws are made with, float64 [tokens of this rank, samples]."""
+    """The numbers that the student's tokens are sampled with, float64 [tokens of this rank, samples]."""
     lengths = data["input_ids"].offsets().diff()
     row = _local_part(torch.repeat_interleave(row_numbers(data), lengths), data)
     position = _local_part(data["position_ids"].values(), data)
@@ -93,7 +93,7 @@ class StudentLoss:
         return torch.zeros(()), {}
 
     def _draw(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
-        """Student pass: draw tokens at every position and take the log-probs."""
+        """Student pass: sample tokens at every position and take the log-probs."""
         label_log_probs, sampled, sampled_log_probs, entropy = sample_tokens(
             logits, _labels(data), _uniforms(data, self.hpd), self.hpd.token_chunk_size
         )
@@ -163,7 +163,7 @@ class StudentLoss:
 
 
 class TeacherLogProbs:
-    """verl's loss function of the teacher: log-probs of the label and of the student's draws, never a loss.
+    """verl's loss function of the teacher: log-probs of the label and of the sampled tokens, never a loss.
 
     Args:
         hpd: the algorithm's configuration.
@@ -269,7 +269,7 @@ def _response(data: TensorDict, name: str) -> Tensor:
 
 
 def _token_log_probs(data: TensorDict, samples: int) -> list[TokenLogProbs]:
-    """Both models' log-probs, one entry a sample, [rows, response]."""
+    """Both models' log-probs, one entry for each sampled token, [rows, response]."""
     student_label = _response(data, fields.STUDENT_LABEL_LOG_PROBS)
     teacher_label = _response(data, fields.TEACHER_LABEL_LOG_PROBS)
     labels = data["responses"].to_padded_tensor(0)

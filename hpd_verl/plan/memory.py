@@ -90,11 +90,11 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memo
     phases: dict[str, Parts] = {}
     features = 0.0
     if teacher is not None:
-        form_width = width * teacher.hidden
-        if run.teacher_cache != "off" and run.teacher_cache_format == "topk":
-            form_width = 8 * run.teacher_cache_top_k
+        keeps_top_k = run.teacher_cache != "off" and run.teacher_cache_format == "topk"
+        form_width = 8 * run.teacher_cache_top_k if keeps_top_k else width * teacher.hidden
         features = run.rows_per_gpu * run.response_tokens * (form_width + 8)
-        always["teacher's whole output layer"] = width * teacher.output
+        if not (keeps_top_k and run.store_is_full):
+            always["teacher's whole output layer"] = width * teacher.output
         if not run.store_is_full:
             stored = (4 if run.teacher_dtype == "fp32" else 2) * teacher.parameters
             if on_cpu:
@@ -116,7 +116,9 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memo
     gathered = width * (student.parameters if on_cpu else 2 * student.layer + student.output + student.embedding)
     inputs = width * tokens * student.hidden * student.layers
     inside = tokens * _saved_by_layer(student, width)
-    held = inputs if run.gradient_checkpointing else inside * student.layers
+    # Measured: with LoRA, whatever was recomputed stays until the end of the backward pass.
+    recomputes = run.gradient_checkpointing and run.lora_rank == 0
+    held = inputs if recomputes else inside * student.layers
     mask = 3 * tokens**2 if run.attention == "sdpa" and not on_cpu else 0
     during: Parts = {
         **shard,
@@ -137,8 +139,9 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memo
         "output layer's gradient": output_gradient,
         "response tokens' states": width * responses * (2 * student.hidden + (teacher.hidden if teacher else 0)),
     }
-    reduced = (width + 4) * max(student.layer, student.output if trains_output else 0)
-    backward = held + mask + tokens * _passing(student, width) + (inside if run.gradient_checkpointing else 0)
+    largest = max(student.layer, student.output) if trains_output else trained / student.layers
+    reduced = (width + 4) * largest
+    backward = held + mask + tokens * _passing(student, width) + (inside if recomputes else 0)
     phases["backward"] = {**during, "activations": backward, "gradients of a layer, whole": reduced}
     phases["optimiser"] = {
         **shard,
@@ -178,7 +181,10 @@ def _settings(run: Run) -> list[tuple[str, Run]]:
     length = "data.max_token_len_per_gpu" if lean else "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
     tried = [
         (f"{model}.enable_gradient_checkpointing=true", replace(run, gradient_checkpointing=True)),
-        (f"{model}.override_config.attn_implementation=flash_attention_2", replace(run, attention="flash_attention_2")),
+        (
+            f"+{model}.override_config.attn_implementation=flash_attention_2",
+            replace(run, attention="flash_attention_2"),
+        ),
         (f"algorithm.hpd.token_chunk_size={_chunk(run) // 4}", replace(run, token_chunk_size=_chunk(run) // 4)),
     ]
     if run.tokens // 2 >= run.row_tokens:

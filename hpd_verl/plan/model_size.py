@@ -58,8 +58,8 @@ def read_config(name: str) -> PretrainedConfig:
     if name.startswith(("/", "./", "../", "~")) and not Path(name).exists():
         raise ValueError(f"{name}: no such folder; give a folder with config.json, or a hub name")
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)  # not left out: it would be asked for
+    except Exception as error:  # whatever transformers raises on what a file may hold
         raise ValueError(
             f"{name}: no configuration of a model can be read ({_one_line(error)}); give a folder with "
             "config.json, or a hub name where the hub can be reached"
@@ -90,7 +90,7 @@ def model_size(name: str, config: PretrainedConfig) -> ModelSize:
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(text)
-    except (ValueError, AttributeError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever a model raises on sizes that cannot be
         raise ValueError(
             f"{name}: transformers cannot build a causal language model of it ({_one_line(error)})"
         ) from error
@@ -98,6 +98,8 @@ def model_size(name: str, config: PretrainedConfig) -> ModelSize:
         transformers.logging.set_verbosity(verbosity)
     kinds = set(model._no_split_modules or [])
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise ValueError(f"{name}: a model without layers; check its config.json")
     experts = _experts(text)
     in_experts = sum(
         parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name and experts

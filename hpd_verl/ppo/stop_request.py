@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
-from ray.experimental import internal_kv
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from hpd_verl.stopping import StopSignals
 
@@ -25,16 +25,18 @@ class Stopped:
     checkpoint: str
 
 
-def _key(word: str) -> str:
-    return f"hpd_verl/{ray.get_runtime_context().get_job_id()}/{word}"
+def _key(word: str) -> bytes:
+    return f"hpd_verl/{ray.get_runtime_context().get_job_id()}/{word}".encode()
 
 
-def _put(word: str, value: str = "") -> None:
-    internal_kv._internal_kv_put(_key(word), value)
+def _put(word: str, value: str = "yes") -> None:
+    internal_kv_get_gcs_client().internal_kv_put(_key(word), value.encode(), overwrite=True)
 
 
-def _has(word: str) -> bool:
-    return bool(internal_kv._internal_kv_exists(_key(word)))
+def _get(word: str) -> str | None:
+    store = internal_kv_get_gcs_client()  # None in a client of Ray's (ray://), which ends at once
+    value = None if store is None else store.internal_kv_get(_key(word))
+    return None if value is None else value.decode()
 
 
 def say_begun() -> None:
@@ -44,7 +46,7 @@ def say_begun() -> None:
 
 def is_asked() -> bool:
     """Whether the run shall end after this step."""
-    return _has(_ASKED)
+    return _get(_ASKED) is not None
 
 
 def say_stopped(stopped: Stopped) -> None:
@@ -69,15 +71,16 @@ class Driver:
 
     @staticmethod
     def _ask() -> bool:
-        if not (ray.is_initialized() and _has(_BEGUN)):
+        if not ray.is_initialized() or _get(_BEGUN) is None:
             return False
         _put(_ASKED)
         return True
 
     def end(self) -> None:
         """After the trainer has ended without an error: end the process if it did so because it was asked to."""
+        self.signals.ignore()
         ray.init = self.init
-        text = internal_kv._internal_kv_get(_key(_STOPPED)) if ray.is_initialized() else None
+        text = _get(_STOPPED) if ray.is_initialized() else None
         if text is not None:
             stopped = Stopped(**json.loads(text))
             self.signals.end(stopped.step, stopped.total_steps, stopped.checkpoint)

@@ -35,7 +35,7 @@ from hpd_verl.config import choose_pipeline, needs_rollout_server, updates_per_b
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION
 from hpd_verl.data.demonstration import has_demonstration
-from hpd_verl.data.on_policy import choose_rollouts, rollout_quota
+from hpd_verl.data.on_policy import choose_rollouts, rollout_quota, shared_prompts
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.ppo import stop_request
 from hpd_verl.ppo.queue_batch import QueueBatch
@@ -63,6 +63,8 @@ def _key_order(key: str) -> tuple[bool, int, int, int]:
 @register_trainer("hpd")
 class HPDTrainer(PPOTrainerSync):
     """``trainer.v1.trainer_mode=hpd``."""
+
+    total_training_steps: int
 
     def __init__(self, config: DictConfig) -> None:
         hpd = check_config(config)
@@ -161,6 +163,8 @@ class HPDTrainer(PPOTrainerSync):
         sources = [str(source) for source in batch["data_source"]] if "data_source" in batch else [""] * rows
         quota = rollout_quota(self.hpd.schedule, self.global_steps, rows)
         on_policy = choose_rollouts(sources, missing, quota, self.hpd.seed, self.global_steps)
+        takes = shared_prompts(on_policy, self.hpd.rollouts_per_prompt)
+        batch = tu.index_select_tensor_dict(batch, takes)
         uids = [f"{self.global_steps}r{row}" for row in range(rows)]
         named = tu.get_tensordict(
             {"uid": np.array(uids, dtype=object), fields.ON_POLICY: np.array(on_policy, dtype=object)}
@@ -170,6 +174,7 @@ class HPDTrainer(PPOTrainerSync):
         self.batch_counts = {
             "hpd/on_policy_fraction": sum(on_policy) / rows,
             "hpd/missing_demonstrations": sum(missing),
+            "hpd/left_out_prompts": rows - len(set(takes)),
             "hpd/dropped_demonstrations": getattr(self.train_dataset, "dropped_demonstrations", 0),
         }
         return batch

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from hpd_verl.rewards.answers import code_of
+from hpd_verl.rewards.guest import asked_names
 from hpd_verl.rewards.sandbox import Limits, Outcome, SandboxError, check, run
 
 SECONDS = "HPD_SANDBOX_SECONDS"
@@ -30,10 +31,10 @@ def outcome_of(answer: str, ground_truth: str, extra_info: dict[str, Any] | None
         SandboxError: the sandbox does not work here, or the ground truth is neither.
     """
     info = extra_info or {}
-    code = code_of(answer, info.get("entry_point"))
     limits = _limits()
     if not isinstance(ground_truth, str) or not ground_truth.strip():
         raise SandboxError(f"ground_truth={ground_truth!r}: expected tests; prepare the data by data_prep")
+    code = code_of(answer, [info["entry_point"]] if info.get("entry_point") else _names(ground_truth))
     if not code.strip():
         return Outcome("failed", "the answer holds no code")
     if ground_truth.lstrip().startswith("{"):
@@ -54,6 +55,14 @@ def compute_score(
         SandboxError: no sandbox, or no tests.
     """
     return float(outcome_of(solution_str, ground_truth, extra_info).passed)
+
+
+def _names(tests: str) -> list[str]:
+    """The answer's names that tests use; none where they are no program, which the sandbox says."""
+    try:
+        return asked_names(tests)[0]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
 
 
 def _limits() -> Limits:

@@ -2,12 +2,14 @@
 
 A candidate and its tests are two processes in two sandboxes. The tests see a candidate's functions and objects as
 ``Remote``: arguments go to the candidate's process, results come back as plain data (numbers, texts, lists, ...), so
-that nothing the candidate defines, patches or ends is part of a comparison. Only the tests' process can report.
+that nothing the candidate defines, patches or ends is part of a comparison. A function among the arguments stays with
+the tests, which the candidate asks for its results. Only the tests' process can report.
 Standard library only.
 """
 
 import ast
 import builtins
+import datetime
 import itertools
 import json
 import os
@@ -57,8 +59,10 @@ def encode(value: Any, reference: Callable[[Any], int]) -> Any:
             return {"bytes": value.hex()}
         case bytearray():
             return {"bytearray": value.hex()}
-        case list() | deque():
+        case list():
             return {"list": items(value)}
+        case deque():
+            return {"deque": items(value)}
         case tuple():
             return {"tuple": items(value)}
         case dict():
@@ -73,13 +77,22 @@ def encode(value: Any, reference: Callable[[Any], int]) -> Any:
             return {"decimal": Decimal.__str__(value)}
         case Fraction():
             return {"fraction": items((value.numerator, value.denominator))}
+    if type(value) in _TIMES:
+        constructor, parts = value.__reduce__()
+        return {_TIMES[constructor]: items(parts)}
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return encode(value.tolist(), reference)
-    return {"object": reference(value)}
+    return {"iterator" if hasattr(type(value), "__next__") else "object": reference(value)}
 
 
-def decode(value: Any, dereference: Callable[[int], Any]) -> Any:
-    """The reverse of ``encode``."""
+_TIMES: dict[Any, str] = {
+    each: each.__name__ for each in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
+}
+"""Types of the standard library that are plain data, where they have no time zone."""
+
+
+def decode(value: Any, dereference: Callable[[str, Any], Any]) -> Any:
+    """The reverse of ``encode``; ``dereference`` is given tag and content of what is no plain data."""
     if isinstance(value, list):
         raise ValueError("a list without a tag")
     if not isinstance(value, dict):
@@ -104,6 +117,8 @@ def decode(value: Any, dereference: Callable[[int], Any]) -> Any:
             return tuple(items())
         case "dict":
             return {key: each for key, each in map(items, content)}  # noqa: C416 (pairs are iterators)
+        case "deque":
+            return deque(items())
         case "set":
             return set(items())
         case "frozenset":
@@ -114,8 +129,10 @@ def decode(value: Any, dereference: Callable[[int], Any]) -> Any:
             return Decimal(content)
         case "fraction":
             return Fraction(*items())
-        case "object":
-            return dereference(content)
+        case "datetime" | "date" | "time" | "timedelta":
+            return getattr(datetime, tag)(*items())
+        case "object" | "iterator" | "function" | "builtin" | "items":
+            return dereference(tag, content)
     raise ValueError(f"tag {tag!r}")
 
 
@@ -170,7 +187,26 @@ def serve(program: str, requests: int, replies: int) -> None:
         return encode(value, objects.number)
 
     def dec(value: Any) -> Any:
-        return decode(value, objects.kept.__getitem__)
+        return decode(value, dereference)
+
+    def dereference(tag: str, content: Any) -> Any:
+        match tag:
+            case "function":
+                return lambda *args: ask_back(content, args)
+            case "builtin":
+                return getattr(builtins, content)
+            case "items":
+                return iter(dec(content))
+        return objects.kept[content]
+
+    def ask_back(number: int, args: tuple[Any, ...]) -> Any:
+        """The result of a function of the tests."""
+        send({"function": number, "args": [enc(each) for each in args]})
+        while "op" in (reply := json.loads(source.readline())):  # it calls the candidate meanwhile
+            respond(reply)
+        if "error" in reply:
+            raise error_of(*reply["error"])
+        return dec(reply["value"])
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         if request["op"] == "names":
@@ -180,7 +216,10 @@ def serve(program: str, requests: int, replies: int) -> None:
         target, arguments = objects.kept[request["object"]], [dec(each) for each in request["args"]]
         match request["op"]:
             case "call":
-                value = target(*arguments, **{name: dec(each) for name, each in request["kwargs"].items()})
+                named = {name: dec(each) for name, each in request["kwargs"].items()}
+                value = target(*arguments, **named)
+                if value is None:
+                    return {"value": None, "args": [enc(each) for each in (*arguments, *named.values())]}
             case "get":
                 value = getattr(target, *arguments)
             case "set":
@@ -196,12 +235,18 @@ def serve(program: str, requests: int, replies: int) -> None:
             case "text":
                 value = str(target)
             case "iterate":
-                value = {"object": objects.number(iter(target))}
-                return {"value": value}
+                return {"value": {"iterator": objects.number(iter(target))}}
             case "next":
                 # A batch an exchange; what an endless one makes in a batch is bounded too.
                 return {"value": enc(list(itertools.islice(target, 1)))}
         return {"value": enc(value)}
+
+    def respond(request: dict[str, Any]) -> None:
+        try:
+            reply = answer(request)
+        except BaseException as error:
+            reply = {"error": described(error)}
+        send(reply)
 
     send({"started": True})
     try:
@@ -211,20 +256,18 @@ def serve(program: str, requests: int, replies: int) -> None:
         send({"error": described(error)})
         return
     while line := source.readline():
-        try:
-            reply = answer(json.loads(line))
-        except BaseException as error:
-            reply = {"error": described(error)}
-        send(reply)
+        respond(json.loads(line))
 
 
 def described(error: BaseException) -> list[str]:
-    """Class and message of an exception."""
+    """Class, message and the nearest class of Python's own of an exception."""
     try:
-        message = str(error)[:300]
+        only = error.args[0] if len(error.args) == 1 else None  # of a KeyError, str(error) is its repr
+        message = (only if type(only) is str else str(error))[:300]
     except BaseException:
         message = ""
-    return [type(error).__name__, message]
+    own = next(each.__name__ for each in type(error).__mro__ if each.__module__ == "builtins")
+    return [type(error).__name__, message, own]
 
 
 class Channel:
@@ -234,6 +277,7 @@ class Channel:
         self.sink, self.source = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
         self.calls = 0
         self.lost = ""
+        self.functions: list[Any] = []
 
     def read(self) -> dict[str, Any]:
         line = self.source.readline(MESSAGE_BYTES + 1)
@@ -251,46 +295,96 @@ class Channel:
         self.lost = self.lost or why
         raise Lost(why)
 
-    def ask(self, op: str, number: int, *args: Any, **kwargs: Any) -> Any:
-        """The result of an operation on a candidate's object. Arguments are copies: what the candidate changes in
-        them, the tests do not see."""
-        coded = [encode(each, number_of) for each in args]
-        named = {name: encode(each, number_of) for name, each in kwargs.items()}
+    def ask(self, op: str, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an operation on a candidate's object.
+
+        Arguments are copies: what the candidate changes in them, the tests do not see, unless the call has no result
+        (None), as of a function that works in place.
+        """
+        coded = [self.encode(each) for each in args]
+        named = {name: self.encode(each) for name, each in kwargs.items()}
         reply = self.exchange({"op": op, "object": number, "args": coded, "kwargs": named})
         self.calls += op == "call"
+        if "error" in reply:
+            raise error_of(*map(str, reply["error"]))
         try:
-            if "error" in reply:
-                name, message = map(str, reply["error"])
-                raise error_of(name, message)
-            return self.decode(reply["value"])
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
-            if "error" in reply:
-                raise
+            result = self.decode(reply["value"])
+            for old, new in zip((*args, *kwargs.values()), reply.get("args", ()), strict=False):
+                if type(old) in (list, dict, set, deque, bytearray):
+                    change(old, self.decode(new))
+            return result
+        except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             self.lose(f"its result cannot be read: {error}")
 
     def exchange(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self.lost:
-            raise Lost(self.lost)
+        while True:
+            if self.lost:
+                raise Lost(self.lost)
+            try:
+                self.sink.write(json.dumps(request).encode() + b"\n")
+                self.sink.flush()
+            except BrokenPipeError:
+                self.lose("its process ended")
+            reply = self.read()
+            if "function" not in reply:
+                return reply
+            request = self.call_back(reply)
+
+    def call_back(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The result of a function that was handed to the candidate."""
         try:
-            self.sink.write(json.dumps(request).encode() + b"\n")
-            self.sink.flush()
-        except BrokenPipeError:
-            self.lose("its process ended")
-        return self.read()
+            function, args = self.functions[request["function"]], [self.decode(each) for each in request["args"]]
+        except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            self.lose(f"its call cannot be read: {error}")
+        try:
+            return {"value": self.encode(function(*args))}
+        except Exception as error:
+            return {"error": described(error)}
+
+    def encode(self, value: Any) -> Any:
+        """Arguments of the candidate."""
+        if isinstance(value, type | types.BuiltinFunctionType) and value in vars(builtins).values():
+            return {"builtin": value.__name__}
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+            self.functions.append(value)
+            return {"function": len(self.functions) - 1}
+        if isinstance(value, _PASSED_ON):
+            return {"items": encode([*value], number_of)}
+        return encode(value, number_of)
 
     def decode(self, value: Any) -> Any:
-        return decode(value, lambda number: Remote(self, number))
+        def dereference(tag: str, content: Any) -> Any:
+            return {"object": Remote, "iterator": RemoteIterator}[tag](self, int(content))
+
+        return decode(value, dereference)
 
 
-def error_of(name: str, message: str) -> Exception:
-    """A candidate's exception for its tests.
+_PASSED_ON: tuple[Any, ...] = (types.GeneratorType, map, filter, zip, enumerate, reversed)
+_PASSED_ON += tuple(map(type, (iter([]), iter(()), iter(""), {}.keys(), {}.values(), {}.items())))
+"""What is handed to a candidate as an iterator over what it holds."""
+
+
+def change(old: Any, new: Any) -> None:
+    """Give a container the content of another of its kind."""
+    if type(old) is not type(new):
+        raise TypeError("an argument of another kind")
+    old.clear()
+    (old.update if isinstance(old, dict | set) else old.extend)(new)
+
+
+def error_of(name: str, message: str, own: str = "") -> Exception:
+    """An exception of the other side: of its class, or of the nearest class of Python's own.
 
     StopIteration would end a loop of the tests as if it had come to its end.
     """
-    kind = getattr(builtins, name, None)
-    unusable = StopIteration | StopAsyncIteration | UnicodeError
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, unusable):
-        return kind(message)
+    for each in (name, own):
+        kind = getattr(builtins, each, None)
+        if not isinstance(kind, type) or not issubclass(kind, Exception) or kind is Exception:
+            continue
+        if issubclass(kind, UnicodeError):  # wants more than a message
+            return UnicodeError(message)
+        if not issubclass(kind, StopIteration | StopAsyncIteration):
+            return kind(message)
     return CandidateError(f"{name}: {message}")
 
 
@@ -303,11 +397,11 @@ class Remote:
         object.__setattr__(self, "_channel", channel)
         object.__setattr__(self, "_number", number)
 
-    def _ask(self, op: str, *args: Any, **kwargs: Any) -> Any:
-        return self._channel.ask(op, self._number, *args, **kwargs)
+    def _ask(self, op: str, *args: Any) -> Any:
+        return self._channel.ask(op, self._number, args, {})
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask("call", *args, **kwargs)
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return self._channel.ask("call", self._number, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -343,6 +437,18 @@ class Remote:
     __hash__ = object.__hash__
 
 
+class RemoteIterator(Remote):
+    """An iterator of the candidate."""
+
+    __slots__ = ()
+
+    def __next__(self) -> Any:
+        batch = self._ask("next")
+        if not batch:
+            raise StopIteration
+        return batch[0]
+
+
 def number_of(value: Any) -> int:
     """The number of a candidate's object in arguments."""
     if isinstance(value, Remote):
@@ -350,11 +456,11 @@ def number_of(value: Any) -> int:
     raise TypeError(f"an argument is a {type(value).__name__}, which cannot be handed to a candidate")
 
 
-def asked_names(tests: str) -> list[str]:
-    """The candidate's names that tests use.
+def asked_names(tests: str) -> tuple[list[str], list[str]]:
+    """The candidate's names that tests use, and modules that they use without an import of their own.
 
-    A name of Python's own (``abs``, ``len``) is among them only where the tests use no other: a candidate must not
-    replace what its tests compare with, but may be asked for a function ``sum``.
+    A name of Python's own (``abs``, ``math``) is among the former only where the tests use no other: a candidate must
+    not replace what its tests compare with, but may be asked for a function ``sum``.
     """
     nodes = list(ast.walk(ast.parse(tests)))
     own = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
@@ -363,9 +469,10 @@ def asked_names(tests: str) -> list[str]:
     own |= {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
     used = {node.id for node in nodes if isinstance(node, ast.Name)} - own
     called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    foreign = {name for name in used if not hasattr(builtins, name)}
-    modules = foreign & (sys.stdlib_module_names | {"np", "numpy"})
-    return sorted(foreign if foreign - modules else modules | called & used)
+    bases = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    modules = used & (sys.stdlib_module_names | {"np", "numpy"}) - (called - bases)  # a module cannot be called
+    foreign = {name for name in used - modules if not hasattr(builtins, name)}
+    return sorted(foreign or called & used), sorted(modules)
 
 
 def judge(tests: str, requests: int, replies: int, report: int) -> None:
@@ -379,7 +486,7 @@ def judge(tests: str, requests: int, replies: int, report: int) -> None:
 
     channel = Channel(requests, replies)
     try:
-        names, code = asked_names(tests), compile(tests, "<tests>", "exec")
+        (names, modules), code = asked_names(tests), compile(tests, "<tests>", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return say("bad_tests", f"they are no Python program: {error}")
     try:
@@ -390,13 +497,14 @@ def judge(tests: str, requests: int, replies: int, report: int) -> None:
     try:
         reply = channel.read()
         if "ready" not in reply:
-            return say("failed", f"the program ends with {': '.join(map(str, reply.get('error', ['nothing'])))}")
-        found = channel.exchange({"op": "names", "names": names})
+            return say("failed", f"the program ends with {': '.join(map(str, reply.get('error', ['nothing'])[:2]))}")
+        found = channel.exchange({"op": "names", "names": [*names, *modules]})
         scope: dict[str, Any] = {"__name__": "tests"}
-        for name in names:
+        for name in modules:
             if name in found.get("m", ()):
                 scope[name] = __import__({"np": "numpy"}.get(name, name))
-            elif name in found.get("value", {}):
+        for name in names:
+            if name in found.get("value", {}):
                 scope[name] = channel.decode(found["value"][name])
         exec(code, scope)
     except Lost as error:
@@ -404,7 +512,7 @@ def judge(tests: str, requests: int, replies: int, report: int) -> None:
     except BaseException as error:
         line = getattr(getattr(error, "__traceback__", None), "tb_next", None)
         where = f"line {line.tb_lineno} of the tests: " if line is not None else ""
-        return say("failed", where + ": ".join(described(error)).strip(": "))
+        return say("failed", where + ": ".join(described(error)[:2]).strip(": "))
     if channel.lost:
         return say("failed", f"the candidate was lost: {channel.lost}")
     if not channel.calls:
@@ -419,6 +527,7 @@ def main() -> None:
     sys.argv = [""]
     sys.path.append(settings["packages"])
     sys.set_int_max_str_digits(0)
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # of the module site, which is not loaded
     confine(settings["limits"], settings["user"])
     if settings["role"] != "program":
         # Until here standard error has said why a sandbox does not start; from here on it would be the candidate's.

@@ -9,6 +9,7 @@ math-verify finds in its last lines. May be called from any thread; what takes l
 import atexit
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -45,11 +46,12 @@ def compute_score(
     Raises:
         MathsError: math-verify is not installed, or the ground truth is empty.
     """
-    wanted = str(ground_truth if ground_truth is not None else "").strip()
+    wanted = _readable(str(ground_truth if ground_truth is not None else "")).strip()
     if not wanted:
         raise MathsError("ground_truth: it is empty; leave the row out")
     given, in_box = final_answer(solution_str)
-    if not given:
+    given = _readable(given)
+    if not given.strip():
         return 0.0
     if _plain(given) == _plain(wanted):
         return 1.0
@@ -66,8 +68,18 @@ def final_answer(answer: str) -> tuple[str, bool]:
     return (rest if mark else text)[-ANSWER_CHARACTERS:].strip(), False
 
 
+_ASIDE = re.compile(r"(?<=\d)(?:\\[,!;: ]|~|\{,\})(?=\d{3}(?!\d))|\\!|(?<=\d)\s*\\%|(?<=[\d}])~\s*$")
+_POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})(?!\w)")
+
+
+def _readable(text: str) -> str:
+    """Without marks that math-verify reads otherwise: a space between thousands, percent, a degree sign, 1.5e3."""
+    return _POWER.sub(r"\1\\times10^{\2}", _ASIDE.sub("", text).replace("°", "^\\circ"))
+
+
 def _plain(text: str) -> str:
-    return "".join(text.split()).strip("$.")
+    """Without outer dollars, a full stop at the end, and spaces but those between words or numbers."""
+    return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text).strip("$").rstrip(".")
 
 
 class _Worker:

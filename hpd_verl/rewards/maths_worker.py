@@ -6,9 +6,11 @@ math-verify's own time limit is a signal: it neither works in a thread nor ends 
 import json
 import os
 import resource
+import signal
 import sys
 
 MEMORY = 1 << 32  # bytes of address space
+ALARM = 60  # seconds after which a worker ends by itself, should whoever asked it have been killed meanwhile
 
 
 def equal(ground_truth: str, answer: str) -> bool:
@@ -31,11 +33,13 @@ def main() -> None:
     replies.write("ready\n")
     replies.flush()
     for line in sys.stdin:
+        signal.alarm(ALARM)
         try:
             found = equal(*json.loads(line))
         # What the parsers raise on odd LaTeX is of every kind; none of it is an equal answer.
         except Exception:
             found = False
+        signal.alarm(0)
         replies.write(f"{json.dumps(found)}\n")
         replies.flush()
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hpd_verl.config import FractionSchedule
-from hpd_verl.data.on_policy import choose_rollouts, rollout_quota
+from hpd_verl.data.on_policy import choose_rollouts, rollout_quota, shared_prompts
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1.0])
@@ -38,3 +38,12 @@ def test_rows_without_demonstration_come_first() -> None:
     missing = [True, False, False, True]
     assert sum(choose_rollouts([""] * 4, missing, 3, seed=0, step=1)) == 3
     assert choose_rollouts([""] * 4, missing, 1, seed=0, step=1) == missing
+
+
+def test_rollouts_share_prompts() -> None:
+    """Demonstrations keep theirs; the last group may be smaller."""
+    chosen = [True, False, True, True, False, True]
+    assert shared_prompts(chosen, 1) == [0, 1, 2, 3, 4, 5]
+    assert shared_prompts(chosen, 3) == [0, 1, 0, 0, 4, 5]
+    assert shared_prompts(chosen, 8) == [0, 1, 0, 0, 4, 0]
+    assert shared_prompts([False] * 3, 4) == [0, 1, 2]

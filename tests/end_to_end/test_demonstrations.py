@@ -22,12 +22,17 @@ ROOT = Path(__file__).resolve().parents[2]
 METADATA = b"hpd_verl.demonstrations"
 
 
-def command(tiny: Tiny, out: Path, *flags: str) -> list[str]:
+FEW_AT_A_TIME = {"kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 2}
+ALL_AT_ONCE = {"kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 64, "max_num_batched_tokens": 128}
+"""Prompts of 9 tokens: not all of them fit the first step."""
+
+
+def command(tiny: Tiny, out: Path, *flags: str, engine: dict[str, int] | None = None) -> list[str]:
     return [
         *(sys.executable, "-m", "data_prep.generate_demonstrations"),
         *("--prompts", str(tiny.train), "--local_save_dir", str(out), "--model", str(tiny.teacher)),
         *("--n", "2", "--max_tokens", "16", "--dtype", "float32", "--processes", "1"),
-        *("--engine_kwargs", '{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 2}'),
+        *("--engine_kwargs", json.dumps(engine or FEW_AT_A_TIME)),
         *flags,
     ]
 
@@ -79,7 +84,7 @@ def _runs(group: int) -> bool:
 def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run with two engines, and what it said."""
     out = tmp_path_factory.mktemp("undisturbed")
-    return out, run(command(tiny, out, "--data_parallel_size", "2", "--keep", "all"))
+    return out, run(command(tiny, out, "--data_parallel_size", "2", "--keep", "all", engine=ALL_AT_ONCE))
 
 
 def test_killed_and_resumed(tiny: Tiny, tmp_path: Path, undisturbed: tuple[Path, str]) -> None:

@@ -6,7 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import RunMainPPO, Tiny, make_nan_model, make_rows, write_parquet
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from hpd_verl import stopping
+from hpd_verl.export import export
 
 UPDATES = ("actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.ppo_epochs=2")
 """Four of each batch: two mini-batches, two epochs."""
@@ -66,25 +72,31 @@ def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMain
 
 
 def test_killed_run_resumes_to_the_same_losses(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
-    """SIGKILL some steps after a checkpoint, then the same command: those steps' losses are the same again, exactly.
+    """SIGKILL some steps after a checkpoint, then SIGTERM: the same command goes on, with the same losses, exactly.
 
-    With room for one checkpoint, of which old ones are removed whole.
+    After SIGTERM from the step that was under way. With room for one checkpoint, of which old ones are removed whole.
     """
-    overrides = ("trainer.total_training_steps=20", "trainer.save_freq=10", "trainer.max_actor_ckpt_to_keep=1")
-    killed = run_main_ppo(*overrides, kill_after_step=13)
+    overrides = ("trainer.total_training_steps=60", "trainer.save_freq=20", "trainer.max_actor_ckpt_to_keep=1")
+    killed = run_main_ppo(*overrides, kill_after_step=36)
     assert killed.returncode != 0
     # As a kill in the middle of a save leaves it: a newer folder without its end, and an empty tracker.
     root = tmp_path / "checkpoints"
     (root / "global_step_90" / "actor").mkdir(parents=True)
     (root / "latest_checkpointed_iteration.txt").write_text("")
+    stopped = run_main_ppo(*overrides, terminate_after_step=2)
+    assert stopped.returncode == stopping.EXIT_CODE, stopped.output[-3000:]
+    last = int(stopped.steps[-1]["training/global_step"])
+    assert f"Stopped by SIGTERM after step {last} of 60: {root}/global_step_{last}, exit code 75" in stopped.output
+    assert [marker.parent.name for marker in root.glob("*/complete")] == [f"global_step_{last}"]
     resumed = run_main_ppo(*overrides)
     assert resumed.returncode == 0, resumed.output[-3000:]
-    assert [int(step["training/global_step"]) for step in resumed.steps] == list(range(11, 21))
-    again = killed.losses()[10:]
-    assert len(again) >= 3
-    assert resumed.losses()[: len(again)] == again
-    assert [marker.parent.name for marker in root.glob("*/complete")] == ["global_step_20"]
-    assert sorted(folder.name for folder in root.glob("global_step_*")) == ["global_step_20", "global_step_90"]
+    rest = stopped.steps + resumed.steps
+    assert [int(step["training/global_step"]) for step in rest] == list(range(21, 61))
+    again = killed.losses()[20:]
+    assert len(again) >= 16
+    assert len(stopped.steps) < len(again), "the run was not ended in time to compare what follows"
+    assert (stopped.losses() + resumed.losses())[: len(again)] == again
+    assert sorted(folder.name for folder in root.glob("global_step_*")) == ["global_step_60", "global_step_90"]
 
 
 def test_stored_teacher_is_not_run_again(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
@@ -132,16 +144,18 @@ def test_mixed_batches_with_vllm(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path:
     assert "Initial validation metrics" in run.output
 
 
-def test_lora_student_with_an_external_teacher(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
+def test_lora_student_with_an_external_teacher(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
     """The teacher is the model of its own path, not the student without its adapter: the gap is not zero.
 
     With a mixture of objectives, one of them a user's own, exact divergences in the log, and several updates of one
-    pass, which weighs with the current student.
+    pass, which weighs with the current student. Exported merged and as an adapter, the model is the same, and not what
+    it was.
     """
     document = Path(__file__).parents[2] / "CONTRIBUTING.md"
     (example,) = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
     (tmp_path / "cross_entropy.py").write_text(example)
-    run = run_main_ppo("trainer.resume_mode=disable", "actor_rollout_ref.model.lora_rank=4", *MIXTURE, *UPDATES)
+    lora = ("actor_rollout_ref.model.lora_rank=4", "trainer.save_freq=2")
+    run = run_main_ppo("trainer.resume_mode=disable", *lora, *MIXTURE, *UPDATES)
     assert run.returncode == 0, run.output[-3000:]
     assert abs(run.steps[0]["hpd/reverse_kl_k1"]) > 0.1
     assert "actor/pg_clipfrac" not in run.steps[0]
@@ -149,6 +163,21 @@ def test_lora_student_with_an_external_teacher(run_main_ppo: RunMainPPO, tmp_pat
         assert step["hpd/reverse_kl"] > 0
         assert step["hpd/forward_kl"] > 0
         assert step["actor/grad_norm"] > 0
+
+    merged, adapter = tmp_path / "merged", tmp_path / "adapter"
+    assert "LoRA merged, fp32" in export(tmp_path / "checkpoints", merged, dtype="fp32")
+    export(tmp_path / "checkpoints" / "global_step_2", adapter, dtype="fp32", lora="adapter")
+    tokens = torch.arange(1, 25).view(2, 12)
+    student = AutoModelForCausalLM.from_pretrained(tiny.student)
+    with torch.no_grad():
+        before = student(tokens).logits
+        after = AutoModelForCausalLM.from_pretrained(merged)(tokens).logits
+        with_adapter = PeftModel.from_pretrained(student, adapter)(tokens).logits
+    torch.testing.assert_close(after, with_adapter, rtol=1e-4, atol=1e-4)
+    assert (after - before).abs().max() > 0.01
+    card = (merged / "README.md").read_text()
+    assert str(tiny.teacher) in card
+    assert "| LoRA | rank 4, alpha 16 |" in card
 
 
 def test_several_updates_of_a_staged_batch_use_the_clipped_ratio(run_main_ppo: RunMainPPO) -> None:

@@ -65,9 +65,10 @@ def assert_learned(steps: list[dict[str, float]]) -> None:
 
 def test_hpd_then_opd(run_recipe: Recipe, tmp_path: Path) -> None:
     """Demonstrations at step 1, rollouts at step 2; validation by rewards, several answers a problem; wandb offline."""
-    steps = run_recipe("math/hpd_then_opd.sh", MIX_STEPS=2, TEST_FREQ=2, VAL_N=2)
+    steps = run_recipe("math/hpd_then_opd.sh", MIX_STEPS=2, TEST_FREQ=2, VAL_N=2, ROLLOUTS=2)
     assert_learned(steps)
     assert [step["hpd/on_policy_fraction"] for step in steps] == [0, 1]
+    assert [step["hpd/left_out_prompts"] for step in steps] == [0, 2]
     assert any(name.startswith("val-core/tests/addition") and name.endswith("mean@2") for name in steps[-1])
     checkpoint = tmp_path / "hpd_then_opd" / "global_step_2"
     assert (checkpoint / "actor" / "huggingface" / "model.safetensors").is_file()

@@ -13,9 +13,12 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from answers import by_transformers, by_vllm
 from conftest import Run, RunMainPPO, Tiny, make_nan_model, read_steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hpd_verl import stopping
+from hpd_verl.export import export
 from hpd_verl.teacher.disk_store import DiskStore
 from hpd_verl.teacher.records import StoreIdentity
 
@@ -31,15 +34,24 @@ def _kill_tree(pid: int) -> None:
 
 @pytest.fixture
 def run_sft(tiny: Tiny, tmp_path: Path) -> RunSFT:
-    """Run ``torchrun -m hpd_verl.sft_trainer`` on the tiny models, with overrides."""
+    """Run ``torchrun -m hpd_verl.sft_trainer`` on the tiny models, with overrides.
+
+    Killed with all its processes after so many steps; or sent SIGTERM, then with the package's torchrun.
+    """
 
     def run(
-        *overrides: str, ranks: int = 1, kill_after_step: int | None = None, module: str = "hpd_verl.sft_trainer"
+        *overrides: str,
+        ranks: int = 1,
+        kill_after_step: int | None = None,
+        terminate_after_step: int | None = None,
+        module: str = "hpd_verl.sft_trainer",
     ) -> Run:
         log = tmp_path / "metrics.jsonl"
         log.unlink(missing_ok=True)
+        launcher = "torch.distributed.run" if terminate_after_step is None else "hpd_verl.torchrun"
+        ends_after = terminate_after_step if kill_after_step is None else kill_after_step
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
+            *(sys.executable, "-m", launcher, "--standalone", f"--nproc_per_node={ranks}"),
             *("-m", module),
             f"model.path={tiny.student}",
             f"teacher.model.path={tiny.teacher}",
@@ -61,8 +73,10 @@ def run_sft(tiny: Tiny, tmp_path: Path) -> RunSFT:
                 command, cwd=tmp_path, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
-                while kill_after_step is not None and len(read_steps(log)) < kill_after_step and process.poll() is None:
+                while ends_after is not None and len(read_steps(log)) < ends_after and process.poll() is None:
                     time.sleep(0.02)
+                if terminate_after_step is not None:
+                    process.terminate()
                 if kill_after_step is None:
                     process.wait(200)
             finally:
@@ -76,7 +90,8 @@ def run_sft(tiny: Tiny, tmp_path: Path) -> RunSFT:
 def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None:
     """The validation loss falls; 2 ranks and a full store give what 1 rank without a store gives.
 
-    With fewer validation rows than a batch has, and an odd number of them.
+    With fewer validation rows than a batch has, and an odd number of them. The checkpoint of 2 ranks, exported, is
+    verl's own whole model, and vLLM answers with it as transformers does.
     """
     overrides = (
         "trainer.resume_mode=disable",
@@ -92,7 +107,8 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
     )
     plain = run_sft(*overrides)
     filling = run_sft(*overrides, *cache, module="hpd_verl.teacher_cache")
-    full = run_sft(*overrides, *cache, ranks=2)
+    saved = ("trainer.save_freq=4", "checkpoint.save_contents=[model,hf_model]")
+    full = run_sft(*overrides, *cache, *saved, ranks=2)
     for run in (plain, filling, full):
         assert run.returncode == 0, run.output[-3000:]
     assert "distinct rows" in filling.output
@@ -107,6 +123,23 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
         assert "val/hpd/reverse_kl_k1" in validated
         for name in validated:
             assert two_ranks[name] == pytest.approx(one_rank[name], rel=2e-4, abs=1e-6), name
+
+    exported = tmp_path / "exported"
+    export(tmp_path / "checkpoints", exported, dtype="fp32")
+    verls = tmp_path / "checkpoints" / "global_step_4" / "huggingface"
+    whole = AutoModelForCausalLM.from_pretrained(verls, dtype=torch.float32).state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(exported).state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+    card = (exported / "README.md").read_text()
+    for said in (
+        str(tiny.student),
+        str(tiny.teacher),
+        str(tiny.train),
+        "| Objective | hpd |",
+        "| Training steps | 4 |",
+    ):
+        assert said in card
+    assert by_vllm(exported) == by_transformers(exported)
 
 
 def student_nlls(tiny: Tiny, rows: int) -> list[list[float]]:
@@ -166,10 +199,10 @@ def test_validation_counts_every_row_once(
 def test_killed_run_resumes_to_the_same_losses(
     run_sft: RunSFT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL some steps after a checkpoint, and again between the files of the third and its marker.
+    """SIGKILL some steps after a checkpoint, and again between the files of the third and its marker, then SIGTERM.
 
-    With room for one checkpoint. The same command goes on from the last whole one each time, and the losses of the
-    steps that two runs have in common are the same, exactly.
+    With room for one checkpoint. The same command goes on from the last whole one each time, after SIGTERM from the
+    step that was under way, and the losses of the steps that two runs have in common are the same, exactly.
     """
     overrides = ("trainer.total_training_steps=60", "trainer.save_freq=20", "trainer.max_ckpt_to_keep=1")
     killed = run_sft(*overrides, kill_after_step=23)
@@ -183,14 +216,22 @@ def test_killed_run_resumes_to_the_same_losses(
     killed_again = run_sft(*overrides, module="killed_at")
     assert killed_again.returncode != 0
     assert (root / "latest_checkpointed_iteration.txt").read_text() == "60"
+    stopped = run_sft(*overrides, terminate_after_step=3)
+    assert stopped.returncode == stopping.EXIT_CODE, stopped.output[-3000:]
+    last = int(stopped.steps[-1]["training/global_step"])
+    assert 43 <= last < 57
+    assert f"Stopped by SIGTERM after step {last} of 60: {root}/global_step_{last}, exit code 75" in stopped.output
+    assert [marker.parent.name for marker in root.glob("*/complete")] == [f"global_step_{last}"]
     resumed = run_sft(*overrides)
     assert resumed.returncode == 0, resumed.output[-3000:]
-    for earlier, later, first in ((killed, killed_again, 21), (killed_again, resumed, 41)):
+    pairs = ((killed, killed_again, 21), (killed_again, stopped, 41), (killed_again, resumed, last + 1))
+    for earlier, later, first in pairs:
         assert int(later.steps[0]["training/global_step"]) == first
         start = first - int(earlier.steps[0]["training/global_step"])
         again = earlier.losses()[start:]
-        assert len(again) >= 3
-        assert later.losses()[: len(again)] == again
+        shared = min(len(again), len(later.steps))
+        assert shared >= 3
+        assert later.losses()[:shared] == again[:shared]
     assert int(resumed.steps[-1]["training/global_step"]) == 60
     assert [marker.parent.name for marker in root.glob("*/complete")] == ["global_step_60"]
 

@@ -634,6 +634,24 @@ def undeclared(log_probs):
 def untaught(log_probs):
     return TokenWeights(log_probs.teacher_label.exp(), torch.zeros_like(log_probs.teacher_label))
 
+@objective("writing", over="vocabulary", source="here")
+def writing(log_probs):
+    return VocabularyWeights(log_probs.teacher_probs.mul_(2), log_probs.student[:, 0])
+
+@objective("normalising", over="token", source="here")
+def normalising(log_probs):
+    weights = log_probs.teacher_label.softmax(0)
+    return TokenWeights(weights, torch.zeros_like(weights))
+
+@objective("squeezing", over="token", source="here")
+def squeezing(log_probs):
+    weights = log_probs.teacher_label.exp().squeeze()
+    return TokenWeights(weights, torch.zeros_like(weights))
+
+@objective("leaving", over="token", source="here")
+def leaving(log_probs):
+    raise SystemExit(3)
+
 plain = mine.function
 """
 
@@ -655,6 +673,10 @@ def test_own_objectives_by_file_and_module(
         ("untyped", r"'tuple' returns tuple, not TokenWeights"),
         ("undeclared", "'undeclared': weighs the sampled token; declare weighs_sample=True"),
         ("untaught", "'untaught': label is not finite without a teacher: declare needs_teacher"),
+        ("writing", "'writing': writes into teacher_probs of the log-probs"),
+        ("normalising", "'normalising': label of a token is another one where it is alone"),
+        ("squeezing", "'squeezing': label of a token is another one where it is alone"),
+        ("leaving", r"'leaving' fails on 5 random tokens \(SystemExit: 3\)"),
         ("plain", r"has a function of the name 'plain'; define it with"),
         ("absent", r"has nothing of the name 'absent'"),
     ]:
@@ -666,6 +688,11 @@ def test_own_objectives_by_file_and_module(
     with pytest.raises(ValueError, match="fails when it is imported"):
         registry.find_objective(f"{tmp_path}/broken_objective.py:any")
     assert "half_way" not in own_registry
+    (tmp_path / "leaving_objective.py").write_text("raise SystemExit('no')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for place in (f"{tmp_path}/leaving_objective.py", "leaving_objective"):
+        with pytest.raises(ValueError, match=r"import.*\(SystemExit: no\)"):
+            registry.find_objective(f"{place}:any")
     with pytest.raises(ValueError, match="there is no file"):
         registry.find_objective("/nowhere/own.py:mine")
     for place in ("..x", ".", "~no_such_user/own.py"):
@@ -677,7 +704,6 @@ def test_own_objectives_by_file_and_module(
         registry.find_objective("nothing")
 
     (tmp_path / "own_module_of_objectives.py").write_text(OWN.replace('"mine"', '"other"').split('@objective("half')[0])
-    monkeypatch.syspath_prepend(tmp_path)
     assert registry.find_objective("own_module_of_objectives:mine").name == "other"
 
 

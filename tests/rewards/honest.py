@@ -57,6 +57,11 @@ HONEST = {
     ),
     "constant": ("LIMIT = 7\ndef f():\n    return LIMIT", "assert f() == LIMIT"),
     "name of Python's own": ("def sum(a, b):\n    return a + b", "assert sum(1, 2) == 3"),
+    "names of arguments": (
+        "def f(number, op=1, *, self=0):\n    return number + op + self",
+        "assert f(number=1, op=2, self=3) == 6\nassert f(1) == 2",
+    ),
+    "name of a module": ("def queue(a):\n    return a", "assert queue(3) == 3"),
     "module of the program": ("import math\ndef f(x):\n    return x * math.pi", "assert math.isclose(f(1), math.pi)"),
     "numpy": (
         "import numpy as np\ndef f(n):\n    return np.arange(n).sum(), np.ones(2)",
@@ -74,6 +79,48 @@ HONEST = {
         "METADATA = {}\ndef check(candidate):\n    assert candidate(1) == 1\ncheck(f)",
     ),
     "arguments are copies": ("def f(x):\n    x.append(1)\n    return x", "a = []\nassert f(a) == [1] and a == []"),
+    "works in place": (
+        "def f(x, more=None):\n    x.reverse()\n    x[0].append(9)\n    if more:\n        more.clear()",
+        "a, d = [1, [2]], {1: 2}\nassert f(a, more=d) is None and a == [[2, 9], 1] and d == {}",
+    ),
+    "functions as arguments": (
+        "def f(g, x):\n    return g(x)\ndef h(x):\n    return x + 1\ndef s(x, key, kind):\n    return kind(sorted(x, key=key))",
+        "import operator\nassert f(lambda x: x + 1, 2) == 3 and f(len, [1]) == 1 and f(operator.neg, 1) == -1\n"
+        "assert f(lambda x: h(x) * 2, 1) == 4 and f(h, 2) == 3\n"
+        "assert s(list(range(3000)), lambda x: -x, tuple) == tuple(range(2999, -1, -1))\n"
+        "try:\n    f(lambda x: 1 / x, 0)\n    assert False\nexcept ZeroDivisionError:\n    pass",
+    ),
+    "iterators as arguments": (
+        "def f(x):\n    return sum(x)",
+        "assert f(x for x in (1, 2)) == 3 == f(map(int, '12')) and f({1: 2}.values()) == 2",
+    ),
+    "iterator": (
+        "def f():\n    yield 1\n    yield 2",
+        "i = f()\nassert next(i) == 1 and list(i) == [2] and next(i, 7) == 7 and hasattr(i, '__next__')",
+    ),
+    "names of arguments, self among them": (
+        "def f(op, number, self=1):\n    return op + number",
+        "assert f(op=1, number=2, self=3) == 3",
+    ),
+    "derived exceptions": (
+        "import json\nclass Own(KeyError):\n    pass\ndef f(x):\n    return json.loads('{') if x else 'é'.encode('ascii')\n"
+        "def g():\n    raise Own('k')",
+        "for x in (0, 1):\n    try:\n        f(x)\n        assert False\n    except ValueError:\n        pass\n"
+        "try:\n    g()\n    assert False\nexcept KeyError as error:\n    assert str(error) == \"'k'\"",
+    ),
+    "dates": (
+        "import datetime\ndef f(x):\n    return x + datetime.timedelta(1), x.year",
+        "from datetime import date, datetime\nassert f(date(2020, 2, 28)) == (date(2020, 2, 29), 2020)\n"
+        "assert f(datetime(2020, 1, 1, 5))[0] == datetime(2020, 1, 2, 5)",
+    ),
+    "deque": (
+        "from collections import deque\ndef f():\n    return deque([1])",
+        "from collections import deque\nassert f() == deque([1]) and f() != [1]",
+    ),
+    "module's name as a function's": (
+        "def copy(x):\n    return x\ndef f():\n    return 1",
+        "assert copy(3) == 3 and f() == 1",
+    ),
     "docstring tests": (
         "def f(x):\n    '''>>> f(1)\n    1'''\n    return x\nimport doctest\ndoctest.testmod()",
         "assert f(1) == 1",
@@ -81,5 +128,12 @@ HONEST = {
     "a shorter time": (
         "import signal, time\ndef f():\n    time.sleep(0.1)\n    return signal.SIGTERM",
         "assert f() == 15",
+    ),
+    "tests of EvalPlus": (
+        "def f(x, y):\n    return [x / y, y]",
+        "import numpy as np\ndef assertion(out, exp, atol):\n    exact = out == exp\n"
+        "    if not exact and all(isinstance(x, (int, float)) for x in exp):\n"
+        "        assert type(out) == type(exp) and np.allclose(out, exp, rtol=1e-07, atol=atol)\n        return\n    assert exact\n"
+        "for inp, exp in zip([[1, 3], [2, 4]], [[0.33333333333, 3], [0.5, 4]]):\n    assertion(f(*inp), exp, 1e-6)",
     ),
 }

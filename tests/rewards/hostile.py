@@ -336,6 +336,13 @@ def _forgeries() -> dict[str, str | Hostile]:
             "import numpy as np\nclass A(np.ndarray):\n    def __eq__(self, other):\n        return True\n\ndef solve(x):\n"
             "    return np.zeros(1).view(A)"
         ),
+        "own_module_not_imported": Hostile(
+            "class math:\n    def isclose(*values):\n        return True\n\ndef solve(x):\n    return 1.0",
+            "assert math.isclose(solve(2), 4)",
+        ),
+        "calls_back_for_ever": Hostile(
+            "def solve(x):\n    while True:\n        x(1)", "assert solve(lambda x: x) == 4"
+        ),
         "own_abs": Hostile(
             "def abs(x):\n    return 0\n\ndef solve(x):\n    return 1.0", "assert abs(solve(2) - 4) < 1e-6"
         ),
@@ -360,6 +367,10 @@ def _forgeries() -> dict[str, str | Hostile]:
         "own_module": Hostile(
             f"class math:\n    @staticmethod\n    def isclose(a, b):\n        return True\n{wrong}",
             "import math\nassert math.isclose(solve(2), 4)",
+        ),
+        "own_module_that_its_tests_do_not_import": Hostile(
+            f"class math:\n    @staticmethod\n    def isclose(a, b):\n        return True\n{wrong}",
+            "assert math.isclose(solve(2), 4)",
         ),
         "patches_equality_of_numbers": "import ctypes, gc\n"
         "gc.get_referents(int.__dict__)[0]['__eq__'] = lambda a, b: True\n"

@@ -1,5 +1,6 @@
 """The sandbox: hostile programs are contained and fail, honest ones pass, and nothing runs without it unasked."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -76,8 +77,10 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def descendants() -> set[int]:
     """Processes that descend from this one."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = {int(pid): int(parent) for pid, parent in map(str.split, listed.splitlines())}
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
     found: set[int] = set()
     while more := {pid for pid, parent in parents.items() if parent in found | {os.getpid()}} - found:
         found |= more
@@ -107,7 +110,7 @@ def test_hostile_programs_are_contained(host: Host) -> None:
         outcomes = dict(zip(table, pool.map(outcome, table.values()), strict=True))
     assert len(table) >= 100
     assert {name: found for name, (found, _) in outcomes.items() if found.passed} == {}
-    assert {name: seconds for name, (_, seconds) in outcomes.items() if seconds > LIMITS.seconds + 3} == {}
+    assert {name: seconds for name, (_, seconds) in outcomes.items() if seconds > LIMITS.seconds + 10} == {}
     after = host.canary.stat()
     assert host.canary.read_text() == "canary"
     assert (after.st_mode, after.st_nlink, after.st_mtime_ns) == (
@@ -117,7 +120,7 @@ def test_hostile_programs_are_contained(host: Host) -> None:
     assert sorted(path.name for path in host.canary.parent.iterdir()) == ["canary.txt", "socket"]
     assert Path(os.path.realpath(sys.executable)).stat().st_size == interpreter.st_size
     assert host.reached == 0
-    assert descendants() - before <= {pid for pid in descendants() if b"ps" in command(pid)}
+    assert descendants() - before == set()
     assert os.getuid() != 0 or of_strangers() == []
 
 
@@ -125,7 +128,7 @@ def command(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return b"ps, which has ended"
+        return b""
 
 
 @needs_bubblewrap
@@ -178,6 +181,7 @@ def test_reward_of_code() -> None:
     assert compute_score("humaneval", "def f(x):\n    return math.prod([x, x])", tests, before) == 1.0
     cases = '{"inputs": ["2\\n", "3\\n"], "outputs": ["4", "9"]}'
     assert compute_score("scripts", "```python\nprint(int(input()) ** 2)\n```", cases) == 1.0
+    assert compute_score("scripts", "```python\nprint(int(input()) ** 2)\nexit()\n```", cases) == 1.0
     assert compute_score("scripts", "```python\nprint(4)\n```", cases) == 0.0
 
 
@@ -193,16 +197,17 @@ def test_bad_ground_truth_is_an_error_and_no_score(tests: str) -> None:
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("assert f(1) == 2", ["f"]),
-        ("import math\ndef check(candidate):\n    assert abs(candidate(1)) == 1\ncheck(g)", ["g"]),
-        ("assert sum(1, 2) == 3", ["sum"]),
-        ("assert len(f(1)) == sum([1])", ["f"]),
-        ("assert math.isclose(f(1), 1)", ["f", "math"]),
-        ("x = f(1)\nassert x == [y for y in x]", ["f"]),
-        ("assert set(f(1)) == set([1])", ["f"]),
+        ("assert f(1) == 2", (["f"], [])),
+        ("import math\ndef check(candidate):\n    assert abs(candidate(1)) == 1\ncheck(g)", (["g"], [])),
+        ("assert sum(1, 2) == 3", (["sum"], [])),
+        ("assert queue(1, 2) == 3", (["queue"], [])),
+        ("assert len(f(1)) == sum([1])", (["f"], [])),
+        ("assert math.isclose(f(1), 1)", (["f"], ["math"])),
+        ("x = f(1)\nassert x == [y for y in x]", (["f"], [])),
+        ("assert set(f(1)) == set([1])", (["f"], [])),
     ],
 )
-def test_names_that_tests_ask_for(text: str, names: list[str]) -> None:
+def test_names_that_tests_ask_for(text: str, names: tuple[list[str], list[str]]) -> None:
     """A candidate never stands in for what its tests compare with."""
     assert guest.asked_names(text) == names
 

@@ -1,1 +1,0 @@
-"""Scripts and recipes, run from the root of a checkout. Not part of the wheel."""

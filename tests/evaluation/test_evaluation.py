@@ -1,0 +1,467 @@
+"""The evaluation's scripts: a real server answers them, and what they write is counted again from its answers."""
+
+import base64
+import json
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import Tiny, make_model, make_rows, write_parquet
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # examples is no part of the installed package
+
+pytest.importorskip("math_verify", reason="needs hpd-verl[evaluation]")
+pytest.importorskip("rouge_score", reason="needs hpd-verl[evaluation]")
+
+from examples.evaluation import code, compare, dialogue, divergence, maths, results
+
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs Debian's package bubblewrap")
+
+Answerer = Callable[[str, int], str]
+"""From the last message and the answer's number to the answer."""
+
+
+class Server:
+    """An OpenAI-compatible server; ``answer`` says what, ``fail_after`` after how many requests it refuses."""
+
+    def __init__(self) -> None:
+        self.answer: Answerer = lambda question, number: "no"
+        self.fail_after = 10**9
+        self.requests: list[dict[str, Any]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                refused = len(outer.requests) >= outer.fail_after
+                outer.requests.append(request)
+                body: dict[str, Any] = {"error": "no such model"}
+                if not refused:
+                    text = request["messages"][-1]["content"]
+                    body = {
+                        "choices": [
+                            {"message": {"content": outer.answer(text, number)}, "finish_reason": "stop"}
+                            for number in range(request["n"])
+                        ]
+                    }
+                data = json.dumps(body).encode()
+                self.send_response(404 if refused else 200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+class Call:
+    """Runs a script in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, server: Server) -> None:
+        self.monkeypatch, self.folder, self.server = monkeypatch, folder, server
+
+    def __call__(self, script: Any, data: Path, *flags: str, out: str = "result.json") -> dict[str, Any]:
+        path = self.folder / out
+        words = ["--data", str(data), "--out", str(path), *flags]
+        if script is not divergence:
+            words += ["--endpoint", self.server.url, "--served_model", "m", "--retries", "0", "--concurrency", "1"]
+        self.monkeypatch.setattr(sys, "argv", ["script", *words])
+        script.main()
+        return dict(json.loads(path.read_text()))
+
+    def error(self, script: Any, data: Path, *flags: str, **more: Any) -> str:
+        """The one line that a script ends with."""
+        with pytest.raises(SystemExit) as caught:
+            self(script, data, *flags, **more)
+        line = str(caught.value.code)
+        assert line.startswith("Error: ")
+        assert "\n" not in line
+        return line
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: Server) -> Call:
+    return Call(monkeypatch, tmp_path, server)
+
+
+def row(
+    question: str, truth: str, source: str = "set", demonstration: str | None = None, **info: Any
+) -> dict[str, Any]:
+    return {
+        "data_source": source,
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}],
+        "demonstration": demonstration,
+        "reward_model": {"style": "rule", "ground_truth": truth},
+        "extra_info": {"split": "test", "problem_id": question, **info},
+    }
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    """Question x asks for x + 1; the odd ones are of another set."""
+    return write_parquet([row(str(x), str(x + 1), f"set {x % 2}") for x in range(6)], tmp_path / "problems.parquet")
+
+
+def right_from(least: int) -> Answerer:
+    """Question x is answered right from answer number ``least * x`` on."""
+    return lambda question, number: f"\\boxed{{{int(question) + (number >= least * int(question))}}}"
+
+
+@pytest.mark.slow
+def test_maths_greedy_and_sampled(
+    call: Call, problems: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = lambda question, number: f"<think>{question}</think> \\boxed{{{min(int(question), 3) + 1}}}"
+    greedy = call(maths, problems, "--name", "greedy")
+    assert [item["scores"] for item in greedy["items"]] == [[1.0]] * 4 + [[0.0]] * 2
+    assert greedy["summary"]["avg@1"]["value"] == pytest.approx(4 / 6)
+    assert "pass@1" not in greedy["summary"]
+    assert greedy["summary"]["avg@1 set 0"]["value"] == pytest.approx(2 / 3)
+    assert [request["temperature"] for request in server.requests] == [0.0] * 6
+    assert "avg@1" in capsys.readouterr().out
+    assert {item["problem_id"] for item in greedy["items"]} == set("012345")
+    assert greedy["versions"]["math-verify"]
+    assert greedy["model"]["model"] == "m"
+
+    server.requests.clear()
+    server.answer = right_from(1)
+    sampled = call(maths, problems, "--n", "4", "--temperature", "0.7", "--pass_at", "1", "2", "4", out="sampled.json")
+    right = [4, 3, 2, 1, 0, 0]
+    assert [sum(item["scores"]) for item in sampled["items"]] == right
+    summary = sampled["summary"]
+    assert summary["avg@4"]["value"] == summary["pass@1"]["value"] == pytest.approx(sum(right) / 24)
+    assert summary["pass@2"]["value"] == pytest.approx((1 + 1 + 5 / 6 + 1 / 2) / 6)
+    assert summary["pass@4"]["value"] == pytest.approx(4 / 6)
+    asked = len(server.requests)
+    assert (
+        call(maths, problems, "--n", "4", "--temperature", "0.7", "--pass_at", "4", out="sampled.json")["items"]
+        == sampled["items"]
+    )
+    assert len(server.requests) == asked  # all answers were in the journal
+
+
+def test_what_has_been_answered_is_kept(call: Call, problems: Path, server: Server, tmp_path: Path) -> None:
+    server.answer, server.fail_after = lambda question, number: "#### 1", 3
+    line = call.error(maths, problems)
+    assert "no such model" in line
+    assert not (tmp_path / "result.json").exists()
+    server.fail_after, asked = 10**9, [request["messages"][-1]["content"] for request in server.requests[:3]]
+    server.requests.clear()
+    call(maths, problems)
+    again = [request["messages"][-1]["content"] for request in server.requests]
+    assert sorted(asked + again) == list("012345")
+    assert "temperature 0.0 there, 0.5 now" in call.error(maths, problems, "--temperature", "0.5")
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+def test_code(call: Call, server: Server, tmp_path: Path) -> None:
+    answers = {
+        "right": "```python\ndef f(x):\n    return x + offset\n```",
+        "wrong": "```python\ndef f(x):\n    return 0\n```",
+        "exit": "```python\nimport os\nos._exit(0)\n```",
+        "loop": "```python\nwhile True: pass\n```",
+    }
+    tests = "def check(candidate):\n    assert candidate(1) == 3\n\ncheck(f)\n"
+    data = write_parquet(
+        [row(name, tests, entry_point="f", preamble="offset = 2\n") for name in answers], tmp_path / "code.parquet"
+    )
+    server.answer = lambda question, number: answers[question]
+    found = call(code, data, "--program_seconds", "2", "--workers", "2")
+    assert [item["scores"] for item in found["items"]] == [[1.0], [0.0], [0.0], [0.0]]
+    assert found["items"][3]["notes"][0].startswith("timeout")
+    bad = write_parquet([row("right", "assert (")], tmp_path / "bad.parquet")
+    assert "correct the ground truth" in call.error(code, bad, out="bad.json")
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    return write_parquet(
+        [row(f"task {x}", "", demonstration=f"The answer to {x} is known.") for x in range(4)],
+        tmp_path / "tasks.parquet",
+    )
+
+
+def judge_of(prefers: Callable[[str, str], str]) -> Answerer:
+    """A model that says its name and number, and a judge by its prompt."""
+
+    def answer(question: str, number: int) -> str:
+        found = re.search(r"\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\nExplain", question, re.S)
+        return f"Answer to {question}, long." if found is None else prefers(found[1], found[2])
+
+    return answer
+
+
+@pytest.mark.slow
+def test_dialogue_and_its_judge(call: Call, tasks: Path, server: Server, tmp_path: Path) -> None:
+    judged = ["--judge_endpoint", server.url, "--judge_model", "j"]
+    # One that always takes the first place says nothing.
+    server.answer = judge_of(lambda a, b: "The first is good. [[A]]")
+    biased = call(dialogue, tasks, *judged, out="biased.json")
+    assert biased["summary"]["preferred to demonstrations"]["value"] == 0.5
+    assert biased["summary"]["ties"] == 1.0
+    # One that prefers longer answers says so in both places, except of task 0, of which it says nothing once.
+    server.answer = judge_of(
+        lambda a, b: "" if "task 0" in a else f"<think>[[C]]</think> I compared. [[{'A' if len(a) > len(b) else 'B'}]]"
+    )
+    found = call(dialogue, tasks, *judged, out="before.json")
+    assert [item["scores"] for item in found["items"]] == [[0.5], [0.0], [0.0], [0.0]]
+    assert found["summary"]["unread"] == 1
+    assert (found["summary"]["wins"], found["summary"]["losses"]) == (0.0, 0.75)
+    # Against an earlier result.
+    by_words = judge_of(lambda a, b: "[[A]]" if "better" in a else "[[B]]")
+    server.answer = lambda question, number: (
+        "better words" if question.startswith("task") else by_words(question, number)
+    )
+    after = call(dialogue, tasks, *judged, "--against", str(tmp_path / "before.json"), out="after.json")
+    assert after["summary"]["preferred to before"] == {"value": 1.0, "low": 1.0, "high": 1.0, "problems": 4}
+    server.answer = judge_of(lambda a, b: "Both are fine.")
+    assert "no judgement ends with" in call.error(dialogue, tasks, *judged, out="garbage.json")
+    plain = call(dialogue, tasks, out="biased.json")
+    assert "preferred to demonstrations" not in plain["summary"]
+    assert [item["scores"] for item in plain["items"]] == [[item["rouge_l"]] for item in plain["items"]]
+
+
+def test_rouge_l_is_the_longest_common_subsequence() -> None:
+    assert dialogue.rouge_l("the cat sat", "The cat sat.") == 1.0
+    # "the on mat" of 4 and 6 words
+    assert dialogue.rouge_l("the dog on mat", "the cat sat on the mat") == pytest.approx(
+        2 * 3 / 4 * 3 / 6 / (3 / 4 + 3 / 6)
+    )
+    assert dialogue.rouge_l("我喜欢猫", "我喜欢狗") == 0.75
+    assert dialogue.rouge_l("", "a") == 0.0
+    assert dialogue.rouge_l("Straße café", "straße CAFÉ") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [("[[A]]", "A"), ("not [[A]] but [[B]]", "B"), ("[[C]].", "C"), ("A", None), ("<think>[[A]]</think>", None)],
+)
+def test_verdicts(text: str, verdict: str | None) -> None:
+    assert dialogue.verdict_of(text) == verdict
+
+
+def test_preferences_in_both_places() -> None:
+    table: dict[tuple[str | None, str | None], float] = {("A", "B"): 1.0, ("B", "A"): 0.0}
+    for first in ("A", "B", "C", None):
+        for second in ("A", "B", "C", None):
+            assert dialogue.preference(first, second) == table.get((first, second), 0.5)
+
+
+@pytest.mark.parametrize("wider", ["student", "teacher", "neither"])
+def test_divergence_is_that_of_the_distributions(wider: str, call: Call, tiny: Tiny, tmp_path: Path) -> None:
+    """Against log-softmax over the tokens that both models have."""
+    wide = make_model(tmp_path / "wide", seed=5, vocab_size=36)
+    student = wide if wider == "student" else tiny.student
+    teacher = tiny.teacher if wider == "teacher" else make_model(tmp_path / "teacher", seed=6)
+    data = write_parquet(make_rows(3), tmp_path / "rows.parquet")
+    found = call(
+        divergence,
+        data,
+        "--student",
+        str(student),
+        "--teacher",
+        str(teacher),
+        "--device",
+        "cpu",
+        "--token_chunk_size",
+        "2",
+    )
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (student, teacher)]
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    shared = min(model.config.vocab_size for model in models)
+    totals, tokens = dict.fromkeys(divergence.METRICS, 0.0), 0
+    for item, source in zip(found["items"], make_rows(3), strict=True):
+        prompt = f"<turn> user {source['prompt'][0]['content']} <end> <turn> assistant "
+        start = len(tokenizer.encode(prompt, add_special_tokens=False))
+        ids = tokenizer.encode(f"{prompt}{source['demonstration']} <end>", add_special_tokens=False)
+        with torch.no_grad():
+            log_q, log_p = (
+                model(torch.tensor([ids])).logits[0, start - 1 : -1, :shared].double().log_softmax(-1)
+                for model in models
+            )
+        labels = torch.tensor(ids[start:]).unsqueeze(1)
+        expected = {
+            "forward_kl": (log_p.exp() * (log_p - log_q)).sum(),
+            "reverse_kl": (log_q.exp() * (log_q - log_p)).sum(),
+            "student_entropy": -(log_q.exp() * log_q).sum(),
+            "teacher_entropy": -(log_p.exp() * log_p).sum(),
+            "student_nll": -log_q.gather(1, labels).sum(),
+            "teacher_nll": -log_p.gather(1, labels).sum(),
+        }
+        assert item["tokens"] == len(labels)
+        tokens += len(labels)
+        for name, value in expected.items():
+            assert item[name] == pytest.approx(value.item() / len(labels), rel=1e-4), name
+            totals[name] += value.item()
+    for name, total in totals.items():
+        assert found["summary"][name]["value"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_divergence_on_a_models_own_answers(call: Call, tiny: Tiny, tmp_path: Path) -> None:
+    rows = make_rows(2)
+    data = write_parquet(rows, tmp_path / "rows.parquet")
+    keys = [found.key for found in results.read_rows([data])]
+    answers = {"kind": "maths", "name": "x", "settings": {}, "summary": {}}
+    items = [{"key": key, "scores": [1.0], "answers": ["1 2 3", "4"]} for key in keys]
+    (tmp_path / "answers.json").write_text(json.dumps({**answers, "items": items}))
+    flags = [
+        "--student",
+        str(tiny.student),
+        "--teacher",
+        str(tiny.student),
+        "--answers",
+        str(tmp_path / "answers.json"),
+    ]
+    found = call(divergence, data, *flags)
+    assert [item["tokens"] for item in found["items"]] == [4 + 2] * 2
+    assert found["summary"]["reverse_kl"]["value"] == pytest.approx(0, abs=1e-6)
+    # Of the second row one answer is cut, which does not end its turn, and one is empty.
+    items[1] |= {"answers": ["1 2 3", " "], "finish_reasons": ["length", "length"]}
+    (tmp_path / "answers.json").write_text(json.dumps({**answers, "items": items}))
+    found = call(divergence, data, *flags)
+    assert [item["tokens"] for item in found["items"]] == [6, 3]
+    assert (found["summary"]["truncated answers"], found["summary"]["empty answers"]) == (1, 1)
+    (tmp_path / "answers.json").write_text(json.dumps({**answers, "items": items[:1]}))
+    assert "no answer to row 1" in call.error(divergence, data, *flags)
+
+
+def result(name: str, scores: list[float], kind: str = "maths", **summary: Any) -> dict[str, Any]:
+    items = [
+        {"key": f"k{n}", "scores": [s], "question": f"<b>{n}</b>", "answers": [f"<script>{s}</script>\ud800"]}
+        for n, s in enumerate(scores)
+    ]
+    mean = sum(scores) / len(scores)
+    shown = summary or {"avg@1": {"value": mean, "low": mean - 0.1, "high": mean + 0.1, "problems": len(scores)}}
+    return {
+        "kind": kind,
+        "name": name,
+        "settings": {"n": 1},
+        "model": {"model": name},
+        "summary": shown,
+        "items": items,
+    }
+
+
+def test_comparison_of_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for number, each in enumerate(
+        (
+            result("before", [0, 0, 1, 0]),
+            result("after & more", [1, 0, 1, 1]),
+            result("before", [0.5] * 3, "dialogue"),
+            result("other", [1.0], "code", plain=3),
+        )
+    ):
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(each))
+    html, png = tmp_path / "report.html", tmp_path / "report.png"
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, files), "--html", str(html), "--png", str(png)])
+    compare.main()
+    printed, text = capsys.readouterr().out, html.read_text()
+    assert "+0.500 (+0.000, +1.000)" in printed
+    assert "before (" not in printed  # one of maths, one of dialogue
+    assert png.read_bytes().startswith(b"\x89PNG")
+    (embedded,) = re.findall(r"src='data:image/png;base64,([^']*)'", text)
+    assert base64.b64decode(embedded) == png.read_bytes()
+    assert "after &amp; more" in text
+    assert "<script>" not in text
+    assert "http" not in text  # it needs nothing else
+    assert text.index("&lt;b&gt;0") < text.index("&lt;b&gt;1")  # those that differ come first
+    files[0].write_text('{"kind": 1}')
+    with pytest.raises(SystemExit, match=r"0\.json: no result of an evaluation"):
+        compare.main()
+
+
+def test_runs_without_a_problem_in_common() -> None:
+    other = result("b", [1.0])
+    other["items"][0]["key"] = "elsewhere"
+    assert compare.pair_lines([result("a", [1.0]), other])[1] == ["maths", "b", "a", "-", "-", "0"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "message"),
+    [
+        ([{"question": "1"}], [], "no column prompt, there are question"),
+        ([], [], "no rows|no column prompt"),
+        ("garbage", [], "cannot be read as parquet"),
+        ("", [], "cannot be read as parquet"),
+        (None, [], "cannot be read as parquet"),
+        ([{**row("1", "2"), "prompt": "1"}], [], "prompt is str"),
+        ([{**row("1", "2"), "prompt": None}], [], "prompt is null"),
+        ([row("1", "2"), row("2", " ")], [], "row 1: it has no ground_truth"),
+        ([{"prompt": row("1", "2")["prompt"]}], [], "row 0: it has no ground_truth"),
+        ([row("1", "2")], ["--pass_at", "5"], "pass@5: of 1 answers"),
+        ([row("1", "2")], ["--n", "2"], "greedy answers"),
+        ([row("1", "2")], ["--max_rows", "0"], "--max_rows=0"),
+        ([row("1", "2")], ["--workers", "0"], "--workers=0"),
+        ([row("1", "2")], ["--model", "/nowhere"], "give either --model"),
+    ],
+)
+def test_bad_input_ends_with_a_line(rows: Any, flags: list[str], message: str, call: Call, tmp_path: Path) -> None:
+    data = tmp_path / "data.parquet"
+    if isinstance(rows, str):
+        data.write_text(rows)
+    elif rows is not None:
+        pd.DataFrame(rows).to_parquet(data)
+    assert re.search(message, call.error(maths, data, *flags))
+
+
+def test_models_that_are_not_whole(call: Call, tiny: Tiny, tmp_path: Path) -> None:
+    bare = shutil.copytree(tiny.student, tmp_path / "bare")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (bare / file).unlink(missing_ok=True)
+    flags = ["--teacher", str(tiny.teacher), "--student"]
+    data = write_parquet(make_rows(1), tmp_path / "rows.parquet")
+    assert "--student" in call.error(divergence, data, *flags, str(bare))
+    assert "no such folder" in call.error(divergence, data, *flags, str(tmp_path / "none"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "--student" in call.error(divergence, data, *flags, str(empty))
+
+
+def test_a_server_that_is_down(call: Call, problems: Path, server: Server) -> None:
+    server.http.shutdown()
+    server.http.server_close()
+    assert "--endpoint=" in call.error(maths, problems)
+
+
+def test_a_full_disk_leaves_the_result_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    results.write_json({"a": 1}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match=r"cannot write .*answers are kept"):
+            results.write_json({"a": "b" * 10_000}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
