@@ -51,6 +51,8 @@ class Data:
             made = models.make_teacher(self.folder / "making_teacher", self.teacher, steps, rounds, round_steps)
             shutil.copytree(made, self.teacher_model)
             shutil.rmtree(self.folder / "making_teacher")
+        if all(self.rows(name, own).exists() for name in REGIMES for own in (False, True)):
+            return
         teacher = models.load(self.teacher_model)
         answers = measures.sample(teacher, self.student, samples=4, temperature=1.0, top_p=1.0, seed=7)
         rng = random.Random(1)

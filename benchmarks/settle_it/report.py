@@ -121,14 +121,14 @@ def regime_table(by_key: dict[Key, list[dict[str, Any]]]) -> list[str]:
     return lines + [text for _, text in sorted(rows)]
 
 
-def best_temperatures(by_key: dict[Key, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+def at_temperature_1(by_key: dict[Key, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
     """Each objective at temperature 1."""
     return {name: results for (name, temperature), results in by_key.items() if temperature == 1.0}
 
 
 def comparisons(regime: str, by_key: dict[Key, list[dict[str, Any]]]) -> list[str]:
     """HPD against those named in advance, at temperature 1, Holm's correction over them; then win, tie, loss of all."""
-    at_one = best_temperatures(by_key)
+    at_one = at_temperature_1(by_key)
     named = [(first, second) for first, second in COMPARED if first in at_one and second in at_one]
     found = [compare(matrix(at_one[first]), matrix(at_one[second])) for first, second in named]
     lines = ["| comparison | difference [95%] | p, Holm |", "|---|---|---|"]
@@ -152,7 +152,7 @@ def comparisons(regime: str, by_key: dict[Key, list[dict[str, Any]]]) -> list[st
 
 def draw(regime: str, by_key: dict[Key, list[dict[str, Any]]], file: Path) -> None:
     """Accuracy with intervals, and entropy and KL over training, at temperature 1."""
-    at_one = best_temperatures(by_key)
+    at_one = at_temperature_1(by_key)
     order = sorted(at_one, key=lambda name: matrix(at_one[name]).mean())
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), constrained_layout=True)
     for place, name in enumerate(order):
@@ -171,7 +171,8 @@ def draw(regime: str, by_key: dict[Key, list[dict[str, Any]]], file: Path) -> No
         axis.set_title(
             {"entropy": "entropy on demonstrations", "reverse_kl_k1": "KL(q, p), one sample"}[measure], fontsize=10
         )
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

@@ -27,7 +27,8 @@ from tqdm import tqdm  # noqa: E402
 
 from settle_it import grid, jobs  # noqa: E402
 
-FAST = {"regimes": ["small"], "objectives": ["sft", "hpd"], "seeds": 1, "steps": 20, "teacher": (60, 1, 20)}
+TEACHER = (1500, 2, 300)
+"""Supervised steps, rounds on its own correct answers, steps of a round."""
 
 
 def run_all(pool: ProcessPoolExecutor, named: str, todo: Sequence[grid.Job], folder: Path) -> list[dict[str, Any]]:
@@ -58,10 +59,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of the regime's")
     parser.add_argument("--fast", action="store_true", help="few of everything")
     arguments = parser.parse_args()
-    teacher = (1500, 2, 300)
+    teacher = TEACHER
     if arguments.fast:
-        arguments.regimes, arguments.objectives = FAST["regimes"], FAST["objectives"]
-        arguments.seeds, arguments.steps, teacher = FAST["seeds"], FAST["steps"], FAST["teacher"]
+        arguments.regimes, arguments.objectives, arguments.seeds, arguments.steps = ["small"], ["sft", "hpd"], 1, 20
+        teacher = (60, 1, 20)
 
     with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(prepare, arguments.out, *teacher).result()

@@ -70,7 +70,8 @@ def apply(value: int, op: str, digit: int) -> int:
 
 def draw_problems(count: int, seed: int, excluded: Iterable[Problem] = ()) -> list[Problem]:
     """Distinct random problems, none of them excluded."""
-    rng, found, out = random.Random(seed), set(excluded), []
+    rng, found = random.Random(seed), set(excluded)
+    out: list[Problem] = []
     while len(out) < count:
         steps = tuple((rng.choice(list(OPERATIONS)), rng.choice(OPERANDS)) for _ in range(rng.randint(*STEPS)))
         problem = Problem(rng.randrange(MODULUS), steps)
