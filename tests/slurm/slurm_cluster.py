@@ -90,7 +90,7 @@ class Slurm:
     def submit(self, *command: str, **variables: str) -> str:
         """Submit one task on each of both nodes, with a log of its own; the job's number."""
         log = self.folder / "%j.log"
-        options = ("--parsable", "--nodes=2", "--gpus-per-node=0", "--cpus-per-task=8", "--time=5", f"--output={log}")
+        options = ("--parsable", "--nodes=2", "--gpus-per-node=0", "--cpus-per-task=8", "--time=30", f"--output={log}")
         return self.run("sbatch", *options, *command, **variables).strip()
 
     def job(self, number: str) -> dict[str, str]:
@@ -98,7 +98,7 @@ class Slurm:
 
     def log(self, number: str) -> str:
         file = self.folder / f"{number}.log"
-        return file.read_text() if file.exists() else ""
+        return file.read_text(errors="replace") if file.exists() else ""
 
     def wait_for_text(self, number: str, text: str, seconds: float = 180, times: int = 1) -> None:
         wait_until(lambda: self.log(number).count(text) >= times, seconds, lambda: self.log(number)[-5000:])

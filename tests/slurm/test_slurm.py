@@ -182,7 +182,7 @@ def steps(log: str) -> list[int]:
 
 @pytest.mark.slow
 def test_the_lean_trainer_survives_preemption(slurm: Slurm, tiny: Tiny) -> None:
-    """One run of an array job on two nodes, ended as by preemption: no step is lost or made twice."""
+    """One run of an array job on two nodes, preempted by a job of another partition: no step is lost or made twice."""
     (slurm.folder / "sweep.txt").write_text("optim.lr=1e-3\noptim.lr=1e-2 'trainer.project_name=two words'\n")
     array = slurm.submit(
         "--array=2",
@@ -204,7 +204,8 @@ def test_the_lean_trainer_survives_preemption(slurm: Slurm, tiny: Tiny) -> None:
     )
     job = slurm.job(f"{array}_2")["JobId"]
     wait_until(lambda: len(steps(slurm.log(job))) >= 5, 200, lambda: slurm.log(job)[-5000:])
-    slurm.run("scancel", "--signal=TERM", job)  # what preemption with a grace time sends: to the steps
+    urgent = slurm.submit("--partition=high", "--exclusive", "--wrap=true")
+    assert slurm.wait_for_end(urgent)["JobState"] == "COMPLETED"
     slurm.wait_for_text(job, "Requeued")
     first = steps(slurm.log(job))
     assert 5 <= len(first) < 40
