@@ -76,8 +76,8 @@ def test_killed_run_resumes_to_the_same_losses(run_main_ppo: RunMainPPO, tmp_pat
 
     After SIGTERM from the step that was under way. With room for one checkpoint, of which old ones are removed whole.
     """
-    overrides = ("trainer.total_training_steps=60", "trainer.total_epochs=100", "trainer.save_freq=20")
-    overrides += ("trainer.max_actor_ckpt_to_keep=1",)
+    steps = ("trainer.total_training_steps=60", "trainer.total_epochs=100")
+    overrides = (*steps, "trainer.save_freq=20", "trainer.max_actor_ckpt_to_keep=1")
     killed = run_main_ppo(*overrides, kill_after_step=36)
     assert killed.returncode != 0
     # As a kill in the middle of a save leaves it: a newer folder without its end, and an empty tracker.
