@@ -480,7 +480,10 @@ def export(
     scores = {} if score is None else read_scores(score)
     settings = read_settings(folder)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"OUT={out}: cannot be written ({error.strerror}); choose another folder") from error
     try:
         written = write_model(folder, partial, DTYPES[dtype], lora, settings)
         card = partial / "README.md"

@@ -219,6 +219,13 @@ def test_scores_of_any_nesting(tmp_path: Path) -> None:
             read_scores(file)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "run", tiny.student, 1, actor=True, shards=True, weights=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"OUT=.*/file/out: cannot be written \(Not a directory\); choose another"):
+        export(tmp_path / "run", tmp_path / "file" / "out")
+
+
 @pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
     """The command, with a limit to a file's size in place of the disk's: one line, and no folder."""

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -225,11 +224,3 @@ def test_arguments_are_needed(slurm: Slurm, script: str, line: str) -> None:
     job = slurm.submit(str(SCRIPTS / f"{script}.sbatch"))
     assert slurm.wait_for_end(job)["ExitCode"] == "2:0"
     assert slurm.log(job).startswith(line)
-
-
-def test_shellcheck_finds_nothing() -> None:
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
-    files = [SCRIPTS / "job.sh", *sorted(SCRIPTS.glob("*.sbatch"))]
-    found = subprocess.run(["shellcheck", "-x", *files], cwd=EXAMPLES.parent, capture_output=True, text=True)
-    assert found.stdout + found.stderr == ""
