@@ -1,18 +1,27 @@
-"""benchmarks/settle_it: the task, the grid and the statistics of its report. The whole is run by hand."""
+"""benchmarks/settle_it: the task, the grid, the candidates, statistics, report, and a small run of the whole."""
 
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from settle_it import grid, task
-from settle_it.report import compare, holm, interval, resampled_means, write_report
+from settle_it.report import PAGE, filled, tables, write_report
+from settle_it.results import FOLDER, Results
+from settle_it.statistics import compare, estimate, holm, pass_at, right_shares
+
+from hpd_verl.objectives import VocabularyLogProbs, find_objective
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_problems_are_disjoint_and_the_same_from_a_seed() -> None:
@@ -57,11 +66,91 @@ def test_scores(text: str, score: float) -> None:
     assert task.score(problem, text) == score
 
 
+def rate_of_each(suite: grid.Suite) -> dict[tuple[str, str], float]:
+    """A learning rate for whatever a suite may ask."""
+    return {(regime, name): 8e-3 for regime in grid.REGIMES for name in grid.METHODS}
+
+
 def test_jobs_are_told_apart() -> None:
-    jobs = grid.tuning_jobs(list(grid.REGIMES), list(grid.OBJECTIVES))
-    jobs += grid.final_jobs({(job.regime, job.objective, job.temperature): job.rate for job in jobs}, grid.SEEDS)
+    jobs = [job for suite in grid.SUITES for job in grid.tuning_jobs(suite)]
+    jobs += [job for suite in grid.SUITES for job in grid.test_jobs(suite, rate_of_each(suite))]
     assert len({job.key for job in jobs}) == len(jobs)
     assert not set(grid.SEEDS) & set(grid.TUNING_SEEDS)
+    assert not set(grid.FRESH_SEEDS) & {*grid.SEEDS, *grid.TUNING_SEEDS}
+
+
+def test_every_method_of_the_grid_has_a_suite() -> None:
+    assert {name for suite in grid.SUITES for name in suite.methods} == set(grid.METHODS)
+
+
+def test_a_best_rate_at_an_edge_gets_the_next_one() -> None:
+    suite = grid.Suite("one", {"hpd": grid.METHODS["hpd"]}, ("small", "warm"))
+    jobs = list(grid.wider_jobs(suite, {("small", "hpd"): 1.6e-2, ("warm", "hpd"): 8e-3, ("small", "fkl"): 3e-3}))
+    assert {(job.regime, job.method, job.rate) for job in jobs} == {("small", "hpd", 3.2e-2)}
+    assert {job.seed for job in jobs} == set(grid.TUNING_SEEDS)
+
+
+def test_results_go_on_after_a_torn_line(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    for seed, accuracy in ((101, 0.5), (102, 0.7)):
+        job = vars(grid.Job("small", "hpd", 8e-3, seed, "validation"))
+        results.add("core", {"job": job, "validation": accuracy})
+    with open(tmp_path / "core.jsonl", "a") as file:
+        file.write('{"job": {"reg')
+    again = Results(tmp_path)
+    assert len(again.by_key) == 2
+    assert grid.Job("small", "hpd", 8e-3, 101, "validation") in again
+    assert again.validation_means() == {("small", "hpd"): {8e-3: pytest.approx(0.6)}}
+    again.add("core", {"job": vars(grid.Job("small", "hpd", 3e-3, 101, "validation")), "validation": 0.9})
+    assert Results(tmp_path).chosen_rates() == {("small", "hpd"): 3e-3}
+    assert Results(tmp_path).chosen_rates([8e-3]) == {("small", "hpd"): 8e-3}
+
+
+def of_logits(name: str, logits: torch.Tensor, teacher: torch.Tensor, at: float, **parameters: float) -> Any:
+    """Value of a candidate at a temperature, and the gradient in the logits that its weights stand for."""
+    log_q, log_p = (logits / at).log_softmax(-1), (teacher / at).log_softmax(-1)
+    labels = torch.arange(len(logits)) % logits.shape[1]
+    result = find_objective(f"{grid.CANDIDATES_FILE}:{name}")(VocabularyLogProbs(log_q, log_p, labels), **parameters)
+    total = result.weights.sum(-1, keepdim=True)
+    return result.value.sum(), (total * log_q.exp() - result.weights) / at
+
+
+def test_candidates_have_the_gradients_of_their_definitions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = 3 * torch.randn(2, 20, 9, generator=generator, dtype=torch.float64)
+    logits.requires_grad_(True)
+    q, p = logits.log_softmax(-1), teacher.log_softmax(-1)
+    hot_q, hot_p = (logits / 2).log_softmax(-1), (teacher / 2).log_softmax(-1)
+
+    def kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return (first.exp() * (first - second)).sum()
+
+    both = 0.75 * kl(hot_p, hot_q) + 0.25 * kl(p, q)
+    value, gradient = of_logits("two_temperatures", logits.detach(), teacher, 2.0, temperature=2.0, share=0.25)
+    torch.testing.assert_close(value, both.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(both, logits, retain_graph=True)[0])
+
+    soft = -((p + 0.25 * q.detach()).exp() * q).sum()
+    value, gradient = of_logits("power", logits.detach(), teacher, 1.0, power=0.25)
+    torch.testing.assert_close(value, soft.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(soft, logits, retain_graph=True)[0])
+
+    labels = torch.arange(20) % 9
+    label = -((p + 0.25 * q.detach()).exp() * q).gather(1, labels.unsqueeze(1)).sum()
+    value, gradient = of_logits("power_label", logits.detach(), teacher, 1.0, power=0.25)
+    torch.testing.assert_close(value, label.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(label, logits, retain_graph=True)[0])
+
+    loss = kl(p, q)
+    for row in range(20):  # over the fewest most likely tokens that hold the mass
+        order = teacher[row].argsort(descending=True)
+        count = int((p[row].exp()[order].cumsum(0) < 0.9).sum()) + 1
+        inside = order[:count]
+        head_q, head_p = (logits[row, inside] / 2).log_softmax(-1), (teacher[row, inside] / 2).log_softmax(-1)
+        loss = loss + 2 * kl(head_p, head_q)
+    value, gradient = of_logits("tempered_head", logits.detach(), teacher, 1.0, temperature=2.0, mass=0.9)
+    torch.testing.assert_close(value, loss.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss, logits)[0])
 
 
 def test_holm() -> None:
@@ -74,37 +163,79 @@ def test_a_comparison_is_paired() -> None:
     rng = np.random.default_rng(0)
     scores = rng.uniform(0, 0.9, size=(5, 60))
     found = compare(scores + 0.05, scores)
-    assert found["difference"] == pytest.approx(0.05)
-    assert (found["low"], found["high"]) == pytest.approx((0.05, 0.05))
-    low, high = interval(resampled_means(scores))
-    assert low < scores.mean() < high
-    assert compare(scores, scores)["p"] == 1
+    assert found.difference == pytest.approx(0.05)
+    assert (found.low, found.high) == pytest.approx((0.05, 0.05))
+    assert found.verdict == "better"
+    value = estimate(scores)
+    assert value.low < scores.mean() < value.high
+    assert compare(scores, scores).p == 1
 
 
-def result(objective: str, seed: int, shift: float) -> dict[str, Any]:
+def test_pass_at_k_is_that_of_all_choices() -> None:
+    results = [{"sampled": "0382"}]
+    assert right_shares(results, "sampled", 8).tolist() == [[0, 3 / 8, 1, 2 / 8]]
+    # Of 28 pairs of 8 answers, 10 have none of 3 right ones and 15 none of 2.
+    assert pass_at(results, "sampled", 8, 2)[0] == pytest.approx([0, 1 - 10 / 28, 1, 1 - 15 / 28])
+
+
+def result(method: str, regime: str, seed: int, right: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
-    scores = list(np.clip(rng.uniform(0, 0.8, 20) + shift, 0, 1))
-    job = {"regime": "small", "objective": objective, "temperature": 1.0, "rate": 0.003, "seed": seed}
-    training = {"step": [1, 2], "entropy": [1.0, 0.5], "clipped_share": 0.1, "seconds_a_step": 0.1}
+    counts = np.clip(rng.integers(0, 7, 40) + right, 0, 8)
+    numbers = {"forward_kl": 0.1, "reverse_kl": 0.2, "entropy": 0.3}
     return {
-        "job": job | {"clip_grad": 1.0, "settings": []},
-        "test": {"greedy": scores, "sampled": scores, "tuned": scores},
-        "forward_kl": 0.1,
-        "reverse_kl": 0.2,
-        "entropy": 0.3,
-        "training": training,
+        "job": vars(grid.Job(regime, method, 8e-3, seed)),
+        "cpu_seconds": 5.0,
+        "greedy": "".join(str(int(count > 4)) for count in counts),
+        "sampled": "".join(map(str, counts)),
+        "tuned": "".join(map(str, counts)),
+        "decode_temperature": 0.7,
+        "held_out": numbers,
+        "rollouts": numbers,
+        "training": {"step": [1, 2], "entropy": [1.0, 0.5], "grad_norm_median": 1.0, "clipped_share": 0.1},
+        "rollout_entropy": [1.0, 0.9, 0.8, 0.7],
     }
 
 
 def test_a_report_is_written(tmp_path: Path) -> None:
-    results = tmp_path / "results"
-    results.mkdir()
-    for objective, shift in (("hpd", 0.2), ("sft", 0.0)):
+    results = Results(tmp_path / "results")
+    for method, right in (("hpd", 1), ("sft", 0), ("hpd unclipped", 1)):
         for seed in (1, 2):
-            (results / f"test_{objective}_{seed}.json").write_text(json.dumps(result(objective, seed, shift)))
+            results.add("core", result(method, "warm", seed, right))
     write_report(results, tmp_path / "report")
     text = (tmp_path / "report" / "evidence.md").read_text()
-    assert text.index("| hpd | 1 |") < text.index("| sft | 1 |")
-    assert "| hpd - sft | +0.2" in text
-    assert "- worse: sft" in text
-    assert (tmp_path / "report" / "small.png").stat().st_size > 1000
+    assert text.index("| `hpd` | 0.008 | 2 |") < text.index("| `sft` | 0.008 | 2 |")
+    assert "| `hpd` - `sft` | +" in text
+    assert "| `sft` |  | worse" in text
+    assert (tmp_path / "report" / "warm.png").stat().st_size > 1000
+
+
+def test_the_page_of_the_evidence_is_that_of_the_stored_results() -> None:
+    """``python benchmarks/settle_it/report.py`` was run after the results changed."""
+    page = PAGE.read_text()
+    assert filled(page, tables(Results(FOLDER))) == page
+    with pytest.raises(ValueError, match="there is no table 'nope'"):
+        filled("<!-- table nope --><!-- end -->", {"core": ""})
+
+
+@pytest.mark.slow
+def test_a_small_run_of_the_whole(tmp_path: Path) -> None:
+    """The command that runs everything, with two methods, one seed and few steps: it runs, and goes on."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "settle_it" / "run.py"), "--fast", "--out", str(tmp_path)]
+    command += ["--processes", "1"]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    file = tmp_path / "fast" / "results" / "fast.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    tested = [line for line in lines if line["job"]["split"] == "test"]
+    assert {line["job"]["method"] for line in tested} == {"sft", "hpd"}
+    for line in tested:
+        assert len(line["sampled"]) == len(line["greedy"]) == 16
+        assert set(line["sampled"]) <= set("012345678")
+        assert line["held_out"]["forward_kl"] > 0
+        assert len(line["rollout_entropy"]) == 4
+    assert (tmp_path / "fast" / "report" / "small.png").exists()
+    size = file.stat().st_size
+    again = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=800)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert file.stat().st_size == size

@@ -1,9 +1,11 @@
-"""What is run: regimes, objectives, learning rates and seeds, fixed before any test score was seen."""
+"""What is run: regimes, methods, learning rates and seeds, fixed before any test score was seen."""
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+CANDIDATES_FILE = Path(__file__).resolve().with_name("candidates.py")
 
 
 @dataclass(frozen=True)
@@ -17,39 +19,108 @@ class Regime:
 
 
 REGIMES = {
-    "small": Regime(demonstrations=256, steps=300, warm_steps=0),
-    "warm": Regime(demonstrations=512, steps=300, warm_steps=300),
-    "long": Regime(demonstrations=512, steps=900, warm_steps=0),
+    "small": Regime(demonstrations=256, steps=200, warm_steps=0),
+    "warm": Regime(demonstrations=512, steps=200, warm_steps=200),
+    "long": Regime(demonstrations=512, steps=600, warm_steps=0),
 }
+RATE_OF_REGIME = {"long": "small"}
+"""A regime that takes the learning rates chosen in another, whose students start as its own do."""
 
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "sft": {"objective": "sft"},
-    "seqkd": {"objective": "seqkd"},
-    "rkl": {"objective": "rkl"},
-    "jsd": {"objective": "jsd"},
-    "hpd": {"objective": "hpd"},
-    "hpd_no_sampling": {"objective": "hpd", "student_sampling": False},
-    "hpd_no_reinforcement": {"objective": "hpd", "reinforce_coef": 0.0},
-    "hpd_exact": {"objective": "hpd_exact"},
-    "fkl": {"objective": "fkl"},
-    "rkl_exact": {"objective": "rkl_exact"},
-    "jsd_exact": {"objective": "jsd_exact"},
-    "skew_fkl": {"objective": "skew_fkl"},
-    "skew_rkl": {"objective": "skew_rkl"},
-    "akl": {"objective": "akl"},
-    "abkd": {"objective": "abkd"},
-    "todi": {"objective": "todi"},
-    "sft_on_teacher": {"objective": "sft"},
+
+@dataclass(frozen=True)
+class Method:
+    """An objective with its settings: a line of the tables."""
+
+    objective: str
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Of ``algorithm.hpd``, beside ``objective``."""
+    temperature: float = 1.0
+    """Of both models, unless ``settings`` has a ``teacher_temperature``."""
+    from_teacher: bool = False
+    """It learns from the teacher's correct answers in place of the demonstrations."""
+    clip_grad: float = 1.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.objective != "sft"
+
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        return {"objective": self.objective, "temperature": self.temperature, **dict(self.settings)}
+
+
+def _candidate(name: str, temperature: float, parameters: Mapping[str, float], **settings: float) -> Method:
+    """An objective of ``candidates.py`` with its parameters, and settings of ``algorithm.hpd``."""
+    named = {f"{name}.{parameter}": value for parameter, value in parameters.items()}
+    return Method(f"{CANDIDATES_FILE}:{name}", tuple((named | settings).items()), temperature)
+
+
+AT_TEMPERATURE_1 = {
+    "sft": Method("sft"),
+    "seqkd": Method("seqkd"),
+    "hpd": Method("hpd"),
+    "hpd_no_sampling": Method("hpd", (("student_sampling", False),)),
+    "fkl": Method("fkl"),
+    "rkl_exact": Method("rkl_exact"),
+    "jsd_exact": Method("jsd_exact"),
+    "rkl": Method("rkl"),
+    "jsd": Method("jsd"),
+    "hpd_no_reinforcement": Method("hpd", (("reinforce_coef", 0.0),)),
+    "hpd_exact": Method("hpd_exact"),
+    "skew_fkl": Method("skew_fkl"),
+    "skew_rkl": Method("skew_rkl"),
+    "akl": Method("akl"),
+    "abkd": Method("abkd"),
+    "todi": Method("todi"),
+    "sft_on_teacher": Method("sft", from_teacher=True),
 }
-"""Name in the report to settings of ``algorithm.hpd``. ``sft_on_teacher`` learns from the teacher's correct answers."""
+CORE = ("sft", "seqkd", "hpd", "hpd_no_sampling", "fkl", "rkl_exact", "jsd_exact")
+"""What the candidate is compared with, and sft."""
+TEMPERATURES = (1.5, 2.0)
+"""Beside 1. An objective of the labels alone has none: it would only change what the student's logits mean."""
 
-TEACHER_ANSWERS = {"sft_on_teacher"}
-TEMPERATURES = (1.0, 1.5, 2.0)
-WITHOUT_TEMPERATURE = {"sft", "sft_on_teacher"}
-"""Objectives of the labels alone: a temperature there would only change what the student's logits mean."""
+HOTTER = {
+    f"{name} T{temperature:g}": replace(method, temperature=temperature)
+    for temperature in reversed(TEMPERATURES)
+    for name, method in AT_TEMPERATURE_1.items()
+    if method.needs_teacher
+}
+CANDIDATES = {
+    "fkl T3": Method("fkl", temperature=3.0),
+    "power 0.25 T2": _candidate("power", 2.0, {"power": 0.25}),
+    "power 0.4 T1.5, teacher 1": _candidate("power", 1.5, {"power": 0.4}, teacher_temperature=1.0),
+    "power_label 0.4 T1.5, teacher 1": _candidate("power_label", 1.5, {"power": 0.4}, teacher_temperature=1.0),
+    "two_temperatures 0.5 T2": _candidate("two_temperatures", 2.0, {"temperature": 2.0, "share": 0.5}),
+    "two_temperatures 0.25 T3": _candidate("two_temperatures", 3.0, {"temperature": 3.0, "share": 0.25}),
+    "tempered_head T2": _candidate("tempered_head", 1.0, {"temperature": 2.0, "mass": 0.999}),
+    "hellinger": Method("abkd", (("abkd.alpha", 0.5), ("abkd.beta", 0.5))),
+    "symmetric_kl T2": Method("symmetric_kl", temperature=2.0),
+}
+"""For a better objective, beside those above; chosen from on validation problems and tuning seeds alone."""
+
+SENSITIVITY = {
+    f"hpd forward {forward:g} reverse {reverse:g} reinforce {reinforce:g}": Method(
+        "hpd", (("forward_coef", forward), ("reverse_coef", reverse), ("reinforce_coef", reinforce))
+    )
+    for reinforce, pairs in {
+        1.0: [(forward, reverse) for forward in (0.5, 1.0, 2.0) for reverse in (0.5, 1.0, 2.0)],
+        0.0: [(1.0, 1.0)],
+        2.0: [(1.0, 1.0)],
+    }.items()
+    for forward, reverse in pairs
+}
+WITHOUT_CLIPPING = {
+    f"{name} unclipped": replace(AT_TEMPERATURE_1[name], clip_grad=1e9) for name in ("hpd", "fkl", "sft", "rkl_exact")
+}
+METHODS = AT_TEMPERATURE_1 | HOTTER | CANDIDATES | SENSITIVITY | WITHOUT_CLIPPING
+
 RATES = (3e-3, 8e-3, 1.6e-2)
+WIDER_RATES = {3e-3: 1.5e-3, 1.6e-2: 3.2e-2}
+"""Tried too where the best of ``RATES`` is the lowest or the highest."""
 TUNING_SEEDS = (101, 102)
 SEEDS = (1, 2, 3, 4, 5)
+FRESH_SEEDS = (11, 12, 13, 14, 15)
+"""Of the confirmation, with problems that nothing was chosen on."""
 COMPARED = [("hpd", other) for other in ("fkl", "rkl_exact", "seqkd", "sft")]
 """Named in advance, for Holm's correction."""
 BATCH_SIZE = 32
@@ -63,48 +134,78 @@ class Job:
     """One student that is trained and measured."""
 
     regime: str
-    objective: str
-    temperature: float
+    method: str
     rate: float
     seed: int
     """Of the student's initialisation, the order of the rows and the draws."""
-    tuning: bool = False
-    """Measured on the validation problems, not on the test problems."""
-    clip_grad: float = 1.0
+    split: str = "test"
+    """Problems that it is measured on: validation, test, or fresh, which has training problems of its own."""
     steps: int | None = None
     """In place of the regime's."""
-    settings: tuple[tuple[str, Any], ...] = field(default=())
-    """More settings of ``algorithm.hpd``."""
 
     @property
     def key(self) -> str:
-        parts = [self.regime, self.objective, f"T{self.temperature:g}", f"lr{self.rate:g}", f"seed{self.seed}"]
-        parts += [f"clip{self.clip_grad:g}"] if self.clip_grad != 1.0 else []
-        parts += [f"{name}{value}" for name, value in self.settings]
-        return "_".join(["tuning" if self.tuning else "test", *parts])
+        steps = f" {self.steps} steps" if self.steps else ""
+        return f"{self.split} {self.regime}: {self.method} lr{self.rate:g} seed{self.seed}{steps}"
 
 
-def settings(objectives: list[str]) -> Iterator[tuple[str, float]]:
-    """Objectives at each of their temperatures."""
-    for name in objectives:
-        for temperature in (1.0,) if name in WITHOUT_TEMPERATURE else TEMPERATURES:
-            yield name, temperature
+@dataclass(frozen=True)
+class Suite:
+    """Jobs that are run together; results of suites before it may be read."""
+
+    name: str
+    methods: Mapping[str, Method]
+    regimes: tuple[str, ...] = ("small", "warm")
+    rates_of: Mapping[str, str] = field(default_factory=dict)
+    """Method to the method whose learning rate it takes, in place of tuning its own."""
+    seeds: tuple[int, ...] = SEEDS
+    """None: tuning only."""
+    split: str = "test"
 
 
-def tuning_jobs(regimes: list[str], objectives: list[str]) -> list[Job]:
-    """Every learning rate, on the tuning seeds."""
-    return [
-        Job(regime, name, temperature, rate, seed, tuning=True)
-        for regime, (name, temperature), rate, seed in itertools.product(
-            regimes, settings(objectives), RATES, TUNING_SEEDS
-        )
-    ]
+def _named(names: Iterable[str]) -> dict[str, Method]:
+    return {name: METHODS[name] for name in names}
 
 
-def final_jobs(chosen: dict[tuple[str, str, float], float], seeds: tuple[int, ...]) -> list[Job]:
-    """The chosen learning rate of each, on fresh seeds."""
-    return [
-        Job(regime, name, temperature, rate, seed)
-        for (regime, name, temperature), rate in chosen.items()
-        for seed in seeds
-    ]
+SUITES = [
+    Suite("core", _named([*CORE, "fkl T2", "hpd T2"])),
+    Suite("candidates", CANDIDATES, seeds=()),
+    Suite("objectives", _named(name for name in AT_TEMPERATURE_1 if name not in CORE)),
+    Suite("long", _named([*AT_TEMPERATURE_1, "fkl T2", "hpd T2"]), regimes=("long",)),
+    Suite("temperatures", _named(name for name in HOTTER if name not in ("fkl T2", "hpd T2"))),
+    Suite("sensitivity", SENSITIVITY, ("warm",), dict.fromkeys(SENSITIVITY, "hpd"), seeds=SEEDS[:3]),
+    Suite("clipping", WITHOUT_CLIPPING, ("warm",), {name: name.split()[0] for name in WITHOUT_CLIPPING}, SEEDS[:3]),
+]
+"""In the order in which they are run: what decides most comes first."""
+
+
+def tuning_jobs(suite: Suite, rates: Iterable[float] = RATES) -> Iterator[Job]:
+    """Every learning rate, on the tuning seeds, of the methods that have none from elsewhere."""
+    for regime in suite.regimes:
+        for method in suite.methods if regime not in RATE_OF_REGIME else ():
+            if method not in suite.rates_of:
+                for rate in rates:
+                    for seed in TUNING_SEEDS:
+                        yield Job(regime, method, rate, seed, "validation")
+
+
+Chosen = Mapping[tuple[str, str], float]
+"""Learning rate by regime and method."""
+
+
+def wider_jobs(suite: Suite, chosen: Chosen) -> Iterator[Job]:
+    """The next learning rate where the best of three is at an edge."""
+    for regime, method in chosen:
+        wider = WIDER_RATES.get(chosen[regime, method])
+        if wider is not None and method in suite.methods and regime in suite.regimes:
+            for seed in TUNING_SEEDS:
+                yield Job(regime, method, wider, seed, "validation")
+
+
+def test_jobs(suite: Suite, chosen: Chosen) -> Iterator[Job]:
+    """The chosen learning rate of each on fresh seeds; the first seed of everything comes first."""
+    for seed in suite.seeds:
+        for regime in suite.regimes:
+            for method in suite.methods:
+                rate = chosen[RATE_OF_REGIME.get(regime, regime), suite.rates_of.get(method, method)]
+                yield Job(regime, method, rate, seed, suite.split)

@@ -1,8 +1,9 @@
-"""One job: a student is made, trained and measured; the result is a small JSON file."""
+"""One job: a student is made, trained and measured."""
 
-import json
+import os
 import random
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 
 from settle_it import measures, models, task
-from settle_it.grid import BATCH_SIZE, DECODE_TEMPERATURES, OBJECTIVES, REGIMES, SAMPLES, TEACHER_ANSWERS, Job
+from settle_it.grid import BATCH_SIZE, DECODE_TEMPERATURES, METHODS, REGIMES, SAMPLES, Job
 
-COUNTS = {"teacher": 4096, "student": 1024, "validation": 128, "test": 128}
+COUNTS = {"teacher": 4096, "student": 512, "validation": 128, "test": 128, "fresh_student": 512, "fresh_test": 128}
 """Problems, disjoint: no problem of one is in another."""
+FEW = {"teacher": 128, "student": 64, "validation": 16, "test": 16, "fresh_student": 64, "fresh_test": 16}
+"""The same for a trial of the whole."""
 WARM_RATE = 3e-3
 
 
@@ -22,50 +25,52 @@ class Data:
 
     Args:
         folder: of the benchmark's run.
+        few: few problems, for a trial.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, few: bool = False) -> None:
         self.folder = folder
         drawn: list[task.Problem] = []
-        for number, (name, count) in enumerate(COUNTS.items()):
-            problems = task.draw_problems(count, seed=number, excluded=drawn)
-            drawn += problems
-            setattr(self, name, problems)
-
-    teacher: list[task.Problem]
-    student: list[task.Problem]
-    validation: list[task.Problem]
-    test: list[task.Problem]
+        self.problems: dict[str, list[task.Problem]] = {}
+        for number, (name, count) in enumerate((FEW if few else COUNTS).items()):
+            self.problems[name] = task.draw_problems(count, seed=number, excluded=drawn)
+            drawn += self.problems[name]
 
     @property
     def teacher_model(self) -> Path:
         return self.folder / "teacher"
 
-    def rows(self, regime: str, from_teacher: bool) -> Path:
-        """Training rows of a regime."""
-        return self.folder / "data" / f"{regime}{'_from_teacher' if from_teacher else ''}.parquet"
+    def rows(self, demonstrations: int, split: str, from_teacher: bool) -> Path:
+        """Training rows: those of the split ``fresh`` are of other problems."""
+        pool = "fresh_student" if split == "fresh" else "student"
+        return self.folder / "data" / f"{pool}_{demonstrations}{'_from_teacher' if from_teacher else ''}.parquet"
 
     def prepare(self, steps: int, rounds: int, round_steps: int) -> None:
         """The teacher and the training rows; what is there already stays."""
         if not self.teacher_model.exists():
-            made = models.make_teacher(self.folder / "making_teacher", self.teacher, steps, rounds, round_steps)
-            shutil.copytree(made, self.teacher_model)
-            shutil.rmtree(self.folder / "making_teacher")
-        if all(self.rows(name, own).exists() for name in REGIMES for own in (False, True)):
-            return
-        teacher = models.load(self.teacher_model)
-        answers = measures.sample(teacher, self.student, samples=4, temperature=1.0, top_p=1.0, seed=7)
-        rng = random.Random(1)
-        demonstrations = [task.demonstrate(problem, rng) for problem in self.student]
-        for name, regime in REGIMES.items():
-            count = regime.demonstrations
-            rows = [task.row(*each) for each in zip(self.student[:count], demonstrations, strict=False)]
-            task.write(self.rows(name, from_teacher=False), rows)
+            making = self.folder / "making_teacher"
+            made = models.make_teacher(making, self.problems["teacher"], steps, rounds, round_steps)
+            partial = self.teacher_model.with_name("teacher.partial")
+            shutil.copytree(made, partial, dirs_exist_ok=True)
+            partial.rename(self.teacher_model)
+            shutil.rmtree(making)
+        sizes = {regime.demonstrations for regime in REGIMES.values()}
+        for number, split in enumerate(("test", "fresh"), 1):
+            files = [self.rows(size, split, own) for size in sizes for own in (False, True)]
+            if all(file.exists() for file in files):
+                continue
+            problems = self.problems["fresh_student" if split == "fresh" else "student"]
+            rng = random.Random(number)
+            demonstrations = [task.demonstrate(problem, rng) for problem in problems]
+            answers = measures.sample(models.load(self.teacher_model), problems, 4, 1.0, top_p=1.0, seed=6 + number)
             correct = [
-                task.row(problem, next((text for text in texts if task.score(problem, text)), texts[0]))
-                for problem, texts in zip(self.student[:count], answers, strict=False)
+                next((text for text in texts if task.score(problem, text)), texts[0])
+                for problem, texts in zip(problems, answers, strict=True)
             ]
-            task.write(self.rows(name, from_teacher=True), correct)
+            for size in sizes:
+                for texts, own in ((demonstrations, False), (correct, True)):
+                    rows = [task.row(*each) for each in zip(problems[:size], texts, strict=False)]
+                    task.write(self.rows(size, split, own), rows)
 
     def initial_student(self, job: Job) -> Path:
         """The student that the job starts from: the same for all jobs of a regime and seed."""
@@ -73,77 +78,84 @@ class Data:
         folder = self.folder / "students" / f"{'warm' if regime.warm_steps else 'scratch'}_{job.seed}"
         if folder.exists():
             return folder
-        making = folder.with_name(f"{folder.name}_{job.key}")
+        making = folder.with_name(f"{folder.name}_{os.getpid()}")
         made = models.build_model(making / "init", models.STUDENT_HIDDEN, seed=job.seed)
         if regime.warm_steps:
             rng = random.Random(job.seed)
             rows = making / "rows.parquet"  # other problems than the distillation's
-            problems = rng.sample(self.teacher, 512)
+            teachers = self.problems["teacher"]
+            problems = rng.sample(teachers, min(512, len(teachers)))
             task.write(rows, [task.row(problem, task.demonstrate(problem, rng)) for problem in problems])
             steps = job.steps or regime.warm_steps
             sft = {"objective": "sft"}
-            made = models.train(making / "warm", made, None, rows, steps, BATCH_SIZE, WARM_RATE, job.seed, sft)
-        if not folder.exists():  # another process may have been faster
-            shutil.move(made, folder)
+            *_, made = models.train(making / "warm", made, None, rows, steps, BATCH_SIZE, WARM_RATE, job.seed, sft)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was faster
+            assert folder.exists()
         shutil.rmtree(making)
         return folder
 
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
-    """Train and measure; the result is also written to ``folder/results``."""
+    """Train and measure."""
     torch.set_num_threads(1)
-    out = folder / "results" / f"{job.key}.json"
-    if out.exists():
-        return json.loads(out.read_text())
-    data, regime = Data(folder), REGIMES[job.regime]
-    # A temperature is that of both models: teacher_temperature follows it.
-    chosen = OBJECTIVES[job.objective] | {"temperature": job.temperature} | dict(job.settings)
-    needs_teacher = chosen["objective"] != "sft"
-    working = folder / "working" / job.key
-    trained = models.train(
+    data, regime, method = Data(folder, few=job.steps is not None), REGIMES[job.regime], METHODS[job.method]
+    student = data.initial_student(job)
+    steps = job.steps or regime.steps
+    # Entropy in rollouts over the training: of one seed, for it costs generations.
+    follows = job.split == "test" and job.seed == 1
+    working = folder / "working" / str(os.getpid())
+    start = time.process_time()
+    checkpoints = models.train(
         working,
-        data.initial_student(job),
-        data.teacher_model if needs_teacher else None,
-        data.rows(job.regime, job.objective in TEACHER_ANSWERS),
-        job.steps or regime.steps,
+        student,
+        data.teacher_model if method.needs_teacher else None,
+        data.rows(regime.demonstrations, job.split, method.from_teacher),
+        steps,
         BATCH_SIZE,
         job.rate,
         job.seed,
-        chosen,
-        job.clip_grad,
+        method.all_settings,
+        method.clip_grad,
+        save_every=steps // 4 if follows else -1,
     )
-    result = {
-        "job": asdict(job),
-        **measure(models.load(trained), models.load(data.teacher_model), data, job),
-        "training": measures.curve(working / "metrics.jsonl", job.clip_grad),
-    }
-    shutil.rmtree(working)
-    out.parent.mkdir(exist_ok=True)
-    partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps(result))
-    partial.rename(out)
+    seconds = time.process_time() - start
+    trained = models.load(checkpoints[-1])
+    result: dict[str, Any] = {"job": asdict(job), "cpu_seconds": round(seconds, 2)}
+    if job.split == "validation":
+        counts = measures.right_answers(trained, data.problems["validation"], {0.7: SAMPLES // 2}, job.seed)
+        result["validation"] = round(sum(counts[0.7]) / len(counts[0.7]) / (SAMPLES // 2), 5)
+        return result
+    teacher = models.load(data.teacher_model)
+    test = data.problems["fresh_test" if job.split == "fresh" else "test"]
+    result |= accuracy(trained, data.problems["validation"], test, job.seed)
+    rng = random.Random(3)
+    held_out = [task.demonstrate(problem, rng, error_rate=0.0) for problem in test]
+    result["held_out"] = measures.divergences(trained, teacher, test, held_out)
+    result["rollouts"] = rollouts(trained, teacher, test, job.seed)
+    result["training"] = measures.curve(working / "metrics.jsonl", method.clip_grad)
+    if follows:
+        earlier = [rollouts(models.load(each), teacher, test, job.seed) for each in checkpoints[:-1]]
+        result["rollout_entropy"] = [each["entropy"] for each in [*earlier, result["rollouts"]]]
     return result
 
 
-def measure(student: Any, teacher: Any, data: Data, job: Job) -> dict[str, Any]:
-    """All measures of a student: of a tuning job on the validation problems only."""
-
-    def sampled(problems: list[task.Problem], temperature: float, samples: int = SAMPLES) -> list[float]:
-        answers = measures.sample(student, problems, samples, temperature, top_p=0.95, seed=job.seed)
-        return [round(score, 4) for score in measures.scores(problems, answers)]
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    if job.tuning:
-        return {"validation": {"sampled": sampled(data.validation, 0.7)}}
-    by_temperature = {each: mean(sampled(data.validation, each, SAMPLES // 2)) for each in DECODE_TEMPERATURES}
-    tuned = max(by_temperature, key=lambda each: by_temperature[each])
-    rng = random.Random(3)
-    held_out = [task.row(problem, task.demonstrate(problem, rng, error_rate=0.0)) for problem in data.test]
-    at = {each: sampled(data.test, each) for each in {0.7, tuned}}
+def accuracy(student: Any, validation: list[task.Problem], test: list[task.Problem], seed: int) -> dict[str, Any]:
+    """Right answers to each test problem, a digit each: greedy, of 8 at 0.7, of 8 at the temperature that is best on
+    validation problems."""
+    tried = measures.right_answers(student, validation[::2], dict.fromkeys(DECODE_TEMPERATURES, SAMPLES // 2), seed)
+    tuned = max(tried, key=lambda temperature: sum(tried[temperature]))
+    samples = {measures.GREEDY: 1, 0.7: SAMPLES, tuned: SAMPLES}
+    counts = measures.right_answers(student, test, samples, seed)
+    named = {"greedy": counts[measures.GREEDY], "sampled": counts[0.7], "tuned": counts[tuned]}
     return {
-        "test": {"greedy": sampled(data.test, 0.0, 1), "sampled": at[0.7], "tuned": at[tuned]},
+        **{name: "".join(map(str, each)) for name, each in named.items()},
         "decode_temperature": tuned,
-        **measures.divergences(student, teacher, held_out),
     }
+
+
+def rollouts(student: Any, teacher: Any, problems: list[task.Problem], seed: int) -> dict[str, Any]:
+    """Divergences and entropy on the student's own answers, sampled at temperature 1."""
+    answers = measures.answer(student, problems, [1.0] * len(problems), 1.0, seed)
+    return measures.divergences(student, teacher, problems, answers)

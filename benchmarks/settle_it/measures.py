@@ -1,37 +1,60 @@
 """What is measured of a trained student: accuracy greedy and sampled, divergence from the teacher, entropy."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from settle_it import task
 
+GREEDY = 1e-4
+"""A temperature at which the most likely token is the only one."""
+
+
+class Nucleus(LogitsProcessor):
+    """Temperature and top-p, with a temperature for each row, so that one generation serves all of them.
+
+    Args:
+        temperatures: [rows].
+        top_p: mass that is kept.
+    """
+
+    def __init__(self, temperatures: Tensor, top_p: float) -> None:
+        self.temperatures = temperatures.unsqueeze(1)
+        self.top_p = top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probs = (scores / self.temperatures).softmax(-1)
+        if self.top_p < 1:
+            ordered, tokens = probs.sort(-1, descending=True)
+            outside = ordered.cumsum(-1) - ordered >= self.top_p
+            probs = probs.masked_fill(torch.zeros_like(outside).scatter_(1, tokens, outside), 0.0)
+        return probs.log()
+
 
 @torch.no_grad()
-def sample(
+def answer(
     model: Any,
-    problems: list[task.Problem],
-    samples: int,
-    temperature: float,
+    problems: Sequence[task.Problem],
+    temperatures: Sequence[float],
     top_p: float,
     seed: int,
-    batch: int = 512,
-) -> list[list[str]]:
-    """Answers to each problem; greedy at temperature 0."""
+    batch: int = 1024,
+) -> list[str]:
+    """An answer to each problem, sampled at its own temperature."""
     tokenizer = task.build_tokenizer()
     chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
     prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
     torch.manual_seed(seed)
-    how: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     texts: list[str] = []
-    for start in range(0, len(repeated), batch):
-        part = tokenizer(
-            repeated[start : start + batch],
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
+        inputs = tokenizer(
+            prompts[rows],
             return_tensors="pt",
             padding=True,
             padding_side="left",
@@ -39,26 +62,51 @@ def sample(
             return_token_type_ids=False,
         )
         out = model.generate(
-            **part, **how, max_new_tokens=task.MAX_RESPONSE_LENGTH, pad_token_id=tokenizer.pad_token_id
+            **inputs,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            logits_processor=LogitsProcessorList([Nucleus(torch.tensor(temperatures[rows]), top_p)]),
+            max_new_tokens=task.MAX_RESPONSE_LENGTH,
+            pad_token_id=tokenizer.pad_token_id,
         )
-        texts += tokenizer.batch_decode(out[:, part["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def sample(
+    model: Any, problems: Sequence[task.Problem], samples: int, temperature: float, top_p: float, seed: int
+) -> list[list[str]]:
+    """So many answers to each problem."""
+    repeated = [problem for problem in problems for _ in range(samples)]
+    texts = answer(model, repeated, [temperature] * len(repeated), top_p, seed)
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]
 
 
-def scores(problems: list[task.Problem], answers: list[list[str]]) -> list[float]:
-    """Share of right answers, a problem each."""
-    return [
-        sum(task.score(problem, text) for text in texts) / len(texts)
-        for problem, texts in zip(problems, answers, strict=True)
+def right_answers(
+    model: Any, problems: Sequence[task.Problem], samples_by_temperature: dict[float, int], seed: int
+) -> dict[float, list[int]]:
+    """Number of right answers to each problem, of so many samples at each temperature, with top-p 0.95."""
+    asked = [
+        (temperature, index)
+        for temperature, samples in samples_by_temperature.items()
+        for index in range(len(problems))
+        for _ in range(samples)
     ]
+    texts = answer(model, [problems[index] for _, index in asked], [each for each, _ in asked], 0.95, seed)
+    counts = {temperature: [0] * len(problems) for temperature in samples_by_temperature}
+    for (temperature, index), text in zip(asked, texts, strict=True):
+        counts[temperature][index] += int(task.score(problems[index], text))
+    return counts
 
 
 @torch.no_grad()
-def divergences(student: Any, teacher: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """KL(p || q), KL(q || p) and the student's entropy on held-out answers, nats a response token, at temperature 1."""
+def divergences(student: Any, teacher: Any, problems: Sequence[task.Problem], answers: Sequence[str]) -> dict[str, Any]:
+    """KL(p, q), KL(q, p) and the student's entropy on answers, nats a response token, at temperature 1."""
     tokenizer = task.build_tokenizer()
-    prompts = [tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row in rows]
-    texts = [f"{prompt} {row['demonstration']} {task.END}" for prompt, row in zip(prompts, rows, strict=True)]
+    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    texts = [f"{prompt} {text} {task.END}" for prompt, text in zip(prompts, answers, strict=True)]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False)
     starts = torch.tensor([len(tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts])
     log_q, log_p = (model(**batch).logits[:, :-1].log_softmax(-1) for model in (student, teacher))
@@ -66,28 +114,28 @@ def divergences(student: Any, teacher: Any, rows: list[dict[str, Any]]) -> dict[
     positions = torch.arange(1, batch["input_ids"].shape[1])
     mask = (positions >= starts.unsqueeze(1)) & batch["attention_mask"][:, 1:].bool()
     difference = log_p - log_q
-    sums = {
+    values = {
         "forward_kl": (log_p.exp() * difference).sum(-1),
         "reverse_kl": -(log_q.exp() * difference).sum(-1),
         "entropy": -(log_q.exp() * log_q).sum(-1),
     }
-    return {name: float(value[mask].mean()) for name, value in sums.items()}
+    return {name: round(float(value[mask].mean()), 5) for name, value in values.items()}
 
 
-def curve(metrics: Path, clip_grad: float, points: int = 20) -> dict[str, Any]:
-    """Entropy and one-sample KL over training, and the share of steps whose gradient was clipped."""
+def curve(metrics: Path, clip_grad: float, points: int = 10) -> dict[str, Any]:
+    """Entropy and one-sample KL on the training rows, and the share of steps whose gradient was clipped."""
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     norms = [step["data"]["actor/grad_norm"] for step in steps]
-    every = max(1, len(steps) // points)
+    width = max(1, len(steps) // points)
     named = {"entropy": "actor/entropy", "reverse_kl_k1": "hpd/reverse_kl_k1", "student_nll": "hpd/student_nll"}
+    parts = [steps[start : start + width] for start in range(0, len(steps), width)]
     return {
-        "step": [step["step"] for step in steps[::every]],
+        "step": [part[-1]["step"] for part in parts],
         **{
-            name: [round(step["data"][key], 5) for step in steps[::every]]
+            name: [round(sum(step["data"][key] for step in part) / len(part), 4) for part in parts]
             for name, key in named.items()
             if key in steps[0]["data"]
         },
-        "grad_norm_median": sorted(norms)[len(norms) // 2],
-        "clipped_share": sum(norm > clip_grad for norm in norms) / len(norms),
-        "seconds_a_step": sum(step["data"]["timing_s/step"] for step in steps) / len(steps),
+        "grad_norm_median": round(sorted(norms)[len(norms) // 2], 4),
+        "clipped_share": round(sum(norm > clip_grad for norm in norms) / len(norms), 4),
     }

@@ -11,14 +11,18 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from settle_it import task
 
 TEACHER_HIDDEN, STUDENT_HIDDEN = 80, 48
-LAYERS, HEADS = 2, 2
+LAYERS, HEADS, HEAD_SIZE = 2, 2, 32
+"""vLLM's CPU attention knows no smaller heads."""
 
 
 def build_model(folder: Path, hidden_size: int, seed: int) -> Path:
@@ -32,6 +36,7 @@ def build_model(folder: Path, hidden_size: int, seed: int) -> Path:
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
+        head_dim=HEAD_SIZE,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -48,8 +53,9 @@ def _ranks() -> None:
     """One rank, this process."""
     from verl.utils.distributed import initialize_global_process_group
 
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.update(alone)
+    from hpd_verl.lean import ALONE
+
+    os.environ.update(ALONE)
     initialize_global_process_group()
 
 
@@ -57,6 +63,50 @@ def _ranks() -> None:
 def _said_to(file: Path) -> Iterator[None]:
     """What is printed meanwhile goes into a file."""
     with open(file, "w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        yield
+
+
+class RememberedRows(Dataset[dict[str, Tensor]]):
+    """The trainer's rows, each made of its text once: here every row is seen dozens of times.
+
+    Args:
+        rows: the trainer's.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows.rows  # whose counts the trainer logs
+        self._made = functools.cache(rows.__getitem__)
+        self._length = len(rows)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self._made(index)
+
+
+@contextlib.contextmanager
+def _whole_batches() -> Iterator[None]:
+    """A batch that is one mini-batch and one micro-batch is handed on as it is.
+
+    verl unbinds and joins every nested tensor to split it into one piece, twice a step, which takes a third of a step
+    of models as small as these and changes nothing.
+    """
+    from verl.utils import tensordict_utils
+
+    chunk, select = tensordict_utils.chunk_tensordict, tensordict_utils.index_select_tensor_dict
+
+    def chunked(batch: Any, chunks: int) -> Any:
+        return [batch.copy()] if chunks == 1 else chunk(batch, chunks)
+
+    def selected(batch: Any, indices: Any) -> Any:
+        whole = [int(index) for index in indices] == list(range(len(batch)))
+        return batch.copy() if whole else select(batch, indices)
+
+    with (
+        mock.patch.object(tensordict_utils, "chunk_tensordict", chunked),
+        mock.patch.object(tensordict_utils, "index_select_tensor_dict", selected),
+    ):
         yield
 
 
@@ -71,14 +121,31 @@ def train(
     seed: int,
     settings: Mapping[str, Any],
     clip_grad: float = 1.0,
-) -> Path:
-    """Train by the lean trainer; returns the Hugging Face folder. ``folder/metrics.jsonl`` has every step."""
+    save_every: int = -1,
+) -> list[Path]:
+    """Train by the lean trainer.
+
+    Args:
+        folder: for the run; ``metrics.jsonl`` there has every step.
+        student, teacher: model folders; no teacher where the objective needs none.
+        rows: a parquet file.
+        steps, batch_size, rate, seed, clip_grad: of the training.
+        settings: of ``algorithm.hpd``.
+        save_every: steps between checkpoints; -1 for one, at the end.
+
+    Returns:
+        The Hugging Face folders of the checkpoints, the last one at the end.
+    """
     from hydra import compose, initialize_config_dir
 
     from hpd_verl.hydra_config import config_dir
     from hpd_verl.lean import checked
     from hpd_verl.sft_trainer import HPDSFTTrainer
     from hpd_verl.stopping import StopSignals
+
+    class Trainer(HPDSFTTrainer):
+        def _read(self, files: Any, max_samples: int) -> Any:
+            return RememberedRows(super()._read(files, max_samples))
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -91,7 +158,8 @@ def train(
         "data.train_batch_size": batch_size,
         "data.max_prompt_length": task.MAX_PROMPT_LENGTH,
         "data.max_response_length": task.MAX_RESPONSE_LENGTH,
-        "data.max_token_len_per_gpu": batch_size * (task.MAX_PROMPT_LENGTH + task.MAX_RESPONSE_LENGTH),
+        "data.use_dynamic_bsz": False,
+        "data.micro_batch_size_per_gpu": batch_size,
         "data.seed": seed,
         "optim.lr": rate,
         "optim.clip_grad": clip_grad,
@@ -102,17 +170,22 @@ def train(
         "trainer.logger": "[file]",
         "trainer.total_training_steps": steps,
         "trainer.total_epochs": 100_000,  # the steps decide
-        "trainer.save_freq": -1,
+        "trainer.save_freq": save_every,
         "trainer.resume_mode": "disable",
         "algorithm.hpd.seed": seed,
-        **{f"algorithm.hpd.{name}": value for name, value in settings.items()},
+        # Its features of few rows, once; in float32 they are what the teacher says at each step.
+        "algorithm.hpd.teacher_cache": "memory" if teacher else "off",
+        "algorithm.hpd.teacher_cache_dtype": "float32",
     }
+    named = [f"{name}={value}" for name, value in overrides.items()]
+    named += [f"++algorithm.hpd.{name}={value}" for name, value in settings.items()]
     _ranks()
-    with _said_to(folder / "log"), initialize_config_dir(str(config_dir()), version_base=None):
-        config = compose("sft_trainer", overrides=[f"{name}={value}" for name, value in overrides.items()])
+    with _said_to(folder / "log"), initialize_config_dir(str(config_dir()), version_base=None), _whole_batches():
+        config = compose("sft_trainer", overrides=named)
         checked(config)
-        HPDSFTTrainer(config).fit(StopSignals(ask=lambda: False))
-    return folder / f"global_step_{steps}" / "huggingface"
+        Trainer(config).fit(StopSignals(ask=lambda: False))
+    checkpoints = sorted(folder.glob("global_step_*"), key=lambda path: int(path.name.rsplit("_", 1)[1]))
+    return [path / "huggingface" for path in checkpoints]
 
 
 def load(folder: Path) -> Any:
@@ -129,7 +202,7 @@ def make_teacher(folder: Path, problems: list[task.Problem], steps: int, rounds:
     task.write(rows, [task.row(problem, task.demonstrate(problem, rng)) for problem in problems])
     model = build_model(folder / "init", TEACHER_HIDDEN, seed=0)
     sft = {"objective": "sft"}
-    model = train(folder / "sft", model, None, rows, steps, 64, 3e-3, 0, sft)
+    *_, model = train(folder / "sft", model, None, rows, steps, 64, 3e-3, 0, sft)
     for number in range(rounds):
         answers = sample(load(model), problems, samples=4, temperature=1.0, top_p=1.0, seed=number)
         correct = [
@@ -139,5 +212,5 @@ def make_teacher(folder: Path, problems: list[task.Problem], steps: int, rounds:
         ]
         rows = folder / f"correct_{number}.parquet"
         task.write(rows, correct)
-        model = train(folder / f"round_{number}", model, None, rows, round_steps, 64, 1e-3, number, sft)
+        *_, model = train(folder / f"round_{number}", model, None, rows, round_steps, 64, 1e-3, number, sft)
     return model

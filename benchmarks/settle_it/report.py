@@ -1,15 +1,17 @@
-"""Tables and pictures from stored results.
+"""Tables and pictures of ``docs/evidence.md`` from stored results.
 
     python benchmarks/settle_it/report.py [--results DIR] [--out DIR]
 
-The unit of resampling is a seed and a problem: an interval is of the mean over both, and a comparison is paired, the
-same seeds and problems on both sides.
+Each table goes between the two comments that hold its place in the page, ``<!-- table NAME -->`` and ``<!-- end -->``;
+the words around them are written by hand. With ``--out`` the tables go into a page of their own there.
 """
 
 import argparse
-import json
+import itertools
+import re
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,71 +24,25 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from settle_it.grid import COMPARED, REGIMES  # noqa: E402
+from settle_it import grid  # noqa: E402
+from settle_it.confirmation import BEST_OF, ranking  # noqa: E402
+from settle_it.results import FOLDER, Results  # noqa: E402
+from settle_it.statistics import Comparison, Estimate, compare, estimate, holm, pass_at, right_shares  # noqa: E402
 
-RESAMPLES = 2000
-Key = tuple[str, float]
-"""Objective and temperature."""
-
-
-def read(folder: Path) -> dict[str, dict[Key, list[dict[str, Any]]]]:
-    """Regime to objective and temperature to results, in the order of their seeds; test jobs only."""
-    found: dict[str, dict[Key, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for file in sorted(folder.glob("test_*.json")):
-        result = json.loads(file.read_text())
-        job = result["job"]
-        if job["clip_grad"] == 1.0 and not job["settings"]:
-            found[job["regime"]][job["objective"], job["temperature"]].append(result)
-    for by_key in found.values():
-        for results in by_key.values():
-            results.sort(key=lambda result: result["job"]["seed"])
-    return found
+FOLLOWED = ("sft", "hpd", "hpd_no_sampling", "fkl", "rkl_exact", "jsd_exact", "fkl T2")
+"""Methods whose curves are drawn."""
+PAGE = ROOT / "docs" / "evidence.md"
+Found = Mapping[str, Sequence[dict[str, Any]]]
+"""Results by method."""
 
 
-def matrix(results: list[dict[str, Any]], measure: str = "sampled") -> np.ndarray:
-    """Scores, [seeds, problems]."""
-    return np.array([result["test"][measure] for result in results])
+def accuracy(results: Sequence[dict[str, Any]], measure: str = "sampled") -> np.ndarray:
+    """Share of right answers, [seeds, problems]."""
+    return right_shares(results, measure, samples=1 if measure == "greedy" else grid.SAMPLES)
 
 
-def resampled_means(scores: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Means of ``RESAMPLES`` draws of seeds and of problems, with replacement."""
-    rng = np.random.default_rng(seed)
-    seeds, problems = scores.shape
-    rows = rng.integers(seeds, size=(RESAMPLES, seeds))
-    columns = rng.integers(problems, size=(RESAMPLES, problems))
-    return np.array([scores[np.ix_(row, column)].mean() for row, column in zip(rows, columns, strict=True)])
-
-
-def interval(means: np.ndarray) -> tuple[float, float]:
-    """The middle 95%."""
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def compare(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Difference of means, its interval and a two-sided p-value, paired by seed and problem."""
-    means = resampled_means(first - second)
-    low, high = interval(means)
-    share = min((means <= 0).mean(), (means >= 0).mean())
-    return {
-        "difference": float((first - second).mean()),
-        "low": low,
-        "high": high,
-        "p": float(min(1.0, 2 * max(share, 1 / RESAMPLES))),
-    }
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's adjusted p-values."""
-    order = np.argsort(p_values)
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = running
-    return adjusted
-
-
-def mean_of(results: list[dict[str, Any]], *path: str) -> float:
+def mean(results: Sequence[dict[str, Any]], *path: str) -> float:
+    """The mean over seeds of a number that results hold at a path."""
     values = []
     for result in results:
         value: Any = result
@@ -96,118 +52,253 @@ def mean_of(results: list[dict[str, Any]], *path: str) -> float:
     return float(np.mean(values))
 
 
-def regime_table(by_key: dict[Key, list[dict[str, Any]]]) -> list[str]:
-    """A row for each objective and temperature, the best first."""
-    head = (
-        "| objective | T | rate | avg@8 [95%] | greedy | tuned decode "
-        "| KL(p, q) | KL(q, p) | entropy | clipped | s a step |"
-    )
-    lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|"]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def scores(found: Found) -> str:
+    """A row a method, the best first."""
+    head = ["method", "rate", "seeds", "avg@8 [95%]", "greedy", "tuned decode", "pass@8", "KL(p, q)", "KL(q, p)"]
+    head += ["entropy", "in rollouts", "clipped", "CPU s"]
     rows = []
-    for (name, temperature), results in by_key.items():
-        scores = matrix(results)
-        low, high = interval(resampled_means(scores))
-        numbers = [mean_of(results, each) for each in ("forward_kl", "reverse_kl", "entropy")]
-        rows.append(
-            (
-                -scores.mean(),
-                f"| {name} | {temperature:g} | {results[0]['job']['rate']:g} "
-                f"| {scores.mean():.3f} [{low:.3f}, {high:.3f}] | {matrix(results, 'greedy').mean():.3f} "
-                f"| {matrix(results, 'tuned').mean():.3f} | {numbers[0]:.3f} | {numbers[1]:.3f} | {numbers[2]:.3f} "
-                f"| {mean_of(results, 'training', 'clipped_share'):.2f} "
-                f"| {mean_of(results, 'training', 'seconds_a_step'):.3f} |",
-            )
+    for name, results in found.items():
+        value = estimate(accuracy(results))
+        others = [accuracy(results, "greedy"), accuracy(results, "tuned"), pass_at(results, "sampled", grid.SAMPLES, 8)]
+        numbers = [mean(results, "held_out", each) for each in ("forward_kl", "reverse_kl", "entropy")]
+        numbers.append(mean(results, "rollouts", "entropy"))
+        row = [f"`{name}`", f"{results[0]['job']['rate']:g}", str(len(results))]
+        row.append(percent(value))
+        row += [f"{100 * each.mean():.1f}" for each in others] + [f"{each:.3f}" for each in numbers]
+        row += [f"{mean(results, 'training', 'clipped_share'):.2f}", f"{mean(results, 'cpu_seconds'):.0f}"]
+        rows.append((-value.mean, row))
+    return table(head, [row for _, row in sorted(rows)])
+
+
+def named_comparisons(found: Found, pairs: Sequence[tuple[str, str]]) -> str:
+    """Comparisons that were named in advance, with Holm's correction over those that there are."""
+    pairs = [(first, second) for first, second in pairs if first in found and second in found]
+    results = [compare(accuracy(found[first]), accuracy(found[second])) for first, second in pairs]
+    tuned = [compare(accuracy(found[first], "tuned"), accuracy(found[second], "tuned")) for first, second in pairs]
+    rows = [
+        [f"`{first}` - `{second}`", points(each), f"{p:.3f}", points(decoded)]
+        for (first, second), each, decoded, p in zip(
+            pairs, results, tuned, holm([each.p for each in results]), strict=True
         )
-    return lines + [text for _, text in sorted(rows)]
+    ]
+    return table(["comparison", "avg@8, points [95%]", "p, Holm", "at the tuned decode temperature"], rows)
 
 
-def at_temperature_1(by_key: dict[Key, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Each objective at temperature 1."""
-    return {name: results for (name, temperature), results in by_key.items() if temperature == 1.0}
+def percent(value: Estimate) -> str:
+    return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
 
 
-def comparisons(regime: str, by_key: dict[Key, list[dict[str, Any]]]) -> list[str]:
-    """HPD against those named in advance, at temperature 1, Holm's correction over them; then win, tie, loss of all."""
-    at_one = at_temperature_1(by_key)
-    named = [(first, second) for first, second in COMPARED if first in at_one and second in at_one]
-    found = [compare(matrix(at_one[first]), matrix(at_one[second])) for first, second in named]
-    lines = ["| comparison | difference [95%] | p, Holm |", "|---|---|---|"]
-    for (first, second), each, p in zip(named, found, holm([each["p"] for each in found]), strict=True):
-        lines.append(
-            f"| {first} - {second} | {each['difference']:+.3f} [{each['low']:+.3f}, {each['high']:+.3f}] | {p:.3f} |"
-        )
-    for reference in ("hpd", "fkl"):
-        if reference not in at_one:
-            continue
-        verdicts: dict[str, list[str]] = defaultdict(list)
-        for name, results in at_one.items():
-            if name != reference:
-                each = compare(matrix(results), matrix(at_one[reference]))
-                verdict = "better" if each["low"] > 0 else "worse" if each["high"] < 0 else "no difference seen"
-                verdicts[verdict].append(name)
-        lines += ["", f"Against `{reference}` at temperature 1, without correction:"]
-        lines += [f"- {verdict}: {', '.join(sorted(names))}" for verdict, names in sorted(verdicts.items())]
-    return lines
+def points(comparison: Comparison) -> str:
+    return f"{100 * comparison.difference:+.1f} [{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}]"
 
 
-def draw(regime: str, by_key: dict[Key, list[dict[str, Any]]], file: Path) -> None:
-    """Accuracy with intervals, and entropy and KL over training, at temperature 1."""
-    at_one = at_temperature_1(by_key)
-    order = sorted(at_one, key=lambda name: matrix(at_one[name]).mean())
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), constrained_layout=True)
+def verdicts(results: Results, reference: str) -> str:
+    """Wins, ties and losses of every method against one, a row a method and a column a regime; not corrected."""
+    rows: dict[str, dict[str, str]] = defaultdict(dict)
+    for regime in grid.REGIMES:
+        found = results.of("test", regime)
+        for name, each in found.items():
+            if name != reference and reference in found and not is_special(name):
+                comparison = compare(accuracy(each), accuracy(found[reference]))
+                rows[name][regime] = f"{comparison.verdict}, {points(comparison)}"
+    ordered = sorted(rows, key=lambda name: (sum("better" not in text for text in rows[name].values()), name))
+    return table(
+        ["method", *grid.REGIMES],
+        [[f"`{name}`", *(rows[name].get(regime, "") for regime in grid.REGIMES)] for name in ordered],
+    )
+
+
+def is_special(name: str) -> bool:
+    """Of the sensitivity or clipping suites, which have tables of their own."""
+    return name in grid.SENSITIVITY or name in grid.WITHOUT_CLIPPING
+
+
+def identical_rates(results: Results) -> str:
+    """Validation accuracy at each learning rate, a row a method: what tuning saw."""
+    means = results.validation_means()
+    columns = [(regime, rate) for regime in ("small", "warm") for rate in grid.RATES]
+    rows = []
+    for name in grid.METHODS:
+        values = [means.get((regime, name), {}).get(rate) for regime, rate in columns]
+        if any(value is not None for value in values):
+            rows.append([f"`{name}`", *("" if value is None else f"{100 * value:.1f}" for value in values)])
+    return table(["method", *(f"{regime}, {rate:g}" for regime, rate in columns)], rows)
+
+
+def candidates(results: Results) -> str:
+    """Validation accuracy at the best learning rate: what the candidate was chosen by."""
+    means = results.validation_means()
+    rows = []
+    for value, name in ranking(results):
+        by_regime = [f"{100 * max(means[regime, name].values()):.1f}" for regime in ("small", "warm")]
+        rows.append([f"`{name}`", *by_regime, f"{100 * value:.1f}"])
+    return table(["method", "small", "warm", "mean"], rows)
+
+
+def sensitivity(results: Results) -> str:
+    found = results.of("test", "warm", grid.SENSITIVITY)
+    rows = []
+    for name, each in found.items():
+        value = estimate(accuracy(each))
+        rows.append([f"`{name}`", percent(value), f"{mean(each, 'rollouts', 'entropy'):.3f}"])
+    return table(["coefficients", "avg@8 [95%]", "entropy in rollouts"], rows)
+
+
+def clipping(results: Results) -> str:
+    found = results.of("test", "warm")
+    rows = []
+    for name in grid.WITHOUT_CLIPPING:
+        clipped = name.split()[0]
+        if name in found and clipped in found:
+            comparison = compare(accuracy(found[name]), accuracy(found[clipped]))
+            share = mean(found[clipped], "training", "clipped_share")
+            rows.append([f"`{clipped}`", f"{share:.2f}", points(comparison)])
+    return table(["method", "steps clipped", "without clipping, points [95%]"], rows)
+
+
+def draw_regime(found: Found, regime: str, file: Path) -> None:
+    """Accuracy with intervals; entropy and KL over training, as in the paper's figure 1."""
+    shown = {name: each for name, each in found.items() if not is_special(name)}
+    order = sorted(shown, key=lambda name: accuracy(shown[name]).mean())
+    figure, axes = plt.subplots(1, 3, figsize=(14, max(4.0, 0.22 * len(order) + 1)), constrained_layout=True)
     for place, name in enumerate(order):
-        scores = matrix(at_one[name])
-        low, high = interval(resampled_means(scores))
-        axes[0].plot([low, high], [place, place], color="tab:blue")
-        axes[0].plot(scores.mean(), place, "o", color="tab:blue")
-    axes[0].set_yticks(range(len(order)), order)
-    axes[0].set_title(f"avg@8 at temperature 0.7, 95% interval ({regime})", fontsize=10)
-    for axis, measure in ((axes[1], "entropy"), (axes[2], "reverse_kl_k1")):
-        for name in order[-6:]:
-            curves = [result["training"] for result in at_one[name] if measure in result["training"]]
-            if curves:
-                axis.plot(curves[0]["step"], np.mean([curve[measure] for curve in curves], axis=0), label=name)
+        value = estimate(accuracy(shown[name]))
+        color = "tab:red" if name == "hpd" else "tab:blue"
+        axes[0].plot([100 * value.low, 100 * value.high], [place, place], color=color)
+        axes[0].plot(100 * value.mean, place, "o", color=color)
+    axes[0].set_yticks(range(len(order)), order, fontsize=8)
+    axes[0].set_title(f"{regime}: avg@8, %, with 95% interval", fontsize=10)
+    for name in [name for name in FOLLOWED if name in shown]:
+        curves = [result["training"] for result in shown[name]]
+        axes[1].plot(curves[0]["step"], np.mean([curve["entropy"] for curve in curves], axis=0), label=name)
+        followed = [result["rollout_entropy"] for result in shown[name] if "rollout_entropy" in result]
+        if followed:
+            steps = np.linspace(0, curves[0]["step"][-1], len(followed[0]) + 1)[1:]
+            axes[2].plot(steps, np.mean(followed, axis=0), "o-", label=name)
+    axes[1].set_title("entropy on the training rows, nats", fontsize=10)
+    axes[2].set_title("entropy in rollouts at temperature 1, nats, one seed", fontsize=10)
+    for axis in axes[1:]:
         axis.set_xlabel("step")
-        axis.set_title(
-            {"entropy": "entropy on demonstrations", "reverse_kl_k1": "KL(q, p), one sample"}[measure], fontsize=10
-        )
-        if axis.lines:
-            axis.legend(fontsize=7)
-    figure.savefig(file, dpi=110)
+        axis.legend(fontsize=8)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
-def write_report(results: Path, out: Path) -> None:
-    """``out/evidence.md`` and a picture for each regime."""
-    out.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
-    for regime, by_key in read(results).items():
-        setting, seeds = REGIMES[regime], {len(each) for each in by_key.values()}
-        lines += [
-            f"## {regime}",
-            "",
-            f"{setting.demonstrations} demonstrations, {setting.steps} steps, "
-            f"{'after ' + str(setting.warm_steps) + ' supervised steps' if setting.warm_steps else 'from scratch'}; "
-            f"{'/'.join(map(str, sorted(seeds)))} seeds.",
-            "",
-            f"![{regime}]({regime}.png)",
-            "",
-            *regime_table(by_key),
-            "",
-            *comparisons(regime, by_key),
-            "",
-        ]
-        draw(regime, by_key, out / f"{regime}.png")
-    (out / "evidence.md").write_text("\n".join(lines))
-    print(f"Report: {out / 'evidence.md'}")
+def draw_sensitivity(results: Results, file: Path) -> bool:
+    """Heat maps: HPD's coefficients, and temperature by objective."""
+    found = results.of("test", "warm", grid.SENSITIVITY)
+    levels = (0.5, 1.0, 2.0)
+    values = np.full((3, 3), np.nan)
+    for row, forward in enumerate(levels):
+        for column, reverse in enumerate(levels):
+            name = f"hpd forward {forward:g} reverse {reverse:g} reinforce 1"
+            if name in found:
+                values[row, column] = 100 * accuracy(found[name]).mean()
+    warm = results.of("test", "warm")
+    names = [name for name, method in grid.AT_TEMPERATURE_1.items() if method.needs_teacher and name in warm]
+    temperatures = {"1": "", "1.5": " T1.5", "2": " T2"}
+    hot = np.full((len(names), len(temperatures)), np.nan)
+    for (row, name), (column, suffix) in itertools.product(enumerate(names), enumerate(temperatures.values())):
+        if name + suffix in warm:
+            hot[row, column] = 100 * accuracy(warm[name + suffix]).mean()
+    if np.isnan(values).all() and not names:
+        return False
+    figure, axes = plt.subplots(1, 2, figsize=(11, max(3.5, 0.32 * len(names) + 1)), constrained_layout=True)
+    _heat(axes[0], values, [f"{level:g}" for level in levels], [f"{level:g}" for level in levels])
+    axes[0].set_xlabel("reverse_coef")
+    axes[0].set_ylabel("forward_coef")
+    axes[0].set_title("hpd, warm: avg@8, %", fontsize=10)
+    if names:
+        _heat(axes[1], hot, list(temperatures), names)
+    axes[1].set_xlabel("temperature")
+    axes[1].set_title("warm: avg@8, %", fontsize=10)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+    return True
+
+
+def _heat(axis: Any, values: np.ndarray, columns: list[str], rows: list[str]) -> None:
+    axis.imshow(values, aspect="auto", cmap="viridis")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    middle = np.nanmean(values) if not np.isnan(values).all() else 0.0
+    for row, column in np.ndindex(values.shape):
+        if not np.isnan(values[row, column]):
+            color = "white" if values[row, column] < middle else "black"
+            axis.text(column, row, f"{values[row, column]:.1f}", ha="center", va="center", color=color, fontsize=8)
+
+
+def tables(results: Results) -> dict[str, str]:
+    """All tables that there are results for, by the name of their place."""
+    out: dict[str, str] = {}
+    for regime in grid.REGIMES:
+        found = results.of("test", regime)
+        plain = {name: each for name, each in found.items() if not is_special(name)}
+        if plain:
+            out[f"scores {regime}"] = scores(plain)
+            out[f"comparisons {regime}"] = named_comparisons(plain, grid.COMPARED)
+        fresh = results.of("fresh", regime)
+        if fresh:
+            candidate = next(name for name in fresh if name not in BEST_OF)
+            out[f"confirmation {regime}"] = scores(fresh)
+            out[f"confirmation comparisons {regime}"] = named_comparisons(
+                fresh, [(candidate, other) for other in BEST_OF]
+            )
+    for reference in ("hpd", "fkl"):
+        out[f"against {reference}"] = verdicts(results, reference)
+    out["rates"] = identical_rates(results)
+    out["candidates"] = candidates(results)
+    out["sensitivity"] = sensitivity(results)
+    out["clipping"] = clipping(results)
+    return out
+
+
+def filled(page: str, made: Mapping[str, str]) -> str:
+    """The page with its tables made anew.
+
+    Raises:
+        ValueError: the page has a place for a table that there is not.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in made:
+            raise ValueError(f"there is no table {name!r}; there are {', '.join(made)}")
+        return f"<!-- table {name} -->\n\n{made[name]}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table (.*?) -->.*?<!-- end -->", fill, page, flags=re.DOTALL)
+
+
+def write_report(results: Results, out: Path | None) -> None:
+    """Fill ``docs/evidence.md``, or write a page of all tables into ``out``; pictures beside it."""
+    made = tables(results)
+    pictures = PAGE.with_suffix("") if out is None else out
+    pictures.mkdir(parents=True, exist_ok=True)
+    for regime in grid.REGIMES:
+        if found := results.of("test", regime):
+            draw_regime(found, regime, pictures / f"{regime}.png")
+    draw_sensitivity(results, pictures / "sensitivity.png")
+    if out is None:
+        page, text = PAGE, filled(PAGE.read_text(), made)
+    else:
+        page = out / "evidence.md"
+        parts = [f"## {name}\n\n<!-- table {name} -->\n\n{each}\n\n<!-- end -->\n\n" for name, each in made.items()]
+        text = "".join(parts)
+    page.write_text(text)
+    print(f"Report: {page}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "settle_it" / "run" / "results")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "settle_it" / "run" / "report")
+    parser.add_argument("--results", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, help="a folder for a page of the tables alone")
     arguments = parser.parse_args()
-    write_report(arguments.results, arguments.out)
+    write_report(Results(arguments.results), arguments.out)
 
 
 if __name__ == "__main__":

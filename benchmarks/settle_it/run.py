@@ -1,23 +1,22 @@
 """HPD against its siblings at equal budget: everything from a seed, then the report.
 
-    python benchmarks/settle_it/run.py               all of it; goes on where it was interrupted
-    python benchmarks/settle_it/run.py --fast        few objectives, seeds and steps
+    python benchmarks/settle_it/run.py               all suites; goes on where it was interrupted
+    python benchmarks/settle_it/run.py core long     some of them
+    python benchmarks/settle_it/run.py --fast        few methods, seeds, steps and problems
     python benchmarks/settle_it/report.py            the report again, from the stored results
 
-Stages: the teacher and the data; every objective with every learning rate on the tuning seeds, measured on validation
-problems; the best rate of each on fresh seeds, measured on test problems; the report.
+First the teacher and the data. Then for each suite (``grid.SUITES``): every method with every learning rate on the
+tuning seeds, measured on validation problems; the best rate of each on fresh seeds, measured on test problems.
 """
 
 import argparse
 import multiprocessing
 import os
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -26,61 +25,85 @@ os.environ |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 from tqdm import tqdm  # noqa: E402
 
 from settle_it import grid, jobs  # noqa: E402
+from settle_it.confirmation import confirmation  # noqa: E402
+from settle_it.results import FOLDER, Results  # noqa: E402
 
 TEACHER = (1500, 2, 300)
 """Supervised steps, rounds on its own correct answers, steps of a round."""
 
 
-def run_all(pool: ProcessPoolExecutor, named: str, todo: Sequence[grid.Job], folder: Path) -> list[dict[str, Any]]:
-    """The results of these jobs, those that are stored among them."""
-    futures = [pool.submit(jobs.run, job, folder) for job in todo]
-    results = []
-    for future in tqdm(as_completed(futures), total=len(futures), desc=named, unit="job"):
-        results.append(future.result())
-    return results
+class Runner:
+    """Runs jobs in processes and keeps their results.
 
+    Args:
+        pool: of processes.
+        results: what is there already is not run again.
+        folder: for models and data.
+        steps: in place of the regimes'.
+    """
 
-def best_rates(results: list[dict[str, Any]]) -> dict[tuple[str, str, float], float]:
-    """The learning rate with the best mean on validation, of each regime, objective and temperature."""
-    found: dict[tuple[str, str, float], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        job, sampled = result["job"], result["validation"]["sampled"]
-        found[job["regime"], job["objective"], job["temperature"]][job["rate"]].append(sum(sampled) / len(sampled))
-    return {key: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate])) for key, rates in found.items()}
+    def __init__(self, pool: ProcessPoolExecutor, results: Results, folder: Path, steps: int | None) -> None:
+        self.pool = pool
+        self.results = results
+        self.folder = folder
+        self.steps = steps
+
+    def run(self, suite: grid.Suite) -> None:
+        """A suite: tuning, the next rate where the best is at an edge, and the test."""
+        self._run(suite, "tuning", grid.tuning_jobs(suite))
+        self._run(suite, "more rates", grid.wider_jobs(suite, self.results.chosen_rates(grid.RATES)))
+        self._run(suite, "test", grid.test_jobs(suite, self.results.chosen_rates()))
+
+    def _run(self, suite: grid.Suite, stage: str, todo: Iterable[grid.Job]) -> None:
+        wanted = [replace(job, steps=self.steps) for job in todo]
+        wanted = [job for job in wanted if job not in self.results]
+        futures = [self.pool.submit(jobs.run, job, self.folder) for job in wanted]
+        try:
+            done = as_completed(futures)
+            for future in tqdm(done, f"{suite.name}, {stage}", len(futures), unit="job", disable=not futures):
+                self.results.add(suite.name, future.result())
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 def main() -> None:
+    names = [suite.name for suite in grid.SUITES] + ["confirmation"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "settle_it" / "run")
+    parser.add_argument("suites", nargs="*", help=f"of {', '.join(names)}; all if none is given")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "settle_it" / "run", help="models and data")
+    parser.add_argument("--results", type=Path, default=FOLDER)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--regimes", nargs="+", choices=grid.REGIMES, default=list(grid.REGIMES))
-    parser.add_argument("--objectives", nargs="+", choices=grid.OBJECTIVES, default=list(grid.OBJECTIVES))
-    parser.add_argument("--seeds", type=int, default=len(grid.SEEDS), help="fresh seeds of the test jobs")
-    parser.add_argument("--steps", type=int, help="in place of the regime's")
-    parser.add_argument("--fast", action="store_true", help="few of everything")
+    parser.add_argument("--fast", action="store_true", help="few methods, seeds, steps and problems, into OUT/fast")
     arguments = parser.parse_args()
-    teacher = TEACHER
+    if unknown := set(arguments.suites) - set(names):
+        parser.error(f"suites {', '.join(sorted(unknown))}: choose from {', '.join(names)}")
+    suites, teacher, steps = list(grid.SUITES), TEACHER, None
     if arguments.fast:
-        arguments.regimes, arguments.objectives, arguments.seeds, arguments.steps = ["small"], ["sft", "hpd"], 1, 20
-        teacher = (60, 1, 20)
+        fast = grid.Suite("fast", {name: grid.METHODS[name] for name in ("sft", "hpd")}, ("small",), seeds=(1,))
+        suites, teacher, steps = [fast], (60, 1, 20), 20
+        arguments.out = arguments.out / "fast"
+        arguments.results = arguments.out / "results"
+    elif arguments.suites:
+        suites = [suite for suite in grid.SUITES if suite.name in arguments.suites]
 
+    results = Results(arguments.results)
     with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(prepare, arguments.out, *teacher).result()
-        tuning = [
-            replace(job, steps=arguments.steps) for job in grid.tuning_jobs(arguments.regimes, arguments.objectives)
-        ]
-        chosen = best_rates(run_all(pool, "tuning", tuning, arguments.out))
-        test = [replace(job, steps=arguments.steps) for job in grid.final_jobs(chosen, grid.SEEDS[: arguments.seeds])]
-        run_all(pool, "test", test, arguments.out)
+        pool.submit(prepare, arguments.out, arguments.fast, *teacher).result()
+        runner = Runner(pool, results, arguments.out, steps)
+        for suite in suites:
+            runner.run(suite)
+        if not arguments.fast and "confirmation" in (arguments.suites or names):
+            runner.run(confirmation(results))
 
     from settle_it.report import write_report
 
-    write_report(arguments.out / "results", arguments.out / "report")
+    write_report(results, arguments.results.parent / "report" if arguments.fast else None)
 
 
-def prepare(folder: Path, steps: int, rounds: int, round_steps: int) -> None:
+def prepare(folder: Path, few: bool, steps: int, rounds: int, round_steps: int) -> None:
     """The teacher and the data, in a process that may import verl."""
-    jobs.Data(folder).prepare(steps, rounds, round_steps)
+    jobs.Data(folder, few).prepare(steps, rounds, round_steps)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""A real model and a real vocabulary: SmolLM2-135M-Instruct teaches every second layer of itself, on GSM8K.
+
+    python examples/quickstart/make_smollm2.py --local_save_dir models
+    python -m data_prep.gsm8k --local_dataset_path GSM8K --local_save_dir data
+    python benchmarks/settle_it/real_model.py --models models --data data
+
+The lean trainer by its command, stored teacher features, the same rows and steps for every method. Measured on held-out
+rows: negative log-likelihood, exact divergences from the teacher and entropy, nats a response token.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+os.environ |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from settle_it.results import FOLDER  # noqa: E402
+
+CANDIDATES = Path(__file__).resolve().with_name("candidates.py")
+METHODS: dict[str, dict[str, Any]] = {
+    "hpd": {"objective": "hpd"},
+    "fkl": {"objective": "fkl"},
+    "fkl T2": {"objective": "fkl", "temperature": 2},
+    "sft": {"objective": "sft"},
+    "hpd_no_sampling": {"objective": "hpd", "student_sampling": False},
+    "rkl": {"objective": "rkl"},
+    "rkl_exact": {"objective": "rkl_exact"},
+    "two_temperatures 0.5 T2": {
+        "objective": f"{CANDIDATES}:two_temperatures",
+        "temperature": 2,
+        "two_temperatures.temperature": 2,
+        "two_temperatures.share": 0.5,
+    },
+    "tempered_head T2": {"objective": f"{CANDIDATES}:tempered_head"},
+}
+BATCH_SIZE, MAX_PROMPT, MAX_RESPONSE = 4, 160, 160
+
+
+def train(folder: Path, models: Path, rows: Path, method: str, steps: int, rate: float) -> tuple[Path, float]:
+    """Train by the lean trainer's command; returns the Hugging Face folder and the CPU time in seconds.
+
+    Raises:
+        RuntimeError: the run failed; the message has the end of its output.
+    """
+    settings = METHODS[method]
+    overrides = {
+        "model.path": models / "student",
+        "teacher.model.path": "null" if settings["objective"] == "sft" else models / "teacher",
+        "data.train_files": rows,
+        "data.train_batch_size": BATCH_SIZE,
+        "data.max_prompt_length": MAX_PROMPT,
+        "data.max_response_length": MAX_RESPONSE,
+        "data.max_token_len_per_gpu": BATCH_SIZE * (MAX_PROMPT + MAX_RESPONSE),
+        "model.enable_gradient_checkpointing": False,
+        "optim.lr": rate,
+        "checkpoint.save_contents": "[hf_model]",
+        "checkpoint.load_contents": "[]",
+        "trainer.default_local_dir": folder,
+        "trainer.logger": "[file]",
+        "trainer.total_training_steps": steps,
+        "trainer.total_epochs": 1000,
+        "trainer.save_freq": -1,
+        "trainer.resume_mode": "disable",
+        "algorithm.hpd.teacher_cache": "off" if settings["objective"] == "sft" else "disk",
+        "algorithm.hpd.teacher_cache_dir": folder.parent / "store",
+    }
+    command = ["torchrun", "--standalone", "--nproc_per_node=1", "-m", "hpd_verl.sft_trainer"]
+    command += [f"{name}={value}" for name, value in overrides.items()]
+    command += [f"++algorithm.hpd.{name}={value}" for name, value in settings.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"), "PYTHONPATH": str(ROOT)}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with open(folder / "log", "w") as log:
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        end = (folder / "log").read_text()[-2000:]
+        raise RuntimeError(f"{method}: the trainer ended with {done.returncode}: {end}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return folder / f"global_step_{steps}" / "huggingface", seconds
+
+
+@torch.no_grad()
+def measure(student_folder: Path, teacher_folder: Path, rows: Path, count: int) -> dict[str, float]:
+    """NLL, KL(p, q), KL(q, p) and entropy of held-out demonstrations."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(student_folder)
+    folders = (student_folder, teacher_folder)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32).eval() for each in folders)
+    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    for row in pd.read_parquet(rows).head(count).to_dict("records"):
+        prompt = tokenizer.apply_chat_template(list(row["prompt"]), add_generation_prompt=True, return_dict=False)
+        answer = [*tokenizer.encode(row["demonstration"], add_special_tokens=False), tokenizer.eos_token_id]
+        ids = torch.tensor([prompt + answer[:MAX_RESPONSE]])
+        logits = (model(ids).logits[0, len(prompt) - 1 : -1] for model in (student, teacher))
+        log_q, log_p = (each.double().log_softmax(-1) for each in logits)
+        difference = log_p - log_q
+        labels = ids[0, len(prompt) :].unsqueeze(1)
+        sums += torch.stack(
+            [
+                -log_q.gather(1, labels).sum(),
+                (log_p.exp() * difference).sum(),
+                -(log_q.exp() * difference).sum(),
+                -(log_q.exp() * log_q).sum(),
+            ]
+        )
+        tokens += len(labels)
+    return dict(zip(("nll", "forward_kl", "reverse_kl", "entropy"), (sums / tokens).tolist(), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True, help="folders teacher and student")
+    parser.add_argument("--data", type=Path, required=True, help="train.parquet and test.parquet")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "settle_it" / "run" / "real_model")
+    parser.add_argument("--results", type=Path, default=FOLDER / "real_model.json")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--rows", type=int, default=400, help="demonstrations")
+    parser.add_argument("--held_out", type=int, default=64, help="rows to measure on")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    arguments = parser.parse_args()
+    out: Path = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    rows = out / "train.parquet"
+    pd.read_parquet(arguments.data / "train.parquet").head(arguments.rows).to_parquet(rows)
+    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    models, held_out = arguments.models.resolve(), arguments.data / "test.parquet"
+    setting = {name: getattr(arguments, name) for name in ("steps", "rate", "rows", "held_out")}
+    if results.setdefault("setting", setting) != setting:
+        parser.error(f"{arguments.results} is of {results['setting']}, not {setting}: choose another file")
+    for name in ("teacher", "student"):
+        if name not in results:
+            results[name] = measure(models / name, models / "teacher", held_out, arguments.held_out)
+    for method in tqdm([name for name in arguments.methods if name not in results], unit="method"):
+        trained, seconds = train(out / method.replace(" ", "_"), models, rows, method, arguments.steps, arguments.rate)
+        measured = measure(trained, models / "teacher", held_out, arguments.held_out)
+        results[method] = measured | {"cpu_seconds": round(seconds)}
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

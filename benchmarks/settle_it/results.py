@@ -1,0 +1,69 @@
+"""Results as lines of JSON, a file a suite: small enough to be kept beside the code, and a run goes on from them."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from settle_it.grid import Job
+
+FOLDER = Path(__file__).resolve().with_name("results")
+
+
+class Results:
+    """The results of a folder.
+
+    Args:
+        folder: of ``SUITE.jsonl`` files. A last line that a killed run left half is dropped; its job is run again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.by_key: dict[str, dict[str, Any]] = {}
+        for file in sorted(folder.glob("*.jsonl")):
+            text = file.read_text()
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                file.write_text(whole)
+            for line in whole.splitlines():
+                result = json.loads(line)
+                self.by_key[Job(**result["job"]).key] = result
+
+    def __contains__(self, job: Job) -> bool:
+        return job.key in self.by_key
+
+    def add(self, suite: str, result: dict[str, Any]) -> None:
+        """Keep a result, in its suite's file too."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"{suite}.jsonl", "a") as file:
+            file.write(json.dumps(result, separators=(",", ":")) + "\n")
+        self.by_key[Job(**result["job"]).key] = result
+
+    def of(self, split: str, regime: str, methods: Iterable[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+        """Results by method, in the order of their seeds."""
+        wanted = None if methods is None else set(methods)
+        found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for result in self.by_key.values():
+            job = result["job"]
+            if job["split"] == split and job["regime"] == regime and (wanted is None or job["method"] in wanted):
+                found[job["method"]].append(result)
+        return {name: sorted(each, key=lambda result: result["job"]["seed"]) for name, each in found.items()}
+
+    def validation_means(self) -> dict[tuple[str, str], dict[float, float]]:
+        """Mean accuracy on validation problems, by regime and method, then by learning rate."""
+        found: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for result in self.by_key.values():
+            job = result["job"]
+            if job["split"] == "validation":
+                found[job["regime"], job["method"]][job["rate"]].append(result["validation"])
+        return {key: {rate: sum(v) / len(v) for rate, v in rates.items()} for key, rates in found.items()}
+
+    def chosen_rates(self, only: Iterable[float] | None = None) -> dict[tuple[str, str], float]:
+        """The learning rate with the best mean on validation, by regime and method."""
+        allowed = None if only is None else set(only)
+        return {
+            key: max((rate for rate in means if allowed is None or rate in allowed), key=lambda rate: means[rate])
+            for key, means in self.validation_means().items()
+            if allowed is None or allowed & set(means)
+        }
