@@ -17,7 +17,8 @@ COUNTS = {"teacher": 4096, "student": 512, "validation": 128, "test": 128, "fres
 """Problems, disjoint: no problem of one is in another."""
 FEW = {"teacher": 128, "student": 64, "validation": 16, "test": 16, "fresh_student": 64, "fresh_test": 16}
 """The same for a trial of the whole."""
-WARM_RATE = 3e-3
+WARM_RATE = 8e-3
+WARM_PROBLEMS = 2048
 
 
 class Data:
@@ -79,12 +80,12 @@ class Data:
         if folder.exists():
             return folder
         making = folder.with_name(f"{folder.name}_{os.getpid()}")
-        made = models.build_model(making / "init", models.STUDENT_HIDDEN, seed=job.seed)
+        made = models.build_model(making / "init", models.STUDENT_HIDDEN, job.seed, initializer_range=0.05)
         if regime.warm_steps:
             rng = random.Random(job.seed)
             rows = making / "rows.parquet"  # other problems than the distillation's
             teachers = self.problems["teacher"]
-            problems = rng.sample(teachers, min(512, len(teachers)))
+            problems = rng.sample(teachers, min(WARM_PROBLEMS, len(teachers)))
             task.write(rows, [task.row(problem, task.demonstrate(problem, rng)) for problem in problems])
             steps = job.steps or regime.warm_steps
             sft = {"objective": "sft"}

@@ -25,7 +25,7 @@ LAYERS, HEADS, HEAD_SIZE = 2, 2, 32
 """vLLM's CPU attention knows no smaller heads."""
 
 
-def build_model(folder: Path, hidden_size: int, seed: int) -> Path:
+def build_model(folder: Path, hidden_size: int, seed: int, initializer_range: float = 0.02) -> Path:
     """A random Llama with the task's tokenizer."""
     tokenizer = task.build_tokenizer()
     torch.manual_seed(seed)
@@ -37,6 +37,7 @@ def build_model(folder: Path, hidden_size: int, seed: int) -> Path:
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         head_dim=HEAD_SIZE,
+        initializer_range=initializer_range,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -121,7 +121,7 @@ def is_special(name: str) -> bool:
 def identical_rates(results: Results) -> str:
     """Validation accuracy at each learning rate, a row a method: what tuning saw."""
     means = results.validation_means()
-    columns = [(regime, rate) for regime in ("small", "warm") for rate in grid.RATES]
+    columns = [(regime, rate) for regime in ("warm", "small") for rate in grid.RATES]
     rows = []
     for name in grid.METHODS:
         values = [means.get((regime, name), {}).get(rate) for regime, rate in columns]
@@ -132,12 +132,7 @@ def identical_rates(results: Results) -> str:
 
 def candidates(results: Results) -> str:
     """Validation accuracy at the best learning rate: what the candidate was chosen by."""
-    means = results.validation_means()
-    rows = []
-    for value, name in ranking(results):
-        by_regime = [f"{100 * max(means[regime, name].values()):.1f}" for regime in ("small", "warm")]
-        rows.append([f"`{name}`", *by_regime, f"{100 * value:.1f}"])
-    return table(["method", "small", "warm", "mean"], rows)
+    return table(["method", "validation"], [[f"`{name}`", f"{100 * value:.1f}"] for value, name in ranking(results)])
 
 
 def sensitivity(results: Results) -> str:
