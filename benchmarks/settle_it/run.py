@@ -40,18 +40,27 @@ class Runner:
         results: what is there already is not run again.
         folder: for models and data.
         steps: in place of the regimes'.
+        rates: learning rates to try.
     """
 
-    def __init__(self, pool: ProcessPoolExecutor, results: Results, folder: Path, steps: int | None) -> None:
+    def __init__(
+        self,
+        pool: ProcessPoolExecutor,
+        results: Results,
+        folder: Path,
+        steps: int | None = None,
+        rates: tuple[float, ...] = grid.RATES,
+    ) -> None:
         self.pool = pool
         self.results = results
         self.folder = folder
         self.steps = steps
+        self.rates = rates
 
     def run(self, suite: grid.Suite) -> None:
         """A suite: tuning, the next rate where the best is at an edge, and the test."""
-        self._run(suite, "tuning", grid.tuning_jobs(suite))
-        self._run(suite, "more rates", grid.wider_jobs(suite, self.results.chosen_rates(grid.RATES)))
+        self._run(suite, "tuning", grid.tuning_jobs(suite, self.rates))
+        self._run(suite, "more rates", grid.wider_jobs(suite, self.results.chosen_rates(self.rates)))
         self._run(suite, "test", grid.test_jobs(suite, self.results.chosen_rates()))
 
     def _run(self, suite: grid.Suite, stage: str, todo: Iterable[grid.Job]) -> None:
@@ -78,10 +87,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.suites) - set(names):
         parser.error(f"suites {', '.join(sorted(unknown))}: choose from {', '.join(names)}")
-    suites, teacher, steps = list(grid.SUITES), TEACHER, None
+    suites, teacher, steps, rates = list(grid.SUITES), TEACHER, None, grid.RATES
     if arguments.fast:
         fast = grid.Suite("fast", {name: grid.METHODS[name] for name in ("sft", "hpd")}, ("small",), seeds=(1,))
-        suites, teacher, steps = [fast], (60, 1, 20), 20
+        suites, teacher, steps, rates = [fast], (60, 1, 20), 20, grid.RATES[1:2]
         arguments.out = arguments.out / "fast"
         arguments.results = arguments.out / "results"
     elif arguments.suites:
@@ -90,7 +99,7 @@ def main() -> None:
     results = Results(arguments.results)
     with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(prepare, arguments.out, arguments.fast, *teacher).result()
-        runner = Runner(pool, results, arguments.out, steps)
+        runner = Runner(pool, results, arguments.out, steps, rates)
         for suite in suites:
             runner.run(suite)
         if not arguments.fast and "confirmation" in (arguments.suites or names):
