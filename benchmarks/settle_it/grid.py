@@ -115,8 +115,8 @@ WITHOUT_CLIPPING = {
 METHODS = AT_TEMPERATURE_1 | HOTTER | CANDIDATES | SENSITIVITY | WITHOUT_CLIPPING
 
 RATES = (3e-3, 8e-3, 1.6e-2)
-WIDER_RATES = {3e-3: 1.5e-3, 1.6e-2: 3.2e-2}
-"""Tried too where the best of ``RATES`` is the lowest or the highest."""
+WIDER_RATES = {3e-3: 1.5e-3, 1.5e-3: 7.5e-4, 1.6e-2: 3.2e-2}
+"""Tried too where the best of ``RATES`` is the lowest or the highest, and once more further down."""
 TUNING_SEEDS = (101, 102)
 SEEDS = (1, 2, 3, 4, 5)
 FRESH_SEEDS = (11, 12, 13, 14, 15)
@@ -195,7 +195,7 @@ Chosen = Mapping[tuple[str, str], float]
 
 
 def wider_jobs(suite: Suite, chosen: Chosen) -> Iterator[Job]:
-    """The next learning rate where the best of three is at an edge."""
+    """The next learning rate where the best so far is at an edge."""
     for regime, method in chosen:
         wider = WIDER_RATES.get(chosen[regime, method])
         if wider is not None and method in suite.methods and regime in suite.regimes:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from settle_it.grid import Job
+from settle_it.grid import TUNING_SEEDS, Job
 
 FOLDER = Path(__file__).resolve().with_name("results")
 
@@ -51,19 +51,19 @@ class Results:
         return {name: sorted(each, key=lambda result: result["job"]["seed"]) for name, each in found.items()}
 
     def validation_means(self) -> dict[tuple[str, str], dict[float, float]]:
-        """Mean accuracy on validation problems, by regime and method, then by learning rate."""
+        """Mean accuracy on validation problems, by regime and method, then by learning rate; of whole sets of seeds."""
         found: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         for result in self.by_key.values():
             job = result["job"]
             if job["split"] == "validation":
                 found[job["regime"], job["method"]][job["rate"]].append(result["validation"])
-        return {key: {rate: sum(v) / len(v) for rate, v in rates.items()} for key, rates in found.items()}
-
-    def chosen_rates(self, only: Iterable[float] | None = None) -> dict[tuple[str, str], float]:
-        """The learning rate with the best mean on validation, by regime and method."""
-        allowed = None if only is None else set(only)
-        return {
-            key: max((rate for rate in means if allowed is None or rate in allowed), key=lambda rate: means[rate])
-            for key, means in self.validation_means().items()
-            if allowed is None or allowed & set(means)
+        whole = len(TUNING_SEEDS)
+        means = {
+            key: {rate: sum(each) / whole for rate, each in rates.items() if len(each) == whole}
+            for key, rates in found.items()
         }
+        return {key: rates for key, rates in means.items() if rates}
+
+    def chosen_rates(self) -> dict[tuple[str, str], float]:
+        """The learning rate with the best mean on validation, by regime and method."""
+        return {key: max(means, key=lambda rate: means[rate]) for key, means in self.validation_means().items()}

@@ -60,8 +60,13 @@ class Runner:
     def run(self, suite: grid.Suite) -> None:
         """A suite: tuning, the next rate where the best is at an edge, and the test."""
         self._run(suite, "tuning", grid.tuning_jobs(suite, self.rates))
-        self._run(suite, "more rates", grid.wider_jobs(suite, self.results.chosen_rates(self.rates)))
+        while any(job not in self.results for job in self._wider(suite)):
+            self._run(suite, "more rates", self._wider(suite))
         self._run(suite, "test", grid.test_jobs(suite, self.results.chosen_rates()))
+
+    def _wider(self, suite: grid.Suite) -> list[grid.Job]:
+        jobs = grid.wider_jobs(suite, self.results.chosen_rates())
+        return [replace(job, steps=self.steps) for job in jobs]
 
     def _run(self, suite: grid.Suite, stage: str, todo: Iterable[grid.Job]) -> None:
         wanted = [replace(job, steps=self.steps) for job in todo]
