@@ -205,7 +205,7 @@ def test_a_report_is_written(tmp_path: Path) -> None:
     text = (tmp_path / "report" / "evidence.md").read_text()
     assert text.index("| `hpd` | 0.008 | 2 |") < text.index("| `sft` | 0.008 | 2 |")
     assert "| `hpd` - `sft` | +" in text
-    assert "| `sft` |  | worse" in text
+    assert "| `sft` | worse" in text
     assert (tmp_path / "report" / "warm.png").stat().st_size > 1000
 
 
