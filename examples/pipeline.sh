@@ -73,7 +73,8 @@ stage train env STUDENT="$STUDENT" TEACHER="$TEACHER" TRAIN_FILE="$RUN_DIR/answe
     VAL_FILE="$RUN_DIR/data/$first_test/test.parquet" MAX_RESPONSE_LENGTH="$MAX_RESPONSE_LENGTH" \
     OUT_DIR="$RUN_DIR/train" bash "$RECIPE" "$@"
 
-stage export python -m hpd_verl.export "$RUN_DIR/train" "$RUN_DIR/student"
+# Killed after the folder was there but before the stage was marked as done, it is written again.
+stage export python -m hpd_verl.export "$RUN_DIR/train" "$RUN_DIR/student" --overwrite
 
 # The teacher first: the others are held against its answers, word by word.
 declare -A models=([teacher]=$TEACHER [before]=$STUDENT [after]=$RUN_DIR/student)
