@@ -297,7 +297,23 @@ def test_no_more_requests_at_a_time_than_asked(server: Server, tmp_path: Path) -
     assert most == 2
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "localhost:8000", "file:///etc/passwd", "http://", "http:///v1", "http://host:port/v1"),
+        *("http://host:99999/v1", "http://[::1/v1", "http://h\0st/v1", "http://hö..st/v1"),
+    ],
+)
 def test_no_url(url: str) -> None:
-    with pytest.raises(ValueError, match="expected a URL"):
+    with pytest.raises(ValueError, match=r"^--endpoint=.*expected a URL"):
         endpoint(url)
+    with pytest.raises(ValueError, match=r"^--judge_endpoint=.*expected a URL"):
+        EndpointGenerator(url, "m", setting="--judge_endpoint")
+
+
+@pytest.mark.parametrize("key", ["sécret", "secret\n"])
+def test_no_key(key: str) -> None:
+    """It is not shown."""
+    with pytest.raises(ValueError, match=r"^--endpoint=http://h: its key holds characters that no key has") as caught:
+        EndpointGenerator("http://h", "m", api_key=key)
+    assert key.strip() not in str(caught.value)
