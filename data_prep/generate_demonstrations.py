@@ -260,8 +260,11 @@ def write(
             write_rows(file, tally, journal, writer)
         unfinished(left_out).replace(left_out)
         unfinished(target).replace(target)
-    except pa.ArrowException as error:
-        raise ValueError(f"{target}: cannot be written: {' '.join(str(error).split())[:300]}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{target}: cannot be written: {' '.join(str(error).split())[:300]}; all answers are in {journal.path}: "
+            "make room and give the same command again"
+        ) from error
     finally:
         unfinished(left_out).unlink(missing_ok=True)
         unfinished(target).unlink(missing_ok=True)

@@ -178,8 +178,16 @@ def write_parquet(rows: Iterable[Row], path: Path) -> None:
     """Write rows as they come, under another name: ``path`` itself is left as it is.
 
     Raises:
-        ValueError: a row whose types are not the first row's.
+        ValueError: a row whose types are not the first row's, or a file that cannot be written.
     """
+    try:
+        _write_groups(rows, path)
+    except OSError as error:  # of pyarrow, which does not name the file
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: cannot be written: {said}; make room and give the same command again") from error
+
+
+def _write_groups(rows: Iterable[Row], path: Path) -> None:
     writer, group = None, []
     try:
         for row in rows:
