@@ -155,3 +155,19 @@ def test_evalplus_brings_its_own_tests() -> None:
     assert "assert a(1) == 1" in row["prompt"][0]["content"]
     assert mbpp.convert(record, "train", 0) is None
     assert mbpp.convert({**record, "test": " "}, "test", 0) is None  # task 2 is of neither split of MBPP itself
+
+
+def test_evalplus_inputs_without_tests_are_refused() -> None:
+    """Its release has the inputs that its tests add beside HumanEval's own, smaller, test."""
+    from data_prep import humaneval
+
+    record = {
+        "task_id": "HumanEval/0",
+        "prompt": "def f(x):\n",
+        "entry_point": "f",
+        "canonical_solution": "    return x",
+    }
+    record |= {"test": "def check(candidate):\n    assert candidate(1) == 1"}
+    assert humaneval.convert(record, "test", 0)["reward_model"]["ground_truth"].endswith("check(f)\n")
+    with pytest.raises(ValueError, match="'plus_input': EvalPlus's inputs without its tests"):
+        humaneval.convert({**record, "base_input": [[1]], "plus_input": [[2]], "atol": 0}, "test", 0)
