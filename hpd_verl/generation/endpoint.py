@@ -149,27 +149,35 @@ class EndpointGenerator:
         if self.template_kwargs:
             body["chat_template_kwargs"] = self.template_kwargs
         if self.token_ids:
+            # vLLM's server, which takes what it is not told from the model's generation_config.json.
             body |= {"return_token_ids": True, "skip_special_tokens": False}
+            body |= {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
+        reply = await self._post(client, body)
+        if _is_beyond_context(reply):  # prompt and max_tokens together: without a limit it answers to the context's end
+            del body["max_tokens"]
+            reply = await self._post(client, body)
+            if _is_beyond_context(reply):  # the prompt alone fills it
+                return [Answer("", [] if self.token_ids else None, "length")] * n
+        if reply.status_code != 200:
+            raise self._refusal(reply)
+        return [self._answer(choice) for choice in _choices(reply.content, n)]
+
+    async def _post(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> httpx.Response:
         try:
             async with asyncio.timeout(self.timeout):
-                reply = await client.post(f"{self.url}/chat/completions", json=body)
+                return await client.post(f"{self.url}/chat/completions", json=body)
         except TimeoutError:
             raise _Failure(f"no answer within {self.timeout:g} seconds") from None
         except httpx.HTTPError as error:
             raise _Failure(f"{type(error).__name__}: {error}".rstrip(": ")) from error
-        if reply.status_code != 200:
-            return self._refusal(reply, n)
-        return [self._answer(choice) for choice in _choices(reply.content, n)]
 
-    def _refusal(self, reply: httpx.Response, n: int) -> list[Answer]:
+    def _refusal(self, reply: httpx.Response) -> Exception:
         text = " ".join(reply.text.split())[:300]
         found = f"status {reply.status_code}: {text}".rstrip(": ")
         if reply.status_code in _WORTH_A_RETRY or reply.status_code >= 500:
             pause = reply.headers.get("retry-after", "")
-            raise _Failure(found, float(pause) if pause.isdigit() else 0.0)
-        if reply.status_code == 400 and "context" in text and "length" in text:  # the prompt fills the context
-            return [Answer("", [] if self.token_ids else None, "length")] * n
-        raise GenerationError(f"{self._named}: {found}")
+            return _Failure(found, float(pause) if pause.isdigit() else 0.0)
+        return GenerationError(f"{self._named}: {found}")
 
     def _answer(self, choice: Any) -> Answer:
         """One choice of a reply."""
@@ -193,6 +201,11 @@ class EndpointGenerator:
         if self.token_ids and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
             raise GenerationError(f"{self._named}: its replies hold no token_ids; leave --token_ids away")
         return Answer(text, tokens if self.token_ids else None, reason)
+
+
+def _is_beyond_context(reply: httpx.Response) -> bool:
+    """Whether the server refuses for prompt and ``max_tokens`` being longer than the model's context."""
+    return reply.status_code == 400 and "context" in reply.text and "length" in reply.text
 
 
 def _is_url(text: str) -> bool:

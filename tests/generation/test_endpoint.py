@@ -82,6 +82,9 @@ def stops_in_the_middle(handler: BaseHTTPRequestHandler, request: dict[str, Any]
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
+BEYOND_CONTEXT = replies({"error": {"message": "This model's maximum context length is 8 tokens"}}, 400)
+
+
 class Server(ThreadingHTTPServer):
     """Gives the replies of ``script`` in turn, good ones after them, and keeps the requests."""
 
@@ -256,7 +259,8 @@ def test_text_reasoning_and_tokens(server: Server, tmp_path: Path) -> None:
         one_choice(message={"content": "It is 4.", "reasoning_content": "2 and 2\n"}),
         one_choice(message={"content": None}, finish_reason="length"),
         one_choice(message={"content": ""}),
-        replies({"error": {"message": "This model's maximum context length is 8 tokens"}}, 400),
+        BEYOND_CONTEXT,
+        BEYOND_CONTEXT,
         one_choice(message={"content": "日本 🎉\u2028\n"}),
     ]
     answers = generate_all(endpoint(server.url, concurrency=1), PROMPTS, Sampling(), tmp_path / "journal")
@@ -269,11 +273,22 @@ def test_text_reasoning_and_tokens(server: Server, tmp_path: Path) -> None:
     ]
 
 
+def test_a_limit_beyond_the_context_is_asked_for_without_one(server: Server, tmp_path: Path) -> None:
+    """As many tokens as the prompt leaves, as by the engine here; not an answer that counts as empty."""
+    server.script = [BEYOND_CONTEXT]
+    sampling = Sampling(n=2, max_tokens=4096)
+    assert texts(server, tmp_path / "journal", sampling, concurrency=1) == expected(sampling)
+    assert [request.get("max_tokens") for request in server.requests] == [4096, None, *[4096] * 5]
+    assert [request["n"] for request in server.requests] == [2] * 7
+
+
 def test_tokens_are_asked_for(server: Server, tmp_path: Path) -> None:
     server.always = one_choice(token_ids=[5, 1])
     answers = generate_all(endpoint(server.url, token_ids=True), PROMPTS, Sampling(), tmp_path / "journal")
     assert answers[0][0].tokens == [5, 1]
     assert server.requests[0]["return_token_ids"] is True
+    unchanged = {name: server.requests[0][name] for name in ("top_k", "min_p", "repetition_penalty")}
+    assert unchanged == {"top_k": -1, "min_p": 0, "repetition_penalty": 1}  # whatever generation_config.json has
     server.always = good
     with pytest.raises(GenerationError, match="its replies hold no token_ids; leave --token_ids away"):
         generate_all(endpoint(server.url, token_ids=True), PROMPTS, Sampling(), tmp_path / "other")
