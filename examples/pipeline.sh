@@ -18,6 +18,11 @@ TEST_ROWS=${TEST_ROWS:-}           # problems of each test set; all
 EVALUATE_ARGS=${EVALUATE_ARGS:-}   # further words of the evaluation, as "--n 8 --temperature 0.6"
 EVALUATED=${EVALUATED-teacher before after} # models; empty for none
 
+for name in $EVALUATED; do
+    [[ $name =~ ^(teacher|before|after)$ ]] || { echo "Error: EVALUATED=$EVALUATED: choose of teacher, before and after" >&2; exit 2; }
+done
+[[ -f $RECIPE ]] || { echo "Error: RECIPE=$RECIPE: no such file; give a script of examples" >&2; exit 2; }
+
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$examples/..${PYTHONPATH:+:$PYTHONPATH} # of data_prep and examples.evaluation
 

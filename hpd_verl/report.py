@@ -467,6 +467,10 @@ def _write(file: Path, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         partial.replace(file)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write {file} ({error.strerror}); make room, or give another --out"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -333,6 +333,28 @@ def test_a_set_that_is_not_there(tmp_path: Path) -> None:
     assert result.stderr == f"Error: DATA_DIR={tmp_path}: holds no gsm8k and no gsm8k.*; put the set's files there\n"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "found"),
+    [
+        ("EVALUATED", "teacher befor", "choose of teacher, before and after"),
+        ("RECIPE", "/nowhere.sh", "no such file; give a script of examples"),
+    ],
+)
+def test_a_pipeline_checks_its_variables_before_the_first_stage(
+    variable: str, value: str, found: str, tmp_path: Path
+) -> None:
+    result = subprocess.run(
+        ["bash", EXAMPLES / "math/pipeline.sh"],
+        env=environment(tmp_path, RUN_DIR=str(tmp_path / "run"), **{variable: value}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert result.stderr == f"Error: {variable}={value}: {found}\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_unknown_pair(tmp_path: Path) -> None:
     result = subprocess.run(
         ["bash", EXAMPLES / "math/hpd.sh"],
