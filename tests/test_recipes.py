@@ -294,7 +294,7 @@ def test_variables_and_overrides_win(tmp_path: Path) -> None:
         LR="8e-5",
         NNODES="2",
         NGPUS_PER_NODE="4",
-        TRACKER="trackio",
+        TRACKER="tensorboard",
     )
     config = composed(command)
     assert config.actor_rollout_ref.model.path == "/models/small one"
@@ -302,7 +302,7 @@ def test_variables_and_overrides_win(tmp_path: Path) -> None:
     assert config.actor_rollout_ref.actor.optim.lr == 8e-5
     assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == (4, 4)
     assert config.trainer.save_freq == 5
-    assert config.trainer.logger == ["console", "file", "trackio"]
+    assert config.trainer.logger == ["console", "file", "tensorboard"]
 
 
 @pytest.mark.parametrize("script", PIPELINES)
