@@ -205,7 +205,8 @@ class EndpointGenerator:
 
 def _is_beyond_context(reply: httpx.Response) -> bool:
     """Whether the server refuses for prompt and ``max_tokens`` being longer than the model's context."""
-    return reply.status_code == 400 and "context" in reply.text and "length" in reply.text
+    says_so = ("context" in reply.text and "length" in reply.text) or "max_model_len" in reply.text
+    return reply.status_code == 400 and says_so
 
 
 def _is_url(text: str) -> bool:

@@ -273,9 +273,13 @@ def test_text_reasoning_and_tokens(server: Server, tmp_path: Path) -> None:
     ]
 
 
-def test_a_limit_beyond_the_context_is_asked_for_without_one(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "message",
+    ["This model's maximum context length is 8 tokens", "max_tokens=9 cannot be greater than max_model_len=8"],
+)
+def test_a_limit_beyond_the_context_is_asked_for_without_one(server: Server, tmp_path: Path, message: str) -> None:
     """As many tokens as the prompt leaves, as by the engine here; not an answer that counts as empty."""
-    server.script = [BEYOND_CONTEXT]
+    server.script = [replies({"error": {"message": message}}, 400)]
     sampling = Sampling(n=2, max_tokens=4096)
     assert texts(server, tmp_path / "journal", sampling, concurrency=1) == expected(sampling)
     assert [request.get("max_tokens") for request in server.requests] == [4096, None, *[4096] * 5]
