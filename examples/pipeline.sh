@@ -65,6 +65,10 @@ results() { # SET: its results, the first of them what the others are compared w
 prepare "$TRAIN_SET"
 for set in $TEST_SETS; do
     [[ $set == "$TRAIN_SET" ]] || prepare "$set"
+    [[ -f $RUN_DIR/data/$set/test.parquet ]] || {
+        echo "Error: TEST_SETS=$TEST_SETS: $set has no rows to test on; choose another set, or add --test_fraction to PREPARE_ARGS in another RUN_DIR" >&2
+        exit 1
+    }
 done
 
 # shellcheck disable=SC2086 # words

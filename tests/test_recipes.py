@@ -1,6 +1,7 @@
 """The scripts of examples/: they parse, compose without models or data, and pass HPD's own check."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -308,6 +309,9 @@ def test_variables_and_overrides_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", PIPELINES)
 def test_stages_of_a_pipeline(script: str, tmp_path: Path) -> None:
     """In their order, with modules that exist; tests/end_to_end/test_pipeline.py runs them."""
+    for name in ("gsm8k", "mbpp", "humaneval"):
+        (tmp_path / "run" / "data" / name).mkdir(parents=True)
+        (tmp_path / "run" / "data" / name / "test.parquet").touch()
     command_of(script, tmp_path, "optim.lr=1e-3", RUN_DIR=str(tmp_path / "run"), GENERATE_ARGS="--top_p 0.9 --seed 3")
     commands = (tmp_path / "command.all").read_text().splitlines()
     stages = [line.split() for line in commands if line.split()[0].endswith("stage.py") and "--" in line.split()]
@@ -315,6 +319,7 @@ def test_stages_of_a_pipeline(script: str, tmp_path: Path) -> None:
     by_name = {words[2]: words[words.index("--") + 1 :] for words in stages}
     assert by_name["answers"][-4:] == ["--top_p", "0.9", "--seed", "3"]
     assert by_name["train"][-1] == "optim.lr=1e-3"
+    assert by_name["export"][-1] == "--overwrite"  # its folder is there where a kill came before the stage's mark
     assert Path(by_name["train"][-2]).is_file()
     for words in by_name.values():
         if words[:2] == ["python", "-m"]:
@@ -353,6 +358,26 @@ def test_a_pipeline_checks_its_variables_before_the_first_stage(
     assert result.returncode == 2
     assert result.stderr == f"Error: {variable}={value}: {found}\n"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_set_without_test_rows(tmp_path: Path) -> None:
+    """Is told before the teacher answers anything."""
+    answer = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": answer}) + "\n")
+    variables = {"RUN_DIR": str(tmp_path / "run"), "DATA_DIR": str(tmp_path), "TRAIN_SET": "chat", "TEST_SETS": "chat"}
+    result = subprocess.run(
+        ["bash", EXAMPLES / "math/pipeline.sh"],
+        env=environment(tmp_path, **variables),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        "Error: TEST_SETS=chat: chat has no rows to test on; choose another set, or add --tes"
+    )
+    assert not (tmp_path / "run" / "answers.log").exists()
 
 
 def test_unknown_pair(tmp_path: Path) -> None:
