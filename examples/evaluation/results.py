@@ -102,6 +102,8 @@ class Script:
             if not isinstance(error, ValueError | OSError | GenerationError) and not _is_ours(error):
                 raise
             raise SystemExit(f"Error: {' '.join(str(error).split())}") from error
+        except KeyboardInterrupt:
+            raise SystemExit("Interrupted: finished answers are kept, the same command goes on from there") from None
         print(table([result]))
         print(f"{args.out}: {len(result['items'])} problems")
 

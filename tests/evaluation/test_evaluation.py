@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import resource
 import shutil
@@ -488,6 +489,23 @@ def test_a_server_that_is_down(call: Call, problems: Path, server: Server) -> No
     server.http.shutdown()
     server.http.server_close()
     assert "--endpoint=" in call.error(maths, problems)
+
+
+def test_an_interruption_keeps_what_has_been_answered(call: Call, problems: Path, server: Server) -> None:
+    def interrupts(question: str, number: int) -> str:
+        if len(server.requests) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return "no"
+
+    server.answer = interrupts
+    with pytest.raises(SystemExit, match=r"^Interrupted: finished answers are kept"):
+        call(maths, problems)
+    kept = len((call.folder / "result.answers.jsonl").read_text().splitlines()) - 1
+    assert 2 <= kept <= 3
+    asked = len(server.requests)
+    server.answer = lambda question, number: "no"
+    assert len(call(maths, problems)["items"]) == 6
+    assert len(server.requests) - asked == 6 - kept
 
 
 def test_a_full_disk_leaves_the_result_that_was_there(tmp_path: Path) -> None:
