@@ -138,11 +138,11 @@ def table(run_dir: Path) -> str:
         ValueError: a file that says so is damaged.
     """
     files = sorted(run_dir.glob("*.done"), key=lambda file: file.stat().st_mtime_ns)
-    lines = [f"{'stage':<20}{'seconds':>10}{'peak GiB':>10}"]
+    lines = [f"{'stage':<30}{'seconds':>10}{'peak GiB':>10}"]
     for file in files:
         try:
             each = json.loads(file.read_text())
-            lines.append(f"{each['stage']:<20}{each['seconds']:>10.0f}{each['peak_gib']:>10.2f}")
+            lines.append(f"{each['stage']:<30}{each['seconds']:>10.0f}{each['peak_gib']:>10.2f}")
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file}: damaged; remove it, and the stage is repeated") from error
     return "\n".join(lines)
