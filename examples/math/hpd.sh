@@ -99,7 +99,12 @@ TRAINER=(
     trainer.max_actor_ckpt_to_keep="$KEEP_CHECKPOINTS"
     trainer.test_freq="$TEST_FREQ"
 )
+RAY=( # a Ray cluster that is there already does not know this script's environment
+    "+ray_kwargs.ray_init.runtime_env.env_vars.WANDB_MODE='$WANDB_MODE'"
+    "+ray_kwargs.ray_init.runtime_env.env_vars.WANDB_DIR='$WANDB_DIR'"
+    "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH='$VERL_FILE_LOGGER_PATH'"
+)
 
 mkdir -p "$(dirname "$VERL_FILE_LOGGER_PATH")"
 exec python -m verl.trainer.main_ppo algorithm=hpd \
-    "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${REF[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" "$@"
+    "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${REF[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" "${RAY[@]}" "$@"
