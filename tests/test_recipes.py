@@ -49,6 +49,7 @@ RECIPE = MAIN_PPO | {
     "trainer.logger": ["console", "file", "wandb"],
     "trainer.nnodes": 1,
     "trainer.n_gpus_per_node": 8,
+    "ray_kwargs.ray_init.runtime_env.env_vars.WANDB_MODE": "offline",  # for the workers of a cluster that is there
 }
 MATH = RECIPE | {
     "actor_rollout_ref.model.path": "Qwen/Qwen2.5-1.5B",

@@ -212,6 +212,8 @@ def test_the_page_fetches_nothing_and_says_its_figures_in_words(tmp_path: Path) 
     for title in ("Accuracy", "Loss", "KL", "Entropy", "Weights", "Gradient and learning rate", "Throughput", "Time"):
         assert f"<h2>{title}</h2>" in text
     assert "<h2>Memory</h2>" not in text
+    assert text.count("<td>hpd/loss<small>") == 2, "in the summary and in all numbers, once for both runs"
+    assert text.count(">ünïcode</small></td>") == text.count("b&gt;$x$</small></td>") > 2
     references = re.findall(r"url\(#([^)]*)\)", text)
     assert references
     assert set(references) <= set(found.ids)
