@@ -6,6 +6,9 @@ from settle_it.results import Results
 BEST_OF = ("hpd", "hpd_no_sampling", "fkl", "rkl_exact", "seqkd", "jsd_exact")
 """The candidate is to be as good as the best of these, each at temperature 1."""
 
+BESIDE = ("fkl T2", "sft")
+"""Run along for the reader."""
+
 
 def ranking(results: Results) -> list[tuple[float, str]]:
     """Validation accuracy in the regime "warm" at the best learning rate, of all that were tuned, the best first."""
@@ -21,6 +24,7 @@ def chosen_candidate(results: Results) -> str:
 
 def confirmation(results: Results) -> Suite:
     """Fresh seeds, and fresh problems for training and test."""
-    names = [chosen_candidate(results), *BEST_OF]
+    candidate = chosen_candidate(results)
+    names = dict.fromkeys([candidate, *BEST_OF, *BESIDE])
     methods = {name: METHODS[name] for name in names}
-    return Suite("confirmation", methods, ("warm", "long"), {name: name for name in names}, FRESH_SEEDS, "fresh")
+    return Suite("confirmation", methods, ("warm",), {name: name for name in names}, FRESH_SEEDS, "fresh")

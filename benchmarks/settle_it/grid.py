@@ -41,6 +41,10 @@ class Method:
     clip_grad: float = 1.0
 
     @property
+    def trains(self) -> bool:
+        return self.objective != "none"
+
+    @property
     def needs_teacher(self) -> bool:
         return self.objective != "sft"
 
@@ -112,7 +116,9 @@ SENSITIVITY = {
 WITHOUT_CLIPPING = {
     f"{name} unclipped": replace(AT_TEMPERATURE_1[name], clip_grad=1e9) for name in ("hpd", "fkl", "sft", "rkl_exact")
 }
-METHODS = AT_TEMPERATURE_1 | HOTTER | CANDIDATES | SENSITIVITY | WITHOUT_CLIPPING
+BEFORE = "before"
+"""The student as it starts, measured like the others."""
+METHODS = AT_TEMPERATURE_1 | HOTTER | CANDIDATES | SENSITIVITY | WITHOUT_CLIPPING | {BEFORE: Method("none")}
 
 RATES = (3e-3, 8e-3, 1.6e-2)
 WIDER_RATES = {3e-3: 1.5e-3, 1.5e-3: 7.5e-4, 1.6e-2: 3.2e-2}
@@ -169,6 +175,7 @@ def _named(names: Iterable[str]) -> dict[str, Method]:
 
 SUITES = [
     Suite("core", _named([*CORE, "fkl T2", "hpd T2"]), ("warm",)),
+    Suite("before", _named([BEFORE]), ("warm",), {BEFORE: "hpd"}),
     Suite("candidates", CANDIDATES, ("warm",), seeds=()),
     Suite("objectives", _named(name for name in AT_TEMPERATURE_1 if name not in CORE), ("warm",)),
     Suite("sensitivity", SENSITIVITY, ("warm",), dict.fromkeys(SENSITIVITY, "hpd"), seeds=SEEDS[:3]),

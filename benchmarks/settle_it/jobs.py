@@ -108,18 +108,22 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     follows = job.split == "test" and job.seed == 1
     working = folder / "working" / str(os.getpid())
     start = time.process_time()
-    checkpoints = models.train(
-        working,
-        student,
-        data.teacher_model if method.needs_teacher else None,
-        data.rows(regime.demonstrations, job.split, method.from_teacher),
-        steps,
-        BATCH_SIZE,
-        job.rate,
-        job.seed,
-        method.all_settings,
-        method.clip_grad,
-        save_every=steps // 4 if follows else -1,
+    checkpoints = (
+        [student]
+        if not method.trains
+        else models.train(
+            working,
+            student,
+            data.teacher_model if method.needs_teacher else None,
+            data.rows(regime.demonstrations, job.split, method.from_teacher),
+            steps,
+            BATCH_SIZE,
+            job.rate,
+            job.seed,
+            method.all_settings,
+            method.clip_grad,
+            save_every=steps // 4 if follows else -1,
+        )
     )
     seconds = time.process_time() - start
     trained = models.load(checkpoints[-1])
@@ -135,6 +139,8 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     held_out = [task.demonstrate(problem, rng, error_rate=0.0) for problem in test]
     result["held_out"] = measures.divergences(trained, teacher, test, held_out)
     result["rollouts"] = rollouts(trained, teacher, test, job.seed)
+    if not method.trains:
+        return result
     result["training"] = measures.curve(working / "metrics.jsonl", method.clip_grad)
     if follows:
         earlier = [rollouts(models.load(each), teacher, test, job.seed) for each in checkpoints[:-1]]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from settle_it import grid  # noqa: E402
-from settle_it.confirmation import BEST_OF, ranking  # noqa: E402
+from settle_it.confirmation import BEST_OF, chosen_candidate, ranking  # noqa: E402
 from settle_it.results import FOLDER, Results  # noqa: E402
 from settle_it.statistics import Comparison, Estimate, compare, estimate, holm, pass_at, right_shares  # noqa: E402
 
@@ -70,7 +70,11 @@ def scores(found: Found) -> str:
         row = [f"`{name}`", f"{results[0]['job']['rate']:g}", str(len(results))]
         row.append(percent(value))
         row += [f"{100 * each.mean():.1f}" for each in others] + [f"{each:.3f}" for each in numbers]
-        row += [f"{mean(results, 'training', 'clipped_share'):.2f}", f"{mean(results, 'cpu_seconds'):.0f}"]
+        if "training" in results[0]:
+            row += [f"{mean(results, 'training', 'clipped_share'):.2f}", f"{mean(results, 'cpu_seconds'):.0f}"]
+        else:
+            row[1] = ""
+            row += ["", ""]
         rows.append((-value.mean, row))
     return table(head, [row for _, row in sorted(rows)])
 
@@ -114,8 +118,8 @@ def verdicts(results: Results, reference: str) -> str:
 
 
 def is_special(name: str) -> bool:
-    """Of the sensitivity or clipping suites, which have tables of their own."""
-    return name in grid.SENSITIVITY or name in grid.WITHOUT_CLIPPING
+    """Of the sensitivity or clipping suites, which have tables of their own, or of no training."""
+    return name in grid.SENSITIVITY or name in grid.WITHOUT_CLIPPING or name == grid.BEFORE
 
 
 def identical_rates(results: Results) -> str:
@@ -235,11 +239,12 @@ def tables(results: Results) -> dict[str, str]:
         found = results.of("test", regime)
         plain = {name: each for name, each in found.items() if not is_special(name)}
         if plain:
-            out[f"scores {regime}"] = scores(plain)
+            before = {name: each for name, each in found.items() if name == grid.BEFORE}
+            out[f"scores {regime}"] = scores(plain | before)
             out[f"comparisons {regime}"] = named_comparisons(plain, grid.COMPARED)
         fresh = results.of("fresh", regime)
         if fresh:
-            candidate = next(name for name in fresh if name not in BEST_OF)
+            candidate = chosen_candidate(results)
             out[f"confirmation {regime}"] = scores(fresh)
             out[f"confirmation comparisons {regime}"] = named_comparisons(
                 fresh, [(candidate, other) for other in BEST_OF]
