@@ -5,14 +5,18 @@
 """
 
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +218,44 @@ class Run:
 RunMainPPO = Callable[..., Run]
 
 
-@pytest.fixture
-def run_main_ppo(tiny: Tiny, tmp_path: Path) -> RunMainPPO:
-    """Run ``python -m verl.trainer.main_ppo algorithm=hpd`` on the tiny models, with overrides.
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Processes that start quickly: forked from one that has imported verl, the trainers and the store."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hpd_verl.teacher_cache", "hpd_verl.sft_trainer", "verl.trainer.main_ppo"])
+    return context
 
-    Killed with all of its session, or its driver sent SIGTERM, after so many steps.
+
+def run_module(module: str, arguments: list[str], folder: Path, environment: dict[str, str], output: Path) -> None:
+    """What ``python -m`` does, in a process of ``processes`` that leads a session of its own.
+
+    Args:
+        module: runs as ``__main__``.
+        arguments: its words.
+        folder: the working directory.
+        environment: all of it.
+        output: a file that stdout and stderr are appended to.
+    """
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    multiprocessing.set_start_method(None, force=True)  # not that of the test
+    sys.path[:0] = [str(folder), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture
+def run_main_ppo(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunMainPPO:
+    """Run ``verl.trainer.main_ppo algorithm=hpd`` on the tiny models, with overrides.
+
+    Killed with all of its session, or its driver sent SIGTERM, after so many steps. With ``new_interpreter`` by
+    ``python -m``; otherwise in a process of ``processes``, of which the imports alone are not its own.
     """
 
     def run(
@@ -226,11 +263,12 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path) -> RunMainPPO:
         kill_after_step: int | None = None,
         terminate_after_step: int | None = None,
         timeout: float = 400,
+        new_interpreter: bool = False,
     ) -> Run:
-        log = tmp_path / "metrics.jsonl"
+        log, output = tmp_path / "metrics.jsonl", tmp_path / "output.txt"
         log.unlink(missing_ok=True)
-        command = [
-            *(sys.executable, "-m", "verl.trainer.main_ppo", "algorithm=hpd"),
+        arguments = [
+            "algorithm=hpd",
             f"actor_rollout_ref.model.path={tiny.student}",
             f"actor_rollout_ref.ref.model.path={tiny.teacher}",
             f"data.train_files={tiny.train}",
@@ -245,23 +283,32 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path) -> RunMainPPO:
             *overrides,
         ]
         environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(log), "HYDRA_FULL_ERROR": "1"}
-        output_file = tmp_path / "output.txt"
-        with open(output_file, "w") as stream:
-            process = subprocess.Popen(
-                command, cwd=tmp_path, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            try:
-                if kill_after_step is not None:
-                    _wait_for_step(process, log, kill_after_step, timeout)
-                    os.killpg(process.pid, signal.SIGKILL)
-                elif terminate_after_step is not None:
-                    _wait_for_step(process, log, terminate_after_step, timeout)
-                    process.terminate()
-                process.wait(timeout)
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-        return Run(process.wait(), output_file.read_text(), read_steps(log))
+        module = "verl.trainer.main_ppo"
+        output.write_text("")
+        if new_interpreter:
+            with open(output, "w") as stream:
+                command = [sys.executable, "-m", module, *arguments]
+                done = subprocess.run(
+                    command, cwd=tmp_path, env=environment, stdout=stream, stderr=stream, timeout=timeout
+                )
+            return Run(done.returncode, output.read_text(), read_steps(log))
+        process = processes.Process(target=run_module, args=(module, arguments, tmp_path, environment, output))
+        process.start()
+        assert process.pid is not None
+        try:
+            if kill_after_step is not None:
+                _wait_for_step(process, log, kill_after_step, timeout)
+                os.killpg(process.pid, signal.SIGKILL)
+            elif terminate_after_step is not None:
+                _wait_for_step(process, log, terminate_after_step, timeout)
+                process.terminate()
+            process.join(timeout)
+        finally:
+            if process.exitcode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
+        assert process.exitcode is not None
+        return Run(process.exitcode, output.read_text(), read_steps(log))
 
     return run
 
@@ -274,12 +321,10 @@ def read_steps(log: Path) -> list[dict[str, float]]:
     return [line["data"] for line in lines if "hpd/loss" in line["data"]]
 
 
-def _wait_for_step(process: "subprocess.Popen[bytes]", log: Path, step: int, timeout: float) -> None:
+def _wait_for_step(process: Any, log: Path, step: int, timeout: float) -> None:
     """Until so many steps are logged."""
-    import time
-
     deadline = time.monotonic() + timeout
     while len(read_steps(log)) < step:
-        assert process.poll() is None, "the run ended before it could be ended"
+        assert process.exitcode is None, "the run ended before it could be ended"
         assert time.monotonic() < deadline, "no step was logged in time"
         time.sleep(0.05)

@@ -1,10 +1,10 @@
 """Steps of one rank for all: every rank ends in the same way, and soon."""
 
-import multiprocessing
 import os
 import socket
 import time
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import pytest
@@ -53,14 +53,12 @@ def run_steps(rank: int, port: int, results: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_three_ranks() -> None:
+def test_three_ranks(processes: ForkServerContext) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd_verl.engine.ranks", "hpd_verl.teacher.disk_store"])
-    results = context.Queue()
-    workers = [context.Process(target=run_steps, args=(rank, port, results)) for rank in range(3)]
+    results = processes.Queue()
+    workers = [processes.Process(target=run_steps, args=(rank, port, results)) for rank in range(3)]
     for worker in workers:
         worker.start()
     found = dict(results.get(timeout=60) for _ in workers)
