@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,16 @@ CHAT_TEMPLATE = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is in end_to_end as ``e2e``, and what neither is there nor marked ``slow`` as ``unit``."""
+    """Mark what is in end_to_end as ``e2e``, and what neither is there nor marked ``slow`` as ``unit``.
+
+    In this order they run: what takes long first, so that several processes have work until the end.
+    """
     for item in items:
         if "end_to_end" in item.path.parts:
             item.add_marker("e2e")
         elif item.get_closest_marker("slow") is None:
             item.add_marker("unit")
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("e2e", "slow")])
 
 
 class TensorsOfTests(TorchFunctionMode):
@@ -219,11 +223,13 @@ RunMainPPO = Callable[..., Run]
 
 
 @pytest.fixture(scope="session")
-def processes() -> ForkServerContext:
+def processes() -> Iterator[ForkServerContext]:
     """Processes that start quickly: forked from one that has imported verl, the trainers and the store."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hpd_verl.teacher_cache", "hpd_verl.sft_trainer", "verl.trainer.main_ppo"])
-    return context
+    yield context
+    for process in multiprocessing.active_children():  # of a test that has failed
+        process.kill()
 
 
 def run_module(module: str, arguments: list[str], folder: Path, environment: dict[str, str], output: Path) -> None:
@@ -248,6 +254,17 @@ def run_module(module: str, arguments: list[str], folder: Path, environment: dic
     sys.argv = [module, *arguments]
     sys.modules.pop(module, None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def start_module(
+    processes: ForkServerContext, module: str, arguments: list[str], folder: Path, output: Path, **variables: str
+) -> ForkServerProcess:
+    """Start ``run_module`` with an empty output and, beside this process's environment, ``variables``."""
+    output.write_text("")
+    words = (module, arguments, folder, {**os.environ, **variables}, output)
+    process = processes.Process(target=run_module, args=words)
+    process.start()
+    return process
 
 
 @pytest.fixture
@@ -282,18 +299,14 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> Ru
             f"trainer.default_local_dir={tmp_path / 'checkpoints'}",
             *overrides,
         ]
-        environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(log), "HYDRA_FULL_ERROR": "1"}
-        module = "verl.trainer.main_ppo"
-        output.write_text("")
+        variables = {"VERL_FILE_LOGGER_PATH": str(log), "HYDRA_FULL_ERROR": "1"}
+        module, whole = "verl.trainer.main_ppo", {**os.environ, **variables}
         if new_interpreter:
             with open(output, "w") as stream:
                 command = [sys.executable, "-m", module, *arguments]
-                done = subprocess.run(
-                    command, cwd=tmp_path, env=environment, stdout=stream, stderr=stream, timeout=timeout
-                )
+                done = subprocess.run(command, cwd=tmp_path, env=whole, stdout=stream, stderr=stream, timeout=timeout)
             return Run(done.returncode, output.read_text(), read_steps(log))
-        process = processes.Process(target=run_module, args=(module, arguments, tmp_path, environment, output))
-        process.start()
+        process = start_module(processes, module, arguments, tmp_path, output, **variables)
         assert process.pid is not None
         try:
             if kill_after_step is not None:
@@ -321,7 +334,7 @@ def read_steps(log: Path) -> list[dict[str, float]]:
     return [line["data"] for line in lines if "hpd/loss" in line["data"]]
 
 
-def _wait_for_step(process: Any, log: Path, step: int, timeout: float) -> None:
+def _wait_for_step(process: ForkServerProcess, log: Path, step: int, timeout: float) -> None:
     """Until so many steps are logged."""
     deadline = time.monotonic() + timeout
     while len(read_steps(log)) < step:

@@ -36,6 +36,7 @@ def by_transformers(folder: Path) -> list[list[int]]:
 
 
 def main() -> None:
+    import verl  # noqa: F401 - its plugins set what a CPU needs
     from vllm import LLM, SamplingParams
 
     llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=2**24)
