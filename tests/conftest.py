@@ -227,6 +227,9 @@ def processes() -> Iterator[ForkServerContext]:
     """Processes that start quickly: forked from one that has imported verl, the trainers and the store."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hpd_verl.teacher_cache", "hpd_verl.sft_trainer", "verl.trainer.main_ppo"])
+    first = context.Process(target=int)
+    first.start()
+    first.join()  # the imports are nobody's waiting time
     yield context
     for process in multiprocessing.active_children():  # of a test that has failed
         process.kill()
@@ -279,7 +282,7 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> Ru
         *overrides: str,
         kill_after_step: int | None = None,
         terminate_after_step: int | None = None,
-        timeout: float = 400,
+        timeout: float = 800,
         new_interpreter: bool = False,
     ) -> Run:
         log, output = tmp_path / "metrics.jsonl", tmp_path / "output.txt"

@@ -68,7 +68,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
                 while len(read_steps(log)) < terminate_after_step and launcher.poll() is None:
                     time.sleep(0.02)
                 launcher.terminate()
-                launcher.wait(200)
+                launcher.wait(400)
             finally:
                 if launcher.poll() is None:
                     for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
@@ -89,7 +89,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
             of_rank = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             started.append(processes.Process(target=run_module, args=(module, arguments, tmp_path, of_rank, output)))
             started[-1].start()
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 800
         try:
             while any(process.exitcode is None for process in started):
                 assert time.monotonic() < deadline, output.read_text()[-3000:]

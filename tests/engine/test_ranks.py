@@ -13,7 +13,7 @@ import torch.distributed
 
 from hpd_verl.engine.ranks import on_every_rank, on_rank_zero
 
-TIMEOUT = timedelta(seconds=3)
+TIMEOUT = timedelta(seconds=10)
 
 
 def slow(seconds: float) -> str:
@@ -30,7 +30,7 @@ def fail(rank: int) -> int:
 STEPS: dict[str, Any] = {
     "result": lambda: on_rank_zero(lambda: {"rank": torch.distributed.get_rank()}),
     "none": lambda: on_rank_zero(lambda: None),
-    "longer than the timeout": lambda: on_rank_zero(lambda: slow(5.0), interval=0.5),
+    "longer than the timeout": lambda: on_rank_zero(lambda: slow(12.0), interval=0.5),
     "error of rank 0": lambda: on_rank_zero(lambda: fail(0)),
     "every rank": lambda: on_every_rank(torch.distributed.get_rank),
     "error of rank 1": lambda: on_every_rank(lambda: fail(1)),
