@@ -6,7 +6,6 @@ import inspect
 import torch.distributed
 from conftest import Tiny
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from hpd_verl.cpu import patches
@@ -49,6 +48,6 @@ def test_vllms_engine_is_its_worker(tiny: Tiny) -> None:
         model=str(tiny.student),
         dtype=rollout.dtype,
         enforce_eager=rollout.enforce_eager,
-        **OmegaConf.to_container(rollout.engine_kwargs.vllm),
+        **rollout.engine_kwargs.vllm,
     )
     assert arguments.create_engine_config().parallel_config.distributed_executor_backend == "uni"
