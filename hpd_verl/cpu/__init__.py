@@ -14,8 +14,6 @@ ENVIRONMENT = {
     "VERL_ENGINE_DEVICE": "cuda",
     # Ranks and vLLM share the cores: vLLM's default binds its threads to cores of its own.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # vLLM's engine and its worker need no processes of their own: importing them costs more than a small model's answers.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Compiling costs a small model more than it saves.
     "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -4,8 +4,6 @@ import importlib.metadata
 import inspect
 
 import torch.distributed
-from conftest import Tiny
-from hydra import compose, initialize_config_module
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from hpd_verl.cpu import patches
@@ -36,18 +34,3 @@ def test_vllm_still_drops_packed_weights() -> None:
     from vllm.model_executor.layers import utils
 
     assert "remove_weight" in inspect.signature(utils.dispatch_cpu_unquantized_gemm).parameters
-
-
-def test_vllms_engine_is_its_worker(tiny: Tiny) -> None:
-    """vLLM gives a worker a process of its own on a CPU, unless its environment says otherwise."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        rollout = compose("ppo_trainer", overrides=["algorithm=hpd"]).actor_rollout_ref.rollout
-    arguments = EngineArgs(
-        model=str(tiny.student),
-        dtype=rollout.dtype,
-        enforce_eager=rollout.enforce_eager,
-        **rollout.engine_kwargs.vllm,
-    )
-    assert arguments.create_engine_config().parallel_config.distributed_executor_backend == "uni"
