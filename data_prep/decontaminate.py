@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_prep.rows import ROWS_PER_GROUP, unfinished
-from data_prep.sources import Source, read
+from data_prep.sources import PIECE, Source, read
 
 logger = logging.getLogger("data_prep")
 
@@ -297,7 +297,10 @@ def filter_rows(
         ``(rows read, rows left out)``.
     """
     read_rows = left_out = 0
-    with pq.ParquetFile(path) as file, tqdm(total=file.metadata.num_rows, unit=" rows", disable=None) as bar:
+    with (
+        pq.ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file,
+        tqdm(total=file.metadata.num_rows, unit=" rows", disable=None) as bar,
+    ):
         for batch in file.iter_batches(batch_size=ROWS_PER_GROUP):
             clean = []
             for record in batch.to_pylist():

@@ -212,8 +212,8 @@ def report(tally: Tally, target: Path, left_out: Path, unit: str) -> None:
         logger.info("  demonstrations that the teacher ended by another token than the chat template's: %d", other)
     if unknown := tally.round_trips["unknown"]:
         logger.info("  demonstrations whose tokens could not be compared with those generated: %d", unknown)
-    logger.info("  prompt, %s: %s", unit, percentiles(tally.prompt_lengths))
-    logger.info("  demonstration, %s: %s", unit, percentiles(tally.lengths))
+    logger.info("  prompt, %s: %s", unit, percentiles(Counter(tally.prompt_lengths)))
+    logger.info("  demonstration, %s: %s", unit, percentiles(Counter(tally.lengths)))
 
 
 def describe(args: argparse.Namespace, generator: Generator, sampling: Sampling, journal: Journal) -> dict[str, Any]:
@@ -260,8 +260,11 @@ def write(
             write_rows(file, tally, journal, writer)
         unfinished(left_out).replace(left_out)
         unfinished(target).replace(target)
-    except pa.ArrowException as error:
-        raise ValueError(f"{target}: cannot be written: {' '.join(str(error).split())[:300]}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{target}: cannot be written: {' '.join(str(error).split())[:300]}; all answers are in {journal.path}: "
+            "make room and give the same command again"
+        ) from error
     finally:
         unfinished(left_out).unlink(missing_ok=True)
         unfinished(target).unlink(missing_ok=True)

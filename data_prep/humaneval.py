@@ -3,7 +3,8 @@
 Columns read: task_id, prompt, canonical_solution, test, entry_point; HumanEval.jsonl.gz of the release is read too. The
 ground truth is the test program, which calls ``check`` with the function. verl has no reward function for it; with
 ``reward.custom_reward_function.path=pkg://hpd_verl.rewards.code`` programs run in a sandbox. For EvalPlus's tests give
---dataset evalplus/humanevalplus, whose columns are the same.
+--dataset evalplus/humanevalplus or its files, whose columns are the same; the release HumanEvalPlus.jsonl, with inputs
+in place of tests, is refused.
 
     python -m data_prep.humaneval --local_dataset_path ~/data/HumanEval.jsonl.gz --local_save_dir ~/data/humaneval
 """
@@ -25,6 +26,8 @@ INSTRUCTION = "Complete the following Python function. Answer with the whole fun
 def convert(record: dict[str, Any], split: str, index: int) -> Row:
     """One row from one record."""
     start, name = record["prompt"], record["entry_point"].strip()
+    if "plus_input" in record:
+        raise ValueError("'plus_input': EvalPlus's inputs without its tests; take the files of evalplus/humanevalplus")
     preamble, defined, _ = start.partition(f"def {name}(")
     if not defined:
         raise ValueError(f"'prompt' does not define {name!r}, its 'entry_point'")

@@ -11,11 +11,14 @@ for one that is no row of this split::
 """
 
 import argparse
+import bisect
+import contextlib
 import heapq
+import itertools
 import logging
 import random
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,7 @@ Convert = Callable[[dict[str, Any], str, int], Row | None]
 MATH_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 MATH_REWARD = "lighteval/MATH"
 r"""``data_source`` for which verl compares the content of the last \boxed{}, with no package beside verl."""
-ROWS_PER_GROUP = 256
+ROWS_PER_GROUP = 1024
 """Rows held in memory before they are written."""
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -121,8 +124,9 @@ class Tally:
     left_out: int = 0
     bad: int = 0
     first_bad: str = ""
-    prompt: "array[int]" = field(default_factory=lambda: array("q"))
-    demonstration: "array[int]" = field(default_factory=lambda: array("q"))
+    prompt: Counter[int] = field(default_factory=Counter)
+    """Lengths, with how many rows have each."""
+    demonstration: Counter[int] = field(default_factory=Counter)
 
 
 def convert_records(
@@ -178,24 +182,42 @@ def write_parquet(rows: Iterable[Row], path: Path) -> None:
     """Write rows as they come, under another name: ``path`` itself is left as it is.
 
     Raises:
-        ValueError: a row whose types are not the first row's.
+        ValueError: a row whose types are not the first row's, or a file that cannot be written.
     """
-    writer, group = None, []
+    writer: pq.ParquetWriter | None = None
+    group: list[Row] = []
+
+    def write_group(writer: pq.ParquetWriter) -> None:
+        with _names(path):
+            writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
+        group.clear()
+
     try:
         for row in rows:
             group.append(row)
             if writer is None:
-                writer = pq.ParquetWriter(unfinished(path), schema_of(row))
+                with _names(path):
+                    writer = pq.ParquetWriter(unfinished(path), schema_of(row))
             if len(group) == ROWS_PER_GROUP:
-                writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
-                group.clear()
+                write_group(writer)
         if writer is not None and group:
-            writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
-    except (pa.ArrowException, TypeError) as error:
-        raise ValueError(f"{path.name}: a row does not fit the rows before it: {error}") from error
+            write_group(writer)
     finally:
         if writer is not None:
-            writer.close()
+            with _names(path):
+                writer.close()
+
+
+@contextlib.contextmanager
+def _names(path: Path) -> Iterator[None]:
+    """pyarrow's errors of writing with the file's name, which they lack."""
+    try:
+        yield
+    except OSError as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: cannot be written: {said}; make room and give the same command again") from error
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"{path.name}: a row does not fit the rows before it: {error}") from error
 
 
 def unfinished(path: Path) -> Path:
@@ -203,11 +225,12 @@ def unfinished(path: Path) -> Path:
     return path.with_suffix(".unfinished")
 
 
-def percentiles(lengths: Sequence[int]) -> str:
-    """The 50th, 90th, 99th percentile and the longest."""
+def percentiles(lengths: Mapping[int, int]) -> str:
+    """The 50th, 90th, 99th percentile and the longest, of lengths with how many rows have each."""
     ordered = sorted(lengths)
+    ranks = list(itertools.accumulate(lengths[length] for length in ordered))
     names = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    return ", ".join(f"{name} {ordered[max(0, -int(-len(ordered) * q // 1) - 1)]}" for name, q in names.items())
+    return ", ".join(f"{name} {ordered[bisect.bisect_left(ranks, share * ranks[-1])]}" for name, share in names.items())
 
 
 class Lengths:
@@ -235,14 +258,14 @@ class Lengths:
         """Count one row."""
         prompt, demonstration = row["prompt"], row["demonstration"]
         if self._tokenizer is None:
-            tally.prompt.append(sum(len(message["content"]) for message in prompt))
+            tally.prompt[sum(len(message["content"]) for message in prompt)] += 1
         else:
             text = self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-            tally.prompt.append(len(self._tokenizer(text, add_special_tokens=False)["input_ids"]))
+            tally.prompt[len(self._tokenizer(text, add_special_tokens=False)["input_ids"])] += 1
             if demonstration is not None:
                 demonstration = self._tokenizer(demonstration, add_special_tokens=False)["input_ids"]
         if demonstration is not None:
-            tally.demonstration.append(len(demonstration))
+            tally.demonstration[len(demonstration)] += 1
 
 
 def _parser(description: str, source: Source) -> argparse.ArgumentParser:

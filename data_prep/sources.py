@@ -1,7 +1,6 @@
 """Where records come from: JSON lines, JSON and parquet files, or a data set of the Hugging Face hub, as a stream.
 
-Every record comes with the place where it stands, for errors. Nothing but a ``.json`` file that is one list is read
-whole.
+Every record comes with the place where it stands, for errors. No file is held in memory.
 """
 
 import gzip
@@ -9,12 +8,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+PIECE = 1 << 20
+"""Characters or bytes that are read at once."""
 Place = tuple[str, Any]
 """``(where, record)``; the record is a ValueError where it could not be read."""
 
@@ -58,7 +59,7 @@ def find_files(paths: Sequence[Path], source: Source) -> dict[str, list[Path]]:
         source: whose splits.
 
     Raises:
-        ValueError: no such path, a file of another kind, or no file for any split.
+        ValueError: no such path, a file of another kind, no file for any split, or a split's files in several folders.
     """
     named: list[Path] = []
     for path in paths:
@@ -76,26 +77,67 @@ def find_files(paths: Sequence[Path], source: Source) -> dict[str, list[Path]]:
         # What else lies in a folder may be anything; a file that was named is meant.
         for split in own or (source.unnamed or list(source.splits)[:1] if file in paths else ()):
             found[split].append(file)
+    for path in paths:
+        for split, files in found.items():
+            folders = sorted({str(file.parent) for file in files if path in file.parents})
+            if len(folders) > 1:
+                raise ValueError(
+                    f"{path}: files of the split {split} are in {len(folders)} folders, {' and '.join(folders[:3])}; "
+                    "as a rule these are configurations of one set: give the folder that is meant"
+                )
     if not any(found.values()):
         names = ", ".join(f"{name}.jsonl or {name}-*.parquet" for name in source.splits.values())
         raise ValueError(f"{paths[0]}: no file of the data set, looked for {names}; or name the files themselves")
     return found
 
 
+def _after_space(text: str, place: int) -> int:
+    while place < len(text) and text[place].isspace():
+        place += 1
+    return place
+
+
+def _read_list(text: str, rest: TextIO, path: Path) -> Iterator[Place]:
+    """The items of a JSON list, of which ``text`` has been read.
+
+    Raises:
+        ValueError: the list is torn or no JSON, or something follows it.
+    """
+    decoder, number, place, mark = json.JSONDecoder(), 0, text.index("[") + 1, ","
+    while mark == ",":
+        place = _after_space(text, place)
+        try:
+            if number == 0 and text.startswith("]", place):
+                mark, place = "]", place + 1
+                break
+            item, end = decoder.raw_decode(text, place)
+            end = _after_space(text, end)
+            mark = text[end]  # before that it is not known whether the item goes on
+        except (json.JSONDecodeError, IndexError) as error:
+            more = rest.read(max(PIECE, len(text) - place))
+            if not more:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else "the list has no end"
+                raise ValueError(f"{path}, item {number + 1}: not JSON: {reason}") from None
+            text, place = text[place:] + more, 0
+            continue
+        number += 1
+        yield f"{path}, item {number}", item
+        place = end + 1
+    if mark != "]" or text[place:].strip() or any(map(str.strip, rest)):
+        raise ValueError(f"{path}, after item {number}: not JSON: expected a comma, or one end of the list")
+
+
 def _read_json(path: Path) -> Iterator[Place]:
-    number = 0
+    number, begun = 0, False
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         try:
             for number, line in enumerate(lines, start=1):
-                if path.suffix == ".json" and number == 1 and line.lstrip().startswith("["):
-                    try:
-                        records = json.loads(line + lines.read())
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{path}: not JSON: {error}") from None
-                    yield from ((f"{path}, item {item}", record) for item, record in enumerate(records, start=1))
-                    return
                 if not line.strip():
                     continue
+                if path.suffix == ".json" and not begun and line.lstrip().startswith("["):
+                    yield from _read_list(line, lines, path)
+                    return
+                begun = True
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
@@ -107,7 +149,8 @@ def _read_json(path: Path) -> Iterator[Place]:
 
 def _read_parquet(path: Path) -> Iterator[Place]:
     try:
-        with pq.ParquetFile(path) as file:
+        # As it is by default, pyarrow keeps what it has read of the file.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
             number = 0
             for batch in file.iter_batches(batch_size=256):
                 for record in batch.to_pylist():
@@ -126,12 +169,13 @@ def _read_hub(dataset: str, config: str | None, split: str) -> Iterator[Place]:
     if datasets.config.HF_HUB_OFFLINE:
         raise ValueError(f"--dataset {dataset}: the hub is switched off by HF_HUB_OFFLINE; {give_files}")
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries come to one line, below
+    datasets.config.STREAMING_READ_MAX_RETRIES = 5  # by default it takes ten minutes to give a dead connection up
     try:
         rows = datasets.load_dataset(dataset, config, split=split, streaming=True)
         for number, record in enumerate(rows, start=1):
             yield f"{dataset}, {split} row {number}", record
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (OSError, ValueError, TypeError, httpx.HTTPError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(f"--dataset {dataset}: {type(error).__name__}: {reason}; or {give_files}") from error
 
 

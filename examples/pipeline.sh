@@ -18,6 +18,11 @@ TEST_ROWS=${TEST_ROWS:-}           # problems of each test set; all
 EVALUATE_ARGS=${EVALUATE_ARGS:-}   # further words of the evaluation, as "--n 8 --temperature 0.6"
 EVALUATED=${EVALUATED-teacher before after} # models; empty for none
 
+for name in $EVALUATED; do
+    [[ $name =~ ^(teacher|before|after)$ ]] || { echo "Error: EVALUATED=$EVALUATED: choose of teacher, before and after" >&2; exit 2; }
+done
+[[ -f $RECIPE ]] || { echo "Error: RECIPE=$RECIPE: no such file; give a script of examples" >&2; exit 2; }
+
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$examples/..${PYTHONPATH:+:$PYTHONPATH} # of data_prep and examples.evaluation
 
@@ -60,6 +65,10 @@ results() { # SET: its results, the first of them what the others are compared w
 prepare "$TRAIN_SET"
 for set in $TEST_SETS; do
     [[ $set == "$TRAIN_SET" ]] || prepare "$set"
+    [[ -f $RUN_DIR/data/$set/test.parquet ]] || {
+        echo "Error: TEST_SETS=$TEST_SETS: $set has no rows to test on; choose another set, or add --test_fraction to PREPARE_ARGS in another RUN_DIR" >&2
+        exit 1
+    }
 done
 
 # shellcheck disable=SC2086 # words
@@ -73,7 +82,8 @@ stage train env STUDENT="$STUDENT" TEACHER="$TEACHER" TRAIN_FILE="$RUN_DIR/answe
     VAL_FILE="$RUN_DIR/data/$first_test/test.parquet" MAX_RESPONSE_LENGTH="$MAX_RESPONSE_LENGTH" \
     OUT_DIR="$RUN_DIR/train" bash "$RECIPE" "$@"
 
-stage export python -m hpd_verl.export "$RUN_DIR/train" "$RUN_DIR/student"
+# Killed after the folder was there but before the stage was marked as done, it is written again.
+stage export python -m hpd_verl.export "$RUN_DIR/train" "$RUN_DIR/student" --overwrite
 
 # The teacher first: the others are held against its answers, word by word.
 declare -A models=([teacher]=$TEACHER [before]=$STUDENT [after]=$RUN_DIR/student)

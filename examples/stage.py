@@ -12,6 +12,7 @@ Memory is the highest sum over the stage's processes of their proportional sets 
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ STAGE = "HPD_STAGE"
 """The process id of the stage's own."""
 INTERVAL = 2.0
 """Seconds between looks at the memory."""
+LEAST_ROOM = 1 << 20
+"""Bytes free on the disk under which a failure is told with them: the log may lack its reason then."""
 
 
 def of_run(run_dir: Path, stage: int | None = None) -> list[psutil.Process]:
@@ -112,6 +115,8 @@ def run(run_dir: Path, name: str, command: list[str]) -> None:
         output = log.read_bytes()[begin:].decode(errors="replace")
         print(*(line[:500] for line in output.splitlines()[-30:]), sep="\n", file=sys.stderr)
         said = f"[{name}] failed with exit code {process.returncode}; log in {log}"
+        if shutil.disk_usage(run_dir).free < LEAST_ROOM:
+            said += f"; no space is left at {run_dir}: make room and give the same command again"
         if not asked:
             sys.exit(said)
         print(said, file=sys.stderr)
@@ -119,16 +124,27 @@ def run(run_dir: Path, name: str, command: list[str]) -> None:
     result = {"stage": name, "seconds": round(time.monotonic() - start, 1), "peak_gib": round(peak / 2**30, 2)}
     print(f"[{name}] {result['seconds']:.0f} s, {result['peak_gib']} GiB", flush=True)
     unfinished = done.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result) + "\n")
+    with open(unfinished, "w") as stream:
+        stream.write(json.dumps(result) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())  # a power cut must not leave an empty file under the name that says it is done
     unfinished.replace(done)
 
 
 def table(run_dir: Path) -> str:
-    """The stages that are done, in their order."""
+    """The stages that are done, in their order.
+
+    Raises:
+        ValueError: a file that says so is damaged.
+    """
     files = sorted(run_dir.glob("*.done"), key=lambda file: file.stat().st_mtime_ns)
-    stages = [json.loads(file.read_text()) for file in files]
-    lines = [f"{'stage':<20}{'seconds':>10}{'peak GiB':>10}"]
-    lines += [f"{each['stage']:<20}{each['seconds']:>10.0f}{each['peak_gib']:>10.2f}" for each in stages]
+    lines = [f"{'stage':<30}{'seconds':>10}{'peak GiB':>10}"]
+    for file in files:
+        try:
+            each = json.loads(file.read_text())
+            lines.append(f"{each['stage']:<30}{each['seconds']:>10.0f}{each['peak_gib']:>10.2f}")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}: damaged; remove it, and the stage is repeated") from error
     return "\n".join(lines)
 
 
@@ -139,14 +155,20 @@ def main() -> None:
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
     args = parser.parse_args()
     run_dir = args.run_dir.resolve()
-    if args.name is None:
-        print(table(run_dir))
-        return
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not command or Path(args.name).name != args.name:
+    if args.name is not None and (not command or Path(args.name).name != args.name):
         parser.error("NAME is a word, and after -- stands a command")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    run(run_dir, args.name, command)
+    try:
+        if args.name is None:
+            print(table(run_dir))
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        run(run_dir, args.name, command)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    except OSError as error:
+        place = error.filename or run_dir
+        sys.exit(f"Error: {place}: {error.strerror}; RUN_DIR needs a folder with room that can be written")
 
 
 if __name__ == "__main__":

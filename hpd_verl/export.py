@@ -7,18 +7,21 @@ CHECKPOINT is a run's folder, of which the checkpoint is taken that the run woul
 """
 
 import argparse
+import contextlib
+import glob
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -39,6 +42,22 @@ _OF_TRAINING = ("attn_implementation", "_attn_implementation", "_attn_implementa
 
 
 # ------------------------------ the checkpoint ------------------------------
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, file: str) -> Iterator[None]:
+    """Whatever a library raises on a file of the checkpoint becomes a line that names both.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        yield
+    except Exception as error:  # of transformers, tokenizers, Jinja or the model's own code
+        raise ValueError(
+            f"CHECKPOINT={folder}: its {file} cannot be read ({one_line(error)[:200]}); copy the checkpoint again, or "
+            "take another"
+        ) from error
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -126,6 +145,12 @@ def load_shards(folder: Path, files: list[Path]) -> dict[str, Tensor]:
                 f"CHECKPOINT={folder}: {file.name} cannot be read ({one_line(error)[:120]}); it is cut short or "
                 "damaged: copy it again, or take another checkpoint"
             ) from error
+    for file, shard in zip(files, shards, strict=True):
+        if not isinstance(shard, dict) or shard.keys() != shards[0].keys():
+            raise ValueError(
+                f"CHECKPOINT={folder}: {file.name}: no parameters, or others than those of {files[0].name}; copy the "
+                "checkpoint again, or take another"
+            )
     return {name: _whole(name, [shard[name] for shard in shards]) for name in shards[0]}
 
 
@@ -183,8 +208,8 @@ def _with_parameters(state: Mapping[str, Tensor], source: Path, dtype: torch.dty
     Raises:
         ValueError: they are not those of the model in ``source``.
     """
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
-    with torch.device("meta"):
+    with _reading(source.parent, f"{_HUGGINGFACE}/config.json"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts_code)
     try:
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
@@ -201,7 +226,8 @@ def _save_model(model: Any, source: Path, out: Path, end_token: int | None) -> N
     """Write a model, whose generation stops at the token that ends an answer in its chat template."""
     generation = model.generation_config
     if (source / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(source)
+        with _reading(source.parent, f"{_HUGGINGFACE}/generation_config.json"):
+            generation = GenerationConfig.from_pretrained(source)
     found = generation.eos_token_id
     ends = found if isinstance(found, list) else [] if found is None else [found]
     if end_token is not None and end_token not in ends:
@@ -257,8 +283,9 @@ def write_model(folder: Path, out: Path, dtype: torch.dtype, lora: str, settings
     """
     source, files = folder / _HUGGINGFACE, _shard_files(folder)
     trusts_code = bool(settings is not None and _student(settings).get("trust_remote_code", False))
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusts_code)
-    end_token = _end_token(tokenizer, settings)
+    with _reading(folder, f"tokenizer or chat template in {_HUGGINGFACE}"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusts_code)
+        end_token = _end_token(tokenizer, settings)
     state = load_shards(folder, files) if files else {}
     base, adapter = _split_lora(state)
     is_lora = bool(adapter) or any((place / "lora_train_meta.json").is_file() for place in (folder, folder.parent))
@@ -288,7 +315,8 @@ def write_model(folder: Path, out: Path, dtype: torch.dtype, lora: str, settings
             check_weights("CHECKPOINT", source)
         except ValueError as error:
             raise ValueError(f"{error} (checkpoint.save_contents needs `model` or `hf_model`)") from error
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trusts_code)
+        with _reading(folder, _HUGGINGFACE):
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trusts_code)
         _save_model(model, source, out, end_token)
     tokenizer.save_pretrained(out)
     return written
@@ -304,19 +332,23 @@ def _student(settings: DictConfig) -> DictConfig:
 
 
 def read_settings(folder: Path) -> DictConfig | None:
-    """The settings that the trainer left in the checkpoint, None where it was not one of this package."""
+    """The settings that the trainer left in the checkpoint, None where it was not one of this package.
+
+    Raises:
+        ValueError: they are damaged.
+    """
     step_folder = folder.parent if folder.name == "actor" else folder
+    found = "no settings of a run"
     try:
         settings = OmegaConf.load(step_folder / checkpoint.SETTINGS)
+        if isinstance(settings, DictConfig) and settings:
+            _training_rows(settings)
+            return settings
     except FileNotFoundError:
         return None
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"CHECKPOINT={folder}: {checkpoint.SETTINGS} is damaged ({one_line(error)[:120]}); copy the checkpoint "
-            "again"
-        ) from error
-    assert isinstance(settings, DictConfig)
-    return settings
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        found = one_line(error)[:120]
+    raise ValueError(f"CHECKPOINT={folder}: {checkpoint.SETTINGS} is damaged ({found}); copy the checkpoint again")
 
 
 def read_scores(file: Path) -> dict[str, float]:
@@ -443,12 +475,19 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
 
 
 def _replace(new: Path, out: Path) -> None:
-    """Put a finished folder in its place; killed at any moment, ``out`` is whole or not there."""
+    """Put a finished folder in its place; killed at any moment, ``out`` is whole or not there.
+
+    Then what killed exports left beside it is removed.
+    """
     old = out.with_name(f"{new.name}.old")
     if out.exists():
         out.rename(old)
     new.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial*"):  # of exports that were killed
+        process = left.name.removeprefix(f".{out.name}.").split(".")[0]
+        if process.isdigit() and not Path("/proc", process).exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def export(

@@ -7,6 +7,7 @@ does not name an algorithm composes exactly as without this package.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,12 @@ class CheckConfig(Callback):
 def register() -> None:
     """Register the search path, the config source and the resolvers that hpd.yaml uses."""
     OmegaConf.register_new_resolver("hpd.is_null", lambda value: value is None, replace=True)
-    # Logical CPUs that Ray must be told of: verl reserves 3 beside each rank, and a few for its own actors.
-    OmegaConf.register_new_resolver("hpd.ray_cpus", lambda ranks: 3 * ranks + 2, replace=True)
+    # What a Ray that the run starts must be told of: a logical GPU a rank; verl reserves 3 CPUs beside each, and a few
+    # for its own actors. A cluster that is there already has been told.
+    for name, count in {"hpd.ray_gpus": lambda ranks: ranks, "hpd.ray_cpus": lambda ranks: 3 * ranks + 2}.items():
+        OmegaConf.register_new_resolver(
+            name, lambda ranks, count=count: None if os.environ.get("RAY_ADDRESS") else count(ranks), replace=True
+        )
     plugins = Plugins.instance()
     plugins.register(VerlConfigSource)
     plugins.register(HPDSearchPath)

@@ -395,7 +395,7 @@ body { margin: 0 auto; max-width: 78rem; padding: 1rem; background: var(--back);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: .5rem 0; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
-ul.runs { list-style: none; padding: 0; margin: .5rem 0; }
+ul.runs { list-style: none; padding: .3rem 0; margin: .5rem 0; position: sticky; top: 0; background: var(--back); }
 ul.runs li { margin: .2rem 0; }
 ul.runs small { display: block; color: var(--soft); padding-left: 1.4rem; }
 .dot { display: inline-block; width: .8rem; height: .8rem; border-radius: 50%; margin-right: .5rem; }
@@ -415,6 +415,7 @@ footer { margin: 2rem 0 1rem; color: var(--soft); font-size: .85rem; }
 def _table(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
     rows = []
     for metric in metrics:
+        shown = html.escape(metric)  # once, above its first run
         for number_of_run, run in enumerate(runs):
             summary = summarize(run.metrics.get(metric, {}), metric)
             if summary is None:
@@ -423,7 +424,8 @@ def _table(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
             cells = [number(summary.first), number(summary.last), best]
             name = f"<small>{_dot(number_of_run)}{html.escape(run.name)}</small>" if len(runs) > 1 else ""
             numbers = "".join(f"<td>{cell}</td>" for cell in cells)
-            rows.append(f"<tr><td>{html.escape(metric)}{name}</td>{numbers}</tr>")
+            rows.append(f"<tr><td>{shown}{name}</td>{numbers}</tr>")
+            shown = ""
     heads = "<tr><th>metric</th><th>first</th><th>last</th><th>best</th></tr>"
     return ["<table><thead>", heads, "</thead><tbody>", *rows, "</tbody></table>"]
 
@@ -467,6 +469,10 @@ def _write(file: Path, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         partial.replace(file)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write {file} ({error.strerror}); make room, or give another --out"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 """data_prep: from JSON lines to verl's columns, and errors that name file and line."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -118,6 +119,18 @@ def test_bad_data_ends_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
     assert result.stderr.startswith(f"Error: {folder / 'test.jsonl'}, line 1: no final answer")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    folder, out = write_gsm8k(tmp_path / "gsm8k"), tmp_path / "out"
+    words = [sys.executable, "-m", "data_prep.gsm8k", "--local_dataset_path", folder, "--local_save_dir", out]
+    limited = f"ulimit -f 0; exec {shlex.join(map(str, words))}"
+    result = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"Error: {out / 'train.parquet'}: cannot be written: ")
+    assert "File too large; make room and give the same command again" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not out.exists()
 
 
 def test_missing_file(tmp_path: Path) -> None:

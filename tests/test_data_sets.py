@@ -1,7 +1,10 @@
 """data_prep: one small file a set, in the columns of the sets' cards, through each script's command line."""
 
 import json
+import os
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub import running_hub
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # data_prep is no part of the installed package
+
+from data_prep import sources  # noqa: E402
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 R1 = {
@@ -144,6 +150,143 @@ def test_a_hub_name_offline(tmp_path: Path, script: Any, monkeypatch: pytest.Mon
     assert not (tmp_path / "out").exists()
 
 
+CARD = """---
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train-*
+  - split: test
+    path: main/test-*
+- config_name: socratic
+  data_files:
+  - split: train
+    path: socratic/train-*
+---
+"""
+"""As the hub's page of GSM8K says which files are which configuration and split."""
+
+
+def gsm8k_of_the_hub(folder: Path) -> Path:
+    for name in ("main/train", "main/test", "socratic/train"):
+        file = folder / f"{name}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, [{"question": f"{name}, {number}?", "answer": f"So.\n#### {number}"} for number in range(3)])
+    (folder / "README.md").write_text(CARD)
+    return folder
+
+
+def test_configurations_of_a_set_are_not_mixed(tmp_path: Path, script: Any) -> None:
+    """The hub's GSM8K holds its problems twice."""
+    folder = gsm8k_of_the_hub(tmp_path / "gsm8k")
+    with pytest.raises(
+        SystemExit, match=r"the split train are in 2 folders, .*main and .*socratic; .* give the folder"
+    ):
+        script("gsm8k", "--local_dataset_path", folder, "--local_save_dir", tmp_path / "out")
+    script("gsm8k", "--local_dataset_path", folder / "main", "--local_save_dir", tmp_path / "out")
+    questions = pq.read_table(tmp_path / "out" / "train.parquet")["extra_info"].to_pylist()
+    assert [row["question"] for row in questions] == ["main/train, 0?", "main/train, 1?", "main/train, 2?"]
+
+
+@pytest.mark.slow
+def test_from_a_hub(tmp_path: Path) -> None:
+    """By `datasets` as a stream: configuration and splits; an unknown set, and a file of other types."""
+    gsm8k_of_the_hub(tmp_path / "hub" / "openai" / "gsm8k")
+    strange = gsm8k_of_the_hub(tmp_path / "hub" / "some" / "strange")
+    write(strange / "main/test-00000-of-00001.parquet", [{"question": "?", "answer": [1, 2]}])
+
+    def prepare(*flags: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "data_prep.gsm8k", *flags, "--local_save_dir", str(tmp_path / "out")],
+            cwd=ROOT,
+            env=os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == bool(flags), done.stderr
+        return done.stderr.strip()
+
+    with running_hub(tmp_path / "hub") as address:
+        assert "train: 3 rows" in prepare()
+        rows = pq.read_table(tmp_path / "out" / "test.parquet")["extra_info"].to_pylist()
+        assert [row["question"] for row in rows] == ["main/test, 0?", "main/test, 1?", "main/test, 2?"]
+        before = (tmp_path / "out" / "train.parquet").read_bytes()
+        for name, reason in {
+            "no/such": "DatasetNotFoundError: ",
+            "some/strange": "Couldn't cast array of type",
+        }.items():
+            (line,) = prepare("--dataset", name).splitlines()
+            assert line.startswith(f"Error: --dataset {name}: ")
+            assert reason in line
+            assert line.endswith("; or give its files by --local_dataset_path")
+        assert (tmp_path / "out" / "train.parquet").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+def test_memory_stays_flat(ending: str, tmp_path: Path) -> None:
+    """Largest resident memory of the command, a file of some MiB and one of ten times as many."""
+    peaks = []
+    for count in (5_000, 50_000):
+        file, text = tmp_path / f"a{ending}", "2 and 3 make 5, as everybody knows. " * 40
+        records = [{"instruction": f"{number} {text}", "output": f"{text} {number}"} for number in range(count)]
+        if ending == ".json":
+            file.write_text(json.dumps(records, indent=1))
+        elif ending == ".jsonl":
+            write(file, records)
+        else:  # without compression, as texts that do not repeat are
+            pq.write_table(pa.Table.from_pylist(records), file, compression="none", use_dictionary=False)
+        del records
+        command = [sys.executable, "-c", MEASURE, "data_prep.wizardcoder", "--local_dataset_path", str(file)]
+        done = subprocess.run(
+            [*command, "--local_save_dir", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert file.stat().st_size > 100 << 20
+    assert peaks[1] < peaks[0] + (40 << 10), peaks
+
+
+MEASURE = """
+import re, runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+"""
+"""Ends with the KiB."""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1} {"a": 2}]', "after item 1: not JSON: expected a comma, or one end of the list"),
+        ('[{"a": 1},', "item 2: not JSON: Expecting value"),
+        ('[{"a": 1}', "item 1: not JSON: the list has no end"),
+        ('[{"a": 1}, {"a"', "item 2: not JSON: Expecting ':' delimiter"),
+        ('[{"a": 1}]\n{"a": 2}', "after item 1: not JSON: expected a comma, or one end of the list"),
+        ('[{"a": 1},]', "item 2: not JSON: Expecting value"),
+    ],
+)
+def test_a_torn_list(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{file}, {message}")):
+        list(sources._read_json(file))
+
+
+def test_a_list_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a piece ends, within a number too."""
+    records = [{"text": 'a, ]b\\"' * number, "list": [number * 1001, [], {}]} for number in range(20)]
+    file = tmp_path / "train.json"
+    for content in (records, [], [12345, "x", 678]):
+        for indent in (None, 2):
+            file.write_text("\n " + json.dumps(content, indent=indent) + " \n\n")
+            for piece in (1, 2, 7, 1 << 20):
+                monkeypatch.setattr(sources, "PIECE", piece)
+                assert [record for _, record in sources._read_json(file)] == content
+
+
 def test_evalplus_brings_its_own_tests() -> None:
     from data_prep import mbpp
 
@@ -155,3 +298,19 @@ def test_evalplus_brings_its_own_tests() -> None:
     assert "assert a(1) == 1" in row["prompt"][0]["content"]
     assert mbpp.convert(record, "train", 0) is None
     assert mbpp.convert({**record, "test": " "}, "test", 0) is None  # task 2 is of neither split of MBPP itself
+
+
+def test_evalplus_inputs_without_tests_are_refused() -> None:
+    """Its release has the inputs that its tests add beside HumanEval's own, smaller, test."""
+    from data_prep import humaneval
+
+    record = {
+        "task_id": "HumanEval/0",
+        "prompt": "def f(x):\n",
+        "entry_point": "f",
+        "canonical_solution": "    return x",
+    }
+    record |= {"test": "def check(candidate):\n    assert candidate(1) == 1"}
+    assert humaneval.convert(record, "test", 0)["reward_model"]["ground_truth"].endswith("check(f)\n")
+    with pytest.raises(ValueError, match="'plus_input': EvalPlus's inputs without its tests"):
+        humaneval.convert({**record, "base_input": [[1]], "plus_input": [[2]], "atol": 0}, "test", 0)

@@ -1,6 +1,7 @@
 """Checkpoints of all layouts become models; what is torn, missing or in the way is refused in one line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,29 @@ def spoil(folder: Path, case: str) -> None:
         (folder / "lora_train_meta.json").write_text('{"r": 4, "lora_alpha": 16}')
     elif case == "torn settings":
         (folder / "settings.yaml").write_text("a: [")
+    elif case == "empty settings":
+        (folder / "settings.yaml").write_bytes(b"")
+    elif case == "half of the settings":
+        (folder / "settings.yaml").write_text("model:\n  path: x\n")
+    elif case == "torn tokenizer":
+        tokenizer = huggingface / "tokenizer.json"
+        tokenizer.write_bytes(tokenizer.read_bytes()[:500])
+    elif case == "no tokenizer":
+        (huggingface / "tokenizer.json").unlink()
+    elif case == "torn template":
+        (huggingface / "chat_template.jinja").write_text("{% for")
+    elif case == "config of another kind":
+        (huggingface / "config.json").write_text("{}")
+    elif case == "torn generation_config":
+        (huggingface / "generation_config.json").write_text("{")
+    elif case == "ranks of different runs":
+        state = torch.load(shard)
+        torch.save(state, folder / "model_world_size_2_rank_0.pt")
+        state.pop("model.norm.weight")
+        torch.save(state, folder / "model_world_size_2_rank_1.pt")
+        (folder / "fsdp_config.json").write_text('{"world_size": 2}')
+    elif case == "no parameters":
+        torch.save([1], shard)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +167,15 @@ def spoil(folder: Path, case: str) -> None:
         ("no weights", "no weights there"),
         ("LoRA without adapter", "a LoRA run whose adapter was not saved"),
         ("torn settings", "settings.yaml is damaged"),
+        ("empty settings", "settings.yaml is damaged .no settings of a run"),
+        ("half of the settings", "settings.yaml is damaged .Missing key teacher"),
+        ("torn tokenizer", "its tokenizer or chat template in huggingface cannot be read"),
+        ("no tokenizer", "its tokenizer or chat template in huggingface cannot be read"),
+        ("torn template", "its tokenizer or chat template in huggingface cannot be read"),
+        ("config of another kind", "its huggingface/config.json cannot be read"),
+        ("torn generation_config", "its huggingface/generation_config.json cannot be read"),
+        ("ranks of different runs", "model_world_size_2_rank_1.pt: no parameters, or others than those of"),
+        ("no parameters", "model_world_size_1_rank_0.pt: no parameters"),
     ],
 )
 def test_a_torn_checkpoint_is_refused(case: str, found: str, tiny: Tiny, tmp_path: Path) -> None:
@@ -224,6 +257,16 @@ def test_a_folder_that_cannot_be_made_is_named(tiny: Tiny, tmp_path: Path) -> No
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"OUT=.*/file/out: cannot be written \(Not a directory\); choose another"):
         export(tmp_path / "run", tmp_path / "file" / "out")
+
+
+def test_what_a_killed_export_left_is_removed(tiny: Tiny, tmp_path: Path) -> None:
+    """That of a process that still runs is not."""
+    save_checkpoint(tmp_path / "run", tiny.student, 1, actor=True, shards=True, weights=False)
+    of_nobody = 2**30  # beyond all process ids
+    for name in (f".out.{of_nobody}.partial", f".out.{of_nobody}.partial.old", f".out.{os.getppid()}.partial"):
+        (tmp_path / name / "weights").mkdir(parents=True)
+    export(tmp_path / "run", tmp_path / "out")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "out", f".out.{os.getppid()}.partial"}
 
 
 @pytest.mark.slow

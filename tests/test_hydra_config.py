@@ -73,3 +73,20 @@ def test_importing_our_own_first(tmp_path: Path) -> None:
     ]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_ray_that_is_there_is_told_nothing(tmp_path: Path) -> None:
+    """A Ray that a run on a CPU starts is told its logical CPUs and GPUs; another Ray would refuse that."""
+    arguments = (
+        "algorithm=hpd",
+        "trainer.n_gpus_per_node=2",
+        "--cfg",
+        "job",
+        "--resolve",
+        "--package",
+        "ray_kwargs.ray_init",
+    )
+    alone = compose(tmp_path, *arguments, VERL_PLATFORM="cpu")
+    assert {"num_gpus: 2", "num_cpus: 8"} <= set(alone.stdout.split("\n"))
+    joins = compose(tmp_path, *arguments, VERL_PLATFORM="cpu", RAY_ADDRESS="10.0.0.1:6379")
+    assert {"num_gpus: null", "num_cpus: null"} <= set(joins.stdout.split("\n"))

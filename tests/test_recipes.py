@@ -1,6 +1,7 @@
 """The scripts of examples/: they parse, compose without models or data, and pass HPD's own check."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -48,6 +49,7 @@ RECIPE = MAIN_PPO | {
     "trainer.logger": ["console", "file", "wandb"],
     "trainer.nnodes": 1,
     "trainer.n_gpus_per_node": 8,
+    "ray_kwargs.ray_init.runtime_env.env_vars.WANDB_MODE": "offline",  # for the workers of a cluster that is there
 }
 MATH = RECIPE | {
     "actor_rollout_ref.model.path": "Qwen/Qwen2.5-1.5B",
@@ -294,7 +296,7 @@ def test_variables_and_overrides_win(tmp_path: Path) -> None:
         LR="8e-5",
         NNODES="2",
         NGPUS_PER_NODE="4",
-        TRACKER="trackio",
+        TRACKER="tensorboard",
     )
     config = composed(command)
     assert config.actor_rollout_ref.model.path == "/models/small one"
@@ -302,12 +304,15 @@ def test_variables_and_overrides_win(tmp_path: Path) -> None:
     assert config.actor_rollout_ref.actor.optim.lr == 8e-5
     assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == (4, 4)
     assert config.trainer.save_freq == 5
-    assert config.trainer.logger == ["console", "file", "trackio"]
+    assert config.trainer.logger == ["console", "file", "tensorboard"]
 
 
 @pytest.mark.parametrize("script", PIPELINES)
 def test_stages_of_a_pipeline(script: str, tmp_path: Path) -> None:
     """In their order, with modules that exist; tests/end_to_end/test_pipeline.py runs them."""
+    for name in ("gsm8k", "mbpp", "humaneval"):
+        (tmp_path / "run" / "data" / name).mkdir(parents=True)
+        (tmp_path / "run" / "data" / name / "test.parquet").touch()
     command_of(script, tmp_path, "optim.lr=1e-3", RUN_DIR=str(tmp_path / "run"), GENERATE_ARGS="--top_p 0.9 --seed 3")
     commands = (tmp_path / "command.all").read_text().splitlines()
     stages = [line.split() for line in commands if line.split()[0].endswith("stage.py") and "--" in line.split()]
@@ -315,6 +320,7 @@ def test_stages_of_a_pipeline(script: str, tmp_path: Path) -> None:
     by_name = {words[2]: words[words.index("--") + 1 :] for words in stages}
     assert by_name["answers"][-4:] == ["--top_p", "0.9", "--seed", "3"]
     assert by_name["train"][-1] == "optim.lr=1e-3"
+    assert by_name["export"][-1] == "--overwrite"  # its folder is there where a kill came before the stage's mark
     assert Path(by_name["train"][-2]).is_file()
     for words in by_name.values():
         if words[:2] == ["python", "-m"]:
@@ -331,6 +337,48 @@ def test_a_set_that_is_not_there(tmp_path: Path) -> None:
     )
     assert result.returncode == 1
     assert result.stderr == f"Error: DATA_DIR={tmp_path}: holds no gsm8k and no gsm8k.*; put the set's files there\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "found"),
+    [
+        ("EVALUATED", "teacher befor", "choose of teacher, before and after"),
+        ("RECIPE", "/nowhere.sh", "no such file; give a script of examples"),
+    ],
+)
+def test_a_pipeline_checks_its_variables_before_the_first_stage(
+    variable: str, value: str, found: str, tmp_path: Path
+) -> None:
+    result = subprocess.run(
+        ["bash", EXAMPLES / "math/pipeline.sh"],
+        env=environment(tmp_path, RUN_DIR=str(tmp_path / "run"), **{variable: value}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert result.stderr == f"Error: {variable}={value}: {found}\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_set_without_test_rows(tmp_path: Path) -> None:
+    """Is told before the teacher answers anything."""
+    answer = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": answer}) + "\n")
+    variables = {"RUN_DIR": str(tmp_path / "run"), "DATA_DIR": str(tmp_path), "TRAIN_SET": "chat", "TEST_SETS": "chat"}
+    result = subprocess.run(
+        ["bash", EXAMPLES / "math/pipeline.sh"],
+        env=environment(tmp_path, **variables),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        "Error: TEST_SETS=chat: chat has no rows to test on; choose another set, or add --tes"
+    )
+    assert not (tmp_path / "run" / "answers.log").exists()
 
 
 def test_unknown_pair(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -211,6 +212,8 @@ def test_the_page_fetches_nothing_and_says_its_figures_in_words(tmp_path: Path) 
     for title in ("Accuracy", "Loss", "KL", "Entropy", "Weights", "Gradient and learning rate", "Throughput", "Time"):
         assert f"<h2>{title}</h2>" in text
     assert "<h2>Memory</h2>" not in text
+    assert text.count("<td>hpd/loss<small>") == 2, "in the summary and in all numbers, once for both runs"
+    assert text.count(">ünïcode</small></td>") == text.count("b&gt;$x$</small></td>") > 2
     references = re.findall(r"url\(#([^)]*)\)", text)
     assert references
     assert set(references) <= set(found.ids)
@@ -229,6 +232,22 @@ def test_the_command_writes_picture_and_page(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit) as ended:
         main([str(log), "--out", str(tmp_path / "no" / "such" / "out")])
     assert str(ended.value.code).startswith("Error: ")
+
+
+def test_a_full_disk_leaves_the_page_that_was_there(tmp_path: Path) -> None:
+    write_run(tmp_path / "metrics.jsonl", steps=3)
+    page_before = tmp_path / "report.html"
+    page_before.write_text("before")
+    words = [sys.executable, "-m", "hpd_verl.report", str(tmp_path), "--out", str(tmp_path / "report")]
+    limited = f"ulimit -f 1; exec {shlex.join(words)}"
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"Error: .*cannot write .*report\.png \(File too large\); make room, or give another --out", last
+    )
+    assert page_before.read_text() == "before"
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "report.html"}
 
 
 def test_a_run_of_one_step_and_one_unknown_metric_is_drawn(tmp_path: Path) -> None:

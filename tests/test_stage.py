@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -123,3 +124,32 @@ def test_what_is_no_stage_is_said_in_a_line(tmp_path: Path, words: tuple[str, ..
     found = subprocess.run([sys.executable, STAGE, tmp_path, *words], capture_output=True, text=True, timeout=60)
     assert found.returncode in (1, 2)
     assert "Traceback" not in found.stderr
+
+
+def test_a_run_dir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run(tmp_path / "file", "first", "true")
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"Error: {tmp_path / 'file'}: File exists; RUN_DIR needs a folder with room that can be written\n"
+    )
+
+
+def test_a_full_disk_is_said_and_the_stage_is_not_done(tmp_path: Path) -> None:
+    limited = f"ulimit -f 0; exec {shlex.join(command(tmp_path, 'first', 'true'))}"
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"Error: {tmp_path}")
+    assert "File too large; RUN_DIR needs a folder with room" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "first.done").exists()
+    assert run(tmp_path, "first", "true").returncode == 0
+    assert (tmp_path / "first.done").exists()
+
+
+def test_a_torn_mark_is_named(tmp_path: Path) -> None:
+    run(tmp_path, "first", "true")
+    (tmp_path / "first.done").write_text('{"stage": "fi')
+    table = subprocess.run([sys.executable, STAGE, tmp_path], capture_output=True, text=True, timeout=60)
+    assert table.returncode == 1
+    assert table.stderr == f"Error: {tmp_path / 'first.done'}: damaged; remove it, and the stage is repeated\n"

@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 
-from examples.evaluation.results import read_result, shown, table
+from examples.evaluation.results import read_result, shown, table, write_file
 from examples.evaluation.statistics import Comparison, avg_at_k, compare
 
 matplotlib.use("Agg")
@@ -163,7 +163,8 @@ def _problems(results: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, item in entries:
             right = bool(item["scores"]) and item["scores"][0] == 1.0
             parts.append(f"<p class='{'right' if right else 'wrong'}'>{_text(name)}</p>")
-            parts.append(f"<pre>{_text(_cut(str(item['answers'][0]), 4000))}</pre>")
+            answer = item["answers"][0] if item.get("answers") else "no answer"
+            parts.append(f"<pre>{_text(_cut(answer, 4000))}</pre>")
         parts.append("</details>")
     return parts
 
@@ -207,9 +208,9 @@ def main() -> None:
         if args.html or args.png:
             image = picture(results)
             if args.png:
-                args.png.write_bytes(image)
+                write_file(image, args.png)
             if args.html:
-                args.html.write_text(page(results, image, args.bootstrap_seed), encoding="utf-8")
+                write_file(page(results, image, args.bootstrap_seed).encode(), args.html)
     except (ValueError, OSError) as error:
         raise SystemExit(f"Error: {' '.join(str(error).split())}") from error
 

@@ -36,6 +36,8 @@ from hpd_verl.rewards.answers import without_reasoning
 
 DEMONSTRATIONS = "demonstrations"
 JUDGE_KEY = "JUDGE_API_KEY"
+JUDGEMENTS = ".judgements.jsonl"
+"""In the place of a result's ending: the file of finished judgements."""
 QUESTION = """Compare two answers to the same conversation. Judge helpfulness, correctness, relevance, depth and \
 clarity. Neither the order of the answers nor their length counts by itself.
 
@@ -124,17 +126,18 @@ def judge(args: argparse.Namespace, rows: Sequence[Row], answers: Sequence[str])
         timeout=args.request_timeout,
         retries=args.retries,
         api_key=os.environ.get(JUDGE_KEY),
+        setting="--judge_endpoint",
     )
     pairs = zip(rows, answers, others_of(args, rows), strict=True)
     prompts = [prompt for row, answer, other in pairs for prompt in questions(row, answer, other)]
     sampling = Sampling(temperature=0.0, max_tokens=args.judge_max_tokens)
-    texts = [
-        group[0].text for group in generate_all(generator, prompts, sampling, args.out.with_suffix(".judgements.jsonl"))
-    ]
+    texts = [group[0].text for group in generate_all(generator, prompts, sampling, args.out.with_suffix(JUDGEMENTS))]
     verdicts = [verdict_of(text) for text in texts]
     if not any(verdicts):
         raise ValueError(
-            f"--judge_model={args.judge_model}: no judgement ends with [[A]], [[B]] or [[C]]: {texts[0]!r:.200}"
+            f"--judge_model={args.judge_model}: no judgement ends with [[A]], [[B]] or [[C]]: {texts[0]!r:.200}; take "
+            "another judge, or raise --judge_max_tokens, after removing "
+            f"{args.out.with_suffix(JUDGEMENTS)}"
         )
     by_row = list(zip(verdicts[::2], verdicts[1::2], strict=True))
     judgements = [

@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, Field, ValidationError
 
 from examples.evaluation.statistics import Estimate
 from hpd_verl.generation import (
@@ -101,6 +102,8 @@ class Script:
             if not isinstance(error, ValueError | OSError | GenerationError) and not _is_ours(error):
                 raise
             raise SystemExit(f"Error: {' '.join(str(error).split())}") from error
+        except KeyboardInterrupt:
+            raise SystemExit("Interrupted: finished answers are kept, the same command goes on from there") from None
         print(table([result]))
         print(f"{args.out}: {len(result['items'])} problems")
 
@@ -151,7 +154,7 @@ def _row(record: Mapping[str, Any]) -> Row:
     prompt = [{"role": turn["role"], "content": turn["content"]} for turn in record["prompt"]]
     reward, info = record.get("reward_model") or {}, record.get("extra_info") or {}
     demonstration = record.get("demonstration")
-    if isinstance(demonstration, list) and len(demonstration) == 1:
+    if isinstance(demonstration, list) and len(demonstration) == 1 and isinstance(demonstration[0], dict):
         demonstration = demonstration[0].get("content")
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
     digest = hashlib.sha256(json.dumps(prompt).encode())
@@ -203,18 +206,21 @@ def truncated_share(items: Sequence[Mapping[str, Any]]) -> float:
 
 
 def write_json(result: Mapping[str, Any], path: Path) -> None:
-    """Write a result whole or not at all.
+    """Write a result; see ``write_file``."""
+    write_file(json.dumps(result, ensure_ascii=False, indent=1).encode("utf-8", errors="backslashreplace"), path)
+
+
+def write_file(content: bytes, path: Path) -> None:
+    """Write a file whole or not at all.
 
     Raises:
         OSError: it cannot be written; what was there before stays.
     """
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", errors="backslashreplace", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
-            json.dump(result, file, ensure_ascii=False, indent=1)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
@@ -229,6 +235,30 @@ def write_json(result: Mapping[str, Any], path: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
+class _Interval(BaseModel):
+    value: float
+    low: float
+    high: float
+
+
+class _Item(BaseModel):
+    key: str
+    scores: list[float]
+    answers: list[str] | None = Field(None, min_length=1)
+
+
+class _Result(BaseModel):
+    """What is read of a result; more may be there."""
+
+    kind: str
+    name: str
+    settings: dict[str, Any]
+    model: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    summary: dict[str, _Interval | float | str | None]
+    items: list[_Item]
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """A result.
 
@@ -237,14 +267,15 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("kind", "name", "summary", "items", "settings"):
-            result[name]
-        for item in result["items"]:
-            item["key"], item["scores"]
+        _Result.model_validate(result)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no result of an evaluation ({' '.join(str(error).split())[:100]})") from None
+    except ValueError as error:
+        found = " ".join(str(error).split())[:100]
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            found = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        raise ValueError(f"{path}: no result of an evaluation ({found}); evaluate again") from None
     return dict(result)
 
 

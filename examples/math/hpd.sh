@@ -12,7 +12,8 @@
 # Data: OpenR1-Math-8192, 40k rows (python -m data_prep.openr1_math), MATH-500 (python -m data_prep.math500).
 # Settings from the paper: batch 256, about 2,000 steps, context 10,240 (split here into 2,048 + 8,192), learning rate
 # 1e-4 (3B: 8e-5) with a cosine to a tenth, temperature 1. Ours: the Llama student's learning rate, validation.
-# Hardware: 8 GPUs of 80 GB assumed; time and memory by the planner: docs/recipes.md.
+# Hardware: 8 GPUs of 80 GB assumed. By the planner, answers of 4,000 tokens on average: 1.5B 15 GiB a GPU, 5.3 h; 3B
+# 19 GiB a GPU, 7.8 h; Llama 14 GiB a GPU, 5.0 h (docs/recipes.md says how; validation not counted).
 # Expected, the paper's average over AIME24, AIME25, AMC, MATH, Olympiad and GPQA: 1.5B base 18.46, SFT 22.80,
 # SeqKD 26.27, RKLD 26.15, JSD 26.43, HPD 30.24; 3B: SFT 32.67, JSD 36.61, HPD 39.83; Llama 1B: SFT 13.88, HPD 18.01.
 # Evaluated at temperature 0.7, top-p 0.95, avg@32 for AIME and AMC, avg@8 for the others.
@@ -98,7 +99,12 @@ TRAINER=(
     trainer.max_actor_ckpt_to_keep="$KEEP_CHECKPOINTS"
     trainer.test_freq="$TEST_FREQ"
 )
+RAY=( # a Ray cluster that is there already does not know this script's environment
+    "+ray_kwargs.ray_init.runtime_env.env_vars.WANDB_MODE='$WANDB_MODE'"
+    "+ray_kwargs.ray_init.runtime_env.env_vars.WANDB_DIR='$WANDB_DIR'"
+    "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH='$VERL_FILE_LOGGER_PATH'"
+)
 
 mkdir -p "$(dirname "$VERL_FILE_LOGGER_PATH")"
 exec python -m verl.trainer.main_ppo algorithm=hpd \
-    "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${REF[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" "$@"
+    "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${REF[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" "${RAY[@]}" "$@"

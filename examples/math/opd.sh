@@ -4,8 +4,9 @@
 #   bash examples/math/hpd.sh
 #   STUDENT=checkpoints/hpd_math/Qwen2.5-1.5B_from_.../global_step_2000/actor/huggingface bash examples/math/opd.sh
 #
-# Variables, pairs, data and hardware: hpd.sh. From the paper: 64 prompts x 4 rollouts a step. Ours: 200 steps, learning
+# Variables, pairs and data: hpd.sh. From the paper: 64 prompts x 4 rollouts a step. Ours: 200 steps, learning
 # rate 5e-6, rollouts at temperature 1.
+# Hardware: 8 GPUs of 80 GB assumed. By the planner: 46 GiB a GPU, 1.0 h (docs/recipes.md).
 # Expected, the paper's averages (see hpd.sh), Qwen2.5 7B -> 1.5B: HPD 30.24, then 33.41; SFT 22.80, then 29.56.
 # Not run on a GPU by us: two steps of tiny models on a CPU are tested, the results are the paper's.
 set -euo pipefail

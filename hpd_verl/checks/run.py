@@ -1,5 +1,6 @@
 """The settings of a run: HPD's own, and those of verl that would fail late or do something else than they say."""
 
+import importlib.util
 import math
 import os
 import tempfile
@@ -19,6 +20,7 @@ from hpd_verl.config import (
     needs_rollout_server,
     require,
 )
+from hpd_verl.data.files import as_list
 from hpd_verl.teacher.store import check_memory_store
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -136,6 +138,40 @@ def check_values(config: DictConfig, rules: Mapping[str, Rule]) -> None:
         if value is absent:
             continue
         require(accepts(value), setting, value, remedy)
+
+
+_TRACKERS = {
+    "console": None,
+    "file": None,
+    "wandb": "wandb",
+    "tracking": "wandb",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "clearml": "clearml",
+    "vemlp_wandb": "volcengine_ml_platform",
+    "rl_insight": "rl_insight",
+}
+"""verl's names for ``trainer.logger``, with the package that each needs beyond verl's own."""
+
+
+def check_trackers(config: DictConfig) -> None:
+    """Check that verl knows the run's trackers and that their packages are installed.
+
+    Raises:
+        ValueError: the first of which that is not so.
+    """
+    setting = "trainer.logger"
+    for name in as_list(OmegaConf.select(config, setting)):
+        require(name in _TRACKERS, setting, name, f"verl knows no such tracker; choose of {', '.join(_TRACKERS)}")
+        package = _TRACKERS[name]
+        require(
+            package is None or importlib.util.find_spec(package) is not None,
+            setting,
+            name,
+            f"its package {package} is not installed; pip install it, or choose another tracker",
+        )
 
 
 def _check_parallel_sizes(config: DictConfig, ranks: int, counted: str) -> None:
@@ -306,6 +342,7 @@ def check_config(config: DictConfig) -> HPDConfig:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
     check_values(config, MAIN_PPO_RULES)
+    check_trackers(config)
     require(
         OmegaConf.select(config, PREFIX) is not None,
         "trainer.v1.trainer_mode",
@@ -422,6 +459,7 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
         ValueError: one sentence that names the setting, what was found and what to do.
     """
     check_values(config, SFT_RULES)
+    check_trackers(config)
     hpd = HPDConfig.from_config(config.algorithm.hpd)
     require(
         bool(config.teacher.model.path) or not (hpd.needs_teacher or fills_store),

@@ -378,7 +378,8 @@ class DataFile:
             return
         metadata = self.schema.metadata
         try:
-            with pq.ParquetFile(self.file) as parquet:
+            # As it is by default, pyarrow keeps what it has read of the file.
+            with pq.ParquetFile(self.file, pre_buffer=False, buffer_size=1 << 20) as parquet:
                 for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(columns)):
                     table = pa.Table.from_batches([batch]).replace_schema_metadata(_of_columns(metadata, columns))
                     yield batch, datasets.Dataset(table)

@@ -44,6 +44,10 @@ class EndpointGenerator:
         token_ids: ask for tokens (``return_token_ids``, vLLM's server).
         api_key: sent as a bearer token.
         first_pause: seconds before the first retry.
+        setting: names the URL in errors.
+
+    Raises:
+        ValueError: no URL, a key that no header can hold, or a number out of range.
     """
 
     def __init__(
@@ -57,10 +61,14 @@ class EndpointGenerator:
         token_ids: bool = False,
         api_key: str | None = None,
         first_pause: float = FIRST_PAUSE,
+        setting: str = "--endpoint",
     ) -> None:
         self.url, self.model = url.rstrip("/"), model
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"--endpoint={url}: expected a URL, as http://host:8000/v1")
+        self._named = f"{setting}={self.url}"
+        if not _is_url(self.url):
+            raise ValueError(f"{setting}={url}: expected a URL, as http://host:8000/v1")
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError(f"{setting}={url}: its key holds characters that no key has, as a line's end; set it anew")
         if concurrency < 1 or timeout <= 0 or retries < 0:
             raise ValueError("--concurrency and --request_timeout are above 0, --retries is 0 or more")
         self.template_kwargs = dict(template_kwargs or {})
@@ -116,7 +124,7 @@ class EndpointGenerator:
             except _Failure as failure:
                 if attempt == self.retries:
                     raise GenerationError(
-                        f"--endpoint={self.url}: {failure}, prompt {position}, {attempt + 1} times; finished prompts "
+                        f"{self._named}: {failure}, prompt {position}, {attempt + 1} times; finished prompts "
                         "are kept: give the same command again once it answers"
                     ) from failure
                 pause = min(LONGEST_PAUSE, max(failure.pause, self.first_pause * 2**attempt))
@@ -141,27 +149,35 @@ class EndpointGenerator:
         if self.template_kwargs:
             body["chat_template_kwargs"] = self.template_kwargs
         if self.token_ids:
+            # vLLM's server, which takes what it is not told from the model's generation_config.json.
             body |= {"return_token_ids": True, "skip_special_tokens": False}
+            body |= {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
+        reply = await self._post(client, body)
+        if _is_beyond_context(reply):  # prompt and max_tokens together: without a limit it answers to the context's end
+            del body["max_tokens"]
+            reply = await self._post(client, body)
+            if _is_beyond_context(reply):  # the prompt alone fills it
+                return [Answer("", [] if self.token_ids else None, "length")] * n
+        if reply.status_code != 200:
+            raise self._refusal(reply)
+        return [self._answer(choice) for choice in _choices(reply.content, n)]
+
+    async def _post(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> httpx.Response:
         try:
             async with asyncio.timeout(self.timeout):
-                reply = await client.post(f"{self.url}/chat/completions", json=body)
+                return await client.post(f"{self.url}/chat/completions", json=body)
         except TimeoutError:
             raise _Failure(f"no answer within {self.timeout:g} seconds") from None
         except httpx.HTTPError as error:
             raise _Failure(f"{type(error).__name__}: {error}".rstrip(": ")) from error
-        if reply.status_code != 200:
-            return self._refusal(reply, n)
-        return [self._answer(choice) for choice in _choices(reply.content, n)]
 
-    def _refusal(self, reply: httpx.Response, n: int) -> list[Answer]:
+    def _refusal(self, reply: httpx.Response) -> Exception:
         text = " ".join(reply.text.split())[:300]
         found = f"status {reply.status_code}: {text}".rstrip(": ")
         if reply.status_code in _WORTH_A_RETRY or reply.status_code >= 500:
             pause = reply.headers.get("retry-after", "")
-            raise _Failure(found, float(pause) if pause.isdigit() else 0.0)
-        if reply.status_code == 400 and "context" in text and "length" in text:  # the prompt fills the context
-            return [Answer("", [] if self.token_ids else None, "length")] * n
-        raise GenerationError(f"--endpoint={self.url}: {found}")
+            return _Failure(found, float(pause) if pause.isdigit() else 0.0)
+        return GenerationError(f"{self._named}: {found}")
 
     def _answer(self, choice: Any) -> Answer:
         """One choice of a reply."""
@@ -183,8 +199,22 @@ class EndpointGenerator:
         except UnicodeEncodeError as error:
             raise _Failure(f"a text that is no Unicode: {text[:200]!r}") from error
         if self.token_ids and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
-            raise GenerationError(f"--endpoint={self.url}: its replies hold no token_ids; leave --token_ids away")
+            raise GenerationError(f"{self._named}: its replies hold no token_ids; leave --token_ids away")
         return Answer(text, tokens if self.token_ids else None, reason)
+
+
+def _is_beyond_context(reply: httpx.Response) -> bool:
+    """Whether the server refuses for prompt and ``max_tokens`` being longer than the model's context."""
+    says_so = ("context" in reply.text and "length" in reply.text) or "max_model_len" in reply.text
+    return reply.status_code == 400 and says_so
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return False
+    return url.scheme in ("http", "https") and bool(url.host) and (url.port is None or 0 < url.port < 2**16)
 
 
 def _choices(content: bytes, n: int) -> list[Any]:

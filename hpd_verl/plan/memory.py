@@ -116,9 +116,7 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memo
     gathered = width * (student.parameters if on_cpu else 2 * student.layer + student.output + student.embedding)
     inputs = width * tokens * student.hidden * student.layers
     inside = tokens * _saved_by_layer(student, width)
-    # Measured: with LoRA, whatever was recomputed stays until the end of the backward pass.
-    recomputes = run.gradient_checkpointing and run.lora_rank == 0
-    held = inputs if recomputes else inside * student.layers
+    held = inputs if run.gradient_checkpointing else inside * student.layers
     mask = 3 * tokens**2 if run.attention == "sdpa" and not on_cpu else 0
     during: Parts = {
         **shard,
@@ -141,7 +139,7 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memo
     }
     largest = max(student.layer, student.output) if trains_output else trained / student.layers
     reduced = (width + 4) * largest
-    backward = held + mask + tokens * _passing(student, width) + (inside if recomputes else 0)
+    backward = held + mask + tokens * _passing(student, width) + (inside if run.gradient_checkpointing else 0)
     phases["backward"] = {**during, "activations": backward, "gradients of a layer, whole": reduced}
     phases["optimiser"] = {
         **shard,

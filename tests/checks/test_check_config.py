@@ -10,7 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from verl.utils.tracking import Tracking
 
+from hpd_verl.checks import run
 from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
 from hpd_verl.config import HPDConfig, choose_pipeline, needs_rollout_server, updates_per_batch
 from hpd_verl.hydra_config import config_dir
@@ -89,6 +91,8 @@ def test_the_defaults_pass() -> None:
         (["trainer.total_epochs=0"], "trainer.total_epochs=0: give an integer of at least 1"),
         (["trainer.total_training_steps=0"], "trainer.total_training_steps=0: give an integer of at least 1"),
         (["trainer.resume_mode=always"], "trainer.resume_mode=always: choose auto, disable or resume_path"),
+        (["trainer.logger=[console,wandbb]"], "trainer.logger=wandbb: verl knows no such tracker; choose of console, "),
+        (["trainer.logger=vemlp_wandb"], "trainer.logger=vemlp_wandb: its package volcengine_ml_platform is not insta"),
         (["actor_rollout_ref.actor.optim.lr=-1e-5"], "actor_rollout_ref.actor.optim.lr=-1e-05: give a number of at"),
         (["actor_rollout_ref.actor.optim.lr=nan"], "actor_rollout_ref.actor.optim.lr=nan: give a number of at least"),
         (["actor_rollout_ref.actor.optim.lr=fast"], "actor_rollout_ref.actor.optim.lr=fast: give a number of at"),
@@ -147,6 +151,10 @@ def test_what_cannot_work_is_refused(overrides: list[str], message: str) -> None
 )
 def test_what_works_is_not_refused(overrides: list[str]) -> None:
     check_config(composed(*overrides))
+
+
+def test_all_trackers_of_verl_are_known() -> None:
+    assert set(run._TRACKERS) == {*Tracking.supported_backend, "tracking"}
 
 
 def test_checkpoint_folder(tmp_path: Path) -> None:
@@ -270,6 +278,10 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
         (["engine.model_dtype=fp16"], "engine.model_dtype=fp16: the student is not trained in float16"),
         (["data.seed=null"], "data.seed=None: give an integer"),
         (["model.use_fused_kernels=true"], "model.use_fused_kernels=True: HPD has its own output layer"),
+        (
+            ["trainer.logger=[file,vemlp_wandb]"],
+            "trainer.logger=vemlp_wandb: its package volcengine_ml_platform is not",
+        ),
         (["optim.lr=-1"], "optim.lr=-1: give a number of at least 0"),
         (["data.train_batch_size=0"], "data.train_batch_size=0: give an integer of at least 1"),
         (["trainer.save_freq=often"], "trainer.save_freq=often: give a number of steps, -1 for never, or after_each"),

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import resource
 import shutil
@@ -393,9 +394,47 @@ def test_comparison_of_runs(
     assert "<script>" not in text
     assert "http" not in text  # it needs nothing else
     assert text.index("&lt;b&gt;0") < text.index("&lt;b&gt;1")  # those that differ come first
-    files[0].write_text('{"kind": 1}')
-    with pytest.raises(SystemExit, match=r"0\.json: no result of an evaluation"):
+    assert {file.name for file in tmp_path.iterdir()} == {*(file.name for file in files), html.name, png.name}
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        (None, "Unterminated string"),
+        ({"kind": 1}, "kind: Input should be a valid string"),
+        ({"summary": []}, "summary: Input should be a valid dictionary"),
+        ({"summary": {"avg@1": {"value": 1.0}}}, r"summary\.avg@1\..*low: Field required"),
+        ({"items": {}}, "items: Input should be a valid list"),
+        ({"items": [{"key": "a", "scores": None}]}, r"items\.0\.scores: Input should be a valid list"),
+        ({"items": [{"key": "a", "scores": [], "answers": []}]}, r"items\.0\.answers: List should have at least 1"),
+        ({"model": [1]}, "model: Input should be a valid dictionary"),
+        ({"versions": "1"}, "versions: Input should be a valid dictionary"),
+    ],
+)
+def test_a_file_that_is_no_result(
+    changed: dict[str, Any] | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, other, html = tmp_path / "whole.json", tmp_path / "other.json", tmp_path / "report.html"
+    whole.write_text(json.dumps(result("a", [1.0, 0.0])))
+    text = json.dumps({**result("b", [1.0, 0.0]), **(changed or {})})
+    other.write_text(text if changed else text[: len(text) // 2])
+    monkeypatch.setattr(sys, "argv", ["compare", str(whole), str(other), "--html", str(html)])
+    with pytest.raises(SystemExit, match=rf"^Error: .*other\.json: no result of an evaluation \({found}") as caught:
         compare.main()
+    assert "\n" not in str(caught.value)
+    assert not html.exists()
+
+
+def test_runs_of_which_one_has_no_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    bare = result("b", [1.0, 1.0])
+    del bare["items"][0]["answers"]
+    for file, each in zip(files, (result("a", [1.0, 0.0]), bare), strict=True):
+        file.write_text(json.dumps(each))
+    html = tmp_path / "report.html"
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, files), "--html", str(html)])
+    compare.main()
+    assert html.read_text().count("<pre>no answer</pre>") == 1
 
 
 def test_runs_without_a_problem_in_common() -> None:
@@ -414,6 +453,7 @@ def test_runs_without_a_problem_in_common() -> None:
         (None, [], "cannot be read as parquet"),
         ([{**row("1", "2"), "prompt": "1"}], [], "prompt is str"),
         ([{**row("1", "2"), "prompt": None}], [], "prompt is null"),
+        ([{**row("1", " "), "demonstration": ["a text"]}], [], "row 0: it has no ground_truth"),
         ([row("1", "2"), row("2", " ")], [], "row 1: it has no ground_truth"),
         ([{"prompt": row("1", "2")["prompt"]}], [], "row 0: it has no ground_truth"),
         ([row("1", "2")], ["--pass_at", "5"], "pass@5: of 1 answers"),
@@ -449,6 +489,23 @@ def test_a_server_that_is_down(call: Call, problems: Path, server: Server) -> No
     server.http.shutdown()
     server.http.server_close()
     assert "--endpoint=" in call.error(maths, problems)
+
+
+def test_an_interruption_keeps_what_has_been_answered(call: Call, problems: Path, server: Server) -> None:
+    def interrupts(question: str, number: int) -> str:
+        if len(server.requests) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return "no"
+
+    server.answer = interrupts
+    with pytest.raises(SystemExit, match=r"^Interrupted: finished answers are kept"):
+        call(maths, problems)
+    kept = len((call.folder / "result.answers.jsonl").read_text().splitlines()) - 1
+    assert 2 <= kept <= 3
+    asked = len(server.requests)
+    server.answer = lambda question, number: "no"
+    assert len(call(maths, problems)["items"]) == 6
+    assert len(server.requests) - asked == 6 - kept
 
 
 def test_a_full_disk_leaves_the_result_that_was_there(tmp_path: Path) -> None:

@@ -82,6 +82,9 @@ def stops_in_the_middle(handler: BaseHTTPRequestHandler, request: dict[str, Any]
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
+BEYOND_CONTEXT = replies({"error": {"message": "This model's maximum context length is 8 tokens"}}, 400)
+
+
 class Server(ThreadingHTTPServer):
     """Gives the replies of ``script`` in turn, good ones after them, and keeps the requests."""
 
@@ -256,7 +259,8 @@ def test_text_reasoning_and_tokens(server: Server, tmp_path: Path) -> None:
         one_choice(message={"content": "It is 4.", "reasoning_content": "2 and 2\n"}),
         one_choice(message={"content": None}, finish_reason="length"),
         one_choice(message={"content": ""}),
-        replies({"error": {"message": "This model's maximum context length is 8 tokens"}}, 400),
+        BEYOND_CONTEXT,
+        BEYOND_CONTEXT,
         one_choice(message={"content": "日本 🎉\u2028\n"}),
     ]
     answers = generate_all(endpoint(server.url, concurrency=1), PROMPTS, Sampling(), tmp_path / "journal")
@@ -269,11 +273,26 @@ def test_text_reasoning_and_tokens(server: Server, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "message",
+    ["This model's maximum context length is 8 tokens", "max_tokens=9 cannot be greater than max_model_len=8"],
+)
+def test_a_limit_beyond_the_context_is_asked_for_without_one(server: Server, tmp_path: Path, message: str) -> None:
+    """As many tokens as the prompt leaves, as by the engine here; not an answer that counts as empty."""
+    server.script = [replies({"error": {"message": message}}, 400)]
+    sampling = Sampling(n=2, max_tokens=4096)
+    assert texts(server, tmp_path / "journal", sampling, concurrency=1) == expected(sampling)
+    assert [request.get("max_tokens") for request in server.requests] == [4096, None, *[4096] * 5]
+    assert [request["n"] for request in server.requests] == [2] * 7
+
+
 def test_tokens_are_asked_for(server: Server, tmp_path: Path) -> None:
     server.always = one_choice(token_ids=[5, 1])
     answers = generate_all(endpoint(server.url, token_ids=True), PROMPTS, Sampling(), tmp_path / "journal")
     assert answers[0][0].tokens == [5, 1]
     assert server.requests[0]["return_token_ids"] is True
+    unchanged = {name: server.requests[0][name] for name in ("top_k", "min_p", "repetition_penalty")}
+    assert unchanged == {"top_k": -1, "min_p": 0, "repetition_penalty": 1}  # whatever generation_config.json has
     server.always = good
     with pytest.raises(GenerationError, match="its replies hold no token_ids; leave --token_ids away"):
         generate_all(endpoint(server.url, token_ids=True), PROMPTS, Sampling(), tmp_path / "other")
@@ -297,7 +316,23 @@ def test_no_more_requests_at_a_time_than_asked(server: Server, tmp_path: Path) -
     assert most == 2
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "localhost:8000", "file:///etc/passwd", "http://", "http:///v1", "http://host:port/v1"),
+        *("http://host:99999/v1", "http://[::1/v1", "http://h\0st/v1", "http://hö..st/v1"),
+    ],
+)
 def test_no_url(url: str) -> None:
-    with pytest.raises(ValueError, match="expected a URL"):
+    with pytest.raises(ValueError, match=r"^--endpoint=.*expected a URL"):
         endpoint(url)
+    with pytest.raises(ValueError, match=r"^--judge_endpoint=.*expected a URL"):
+        EndpointGenerator(url, "m", setting="--judge_endpoint")
+
+
+@pytest.mark.parametrize("key", ["sécret", "secret\n"])
+def test_no_key(key: str) -> None:
+    """It is not shown."""
+    with pytest.raises(ValueError, match=r"^--endpoint=http://h: its key holds characters that no key has") as caught:
+        EndpointGenerator("http://h", "m", api_key=key)
+    assert key.strip() not in str(caught.value)

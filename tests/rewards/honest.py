@@ -129,6 +129,16 @@ HONEST = {
         "import signal, time\ndef f():\n    time.sleep(0.1)\n    return signal.SIGTERM",
         "assert f() == 15",
     ),
+    "tests of EvalPlus that compare numbers by numpy": (
+        "def f(xs):\n    return [x * 0.1 for x in xs]",
+        "import numpy as np\ndef is_floats(x):\n    if isinstance(x, (list, tuple)):\n"
+        "        return all(isinstance(i, float) for i in x)\n    return isinstance(x, float)\n"
+        "def assertion(out, exp, atol):\n    if atol == 0 and is_floats(exp):\n        atol = 1e-6\n"
+        "    if out != exp and atol != 0:\n        np.testing.assert_allclose(out, exp, atol=atol)\n"
+        "    else:\n        assert out == exp\n"
+        "def check(candidate):\n    for inp, exp in zip([[[1, 2, 3]], [[]]], [[0.1, 0.2, 0.3], []]):\n"
+        "        assertion(candidate(*inp), exp, 0)\ncheck(f)",
+    ),
     "tests of EvalPlus": (
         "def f(x, y):\n    return [x / y, y]",
         "import numpy as np\ndef assertion(out, exp, atol):\n    exact = out == exp\n"
