@@ -12,15 +12,12 @@ from conftest import run_module
 pytestmark = pytest.mark.slow
 
 
-def compose(
-    folder: Path, processes: ForkServerContext, *arguments: str, platform: str | None = None
-) -> tuple[int, str]:
-    """Exit code and output of main_ppo with these words, as on ``platform``."""
-    environment = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
-    environment |= {} if platform is None else {"VERL_PLATFORM": platform}
+def compose(folder: Path, processes: ForkServerContext, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Exit code and output of main_ppo with these words and variables, and without a platform unless they name one."""
+    inherited = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
     output = folder / "output.txt"
     output.write_text("")
-    words = ("verl.trainer.main_ppo", list(arguments), folder, environment, output)
+    words = ("verl.trainer.main_ppo", list(arguments), folder, inherited | environment, output)
     process = processes.Process(target=run_module, args=words)
     process.start()
     process.join(120)
@@ -47,7 +44,7 @@ def test_unknown_algorithm_lists_the_choices(tmp_path: Path, processes: ForkServ
 
 def test_command_line_wins_over_the_algorithm_and_the_platform(tmp_path: Path, processes: ForkServerContext) -> None:
     arguments = ("actor_rollout_ref.actor.strategy=fsdp", "reward.num_workers=3", "algorithm.hpd.forward_coef=0.5")
-    code, output = compose(tmp_path, processes, "algorithm=hpd", *arguments, "--cfg", "job", platform="cpu")
+    code, output = compose(tmp_path, processes, "algorithm=hpd", *arguments, "--cfg", "job", VERL_PLATFORM="cpu")
     assert code == 0, output
     for line in (
         "    strategy: fsdp\n",
@@ -75,7 +72,7 @@ def test_importing_our_own_first(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_a_ray_that_is_there_is_told_nothing(tmp_path: Path) -> None:
+def test_a_ray_that_is_there_is_told_nothing(tmp_path: Path, processes: ForkServerContext) -> None:
     """A Ray that a run on a CPU starts is told its logical CPUs and GPUs; another Ray would refuse that."""
     arguments = (
         "algorithm=hpd",
@@ -86,7 +83,7 @@ def test_a_ray_that_is_there_is_told_nothing(tmp_path: Path) -> None:
         "--package",
         "ray_kwargs.ray_init",
     )
-    alone = compose(tmp_path, *arguments, VERL_PLATFORM="cpu")
-    assert {"num_gpus: 2", "num_cpus: 8"} <= set(alone.stdout.split("\n"))
-    joins = compose(tmp_path, *arguments, VERL_PLATFORM="cpu", RAY_ADDRESS="10.0.0.1:6379")
-    assert {"num_gpus: null", "num_cpus: null"} <= set(joins.stdout.split("\n"))
+    _, alone = compose(tmp_path, processes, *arguments, VERL_PLATFORM="cpu")
+    assert {"num_gpus: 2", "num_cpus: 8"} <= set(alone.split("\n"))
+    _, joins = compose(tmp_path, processes, *arguments, VERL_PLATFORM="cpu", RAY_ADDRESS="10.0.0.1:6379")
+    assert {"num_gpus: null", "num_cpus: null"} <= set(joins.split("\n"))
