@@ -92,7 +92,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.suites) - set(names):
         parser.error(f"suites {', '.join(sorted(unknown))}: choose from {', '.join(names)}")
-    suites, teacher, steps, rates = list(grid.SUITES), TEACHER, None, grid.RATES
+    suites, teacher, steps = list(grid.SUITES), TEACHER, None
+    rates: tuple[float, ...] = grid.RATES
     if arguments.fast:
         fast = grid.Suite("fast", {name: grid.METHODS[name] for name in ("sft", "hpd")}, ("small",), seeds=(1,))
         suites, teacher, steps, rates = [fast], (60, 1, 20), 20, grid.RATES[1:2]
