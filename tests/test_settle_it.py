@@ -182,6 +182,9 @@ def result(method: str, regime: str, seed: int, right: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     counts = np.clip(rng.integers(0, 7, 40) + right, 0, 8)
     numbers = {"forward_kl": 0.1, "reverse_kl": 0.2, "entropy": 0.3}
+    training = {"step": [1, 2], "grad_norm_median": 1.0, "clipped_share": 0.1}
+    if method != "sft":
+        training["entropy"] = [1.0, 0.5]
     return {
         "job": vars(grid.Job(regime, method, 8e-3, seed)),
         "cpu_seconds": 5.0,
@@ -191,7 +194,7 @@ def result(method: str, regime: str, seed: int, right: int) -> dict[str, Any]:
         "decode_temperature": 0.7,
         "held_out": numbers,
         "rollouts": numbers,
-        "training": {"step": [1, 2], "entropy": [1.0, 0.5], "grad_norm_median": 1.0, "clipped_share": 0.1},
+        "training": training,
         "rollout_entropy": [1.0, 0.9, 0.8, 0.7],
     }
 

@@ -1,6 +1,6 @@
 """The candidate for a better objective: chosen on validation problems, compared once on what nothing was chosen on."""
 
-from settle_it.grid import FRESH_SEEDS, METHODS, Suite
+from settle_it.grid import FRESH_SEEDS, METHODS, RATES, Suite
 from settle_it.results import Results
 
 BEST_OF = ("hpd", "hpd_no_sampling", "fkl", "rkl_exact", "seqkd", "jsd_exact")
@@ -14,7 +14,8 @@ def ranking(results: Results) -> list[tuple[float, str]]:
     """Validation accuracy in the regime "warm" at the best learning rate, of all that were tuned, the best first."""
     means = results.validation_means()
     warm = {method: means[regime, method] for regime, method in means if regime == "warm" and method in METHODS}
-    return sorted(((max(by_rate.values()), method) for method, by_rate in warm.items()), reverse=True)
+    tuned = {method: by_rate for method, by_rate in warm.items() if set(RATES) <= set(by_rate)}
+    return sorted(((max(by_rate.values()), method) for method, by_rate in tuned.items()), reverse=True)
 
 
 def chosen_candidate(results: Results) -> str:

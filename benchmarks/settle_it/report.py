@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from settle_it import grid  # noqa: E402
-from settle_it.confirmation import BEST_OF, chosen_candidate, ranking  # noqa: E402
+from settle_it.confirmation import BESIDE, BEST_OF, chosen_candidate, ranking  # noqa: E402
 from settle_it.results import FOLDER, Results  # noqa: E402
 from settle_it.statistics import Comparison, Estimate, compare, estimate, holm, pass_at, right_shares  # noqa: E402
 
@@ -164,7 +164,7 @@ def draw_regime(found: Found, regime: str, file: Path) -> None:
     """Accuracy with intervals; entropy and KL over training, as in the paper's figure 1."""
     shown = {name: each for name, each in found.items() if not is_special(name)}
     order = sorted(shown, key=lambda name: accuracy(shown[name]).mean())
-    figure, axes = plt.subplots(1, 3, figsize=(14, max(4.0, 0.22 * len(order) + 1)), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(15, max(4.0, 0.22 * len(order) + 1)), constrained_layout=True)
     for place, name in enumerate(order):
         value = estimate(accuracy(shown[name]))
         color = "tab:red" if name == "hpd" else "tab:blue"
@@ -172,23 +172,27 @@ def draw_regime(found: Found, regime: str, file: Path) -> None:
         axes[0].plot(100 * value.mean, place, "o", color=color)
     axes[0].set_yticks(range(len(order)), order, fontsize=8)
     axes[0].set_title(f"{regime}: avg@8, %, with 95% interval", fontsize=10)
-    for name in [name for name in FOLLOWED if name in shown]:
+    for number, name in enumerate(FOLLOWED):
+        if name not in shown:
+            continue
+        style = {"color": f"C{number}", "label": name}
         curves = [result["training"] for result in shown[name]]
-        axes[1].plot(curves[0]["step"], np.mean([curve["entropy"] for curve in curves], axis=0), label=name)
+        if "entropy" in curves[0]:  # sft, without a teacher, logs none
+            axes[1].plot(curves[0]["step"], np.mean([curve["entropy"] for curve in curves], axis=0), **style)
         followed = [result["rollout_entropy"] for result in shown[name] if "rollout_entropy" in result]
         if followed:
             steps = np.linspace(0, curves[0]["step"][-1], len(followed[0]) + 1)[1:]
-            axes[2].plot(steps, np.mean(followed, axis=0), "o-", label=name)
-    axes[1].set_title("entropy on the training rows, nats", fontsize=10)
+            axes[2].plot(steps, np.mean(followed, axis=0), "o-", **style)
+    axes[1].set_title("entropy on the training rows, at the objective's temperature, nats", fontsize=10)
     axes[2].set_title("entropy in rollouts at temperature 1, nats, one seed", fontsize=10)
     for axis in axes[1:]:
         axis.set_xlabel("step")
-        axis.legend(fontsize=8)
+    axes[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
-def draw_sensitivity(results: Results, file: Path) -> bool:
+def draw_sensitivity(results: Results, file: Path) -> None:
     """Heat maps: HPD's coefficients, and temperature by objective."""
     found = results.of("test", "warm", grid.SENSITIVITY)
     levels = (0.5, 1.0, 2.0)
@@ -205,8 +209,8 @@ def draw_sensitivity(results: Results, file: Path) -> bool:
     for (row, name), (column, suffix) in itertools.product(enumerate(names), enumerate(temperatures.values())):
         if name + suffix in warm:
             hot[row, column] = 100 * accuracy(warm[name + suffix]).mean()
-    if np.isnan(values).all() and not names:
-        return False
+    if np.isnan(values).all():
+        return
     figure, axes = plt.subplots(1, 2, figsize=(11, max(3.5, 0.32 * len(names) + 1)), constrained_layout=True)
     _heat(axes[0], values, [f"{level:g}" for level in levels], [f"{level:g}" for level in levels])
     axes[0].set_xlabel("reverse_coef")
@@ -218,7 +222,6 @@ def draw_sensitivity(results: Results, file: Path) -> bool:
     axes[1].set_title("warm: avg@8, %", fontsize=10)
     figure.savefig(file, dpi=100)
     plt.close(figure)
-    return True
 
 
 def _heat(axis: Any, values: np.ndarray, columns: list[str], rows: list[str]) -> None:
@@ -244,11 +247,10 @@ def tables(results: Results) -> dict[str, str]:
             out[f"comparisons {regime}"] = named_comparisons(plain, grid.COMPARED)
         fresh = results.of("fresh", regime)
         if fresh:
-            candidate = chosen_candidate(results)
             out[f"confirmation {regime}"] = scores(fresh)
-            out[f"confirmation comparisons {regime}"] = named_comparisons(
-                fresh, [(candidate, other) for other in BEST_OF]
-            )
+            for role, name in (("candidate", chosen_candidate(results)), ("beside", BESIDE[0])):
+                pairs = [(name, other) for other in BEST_OF]
+                out[f"confirmation of the {role} {regime}"] = named_comparisons(fresh, pairs)
     for reference in ("hpd", "fkl"):
         out[f"against {reference}"] = verdicts(results, reference)
     out["rates"] = identical_rates(results)
