@@ -14,11 +14,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from settle_it import grid, task
+from hydra import compose, initialize_config_module
+from settle_it import grid, on_policy, task
+from settle_it.jobs import Data
 from settle_it.report import PAGE, filled, tables, write_report
 from settle_it.results import FOLDER, Results
 from settle_it.statistics import compare, estimate, holm, pass_at, right_shares
 
+from hpd_verl.checks.run import check_config
 from hpd_verl.objectives import VocabularyLogProbs, find_objective
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +154,13 @@ def test_candidates_have_the_gradients_of_their_definitions() -> None:
     value, gradient = of_logits("tempered_head", logits.detach(), teacher, 1.0, temperature=2.0, mass=0.9)
     torch.testing.assert_close(value, loss.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(loss, logits)[0])
+
+
+@pytest.mark.parametrize("method", on_policy.METHODS)
+def test_runs_with_rollouts_pass_the_check(method: str, tmp_path: Path) -> None:
+    named = on_policy.overrides(tmp_path, tmp_path / "student", Data(tmp_path, few=True), method, 1e-3, seed=1)
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        check_config(compose("ppo_trainer", overrides=["algorithm=hpd", *named]))
 
 
 def test_holm() -> None:

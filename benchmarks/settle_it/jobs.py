@@ -135,9 +135,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     teacher = models.load(data.teacher_model)
     test = data.problems["fresh_test" if job.split == "fresh" else "test"]
     result |= accuracy(trained, data.problems["validation"], test, job.seed)
-    rng = random.Random(3)
-    held_out = [task.demonstrate(problem, rng, error_rate=0.0) for problem in test]
-    result["held_out"] = measures.divergences(trained, teacher, test, held_out)
+    result["held_out"] = measures.divergences(trained, teacher, test, right_demonstrations(test))
     result["rollouts"] = rollouts(trained, teacher, test, job.seed)
     if not method.trains:
         return result
@@ -146,6 +144,12 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         earlier = [rollouts(models.load(each), teacher, test, job.seed) for each in checkpoints[:-1]]
         result["rollout_entropy"] = [each["entropy"] for each in [*earlier, result["rollouts"]]]
     return result
+
+
+def right_demonstrations(problems: list[task.Problem]) -> list[str]:
+    """Demonstrations without a wrong step, the same for every student."""
+    rng = random.Random(3)
+    return [task.demonstrate(problem, rng, error_rate=0.0) for problem in problems]
 
 
 def accuracy(student: Any, validation: list[task.Problem], test: list[task.Problem], seed: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tqdm import tqdm  # noqa: E402
 
 from settle_it import measures, models, task  # noqa: E402
 from settle_it.grid import BATCH_SIZE, REGIMES, Job  # noqa: E402
-from settle_it.jobs import Data, accuracy, rollouts  # noqa: E402
+from settle_it.jobs import Data, accuracy, right_demonstrations, rollouts  # noqa: E402
 from settle_it.results import FOLDER, Results  # noqa: E402
 
 STEPS = 100
@@ -57,8 +57,20 @@ def train(folder: Path, student: Path, data: Data, method: str, rate: float, see
         RuntimeError: the run failed; the message has the end of its output.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "algorithm=hpd"]
+    command += overrides(folder, student, data, method, rate, seed)
+    environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"), "PYTHONPATH": str(ROOT)}
+    with open(folder / "log", "w") as log:
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        raise RuntimeError(f"{method}: main_ppo ended with {done.returncode}: {(folder / 'log').read_text()[-3000:]}")
+    return folder / f"global_step_{STEPS}" / "actor" / "huggingface"
+
+
+def overrides(folder: Path, student: Path, data: Data, method: str, rate: float, seed: int) -> list[str]:
+    """Of ``main_ppo``, beside ``algorithm=hpd``."""
     rows = data.rows(REGIMES["warm"].demonstrations, "test", from_teacher=False)
-    overrides = {
+    named = {
         "actor_rollout_ref.model.path": student,
         "actor_rollout_ref.ref.model.path": data.teacher_model,
         "actor_rollout_ref.model.enable_gradient_checkpointing": False,
@@ -82,14 +94,7 @@ def train(folder: Path, student: Path, data: Data, method: str, rate: float, see
         "algorithm.hpd.seed": seed,
         **{f"algorithm.hpd.{name}": value for name, value in METHODS[method].items()},
     }
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", "algorithm=hpd"]
-    command += [f"{name}={value}" for name, value in overrides.items()]
-    environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"), "PYTHONPATH": str(ROOT)}
-    with open(folder / "log", "w") as log:
-        done = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode != 0:
-        raise RuntimeError(f"{method}: main_ppo ended with {done.returncode}: {(folder / 'log').read_text()[-3000:]}")
-    return folder / f"global_step_{STEPS}" / "actor" / "huggingface"
+    return [f"{name}={value}" for name, value in named.items()]
 
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     return {
         **result,
         **accuracy(trained, data.problems["validation"], test, job.seed),
-        "held_out": measures.divergences(trained, teacher, test, held_out_answers(test)),
+        "held_out": measures.divergences(trained, teacher, test, right_demonstrations(test)),
         "rollouts": rollouts(trained, teacher, test, job.seed),
         "training": {
             "entropy": [round(step["actor/entropy"], 4) for step in steps[9::10]],
@@ -115,14 +120,6 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
             "seconds_a_step": round(sorted(step["timing_s/step"] for step in steps)[len(steps) // 2], 3),
         },
     }
-
-
-def held_out_answers(problems: list[task.Problem]) -> list[str]:
-    """Right demonstrations of test problems, the same for every student."""
-    import random
-
-    rng = random.Random(3)
-    return [task.demonstrate(problem, rng, error_rate=0.0) for problem in problems]
 
 
 def main() -> None:
