@@ -80,6 +80,8 @@ AT_TEMPERATURE_1 = {
 }
 CORE = ("sft", "seqkd", "hpd", "hpd_no_sampling", "fkl", "rkl_exact", "jsd_exact")
 """What the candidate is compared with, and sft."""
+PAPER = ("rkl", "jsd", "hpd_no_reinforcement")
+"""What else the paper compares with, on labels."""
 TEMPERATURES = (1.5, 2.0)
 """Beside 1. An objective of the labels alone has none: it would only change what the student's logits mean."""
 
@@ -177,7 +179,8 @@ SUITES = [
     Suite("core", _named([*CORE, "fkl T2", "hpd T2"]), ("warm",)),
     Suite("before", _named([BEFORE]), ("warm",), {BEFORE: "hpd"}),
     Suite("candidates", CANDIDATES, ("warm",), seeds=()),
-    Suite("objectives", _named(name for name in AT_TEMPERATURE_1 if name not in CORE), ("warm",)),
+    Suite("paper", _named(PAPER), ("warm",)),
+    Suite("objectives", _named(name for name in AT_TEMPERATURE_1 if name not in (*CORE, *PAPER)), ("warm",)),
     Suite("sensitivity", SENSITIVITY, ("warm",), dict.fromkeys(SENSITIVITY, "hpd"), seeds=SEEDS[:3]),
     Suite("clipping", WITHOUT_CLIPPING, ("warm",), {name: name.split()[0] for name in WITHOUT_CLIPPING}, SEEDS[:3]),
     Suite("small", _named([*AT_TEMPERATURE_1, "fkl T2", "hpd T2"]), ("small",)),
