@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxschedchunk 1
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 DEBIAN_PACKAGES := bubblewrap chromium iproute2 munge shellcheck slurm-client slurmctld slurmd
 

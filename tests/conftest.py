@@ -5,14 +5,18 @@
 """
 
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +44,16 @@ CHAT_TEMPLATE = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is in end_to_end as ``e2e``, and what neither is there nor marked ``slow`` as ``unit``."""
+    """Mark what is in end_to_end as ``e2e``, and what neither is there nor marked ``slow`` as ``unit``.
+
+    In this order they run: what takes long first, so that several processes have work until the end.
+    """
     for item in items:
         if "end_to_end" in item.path.parts:
             item.add_marker("e2e")
         elif item.get_closest_marker("slow") is None:
             item.add_marker("unit")
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("e2e", "slow")])
 
 
 class TensorsOfTests(TorchFunctionMode):
@@ -214,23 +222,73 @@ class Run:
 RunMainPPO = Callable[..., Run]
 
 
-@pytest.fixture
-def run_main_ppo(tiny: Tiny, tmp_path: Path) -> RunMainPPO:
-    """Run ``python -m verl.trainer.main_ppo algorithm=hpd`` on the tiny models, with overrides.
+@pytest.fixture(scope="session")
+def processes() -> Iterator[ForkServerContext]:
+    """Processes that start quickly: forked from one that has imported verl, the trainers and the store."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hpd_verl.teacher_cache", "hpd_verl.sft_trainer", "verl.trainer.main_ppo"])
+    first = context.Process(target=int)
+    first.start()
+    first.join()  # the imports are nobody's waiting time
+    yield context
+    for process in multiprocessing.active_children():  # of a test that has failed
+        process.kill()
 
-    Killed with all of its session, or its driver sent SIGTERM, after so many steps.
+
+def run_module(module: str, arguments: list[str], folder: Path, environment: dict[str, str], output: Path) -> None:
+    """What ``python -m`` does, in a process of ``processes`` that leads a session of its own.
+
+    Args:
+        module: runs as ``__main__``.
+        arguments: its words.
+        folder: the working directory.
+        environment: all of it.
+        output: a file that stdout and stderr are appended to.
+    """
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    multiprocessing.set_start_method(None, force=True)  # not that of the test
+    sys.path[:0] = [str(folder), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def start_module(
+    processes: ForkServerContext, module: str, arguments: list[str], folder: Path, output: Path, **variables: str
+) -> ForkServerProcess:
+    """Start ``run_module`` with an empty output and, beside this process's environment, ``variables``."""
+    output.write_text("")
+    words = (module, arguments, folder, {**os.environ, **variables}, output)
+    process = processes.Process(target=run_module, args=words)
+    process.start()
+    return process
+
+
+@pytest.fixture
+def run_main_ppo(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunMainPPO:
+    """Run ``verl.trainer.main_ppo algorithm=hpd`` on the tiny models, with overrides.
+
+    Killed with all of its session, or its driver sent SIGTERM, after so many steps. With ``new_interpreter`` by
+    ``python -m``; otherwise in a process of ``processes``, of which the imports alone are not its own.
     """
 
     def run(
         *overrides: str,
         kill_after_step: int | None = None,
         terminate_after_step: int | None = None,
-        timeout: float = 400,
+        timeout: float = 800,
+        new_interpreter: bool = False,
     ) -> Run:
-        log = tmp_path / "metrics.jsonl"
+        log, output = tmp_path / "metrics.jsonl", tmp_path / "output.txt"
         log.unlink(missing_ok=True)
-        command = [
-            *(sys.executable, "-m", "verl.trainer.main_ppo", "algorithm=hpd"),
+        arguments = [
+            "algorithm=hpd",
             f"actor_rollout_ref.model.path={tiny.student}",
             f"actor_rollout_ref.ref.model.path={tiny.teacher}",
             f"data.train_files={tiny.train}",
@@ -244,24 +302,29 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path) -> RunMainPPO:
             f"trainer.default_local_dir={tmp_path / 'checkpoints'}",
             *overrides,
         ]
-        environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(log), "HYDRA_FULL_ERROR": "1"}
-        output_file = tmp_path / "output.txt"
-        with open(output_file, "w") as stream:
-            process = subprocess.Popen(
-                command, cwd=tmp_path, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            try:
-                if kill_after_step is not None:
-                    _wait_for_step(process, log, kill_after_step, timeout)
-                    os.killpg(process.pid, signal.SIGKILL)
-                elif terminate_after_step is not None:
-                    _wait_for_step(process, log, terminate_after_step, timeout)
-                    process.terminate()
-                process.wait(timeout)
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-        return Run(process.wait(), output_file.read_text(), read_steps(log))
+        variables = {"VERL_FILE_LOGGER_PATH": str(log), "HYDRA_FULL_ERROR": "1"}
+        module, whole = "verl.trainer.main_ppo", {**os.environ, **variables}
+        if new_interpreter:
+            with open(output, "w") as stream:
+                command = [sys.executable, "-m", module, *arguments]
+                done = subprocess.run(command, cwd=tmp_path, env=whole, stdout=stream, stderr=stream, timeout=timeout)
+            return Run(done.returncode, output.read_text(), read_steps(log))
+        process = start_module(processes, module, arguments, tmp_path, output, **variables)
+        assert process.pid is not None
+        try:
+            if kill_after_step is not None:
+                _wait_for_step(process, log, kill_after_step, timeout)
+                os.killpg(process.pid, signal.SIGKILL)
+            elif terminate_after_step is not None:
+                _wait_for_step(process, log, terminate_after_step, timeout)
+                process.terminate()
+            process.join(timeout)
+        finally:
+            if process.exitcode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
+        assert process.exitcode is not None
+        return Run(process.exitcode, output.read_text(), read_steps(log))
 
     return run
 
@@ -274,12 +337,10 @@ def read_steps(log: Path) -> list[dict[str, float]]:
     return [line["data"] for line in lines if "hpd/loss" in line["data"]]
 
 
-def _wait_for_step(process: "subprocess.Popen[bytes]", log: Path, step: int, timeout: float) -> None:
+def _wait_for_step(process: ForkServerProcess, log: Path, step: int, timeout: float) -> None:
     """Until so many steps are logged."""
-    import time
-
     deadline = time.monotonic() + timeout
     while len(read_steps(log)) < step:
-        assert process.poll() is None, "the run ended before it could be ended"
+        assert process.exitcode is None, "the run ended before it could be ended"
         assert time.monotonic() < deadline, "no step was logged in time"
         time.sleep(0.05)

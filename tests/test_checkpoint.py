@@ -209,8 +209,13 @@ class Workers:
 
 @functools.cache
 def composed() -> DictConfig:
+    """What a save reads of main_ppo's settings: it writes all that are there, which takes longer than the rest."""
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=["algorithm=hpd"])
+        config = compose("ppo_trainer", overrides=["algorithm=hpd"])
+    actor = OmegaConf.masked_copy(config.actor_rollout_ref.actor, ["checkpoint"])
+    node = OmegaConf.create({"trainer": config.trainer, "actor_rollout_ref": {"actor": actor}})
+    OmegaConf.resolve(node)
+    return node
 
 
 def trainer_in(root: Path, keep: int) -> Any:

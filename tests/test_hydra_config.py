@@ -3,53 +3,62 @@
 import os
 import subprocess
 import sys
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
+from conftest import run_module
 
 pytestmark = pytest.mark.slow
 
 
-def compose(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", *arguments]
+def compose(folder: Path, processes: ForkServerContext, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Exit code and output of main_ppo with these words and variables, and without a platform unless they name one."""
     inherited = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
-    return subprocess.run(
-        command, cwd=folder, env={**inherited, **environment}, capture_output=True, text=True, timeout=120, check=False
-    )
+    output = folder / "output.txt"
+    output.write_text("")
+    words = ("verl.trainer.main_ppo", list(arguments), folder, inherited | environment, output)
+    process = processes.Process(target=run_module, args=words)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode, output.read_text()
 
 
-def test_other_runs_compose_byte_identically(tmp_path: Path) -> None:
+def test_other_runs_compose_byte_identically(tmp_path: Path, processes: ForkServerContext) -> None:
     arguments = ("algorithm.adv_estimator=grpo", "data.train_batch_size=7", "--cfg", "job")
-    with_plugin = compose(tmp_path, *arguments)
-    without_plugin = compose(tmp_path, *arguments, VERL_USE_EXTERNAL_PLUGINS="none")
-    assert with_plugin.returncode == without_plugin.returncode == 0
-    assert with_plugin.stdout == without_plugin.stdout
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
+    environment["VERL_USE_EXTERNAL_PLUGINS"] = "none"
+    without_plugin = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert without_plugin.returncode == 0, without_plugin.stderr
+    assert compose(tmp_path, processes, *arguments) == (0, without_plugin.stdout)
 
 
-def test_unknown_algorithm_lists_the_choices(tmp_path: Path) -> None:
-    run = compose(tmp_path, "algorithm=nope", "--cfg", "job")
-    assert run.returncode != 0
-    assert "Could not find 'algorithm/nope'" in run.stderr
-    assert "hpd" in run.stderr
+def test_unknown_algorithm_lists_the_choices(tmp_path: Path, processes: ForkServerContext) -> None:
+    code, output = compose(tmp_path, processes, "algorithm=nope", "--cfg", "job")
+    assert code != 0
+    assert "Could not find 'algorithm/nope'" in output
+    assert "hpd" in output
 
 
-def test_command_line_wins_over_the_algorithm_and_the_platform(tmp_path: Path) -> None:
+def test_command_line_wins_over_the_algorithm_and_the_platform(tmp_path: Path, processes: ForkServerContext) -> None:
     arguments = ("actor_rollout_ref.actor.strategy=fsdp", "reward.num_workers=3", "algorithm.hpd.forward_coef=0.5")
-    run = compose(tmp_path, "algorithm=hpd", *arguments, "--cfg", "job", VERL_PLATFORM="cpu")
-    assert run.returncode == 0, run.stderr
+    code, output = compose(tmp_path, processes, "algorithm=hpd", *arguments, "--cfg", "job", VERL_PLATFORM="cpu")
+    assert code == 0, output
     for line in (
         "    strategy: fsdp\n",
         "  num_workers: 3\n",
         "    forward_coef: 0.5\n",
         "attn_implementation: packed_sdpa\n",
     ):
-        assert line in run.stdout
+        assert line in output
 
 
-def test_dynamic_batches_unless_a_micro_batch_size_is_given(tmp_path: Path) -> None:
+def test_dynamic_batches_unless_a_micro_batch_size_is_given(tmp_path: Path, processes: ForkServerContext) -> None:
     for arguments, expected in (((), "true"), (("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",), "false")):
-        run = compose(tmp_path, "algorithm=hpd", *arguments, "--cfg", "job", "--resolve")
-        assert f"log_prob_use_dynamic_bsz: {expected}" in run.stdout
+        _, output = compose(tmp_path, processes, "algorithm=hpd", *arguments, "--cfg", "job", "--resolve")
+        assert f"log_prob_use_dynamic_bsz: {expected}" in output
 
 
 def test_importing_our_own_first(tmp_path: Path) -> None:
@@ -63,7 +72,7 @@ def test_importing_our_own_first(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_a_ray_that_is_there_is_told_nothing(tmp_path: Path) -> None:
+def test_a_ray_that_is_there_is_told_nothing(tmp_path: Path, processes: ForkServerContext) -> None:
     """A Ray that a run on a CPU starts is told its logical CPUs and GPUs; another Ray would refuse that."""
     arguments = (
         "algorithm=hpd",
@@ -74,7 +83,7 @@ def test_a_ray_that_is_there_is_told_nothing(tmp_path: Path) -> None:
         "--package",
         "ray_kwargs.ray_init",
     )
-    alone = compose(tmp_path, *arguments, VERL_PLATFORM="cpu")
-    assert {"num_gpus: 2", "num_cpus: 8"} <= set(alone.stdout.split("\n"))
-    joins = compose(tmp_path, *arguments, VERL_PLATFORM="cpu", RAY_ADDRESS="10.0.0.1:6379")
-    assert {"num_gpus: null", "num_cpus: null"} <= set(joins.stdout.split("\n"))
+    _, alone = compose(tmp_path, processes, *arguments, VERL_PLATFORM="cpu")
+    assert {"num_gpus: 2", "num_cpus: 8"} <= set(alone.split("\n"))
+    _, joins = compose(tmp_path, processes, *arguments, VERL_PLATFORM="cpu", RAY_ADDRESS="10.0.0.1:6379")
+    assert {"num_gpus: null", "num_cpus: null"} <= set(joins.split("\n"))

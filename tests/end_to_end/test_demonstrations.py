@@ -3,20 +3,22 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Tiny
+from conftest import Tiny, start_module
 from transformers import AutoTokenizer
 
 from hpd_verl.data.demonstration import DemonstrationTokenizer
 from hpd_verl.data.files import RowRules, check_files
+
+pytestmark = pytest.mark.xdist_group("demonstrations")  # the undisturbed run is made once
 
 ROOT = Path(__file__).resolve().parents[2]
 METADATA = b"hpd_verl.demonstrations"
@@ -29,7 +31,6 @@ ALL_AT_ONCE = {"kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 64, "max_num_ba
 
 def command(tiny: Tiny, out: Path, *flags: str, engine: dict[str, int] | None = None) -> list[str]:
     return [
-        *(sys.executable, "-m", "data_prep.generate_demonstrations"),
         *("--prompts", str(tiny.train), "--local_save_dir", str(out), "--model", str(tiny.teacher)),
         *("--n", "2", "--max_tokens", "16", "--dtype", "float32", "--processes", "1"),
         *("--engine_kwargs", json.dumps(engine or FEW_AT_A_TIME)),
@@ -37,34 +38,43 @@ def command(tiny: Tiny, out: Path, *flags: str, engine: dict[str, int] | None = 
     ]
 
 
-def run(words: list[str]) -> str:
-    finished = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stderr
+Start = Callable[[list[str], Path], ForkServerProcess]
+
+
+@pytest.fixture(scope="module")
+def start(processes: ForkServerContext) -> Start:
+    """Start the command with these words and a file for its output."""
+    return lambda words, output: start_module(processes, "data_prep.generate_demonstrations", words, ROOT, output)
+
+
+def run(start: Start, words: list[str], output: Path) -> str:
+    process = start(words, output)
+    process.join(400)
+    assert process.exitcode == 0, output.read_text()
+    return output.read_text()
 
 
 def lines_of(journal: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in journal.read_text().splitlines()[1:]]
 
 
-def kill_in_the_middle(words: list[str], journal: Path, output: Path) -> int:
+def kill_in_the_middle(process: ForkServerProcess, journal: Path, output: Path) -> int:
     """SIGKILL to the process that writes, once some prompts are finished; returns their number."""
-    with open(output, "w") as stream:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True)
-        try:
-            deadline = time.monotonic() + 300
-            while not journal.exists() or journal.read_bytes().count(b"\n") < 1 + 5:
-                assert process.poll() is None, output.read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            while _runs(process.pid):  # the engines end with it
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-        finally:
-            if _runs(process.pid):
-                os.killpg(process.pid, signal.SIGKILL)
+    assert process.pid is not None
+    try:
+        deadline = time.monotonic() + 300
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 1 + 5:
+            assert process.exitcode is None, output.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        while _runs(process.pid):  # the engines end with it
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        if _runs(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
     return journal.read_bytes().count(b"\n") - 1
 
 
@@ -81,19 +91,21 @@ def _runs(group: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, start: Start) -> tuple[Path, str]:
     """The folder of a run with two engines, and what it said."""
     out = tmp_path_factory.mktemp("undisturbed")
-    return out, run(command(tiny, out, "--data_parallel_size", "2", "--keep", "all", engine=ALL_AT_ONCE))
+    words = command(tiny, out, "--data_parallel_size", "2", "--keep", "all", engine=ALL_AT_ONCE)
+    return out, run(start, words, out.with_suffix(".txt"))
 
 
-def test_killed_and_resumed(tiny: Tiny, tmp_path: Path, undisturbed: tuple[Path, str]) -> None:
+def test_killed_and_resumed(tiny: Tiny, tmp_path: Path, undisturbed: tuple[Path, str], start: Start) -> None:
     journal, words = tmp_path / "train.answers.jsonl", command(tiny, tmp_path, "--keep", "all")
-    finished = kill_in_the_middle(words, journal, tmp_path / "output.txt")
+    output = tmp_path / "output.txt"
+    finished = kill_in_the_middle(start(words, output), journal, output)
     assert 5 <= finished < 64
     assert not (tmp_path / "train.parquet").exists()
     before = journal.read_bytes()[: journal.read_bytes().rindex(b"\n") + 1]
-    said = run(words)
+    said = run(start, words, output)
     assert f"{finished} of 64 prompts have their answers in {journal}" in said
     assert journal.read_bytes().startswith(before)
     positions = [line["position"] for line in lines_of(journal)]
@@ -165,12 +177,14 @@ def test_rows_are_what_the_teacher_generated(tiny: Tiny, undisturbed: tuple[Path
     assert file.rows == len(expected)
 
 
-def test_another_choice_generates_nothing(tiny: Tiny, undisturbed: tuple[Path, str]) -> None:
+def test_another_choice_generates_nothing(
+    tiny: Tiny, tmp_path: Path, undisturbed: tuple[Path, str], start: Start
+) -> None:
     """By a reward function, from the same journal; no engine starts."""
     out, _ = undisturbed
-    journal, started = (out / "train.answers.jsonl").read_bytes(), time.monotonic()
-    said = run(command(tiny, out, "--reward", str(tiny.reward), "--keep", "best"))
-    assert time.monotonic() - started < 300
+    journal = (out / "train.answers.jsonl").read_bytes()
+    words = command(tiny, out, "--reward", str(tiny.reward), "--keep", "best")
+    said = run(start, words, tmp_path / "output.txt")
     assert "64 of 64 prompts have their answers" in said
     assert "rejected by the reward function" in said
     assert (out / "train.answers.jsonl").read_bytes() == journal

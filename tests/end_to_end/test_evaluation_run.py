@@ -1,24 +1,23 @@
 """Evaluation of a model run by vLLM, as a user gives the commands."""
 
 import json
-import subprocess
-import sys
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from conftest import Tiny
+from conftest import Tiny, start_module
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(name: str, *flags: str) -> str:
-    command = [sys.executable, "-m", f"examples.evaluation.{name}", *flags]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+def test_maths_and_divergence_of_a_models_answers(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> None:
+    def run(name: str, *flags: str) -> str:
+        output = tmp_path / f"{name}.txt"
+        process = start_module(processes, f"examples.evaluation.{name}", list(flags), ROOT, output)
+        process.join(400)
+        assert process.exitcode == 0, output.read_text()
+        return output.read_text()
 
-
-def test_maths_and_divergence_of_a_models_answers(tiny: Tiny, tmp_path: Path) -> None:
     out, kl = tmp_path / "sampled.json", tmp_path / "kl.json"
     shared = ["--data", str(tiny.validation), "--out"]
     printed = run(

@@ -2,11 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 from answers import by_transformers, by_vllm
-from conftest import Run, RunMainPPO, Tiny, make_nan_model, read_steps
+from conftest import Run, RunMainPPO, Tiny, make_nan_model, read_steps, run_module
+from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd_verl import stopping
@@ -25,18 +26,12 @@ from hpd_verl.teacher.records import StoreIdentity
 RunSFT = Callable[..., Run]
 
 
-def _kill_tree(pid: int) -> None:
-    """SIGKILL a process and its descendants; torchrun's workers are in sessions of their own."""
-    top = psutil.Process(pid)
-    for process in [*top.children(recursive=True), top]:
-        process.send_signal(signal.SIGKILL)
-
-
 @pytest.fixture
-def run_sft(tiny: Tiny, tmp_path: Path) -> RunSFT:
-    """Run ``torchrun -m hpd_verl.sft_trainer`` on the tiny models, with overrides.
+def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
+    """Run ``hpd_verl.sft_trainer``, or another module, on the tiny models, with overrides.
 
-    Killed with all its processes after so many steps; or sent SIGTERM, then with the package's torchrun.
+    Each rank is a process of ``processes``, as torchrun starts them; all are killed after so many steps, or once one
+    fails. A run that is sent SIGTERM is started by the package's torchrun itself.
     """
 
     def run(
@@ -46,13 +41,10 @@ def run_sft(tiny: Tiny, tmp_path: Path) -> RunSFT:
         terminate_after_step: int | None = None,
         module: str = "hpd_verl.sft_trainer",
     ) -> Run:
-        log = tmp_path / "metrics.jsonl"
+        log, output = tmp_path / "metrics.jsonl", tmp_path / "output.txt"
         log.unlink(missing_ok=True)
-        launcher = "torch.distributed.run" if terminate_after_step is None else "hpd_verl.torchrun"
-        ends_after = terminate_after_step if kill_after_step is None else kill_after_step
-        command = [
-            *(sys.executable, "-m", launcher, "--standalone", f"--nproc_per_node={ranks}"),
-            *("-m", module),
+        output.write_text("")
+        arguments = [
             f"model.path={tiny.student}",
             f"teacher.model.path={tiny.teacher}",
             f"data.train_files={tiny.train}",
@@ -67,22 +59,52 @@ def run_sft(tiny: Tiny, tmp_path: Path) -> RunSFT:
             *overrides,
         ]
         environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(log)}
-        output = tmp_path / "output.txt"
-        with open(output, "w") as stream:
-            process = subprocess.Popen(
-                command, cwd=tmp_path, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        if terminate_after_step is not None:
+            command = [sys.executable, "-m", "hpd_verl.torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+            command += ["-m", module, *arguments]
+            with open(output, "w") as stream:
+                launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=stream, stderr=stream)
             try:
-                while ends_after is not None and len(read_steps(log)) < ends_after and process.poll() is None:
+                while len(read_steps(log)) < terminate_after_step and launcher.poll() is None:
                     time.sleep(0.02)
-                if terminate_after_step is not None:
-                    process.terminate()
-                if kill_after_step is None:
-                    process.wait(200)
+                launcher.terminate()
+                launcher.wait(400)
             finally:
-                if process.poll() is None:
-                    _kill_tree(process.pid)
-        return Run(process.wait(), output.read_text(), read_steps(log))
+                if launcher.poll() is None:
+                    for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
+                        process.kill()
+            return Run(launcher.wait(), output.read_text(), read_steps(log))
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the ranks are all clients of this store
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
+        started = []
+        for rank in range(ranks):
+            of_rank = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(processes.Process(target=run_module, args=(module, arguments, tmp_path, of_rank, output)))
+            started[-1].start()
+        deadline = time.monotonic() + 800
+        try:
+            while any(process.exitcode is None for process in started):
+                assert time.monotonic() < deadline, output.read_text()[-3000:]
+                if any(process.exitcode for process in started):
+                    started[0].join(60)  # it speaks for all of them
+                    break
+                if kill_after_step is not None and len(read_steps(log)) >= kill_after_step:
+                    break
+                time.sleep(0.02)
+        finally:
+            for process in started:
+                process.kill()
+                process.join()
+        codes = [process.exitcode or 0 for process in started]
+        return Run(max(codes, key=abs), output.read_text(), read_steps(log))
 
     return run
 
@@ -256,19 +278,19 @@ def test_bad_settings(run_sft: RunSFT) -> None:
     assert run.steps == []
 
 
-def test_bad_store(run_sft: RunSFT, run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
-    """A store that cannot be used: one error in either trainer, before a step; test_teacher_store.py has all."""
+def test_bad_store(run_sft: RunSFT, tmp_path: Path) -> None:
+    """A store that cannot be used: one error before a step; test_teacher_store.py has all."""
     folder, file = tmp_path / "teacher", tmp_path / "file"
     other = StoreIdentity(teacher="0" * 64, temperature=1.0, vocabulary_size=36, format="hidden", dtype="bf16", top_k=0)
     DiskStore(folder, other, 1 << 20).close()
     file.touch()
-    cache = ("algorithm.hpd.teacher_cache=disk", "algorithm.hpd.teacher_cache_max_gib=0.01")
     another_teacher = f"teacher_cache_dir={folder}: holds features of another teacher or of other settings (teacher"
-    runs = [
-        (another_teacher, run_main_ppo(*cache, f"algorithm.hpd.teacher_cache_dir={folder}")),
-        (f"{file}: cannot be written to", run_sft(*cache, f"algorithm.hpd.teacher_cache_dir={file}")),
-    ]
-    for message, run in runs:
+    for place, message in ((folder, another_teacher), (file, f"{file}: cannot be written to")):
+        run = run_sft(
+            "algorithm.hpd.teacher_cache=disk",
+            "algorithm.hpd.teacher_cache_max_gib=0.01",
+            f"algorithm.hpd.teacher_cache_dir={place}",
+        )
         assert run.returncode != 0
         assert message in run.output, run.output[-3000:]
         assert run.steps == []

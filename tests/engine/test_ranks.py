@@ -1,10 +1,10 @@
 """Steps of one rank for all: every rank ends in the same way, and soon."""
 
-import multiprocessing
 import os
 import socket
 import time
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import torch.distributed
 
 from hpd_verl.engine.ranks import on_every_rank, on_rank_zero
 
-TIMEOUT = timedelta(seconds=3)
+TIMEOUT = timedelta(seconds=10)
 
 
 def slow(seconds: float) -> str:
@@ -30,7 +30,7 @@ def fail(rank: int) -> int:
 STEPS: dict[str, Any] = {
     "result": lambda: on_rank_zero(lambda: {"rank": torch.distributed.get_rank()}),
     "none": lambda: on_rank_zero(lambda: None),
-    "longer than the timeout": lambda: on_rank_zero(lambda: slow(5.0), interval=0.5),
+    "longer than the timeout": lambda: on_rank_zero(lambda: slow(12.0), interval=0.5),
     "error of rank 0": lambda: on_rank_zero(lambda: fail(0)),
     "every rank": lambda: on_every_rank(torch.distributed.get_rank),
     "error of rank 1": lambda: on_every_rank(lambda: fail(1)),
@@ -53,14 +53,12 @@ def run_steps(rank: int, port: int, results: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_three_ranks() -> None:
+def test_three_ranks(processes: ForkServerContext) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd_verl.engine.ranks", "hpd_verl.teacher.disk_store"])
-    results = context.Queue()
-    workers = [context.Process(target=run_steps, args=(rank, port, results)) for rank in range(3)]
+    results = processes.Queue()
+    workers = [processes.Process(target=run_steps, args=(rank, port, results)) for rank in range(3)]
     for worker in workers:
         worker.start()
     found = dict(results.get(timeout=60) for _ in workers)

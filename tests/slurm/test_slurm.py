@@ -10,6 +10,8 @@ import pytest
 from conftest import Tiny
 from slurm_cluster import Slurm, free_ports, running_slurm, wait_until
 
+pytestmark = pytest.mark.xdist_group("slurm")  # one cluster
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = EXAMPLES / "slurm"
 SRUN = '"${on_all_nodes[@]}" --nodes=1 --ntasks=1 bash -c "$RELAY" task'

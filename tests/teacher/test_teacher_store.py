@@ -3,7 +3,6 @@
 import errno
 import json
 import logging
-import multiprocessing
 import os
 import random
 import resource
@@ -12,6 +11,7 @@ import struct
 import time
 import zlib
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -304,14 +304,6 @@ def test_ranks_see_each_other(tmp_path: Path) -> None:
         assert same(store.get([make_key(2)])[0], make_record(HIDDEN, 2))
 
 
-@pytest.fixture(scope="module")
-def processes() -> multiprocessing.context.ForkServerContext:
-    """Processes that start quickly, from a server that has torch loaded."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd_verl.teacher.disk_store"])
-    return context
-
-
 def write_half_read_all(folder: Path, half: int, count: int) -> None:
     store = DiskStore(folder, HIDDEN, 64 * MIB)
     for number in range(half, count, 2):
@@ -328,7 +320,7 @@ def write_half_read_all(folder: Path, half: int, count: int) -> None:
     assert store.stats.damaged == 0
 
 
-def test_two_processes_at_once(tmp_path: Path, processes: multiprocessing.context.ForkServerContext) -> None:
+def test_two_processes_at_once(tmp_path: Path, processes: ForkServerContext) -> None:
     """Each stores half of the rows, reads whatever it finds of the other's meanwhile, and all of them at the end."""
     workers = [processes.Process(target=write_half_read_all, args=(tmp_path, half, 300)) for half in range(2)]
     for worker in workers:
@@ -367,7 +359,7 @@ def write_forever(folder: Path, start: int) -> None:
         store.put(make_key(number), records[number % 8])
 
 
-def test_killed_writers(tmp_path: Path, processes: multiprocessing.context.ForkServerContext) -> None:
+def test_killed_writers(tmp_path: Path, processes: ForkServerContext) -> None:
     """SIGKILL at a random moment, several times in one folder: whatever is found is right, and nothing is lost but
     the row being written."""
     moments = random.Random(0)
@@ -703,9 +695,7 @@ def open_at_once(folder: Path, teacher: str, start: Any, result: Any) -> None:
         result.put((teacher, str(error)))
 
 
-def test_two_teachers_open_a_new_folder_at_once(
-    tmp_path: Path, processes: multiprocessing.context.ForkServerContext
-) -> None:
+def test_two_teachers_open_a_new_folder_at_once(tmp_path: Path, processes: ForkServerContext) -> None:
     """One gets it, with its store.json and its head; the other is told of whose it is."""
     for attempt in range(6):
         folder, start, result = tmp_path / str(attempt), processes.Barrier(2), processes.Queue()
