@@ -96,7 +96,7 @@ def main() -> None:
     rates: tuple[float, ...] = grid.RATES
     if arguments.fast:
         fast = grid.Suite("fast", {name: grid.METHODS[name] for name in ("sft", "hpd")}, ("small",), seeds=(1,))
-        suites, teacher, steps, rates = [fast], (60, 1, 20), 20, grid.RATES[1:2]
+        suites, teacher, steps, rates = [fast], (60, 0, 0), 20, grid.RATES[1:2]
         arguments.out = arguments.out / "fast"
         arguments.results = arguments.out / "results"
     elif arguments.suites:

@@ -498,8 +498,12 @@ def test_an_interruption_keeps_what_has_been_answered(call: Call, problems: Path
         return "no"
 
     server.answer = interrupts
-    with pytest.raises(SystemExit, match=r"^Interrupted: finished answers are kept"):
-        call(maths, problems)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(SystemExit, match=r"^Interrupted: finished answers are kept"):
+            call(maths, problems)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     kept = len((call.folder / "result.answers.jsonl").read_text().splitlines()) - 1
     assert 2 <= kept <= 3
     asked = len(server.requests)
