@@ -9,6 +9,7 @@ A run starts Ray and a server, so that there are few: the regime "warm", 100 ste
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -100,7 +101,7 @@ def overrides(folder: Path, student: Path, data: Data, method: str, rate: float,
 def run(job: Job, folder: Path) -> dict[str, Any]:
     """Train and measure, as ``jobs.run``."""
     data = Data(folder)
-    working = folder / "working" / f"on_policy_{job.method.replace(' ', '_')}_{job.rate:g}_{job.seed}"
+    working = folder / "working" / re.sub(r"\W+", "_", job.key)
     student = data.initial_student(job)
     trained = models.load(train(working, student, data, job.method, job.rate, job.seed))
     result: dict[str, Any] = {"job": asdict(job)}

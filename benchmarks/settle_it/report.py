@@ -104,17 +104,16 @@ def points(comparison: Comparison) -> str:
 def verdicts(results: Results, reference: str) -> str:
     """Wins, ties and losses of every method against one, a row a method and a column a regime; not corrected."""
     rows: dict[str, dict[str, str]] = defaultdict(dict)
-    for regime in grid.REGIMES:
+    regimes = [regime for regime in grid.REGIMES if reference in results.of("test", regime)]
+    for regime in regimes:
         found = results.of("test", regime)
         for name, each in found.items():
-            if name != reference and reference in found and not is_special(name):
+            if name != reference and not is_special(name):
                 comparison = compare(accuracy(each), accuracy(found[reference]))
                 rows[name][regime] = f"{comparison.verdict}, {points(comparison)}"
     ordered = sorted(rows, key=lambda name: (sum("better" not in text for text in rows[name].values()), name))
-    return table(
-        ["method", *grid.REGIMES],
-        [[f"`{name}`", *(rows[name].get(regime, "") for regime in grid.REGIMES)] for name in ordered],
-    )
+    cells = [[f"`{name}`", *(rows[name].get(regime, "") for regime in regimes)] for name in ordered]
+    return table(["method", *regimes], cells)
 
 
 def is_special(name: str) -> bool:
@@ -125,7 +124,7 @@ def is_special(name: str) -> bool:
 def identical_rates(results: Results) -> str:
     """Validation accuracy at each learning rate, a row a method: what tuning saw."""
     means = results.validation_means()
-    columns = [(regime, rate) for regime in ("warm", "small") for rate in grid.RATES]
+    columns = [(regime, rate) for regime in grid.REGIMES for rate in grid.RATES if regime in {key[0] for key in means}]
     rows = []
     for name in grid.METHODS:
         values = [means.get((regime, name), {}).get(rate) for regime, rate in columns]
