@@ -22,7 +22,7 @@ from settle_it.results import FOLDER, Results
 from settle_it.statistics import compare, estimate, holm, pass_at, right_shares
 
 from hpd_verl.checks.run import check_config
-from hpd_verl.objectives import VocabularyLogProbs, find_objective
+from hpd_verl.objectives import VocabularyLogProbs, find_objective, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,7 +118,9 @@ def of_logits(name: str, logits: torch.Tensor, teacher: torch.Tensor, at: float,
     return result.value.sum(), (total * log_q.exp() - result.weights) / at
 
 
-def test_candidates_have_the_gradients_of_their_definitions() -> None:
+def test_candidates_have_the_gradients_of_their_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the file registers is gone after the test.
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
     generator = torch.Generator().manual_seed(0)
     logits, teacher = 3 * torch.randn(2, 20, 9, generator=generator, dtype=torch.float64)
     logits.requires_grad_(True)
