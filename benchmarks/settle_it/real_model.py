@@ -73,7 +73,7 @@ def train(folder: Path, models: Path, rows: Path, method: str, steps: int, rate:
         "trainer.save_freq": -1,
         "trainer.resume_mode": "disable",
         "algorithm.hpd.teacher_cache": "off" if settings["objective"] == "sft" else "disk",
-        "algorithm.hpd.teacher_cache_dir": folder.parent / "store",
+        "algorithm.hpd.teacher_cache_dir": folder.parent / f"store_{settings.get('temperature', 1)}",
         "algorithm.hpd.teacher_cache_max_gib": 4,
     }
     command = ["torchrun", "--standalone", "--nproc_per_node=1", "-m", "hpd_verl.sft_trainer"]
