@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from hydra import compose, initialize_config_module
 from settle_it import grid, on_policy, task
+from settle_it.intervals import compare, estimate, holm, pass_at, right_shares
 from settle_it.jobs import Data
 from settle_it.report import PAGE, filled, tables, write_report
 from settle_it.results import FOLDER, Results
-from settle_it.statistics import compare, estimate, holm, pass_at, right_shares
 
 from hpd_verl.checks.run import check_config
 from hpd_verl.objectives import VocabularyLogProbs, find_objective, registry

@@ -59,8 +59,8 @@ def two_temperatures(log_probs: VocabularyLogProbs, temperature: float, share: f
     return VocabularyWeights(weights, value + share * (teacher.exp() * (teacher - student)).sum(-1))
 
 
-class KnownTailParameters(ObjectiveParameters):
-    """Parameters of known_head."""
+class TemperedHeadParameters(ObjectiveParameters):
+    """Parameters of tempered_head."""
 
     temperature: float = Field(2.0, gt=0)
     """Temperature inside the head."""
@@ -69,7 +69,7 @@ class KnownTailParameters(ObjectiveParameters):
     """The teacher's mass in the head."""
 
 
-@objective("tempered_head", over="vocabulary", parameters=KnownTailParameters, source=HERE)
+@objective("tempered_head", over="vocabulary", parameters=TemperedHeadParameters, source=HERE)
 def tempered_head(log_probs: VocabularyLogProbs, temperature: float, mass: float) -> VocabularyWeights:
     """Forward KL at 1, and at a higher temperature inside the teacher's head, the fewest tokens that hold ``mass``.
 

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from settle_it import grid  # noqa: E402
-from settle_it.confirmation import BESIDE, BEST_OF, chosen_candidate, ranking  # noqa: E402
+from settle_it.confirmation import BESIDE, BEST_OF, CANDIDATE, ranking  # noqa: E402
+from settle_it.intervals import Comparison, Estimate, compare, estimate, holm, pass_at, right_shares  # noqa: E402
 from settle_it.results import FOLDER, Results  # noqa: E402
-from settle_it.statistics import Comparison, Estimate, compare, estimate, holm, pass_at, right_shares  # noqa: E402
 
 FOLLOWED = ("sft", "hpd", "hpd_no_sampling", "fkl", "rkl_exact", "jsd_exact", "fkl T2")
 """Methods whose curves are drawn."""
@@ -247,7 +247,7 @@ def tables(results: Results) -> dict[str, str]:
         fresh = results.of("fresh", regime)
         if fresh:
             out[f"confirmation {regime}"] = scores(fresh)
-            for role, name in (("candidate", chosen_candidate(results)), ("beside", BESIDE[0])):
+            for role, name in (("candidate", CANDIDATE), ("beside", BESIDE[0])):
                 pairs = [(name, other) for other in BEST_OF]
                 out[f"confirmation of the {role} {regime}"] = named_comparisons(fresh, pairs)
     for reference in ("hpd", "fkl"):

@@ -109,7 +109,7 @@ def main() -> None:
         for suite in suites:
             runner.run(suite)
         if not arguments.fast and "confirmation" in (arguments.suites or names):
-            runner.run(confirmation(results))
+            runner.run(confirmation())
 
     from settle_it.report import write_report
 
