@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from hydra import compose, initialize_config_module
-from settle_it import grid, on_policy, task
+from settle_it import grid, models, on_policy, task
 from settle_it.intervals import compare, estimate, holm, pass_at, right_shares
 from settle_it.jobs import Data
 from settle_it.report import PAGE, filled, tables, write_report
@@ -67,6 +67,22 @@ def test_scores(text: str, score: float) -> None:
     problem = task.Problem(4, (("-", 1), ("*", 4)))
     assert problem.answer == 2
     assert task.score(problem, text) == score
+
+
+def test_a_larger_vocabulary_keeps_the_words(tmp_path: Path) -> None:
+    small, large = task.build_tokenizer(), task.build_tokenizer(300)
+    text = " ".join(task.WORDS)
+    assert large.encode(text) == small.encode(text)
+    assert len(large) == 300
+    source = models.build_model(tmp_path / "source", models.STUDENT_HIDDEN, seed=1)
+    widened = models.load(models.widen(tmp_path / "widened", source, 300, seed=2))
+    ids = torch.tensor([small.encode(text)])
+    with torch.no_grad():
+        before, after = (model(ids).logits for model in (models.load(source), widened))
+    torch.testing.assert_close(after[..., : len(small)], before)
+    assert after.shape[-1] == widened.config.vocab_size == 300
+    assert models.load(source).config.tie_word_embeddings
+    assert widened.config.tie_word_embeddings
 
 
 def rate_of_each(suite: grid.Suite) -> dict[tuple[str, str], float]:
@@ -158,7 +174,7 @@ def test_candidates_have_the_gradients_of_their_definitions(monkeypatch: pytest.
     torch.testing.assert_close(gradient, torch.autograd.grad(loss, logits)[0])
 
 
-@pytest.mark.parametrize("method", on_policy.METHODS)
+@pytest.mark.parametrize("method", grid.ROLLOUT_METHODS)
 def test_runs_with_rollouts_pass_the_check(method: str, tmp_path: Path) -> None:
     named = on_policy.overrides(tmp_path, tmp_path / "student", Data(tmp_path, few=True), method, 1e-3, seed=1)
     with initialize_config_module("verl.trainer.config", version_base=None):

@@ -16,15 +16,21 @@ class Regime:
     steps: int
     warm_steps: int
     """Supervised steps of the student before; 0 is a student from scratch."""
+    vocabulary: int | None = None
+    """Of both models, in place of the task's words: the others never occur."""
 
 
 REGIMES = {
     "warm": Regime(demonstrations=512, steps=200, warm_steps=600),
-    "small": Regime(demonstrations=256, steps=800, warm_steps=0),
+    "small": Regime(demonstrations=256, steps=400, warm_steps=0),
     "long": Regime(demonstrations=512, steps=1200, warm_steps=0),
+    "49k": Regime(demonstrations=512, steps=200, warm_steps=600, vocabulary=49_152),
+    "rollouts": Regime(demonstrations=512, steps=100, warm_steps=600),
 }
-RATE_OF_REGIME = {"long": "small"}
+RATE_OF_REGIME = {"long": "small", "49k": "warm"}
 """A regime that takes the learning rates chosen in another, whose students start as its own do."""
+ROLLOUTS = "rollouts"
+"""The regime of ``on_policy.py``."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,36 @@ SAMPLES = 8
 DECODE_TEMPERATURES = (0.3, 0.5, 0.7, 1.0)
 
 
+RISING = f"{{start: 0, end: 1, steps: {REGIMES[ROLLOUTS].steps}}}"
+ROLLOUT_METHODS: dict[str, dict[str, Any]] = {
+    **{
+        f"{name}, rollouts": {"on_policy_objective": name, "on_policy_fraction": 1}
+        for name in ("opd", "rkl_exact", "fkl", "jsd_exact", "hpd")
+    },
+    **{
+        f"{name}, {fraction} rollouts": {"objective": name, "on_policy_fraction": fraction}
+        for fraction in (0, 0.25)
+        for name in ("hpd", "fkl")
+    },
+    **{
+        f"{name}, then {then}": {"objective": name, "on_policy_objective": then, "on_policy_fraction": RISING}
+        for name, then in (("hpd", "opd"), ("fkl", "opd"), ("fkl", "rkl_exact"))
+    },
+}
+"""Name to settings of ``algorithm.hpd``; with "then", rollouts grow from none to all."""
+LEAN = ("hpd", "fkl")
+"""What the lean trainer runs too."""
+ROLLOUTS_COMPARED = [
+    *((f"{name}, rollouts", "opd, rollouts") for name in ("rkl_exact", "fkl", "jsd_exact", "hpd")),
+    ("hpd, then opd", "fkl, then opd"),
+    ("fkl, then rkl_exact", "fkl, then opd"),
+    *((f"{name}, then opd", f"{name}, 0 rollouts") for name in LEAN),
+    *((f"{name}, 0.25 rollouts", f"{name}, 0 rollouts") for name in LEAN),
+    *((f"{name}, 0 rollouts", name) for name in LEAN),
+]
+"""The last ones show whether both trainers agree."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One student that is trained and measured."""
@@ -183,8 +219,9 @@ SUITES = [
     Suite("objectives", _named(name for name in AT_TEMPERATURE_1 if name not in (*CORE, *PAPER)), ("warm",)),
     Suite("sensitivity", SENSITIVITY, ("warm",), dict.fromkeys(SENSITIVITY, "hpd"), seeds=SEEDS[:3]),
     Suite("clipping", WITHOUT_CLIPPING, ("warm",), {name: name.split()[0] for name in WITHOUT_CLIPPING}, SEEDS[:3]),
-    Suite("small", _named([*AT_TEMPERATURE_1, "fkl T2", "hpd T2"]), ("small",)),
-    Suite("long", _named([*AT_TEMPERATURE_1, "fkl T2", "hpd T2"]), ("long",)),
+    Suite("small", _named([*CORE, "fkl T2", "hpd T2"]), ("small",)),
+    Suite("long", _named([*CORE, "fkl T2", "hpd T2"]), ("long",), seeds=SEEDS[:3]),
+    Suite("49k", _named(["fkl", "fkl T2", "hpd", "sft", "rkl_exact", "tempered_head T2"]), ("49k",), seeds=SEEDS[:3]),
     Suite("temperatures", _named(name for name in HOTTER if name not in ("fkl T2", "hpd T2")), ("warm",)),
 ]
 """In the order in which they are run: what decides most comes first."""

@@ -4,14 +4,14 @@ import os
 import random
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from settle_it import measures, models, task
-from settle_it.grid import BATCH_SIZE, DECODE_TEMPERATURES, METHODS, REGIMES, SAMPLES, Job
+from settle_it.grid import BATCH_SIZE, DECODE_TEMPERATURES, METHODS, REGIMES, SAMPLES, Job, Regime
 
 COUNTS = {"teacher": 4096, "student": 512, "validation": 128, "test": 128, "fresh_student": 512, "fresh_test": 128}
 """Problems, disjoint: no problem of one is in another."""
@@ -19,6 +19,8 @@ FEW = {"teacher": 128, "student": 64, "validation": 16, "test": 16, "fresh_stude
 """The same for a trial of the whole."""
 WARM_RATE = 8e-3
 WARM_PROBLEMS = 2048
+WIDENING_STEPS, WIDENING_RATE = {"teacher": 300, "student": 100}, 1e-3
+"""Supervised steps, on what the model learned before, in which it learns that the further tokens never occur."""
 
 
 class Data:
@@ -37,9 +39,9 @@ class Data:
             self.problems[name] = task.draw_problems(count, seed=number, excluded=drawn)
             drawn += self.problems[name]
 
-    @property
-    def teacher_model(self) -> Path:
-        return self.folder / "teacher"
+    def teacher(self, regime: Regime) -> Path:
+        """The teacher's folder."""
+        return self.folder / ("teacher" if regime.vocabulary is None else f"teacher_{regime.vocabulary}")
 
     def rows(self, demonstrations: int, split: str, from_teacher: bool) -> Path:
         """Training rows: those of the split ``fresh`` are of other problems."""
@@ -48,12 +50,11 @@ class Data:
 
     def prepare(self, steps: int, rounds: int, round_steps: int) -> None:
         """The teacher and the training rows; what is there already stays."""
-        if not self.teacher_model.exists():
+        teacher = self.folder / "teacher"
+        if not teacher.exists():
             making = self.folder / "making_teacher"
             made = models.make_teacher(making, self.problems["teacher"], steps, rounds, round_steps)
-            partial = self.teacher_model.with_name("teacher.partial")
-            shutil.copytree(made, partial, dirs_exist_ok=True)
-            partial.rename(self.teacher_model)
+            _moved(made, teacher)
             shutil.rmtree(making)
         sizes = {regime.demonstrations for regime in REGIMES.values()}
         for number, split in enumerate(("test", "fresh"), 1):
@@ -63,7 +64,7 @@ class Data:
             problems = self.problems["fresh_student" if split == "fresh" else "student"]
             rng = random.Random(number)
             demonstrations = [task.demonstrate(problem, rng) for problem in problems]
-            answers = measures.sample(models.load(self.teacher_model), problems, 4, 1.0, top_p=1.0, seed=6 + number)
+            answers = measures.sample(models.load(teacher), problems, 4, 1.0, top_p=1.0, seed=6 + number)
             correct = [
                 next((text for text in texts if task.score(problem, text)), texts[0])
                 for problem, texts in zip(problems, answers, strict=True)
@@ -73,29 +74,74 @@ class Data:
                     rows = [task.row(*each) for each in zip(problems[:size], texts, strict=False)]
                     task.write(self.rows(size, split, own), rows)
 
+    def prepare_teacher(self, regime: Regime) -> None:
+        """The teacher of a regime with a larger vocabulary."""
+        folder = self.teacher(regime)
+        if regime.vocabulary is None or folder.exists():
+            return
+        making = self.folder / "making_teacher"
+        teacher = self.folder / "teacher"
+        rows = models.own_answers(making / "rows.parquet", teacher, self.problems["teacher"], seed=9)
+        made = models.widen(making / "init", teacher, regime.vocabulary, seed=0)
+        steps, sft = WIDENING_STEPS["teacher"], {"objective": "sft"}
+        *_, made = models.train(making / "widened", made, None, rows, steps, BATCH_SIZE, WIDENING_RATE, 0, sft)
+        _moved(made, folder)
+        shutil.rmtree(making)
+
     def initial_student(self, job: Job) -> Path:
         """The student that the job starts from: the same for all jobs of a regime and seed."""
         regime = REGIMES[job.regime]
+        if regime.vocabulary is not None:
+            return self._widened_student(job, regime.vocabulary)
         folder = self.folder / "students" / f"{'warm' if regime.warm_steps else 'scratch'}_{job.seed}"
         if folder.exists():
             return folder
         making = folder.with_name(f"{folder.name}_{os.getpid()}")
         made = models.build_model(making / "init", models.STUDENT_HIDDEN, job.seed, initializer_range=0.05)
         if regime.warm_steps:
-            rng = random.Random(job.seed)
-            rows = making / "rows.parquet"  # other problems than the distillation's
-            teachers = self.problems["teacher"]
-            problems = rng.sample(teachers, min(WARM_PROBLEMS, len(teachers)))
-            task.write(rows, [task.row(problem, task.demonstrate(problem, rng)) for problem in problems])
+            rows = self._warm_rows(making / "rows.parquet", job.seed)
             steps = job.steps or regime.warm_steps
             sft = {"objective": "sft"}
             *_, made = models.train(making / "warm", made, None, rows, steps, BATCH_SIZE, WARM_RATE, job.seed, sft)
-        try:
-            made.rename(folder)
-        except OSError:  # another process was faster
-            assert folder.exists()
-        shutil.rmtree(making)
-        return folder
+        return _kept(made, folder, making)
+
+    def _warm_rows(self, file: Path, seed: int) -> Path:
+        """Demonstrations of other problems than the distillation's."""
+        rng = random.Random(seed)
+        teachers = self.problems["teacher"]
+        problems = rng.sample(teachers, min(WARM_PROBLEMS, len(teachers)))
+        task.write(file, [task.row(problem, task.demonstrate(problem, rng)) for problem in problems])
+        return file
+
+    def _widened_student(self, job: Job, vocabulary: int) -> Path:
+        """The warm student with a larger vocabulary."""
+        folder = self.folder / "students" / f"{job.regime}_{job.seed}"
+        if folder.exists():
+            return folder
+        making = folder.with_name(f"{folder.name}_{os.getpid()}")
+        rows = self._warm_rows(making / "rows.parquet", job.seed)
+        warm = self.initial_student(replace(job, regime="warm"))
+        made = models.widen(making / "init", warm, vocabulary, job.seed)
+        steps, sft = job.steps or WIDENING_STEPS["student"], {"objective": "sft"}
+        *_, made = models.train(making / "widened", made, None, rows, steps, BATCH_SIZE, WIDENING_RATE, job.seed, sft)
+        return _kept(made, folder, making)
+
+
+def _moved(made: Path, folder: Path) -> None:
+    """A copy of a folder that is there as a whole or not at all."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.copytree(made, partial, dirs_exist_ok=True)
+    partial.rename(folder)
+
+
+def _kept(made: Path, folder: Path, making: Path) -> Path:
+    """A student that was made, in its place; what it was made in goes."""
+    try:
+        made.rename(folder)
+    except OSError:  # another process was faster
+        assert folder.exists()
+    shutil.rmtree(making)
+    return folder
 
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
@@ -114,7 +160,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         else models.train(
             working,
             student,
-            data.teacher_model if method.needs_teacher else None,
+            data.teacher(regime) if method.needs_teacher else None,
             data.rows(regime.demonstrations, job.split, method.from_teacher),
             steps,
             BATCH_SIZE,
@@ -132,7 +178,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         counts = measures.right_answers(trained, data.problems["validation"], {0.7: SAMPLES // 2}, job.seed)
         result["validation"] = round(sum(counts[0.7]) / len(counts[0.7]) / (SAMPLES // 2), 5)
         return result
-    teacher = models.load(data.teacher_model)
+    teacher = models.load(data.teacher(regime))
     test = data.problems["fresh_test" if job.split == "fresh" else "test"]
     result |= accuracy(trained, data.problems["validation"], test, job.seed)
     result["held_out"] = measures.divergences(trained, teacher, test, right_demonstrations(test))

@@ -46,7 +46,7 @@ def answer(
     batch: int = 1024,
 ) -> list[str]:
     """An answer to each problem, sampled at its own temperature."""
-    tokenizer = task.build_tokenizer()
+    tokenizer = task.build_tokenizer(model.config.vocab_size)
     chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
     prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     torch.manual_seed(seed)

@@ -49,6 +49,21 @@ def build_model(folder: Path, hidden_size: int, seed: int, initializer_range: fl
     return folder
 
 
+def widen(folder: Path, source: Path, vocabulary: int, seed: int) -> Path:
+    """A copy of a model whose vocabulary has further tokens, with random embeddings."""
+    model = load(source)
+    words, hidden_size = model.get_input_embeddings().weight.shape
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    with torch.no_grad():
+        # As long as the others are, so that at the start they are as likely as a word that does not fit.
+        deviation = model.get_input_embeddings().weight[:words].std()
+        model.get_input_embeddings().weight[words:] = deviation * torch.randn(vocabulary - words, hidden_size)
+    model.save_pretrained(folder)
+    task.build_tokenizer(vocabulary).save_pretrained(folder)
+    return folder
+
+
 @functools.cache
 def _ranks() -> None:
     """One rank, this process."""
@@ -196,8 +211,6 @@ def load(folder: Path) -> Any:
 
 def make_teacher(folder: Path, problems: list[task.Problem], steps: int, rounds: int, round_steps: int) -> Path:
     """A teacher that is better than its demonstrations: trained on them, then on its own correct answers."""
-    from settle_it.measures import sample
-
     rng = random.Random(0)
     rows = folder / "demonstrations.parquet"
     task.write(rows, [task.row(problem, task.demonstrate(problem, rng)) for problem in problems])
@@ -205,13 +218,20 @@ def make_teacher(folder: Path, problems: list[task.Problem], steps: int, rounds:
     sft = {"objective": "sft"}
     *_, model = train(folder / "sft", model, None, rows, steps, 64, 3e-3, 0, sft)
     for number in range(rounds):
-        answers = sample(load(model), problems, samples=4, temperature=1.0, top_p=1.0, seed=number)
-        correct = [
-            task.row(problem, text)
-            for problem, texts in zip(problems, answers, strict=True)
-            for text in dict.fromkeys(text for text in texts if task.score(problem, text))
-        ]
-        rows = folder / f"correct_{number}.parquet"
-        task.write(rows, correct)
+        rows = own_answers(folder / f"correct_{number}.parquet", model, problems, seed=number)
         *_, model = train(folder / f"round_{number}", model, None, rows, round_steps, 64, 1e-3, number, sft)
     return model
+
+
+def own_answers(file: Path, model: Path, problems: list[task.Problem], seed: int) -> Path:
+    """Rows of a model's own correct answers, those of four samples that differ."""
+    from settle_it.measures import sample
+
+    answers = sample(load(model), problems, samples=4, temperature=1.0, top_p=1.0, seed=seed)
+    correct = [
+        task.row(problem, text)
+        for problem, texts in zip(problems, answers, strict=True)
+        for text in dict.fromkeys(text for text in texts if task.score(problem, text))
+    ]
+    task.write(file, correct)
+    return file

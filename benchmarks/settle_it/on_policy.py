@@ -2,16 +2,18 @@
 
     python benchmarks/settle_it/on_policy.py [METHOD ...]    goes on where it was interrupted
 
-A run starts Ray and a server, so that there are few: the regime "warm", 100 steps of 32 sequences, learning rates of
-``RATES`` on one tuning seed, then the best of each on ``SEEDS``. Fraction 0 is what the lean trainer does too.
+A run starts Ray and a server, so that there are few: the students of "warm", 100 steps of 32 sequences, one learning
+rate for all. Fraction 0 is what the lean trainer does too: it runs the same jobs, to show that both agree.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,33 +24,15 @@ os.environ |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 
 from tqdm import tqdm  # noqa: E402
 
-from settle_it import measures, models, task  # noqa: E402
-from settle_it.grid import BATCH_SIZE, REGIMES, Job  # noqa: E402
+from settle_it import jobs, measures, models, task  # noqa: E402
+from settle_it.grid import BATCH_SIZE, LEAN, REGIMES, ROLLOUT_METHODS, ROLLOUTS, Job  # noqa: E402
 from settle_it.jobs import Data, accuracy, right_demonstrations, rollouts  # noqa: E402
 from settle_it.results import FOLDER, Results  # noqa: E402
 
-STEPS = 100
+STEPS = REGIMES[ROLLOUTS].steps
 SUITE = "on_policy"
 SEEDS = (1, 2, 3)
-TUNING_SEED = 101
-RATES = (1e-3, 3e-3)
-RISING = f"{{start: 0, end: 1, steps: {STEPS}}}"
-METHODS: dict[str, dict[str, Any]] = {
-    **{
-        f"{name}, rollouts": {"on_policy_objective": name, "on_policy_fraction": 1}
-        for name in ("opd", "rkl_exact", "fkl", "jsd_exact", "hpd")
-    },
-    **{
-        f"{name}, {fraction} rollouts": {"objective": name, "on_policy_fraction": fraction}
-        for fraction in (0, 0.25)
-        for name in ("hpd", "fkl")
-    },
-    **{
-        f"{name}, then {then}": {"objective": name, "on_policy_objective": then, "on_policy_fraction": RISING}
-        for name, then in (("hpd", "opd"), ("fkl", "opd"), ("fkl", "rkl_exact"))
-    },
-}
-"""Name to settings of ``algorithm.hpd``; with "then", rollouts grow from none to all."""
+RATE = 3e-3
 
 
 def train(folder: Path, student: Path, data: Data, method: str, rate: float, seed: int) -> Path:
@@ -70,10 +54,10 @@ def train(folder: Path, student: Path, data: Data, method: str, rate: float, see
 
 def overrides(folder: Path, student: Path, data: Data, method: str, rate: float, seed: int) -> list[str]:
     """Of ``main_ppo``, beside ``algorithm=hpd``."""
-    rows = data.rows(REGIMES["warm"].demonstrations, "test", from_teacher=False)
+    rows = data.rows(REGIMES[ROLLOUTS].demonstrations, "test", from_teacher=False)
     named = {
         "actor_rollout_ref.model.path": student,
-        "actor_rollout_ref.ref.model.path": data.teacher_model,
+        "actor_rollout_ref.ref.model.path": data.teacher(REGIMES[ROLLOUTS]),
         "actor_rollout_ref.model.enable_gradient_checkpointing": False,
         "actor_rollout_ref.actor.optim.lr": rate,
         "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": 0.05,
@@ -93,7 +77,7 @@ def overrides(folder: Path, student: Path, data: Data, method: str, rate: float,
         "trainer.save_freq": STEPS,
         "trainer.resume_mode": "disable",
         "algorithm.hpd.seed": seed,
-        **{f"algorithm.hpd.{name}": value for name, value in METHODS[method].items()},
+        **{f"algorithm.hpd.{name}": value for name, value in ROLLOUT_METHODS[method].items()},
     }
     return [f"{name}={value}" for name, value in named.items()]
 
@@ -104,18 +88,15 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     working = folder / "working" / re.sub(r"\W+", "_", job.key)
     student = data.initial_student(job)
     trained = models.load(train(working, student, data, job.method, job.rate, job.seed))
-    result: dict[str, Any] = {"job": asdict(job)}
-    if job.split == "validation":
-        counts = measures.right_answers(trained, data.problems["validation"], {0.7: 8}, job.seed)
-        return result | {"validation": round(sum(counts[0.7]) / len(counts[0.7]) / 8, 5)}
-    teacher, test = models.load(data.teacher_model), data.problems["test"]
+    teacher, test = models.load(data.teacher(REGIMES[ROLLOUTS])), data.problems["test"]
     steps = [json.loads(line)["data"] for line in (working / "metrics.jsonl").read_text().splitlines()]
     return {
-        **result,
+        "job": asdict(job),
         **accuracy(trained, data.problems["validation"], test, job.seed),
         "held_out": measures.divergences(trained, teacher, test, right_demonstrations(test)),
         "rollouts": rollouts(trained, teacher, test, job.seed),
         "training": {
+            "step": list(range(10, STEPS + 1, 10)),
             "entropy": [round(step["actor/entropy"], 4) for step in steps[9::10]],
             "clipped_share": sum(step["actor/grad_norm"] > 1 for step in steps) / len(steps),
             "seconds_a_step": round(sorted(step["timing_s/step"] for step in steps)[len(steps) // 2], 3),
@@ -124,25 +105,29 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    names = [*LEAN, *ROLLOUT_METHODS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {'; '.join(METHODS)}")
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {'; '.join(names)}")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "settle_it" / "run", help="as of run.py")
     parser.add_argument("--results", type=Path, default=FOLDER)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--rate", type=float, default=RATE)
     arguments = parser.parse_args()
-    methods = arguments.methods or list(METHODS)
-    if unknown := set(methods) - set(METHODS):
-        parser.error(f"{', '.join(sorted(unknown))}: choose from {'; '.join(METHODS)}")
+    methods = arguments.methods or names
+    if unknown := set(methods) - set(names):
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {'; '.join(names)}")
     results = Results(arguments.results)
 
-    def run_all(jobs: list[Job], stage: str) -> None:
-        for job in tqdm([job for job in jobs if job not in results], desc=f"{SUITE}, {stage}", unit="job"):
-            results.add(SUITE, run(job, arguments.out.resolve()))
+    wanted = [Job(ROLLOUTS, name, arguments.rate, seed) for seed in SEEDS[: arguments.seeds] for name in methods]
+    folder = arguments.out.resolve()
+    for job in tqdm([job for job in wanted if job not in results], SUITE, unit="job"):
+        results.add(SUITE, run_lean(job, folder) if job.method in LEAN else run(job, folder))
 
-    run_all([Job("warm", name, rate, TUNING_SEED, "validation") for name in methods for rate in RATES], "tuning")
-    chosen = results.chosen_rates()
-    seeds = SEEDS[: arguments.seeds]
-    run_all([Job("warm", name, chosen["warm", name], seed) for seed in seeds for name in methods], "test")
+
+def run_lean(job: Job, folder: Path) -> dict[str, Any]:
+    """By the lean trainer, in a process of its own: it sets the environment of a rank."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(jobs.run, job, folder).result()
 
 
 if __name__ == "__main__":

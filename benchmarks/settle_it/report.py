@@ -7,7 +7,7 @@ the words around them are written by hand. With ``--out`` the tables go into a p
 """
 
 import argparse
-import itertools
+import json
 import re
 import sys
 from collections import defaultdict
@@ -31,6 +31,7 @@ from settle_it.results import FOLDER, Results  # noqa: E402
 
 FOLLOWED = ("sft", "hpd", "hpd_no_sampling", "fkl", "rkl_exact", "jsd_exact", "fkl T2")
 """Methods whose curves are drawn."""
+REAL_MODEL = FOLDER / "real_model.json"
 PAGE = ROOT / "docs" / "evidence.md"
 Found = Mapping[str, Sequence[dict[str, Any]]]
 """Results by method."""
@@ -71,7 +72,8 @@ def scores(found: Found) -> str:
         row.append(percent(value))
         row += [f"{100 * each.mean():.1f}" for each in others] + [f"{each:.3f}" for each in numbers]
         if "training" in results[0]:
-            row += [f"{mean(results, 'training', 'clipped_share'):.2f}", f"{mean(results, 'cpu_seconds'):.0f}"]
+            row.append(f"{mean(results, 'training', 'clipped_share'):.2f}")
+            row.append(f"{mean(results, 'cpu_seconds'):.0f}" if "cpu_seconds" in results[0] else "")
         else:
             row[1] = ""
             row += ["", ""]
@@ -138,6 +140,19 @@ def candidates(results: Results) -> str:
     return table(["method", "validation"], [[f"`{name}`", f"{100 * value:.1f}"] for value, name in ranking(results)])
 
 
+def real_model(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Of ``real_model.py``, the least forward KL first."""
+    measured = ("nll", "forward_kl", "reverse_kl", "entropy")
+    students = [name for name in results if name not in ("setting", "teacher", "student")]
+    students.sort(key=lambda name: results[name]["forward_kl"])
+    names = {"teacher": "teacher", "student": "student before"} | {name: f"`{name}`" for name in students}
+    rows = [
+        [label, *(f"{results[name][measure]:.3f}" for measure in measured), f"{results[name].get('cpu_seconds', ''):}"]
+        for name, label in names.items()
+    ]
+    return table(["method", "NLL", "KL(p, q)", "KL(q, p)", "entropy", "CPU s"], rows)
+
+
 def sensitivity(results: Results) -> str:
     found = results.of("test", "warm", grid.SENSITIVITY)
     rows = []
@@ -192,41 +207,39 @@ def draw_regime(found: Found, regime: str, file: Path) -> None:
 
 
 def draw_sensitivity(results: Results, file: Path) -> None:
-    """Heat maps: HPD's coefficients, and temperature by objective."""
-    found = results.of("test", "warm", grid.SENSITIVITY)
-    levels = (0.5, 1.0, 2.0)
-    values = np.full((3, 3), np.nan)
-    for row, forward in enumerate(levels):
-        for column, reverse in enumerate(levels):
-            name = f"hpd forward {forward:g} reverse {reverse:g} reinforce 1"
-            if name in found:
-                values[row, column] = 100 * accuracy(found[name]).mean()
-    warm = results.of("test", "warm")
-    names = [name for name, method in grid.AT_TEMPERATURE_1.items() if method.needs_teacher and name in warm]
-    temperatures = {"1": "", "1.5": " T1.5", "2": " T2"}
-    hot = np.full((len(names), len(temperatures)), np.nan)
-    for (row, name), (column, suffix) in itertools.product(enumerate(names), enumerate(temperatures.values())):
-        if name + suffix in warm:
-            hot[row, column] = 100 * accuracy(warm[name + suffix]).mean()
-    if np.isnan(values).all():
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(11, max(3.5, 0.32 * len(names) + 1)), constrained_layout=True)
-    _heat(axes[0], values, [f"{level:g}" for level in levels], [f"{level:g}" for level in levels])
-    axes[0].set_xlabel("reverse_coef")
-    axes[0].set_ylabel("forward_coef")
-    axes[0].set_title("hpd, warm: avg@8, %", fontsize=10)
-    if names:
-        _heat(axes[1], hot, list(temperatures), names)
-    axes[1].set_xlabel("temperature")
-    axes[1].set_title("warm: avg@8, %", fontsize=10)
+    """Heat maps: HPD's coefficients, temperature by objective, and the share of rollouts."""
+    warm, rollouts = results.of("test", "warm"), results.of("test", grid.ROLLOUTS)
+    levels = ("0.5", "1", "2")
+    coefficients = {
+        forward: [f"hpd forward {forward} reverse {reverse} reinforce 1" for reverse in levels] for forward in levels
+    }
+    temperatures = {
+        name: [name, f"{name} T1.5", f"{name} T2"]
+        for name, method in grid.AT_TEMPERATURE_1.items()
+        if method.needs_teacher and name in warm
+    }
+    fractions = {name: [f"{name}, 0 rollouts", f"{name}, 0.25 rollouts", f"{name}, rollouts"] for name in grid.LEAN}
+    height = max(3.5, 0.32 * len(temperatures) + 1)
+    figure, axes = plt.subplots(1, 3, figsize=(15, height), constrained_layout=True)
+    _heat(axes[0], warm, coefficients, levels)
+    axes[0].set(xlabel="reverse_coef", ylabel="forward_coef", title="warm, hpd: avg@8, %")
+    _heat(axes[1], warm, temperatures, ("1", "1.5", "2"))
+    axes[1].set(xlabel="temperature", title="warm: avg@8, %")
+    _heat(axes[2], rollouts, fractions, ("0", "0.25", "1"))
+    axes[2].set(xlabel="on_policy_fraction", title="rollouts: avg@8, %")
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
-def _heat(axis: Any, values: np.ndarray, columns: list[str], rows: list[str]) -> None:
+def _heat(axis: Any, found: Found, names: Mapping[str, Sequence[str]], columns: Sequence[str]) -> None:
+    """Accuracy of the methods of each row, by its label; a place without results stays empty."""
+    scores = [
+        [100 * accuracy(found[name]).mean() if name in found else np.nan for name in row] for row in names.values()
+    ]
+    values = np.array(scores).reshape(len(names), len(columns))
     axis.imshow(values, aspect="auto", cmap="viridis")
     axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_yticks(range(len(names)), list(names), fontsize=8)
     middle = np.nanmean(values) if not np.isnan(values).all() else 0.0
     for row, column in np.ndindex(values.shape):
         if not np.isnan(values[row, column]):
@@ -243,7 +256,8 @@ def tables(results: Results) -> dict[str, str]:
         if plain:
             before = {name: each for name, each in found.items() if name == grid.BEFORE}
             out[f"scores {regime}"] = scores(plain | before)
-            out[f"comparisons {regime}"] = named_comparisons(plain, grid.COMPARED)
+            compared = grid.ROLLOUTS_COMPARED if regime == grid.ROLLOUTS else grid.COMPARED
+            out[f"comparisons {regime}"] = named_comparisons(plain, compared)
         fresh = results.of("fresh", regime)
         if fresh:
             out[f"confirmation {regime}"] = scores(fresh)
@@ -252,6 +266,8 @@ def tables(results: Results) -> dict[str, str]:
                 out[f"confirmation of the {role} {regime}"] = named_comparisons(fresh, pairs)
     for reference in ("hpd", "fkl"):
         out[f"against {reference}"] = verdicts(results, reference)
+    if REAL_MODEL.exists():
+        out["real model"] = real_model(json.loads(REAL_MODEL.read_text()))
     out["rates"] = identical_rates(results)
     out["candidates"] = candidates(results)
     out["sensitivity"] = sensitivity(results)

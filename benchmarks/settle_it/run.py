@@ -59,6 +59,8 @@ class Runner:
 
     def run(self, suite: grid.Suite) -> None:
         """A suite: tuning, the next rate where the best is at an edge, and the test."""
+        for regime in suite.regimes:
+            self.pool.submit(prepare_teacher, self.folder, regime).result()
         self._run(suite, "tuning", grid.tuning_jobs(suite, self.rates))
         while any(job not in self.results for job in self._wider(suite)):
             self._run(suite, "more rates", self._wider(suite))
@@ -119,6 +121,11 @@ def main() -> None:
 def prepare(folder: Path, few: bool, steps: int, rounds: int, round_steps: int) -> None:
     """The teacher and the data, in a process that may import verl."""
     jobs.Data(folder, few).prepare(steps, rounds, round_steps)
+
+
+def prepare_teacher(folder: Path, regime: str) -> None:
+    """The teacher of a regime with a larger vocabulary."""
+    jobs.Data(folder).prepare_teacher(grid.REGIMES[regime])
 
 
 if __name__ == "__main__":

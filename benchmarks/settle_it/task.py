@@ -7,6 +7,7 @@ A problem is a start digit and two to four labelled steps. A demonstration walks
 carries a wrong result, as in real demonstrations.
 """
 
+import functools
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -118,9 +119,11 @@ def score(problem: Problem, text: str) -> float:
     return float(bool(boxes) and words[boxes[-1] + 1 : boxes[-1] + 3] == [str(problem.answer), "}"])
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=PAD))
+@functools.cache
+def build_tokenizer(size: int = len(WORDS)) -> PreTrainedTokenizerFast:
+    """One token a word; a larger vocabulary has words after these that never occur."""
+    words = [*WORDS, *(f"<|unused_{index}|>" for index in range(len(WORDS), size))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, additional_special_tokens=[USER, ASSISTANT]
