@@ -112,6 +112,7 @@ class Stages:
             try:
                 self.command(
                     *(sys.executable, "-m", "pytest", "-q", "-W", "ignore", f"--junitxml={file}", *files),
+                    *(["-n", "4", "--dist", "loadscope"] if find_spec("xdist") else []),
                     *(["-k", "uniform or teacher_features or golden or exact_kl"] if self.options.small else []),
                     seconds=200,
                     HPD_TEST_DEVICE=self.options.device,
@@ -170,6 +171,46 @@ class Stages:
             make_model(folder / "teacher", seed=2)
             write_parquet(make_rows(64), folder / "train.parquet")
         return folder / "student", folder / "teacher", folder / "train.parquet"
+
+    def whole_step(self) -> list[dict[str, str]]:
+        """A training step of a student of 0.5B with a teacher of 1.5B, against verl's supervised fine-tuning."""
+        self.models()
+        from conftest import WORDS, make_rows, make_tokenizer, write_parquet
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        folder = self.folder / "random"
+        rows = self.folder / "long.parquet"
+        long_answer = " ".join(["1 plus 2 is 3 ."] * (4 if self.options.small else 72))
+        write_parquet([{**row, "demonstration": long_answer} for row in make_rows(64)], rows)
+        shapes = {"student": (896, 4864, 24, 14, 2), "teacher": (1536, 8960, 28, 12, 2)}
+        if self.options.small:
+            shapes = {"student": (64, 128, 2, 4, 2), "teacher": (96, 192, 2, 4, 2)}
+        for name, (hidden, intermediate, layers, heads, key_value_heads) in shapes.items():
+            config = LlamaConfig(
+                vocab_size=1024 if self.options.small else 151_936,
+                hidden_size=hidden,
+                intermediate_size=intermediate,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=key_value_heads,
+                tie_word_embeddings=True,
+                dtype=torch.bfloat16,
+            )
+            with torch.device(self.options.device):
+                LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
+            make_tokenizer(WORDS).save_pretrained(folder / name)
+        file = self.folder / "step.csv"
+        output = self.command(
+            *(sys.executable, "benchmarks/step.py", "--data", str(rows), "--csv", str(file)),
+            *("--student", str(folder / "student"), "--teacher", str(folder / "teacher")),
+            *(["--rows", "4", "--repeats", "1"] if self.options.small else ["--rows", "16", "--longest", "512"]),
+            seconds=150,
+            **({"VERL_PLATFORM": "cpu"} if self.options.device == "cpu" else {}),
+        )
+        print(output[-1000:], flush=True)
+        columns = ("rows", "tokens", "response_tokens", "implementation", "seconds", "ratio", "peak_gib")
+        with open(file, newline="") as stream:
+            return [{name: row[name] for name in columns if name in row} for row in csv.DictReader(stream)]
 
     def steps_of(self, module: list[str], overrides: list[str], prefix: str, seconds: float) -> dict[str, Any]:
         """Ten steps of a trainer on the tiny models."""
@@ -286,6 +327,7 @@ def main() -> None:
             "output layer, bfloat16, TRL": stages.head("bfloat16", "trl_rkl", python=trl_python),
             "lean trainer": stages.lean,
             "main_ppo": stages.main_ppo,
+            "training step": stages.whole_step,
             "output layer, float32": stages.head("float32"),
         }
         for name, stage in chosen.items():

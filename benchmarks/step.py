@@ -12,6 +12,9 @@ student; medians are appended to benchmarks/results/step.csv with the machine an
     one_pass_bf16       the same with a bfloat16 teacher
     one_pass_stored     the same with all rows in a bfloat16 store on disk
     one_pass_topk       the same with all rows in a store of 64 log-probs a token
+
+It runs on a GPU where torch sees one, with sdpa unless flash-attn is installed, and then notes the peak of each
+implementation's allocated memory too; VERL_PLATFORM=cpu keeps it off the GPU.
 """
 
 import argparse
@@ -23,14 +26,17 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
-os.environ.setdefault("VERL_PLATFORM", "cpu")
+if not torch.cuda.is_available():
+    os.environ.setdefault("VERL_PLATFORM", "cpu")
 
-import torch  # noqa: E402
 import verl  # noqa: E402, F401 - loads the plugin
 from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
@@ -39,6 +45,7 @@ from tensordict import TensorDict  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
 from verl.utils.dataset.dataset_utils import SFTTensorCollator  # noqa: E402
+from verl.utils.device import get_device_name, get_torch_device  # noqa: E402
 from verl.utils.distributed import initialize_global_process_group  # noqa: E402
 from verl.workers.config import ActorConfig, TrainingWorkerConfig  # noqa: E402
 from verl.workers.engine_workers import TrainingWorker  # noqa: E402
@@ -195,9 +202,11 @@ def compose_config(arguments: argparse.Namespace) -> DictConfig:
         f"data.train_batch_size={arguments.rows}",
         f"data.max_prompt_length={arguments.longest}",
         f"data.max_response_length={arguments.longest}",
-        "trainer.device=cpu",
+        f"trainer.device={get_device_name()}",
         "optim.lr_scheduler_type=constant",
     ]
+    if get_device_name() != "cpu" and find_spec("flash_attn") is None:
+        overrides.append("+model.override_config.attn_implementation=sdpa")  # the teacher's too
     with initialize_config_dir(str(config_dir()), version_base=None):
         return compose("sft_trainer", overrides=overrides)
 
@@ -232,12 +241,20 @@ def main() -> None:
         chosen = [name for name in make if not arguments.only or name in ["verl_sft", *arguments.only]]
         functions = {name: make[name]() for name in chosen}
         seconds: dict[str, list[float]] = {name: [] for name in functions}
+        peak_gib: dict[str, float] = {}
+        on_gpu = get_device_name() != "cpu"
+        device = get_torch_device()
         for repeat in range(arguments.repeats + 1):
             for name, function in functions.items():
+                if on_gpu:
+                    device.reset_peak_memory_stats()
                 start = time.perf_counter()
                 function()
+                device.synchronize()
                 if repeat:  # the first is a warm-up
                     seconds[name].append(time.perf_counter() - start)
+                if on_gpu:
+                    peak_gib[name] = round(device.max_memory_allocated() / 2**30, 2)
     finally:
         shutil.rmtree(store, ignore_errors=True)  # another rank may be first
     if torch.distributed.get_rank() != 0:
@@ -261,9 +278,11 @@ def main() -> None:
                 "implementation": name,
                 "seconds": round(taken, 4),
                 "ratio": round(taken / median["verl_sft"], 3),
+                **({"gpu": device.get_device_name(), "peak_gib": peak_gib[name]} if on_gpu else {}),
             }
         )
-        print(f"{name:18} {taken:8.3f} s {taken / median['verl_sft']:6.2f} x", flush=True)
+        memory = f"{peak_gib[name]:8.2f} GiB" if on_gpu else ""
+        print(f"{name:18} {taken:8.3f} s {taken / median['verl_sft']:6.2f} x {memory}", flush=True)
     append_rows(arguments.csv, rows)
 
 
