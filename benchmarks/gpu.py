@@ -162,6 +162,7 @@ class Stages:
         if missing:
             raise Skipped(f"not installed: {', '.join(missing)}")
         sys.path.insert(0, str(ROOT / "tests"))
+        os.environ["HPD_TEST_DEVICE"] = self.options.device  # or conftest.py names the CPU as verl's platform
         from conftest import make_model, make_rows, write_parquet
 
         folder = self.folder / "tiny"

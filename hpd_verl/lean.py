@@ -75,7 +75,9 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
 
 def teacher_worker_config(config: DictConfig) -> TrainingWorkerConfig:
     """verl's configuration of the teacher: the student's engine, for forward passes only, under ``teacher.engine``."""
-    engine = OmegaConf.merge(config.engine, config.teacher.engine, {"forward_only": True})
+    student = config.engine.copy()
+    OmegaConf.set_struct(student, False)  # the teacher's engine may have keys that the student's has not
+    engine = OmegaConf.merge(student, config.teacher.engine, {"forward_only": True})
     engine_config = omega_conf_to_dataclass(engine)
     engine_config.use_dynamic_bsz = config.data.use_dynamic_bsz
     engine_config.infer_max_token_len_per_gpu = config.data.max_token_len_per_gpu

@@ -241,7 +241,7 @@ class _Sweep:
             matrix = self.products[chunk]
             logits = label_logits(matrix, head, labels[chunk], temperature)
             sums, narrowed = [], []
-            for rows in steps(matrix):
+            for rows in steps(matrix, compiled):
                 tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
                 buffers = None if scratch is None else scratch.rows(rows.stop - rows.start)
                 exps = None if buffers is None else buffers[1]

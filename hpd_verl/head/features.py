@@ -265,7 +265,7 @@ def teacher_features(
     for chunk in chunks(len(hidden), chunk_size):
         matrix = products[chunk]
         logits = label_logits(matrix, head, within[chunk], temperature)
-        for rows in steps(matrix):
+        for rows in steps(matrix, compiled):
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
             out = None if scratch is None else scratch.rows(rows.stop - rows.start)[0]
             top, mass = maybe_compiled(_top_and_mass, compiled)(matrix[rows], head, temperature, out)

@@ -139,9 +139,13 @@ def _step_rows(matrix: Tensor) -> int:
     return max(1, min(len(matrix), elements // matrix.shape[1]))
 
 
-def steps(matrix: Tensor) -> Iterator[slice]:
-    """Slices of the rows of [n, V] to work on at a time."""
-    return chunks(len(matrix), _step_rows(matrix))
+def steps(matrix: Tensor, compiled: bool = False) -> Iterator[slice]:
+    """Slices of the rows of [n, V] to work on at a time.
+
+    A compiled function needs no memory of the matrix's size between its operations: an accelerator then takes all rows
+    at once, for its time would go into starting kernels.
+    """
+    return chunks(len(matrix), max(1, len(matrix)) if compiled and matrix.device.type != "cpu" else _step_rows(matrix))
 
 
 def take(matrix: Tensor, tokens: Tensor) -> Tensor:

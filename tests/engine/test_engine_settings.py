@@ -12,7 +12,7 @@ from verl.utils.device import auto_set_device
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.lean import ALONE
+from hpd_verl.lean import ALONE, teacher_worker_config
 from hpd_verl.sft_trainer import HPDSFTTrainer
 
 
@@ -81,3 +81,15 @@ def test_a_teacher_in_float16(tiny: Tiny, tmp_path: Path) -> None:
     found = first_steps(tiny, tmp_path, half, "teacher.engine.model_dtype=fp16")
     assert found == pytest.approx(expected, rel=1e-2)
     assert found["hpd/reverse_kl_k1 1"] != expected["hpd/reverse_kl_k1 1"]
+
+
+def test_a_key_of_the_teachers_engine_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the student's engine has no mixed_precision; the teacher's may be given one."""
+    monkeypatch.setenv("VERL_PLATFORM", "accelerator")
+    half = {"param_dtype": "fp16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        overrides = [f"model.path={tiny.student}", f"teacher.model.path={tiny.teacher}"]
+        key = "+teacher.engine.mixed_precision={param_dtype: fp16, reduce_dtype: fp32, buffer_dtype: fp32}"
+        config = compose("sft_trainer", overrides=[*overrides, key])
+    assert "mixed_precision" not in config.engine
+    assert teacher_worker_config(config).engine_config.mixed_precision == half

@@ -75,7 +75,8 @@ def make_batch(seed: int = 0, positions: int = 48, vocabulary: int = 11) -> Batc
     teacher = student + 1.5 * torch.randn(positions, vocabulary, dtype=torch.float64, generator=generator)
     teacher[index % 5 == 0] = student[index % 5 == 0]
     labels = torch.randint(vocabulary, (positions,), generator=generator)
-    sampled = torch.multinomial(student.softmax(-1), 1, generator=generator).squeeze(1)
+    # A generator of the CPU draws from probabilities there only.
+    sampled = torch.multinomial(student.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(student.device)
     sampled[index % 6 == 0] = labels[index % 6 == 0]
     mask = index % 7 != 0
     return Batch(student, teacher, labels, sampled, mask, int(mask.sum()) + 13)
