@@ -112,7 +112,7 @@ class Stages:
             try:
                 self.command(
                     *(sys.executable, "-m", "pytest", "-q", "-W", "ignore", f"--junitxml={file}", *files),
-                    *(["-n", "4", "--dist", "loadscope"] if find_spec("xdist") else []),
+                    *(["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []),
                     *(["-k", "uniform or teacher_features or golden or exact_kl"] if self.options.small else []),
                     seconds=200,
                     HPD_TEST_DEVICE=self.options.device,
@@ -121,12 +121,14 @@ class Stages:
                 error = str(found)
             if not file.exists():
                 raise RuntimeError(error)
-            suites = xml.etree.ElementTree.parse(file).getroot().iter("testsuite")
+            tree = xml.etree.ElementTree.parse(file).getroot()
             counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-            for suite in suites:
+            for suite in tree.iter("testsuite"):
                 counts = {key: count + int(suite.get(key, 0)) for key, count in counts.items()}
             if error:
-                raise RuntimeError(f"{counts}\n{error}")
+                cases = [(case.get("name"), case.find("failure")) for case in tree.iter("testcase")]
+                failures = [f"{name}: {failure.get('message')}" for name, failure in cases if failure is not None]
+                raise RuntimeError("\n".join([str(counts), error[:400], *(each[:300] for each in failures[:10])]))
             return counts
 
         return stage
@@ -261,6 +263,7 @@ class Stages:
             f"data.train_files={rows}",
             "actor_rollout_ref.rollout.gpu_memory_utilization=0.3",
             "actor_rollout_ref.rollout.enforce_eager=true",
+            "++ray_kwargs.ray_init.include_dashboard=false",  # a start that costs up to a minute
             "trainer.nnodes=1",
             "trainer.n_gpus_per_node=1",
         ]
@@ -319,16 +322,16 @@ def main() -> None:
             return checked
 
         chosen: dict[str, Callable[[], Any]] = {
+            "output layer, bfloat16, fused": stages.head("bfloat16", *fused),
+            "lean trainer": stages.lean,
+            "main_ppo": stages.main_ppo,
+            "training step": stages.whole_step,
             "tests of objectives, draws and output layer": stages.tests(
                 "objectives/test_objectives", "head/test_sampling", "head/test_head"
             ),
             "tests of the one-pass loss": needs_verl(stages.tests("pipelines/test_one_pass")),
-            "output layer, bfloat16": stages.head("bfloat16"),
-            "output layer, bfloat16, fused": stages.head("bfloat16", *fused),
             "output layer, bfloat16, TRL": stages.head("bfloat16", "trl_rkl", python=trl_python),
-            "lean trainer": stages.lean,
-            "main_ppo": stages.main_ppo,
-            "training step": stages.whole_step,
+            "output layer, bfloat16": stages.head("bfloat16"),
             "output layer, float32": stages.head("float32"),
         }
         for name, stage in chosen.items():
