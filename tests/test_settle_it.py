@@ -125,6 +125,30 @@ def test_results_go_on_after_a_torn_line(tmp_path: Path) -> None:
         assert Results(tmp_path).chosen_rates() == {("small", "hpd"): chosen}
 
 
+def test_a_seed_starts_from_one_model(tmp_path: Path) -> None:
+    """Results of one seed that started from different students are not compared."""
+    results = Results(tmp_path)
+    for method, student in (("hpd", "aa"), ("sft", "bb")):
+        models_of_job = {"student": student, "teacher": "cc"}
+        results.add("core", {"job": vars(grid.Job("warm", method, 8e-3, 1)), "models": models_of_job})
+    with pytest.raises(ValueError, match=r"test warm: sft lr0.008 seed1: starts from .*'bb'.*hpd.*'aa'.*run both"):
+        results.of("test", "warm")
+    assert list(results.of("test", "warm", ["sft"])) == ["sft"]
+
+
+def test_the_stored_starting_models_are_those_of_the_results(tmp_path: Path) -> None:
+    data = Data(tmp_path)
+    data.problems["teacher"] = []  # nothing is trained
+    found = Results(FOLDER).of("test", "warm")
+    for result in found["hpd"]:
+        student = data.initial_student(grid.Job(**result["job"]))
+        assert models.fingerprint(student) == result["models"]["student"]
+        assert models.load(student).lm_head.weight.shape[1] == models.STUDENT_HIDDEN
+    data.rows = lambda *_: tmp_path  # type: ignore[method-assign] # they are there
+    data.prepare(0, 0, 0)
+    assert models.fingerprint(data.teacher(grid.REGIMES["warm"])) == found["hpd"][0]["models"]["teacher"]
+
+
 def of_logits(name: str, logits: torch.Tensor, teacher: torch.Tensor, at: float, **parameters: float) -> Any:
     """Value of a candidate at a temperature, and the gradient in the logits that its weights stand for."""
     log_q, log_p = (logits / at).log_softmax(-1), (teacher / at).log_softmax(-1)

@@ -5,6 +5,7 @@ Importing verl costs more than a short run of it, so that one process runs many 
 
 import contextlib
 import functools
+import hashlib
 import os
 import random
 import shutil
@@ -47,6 +48,17 @@ def build_model(folder: Path, hidden_size: int, seed: int, initializer_range: fl
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def with_weights(folder: Path, weights: Path) -> Path:
+    """A model of this shape with other weights, of a safetensors file."""
+    shutil.copyfile(weights, folder / "model.safetensors")
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """By which results tell whether they started from the same model."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:8]
 
 
 def widen(folder: Path, source: Path, vocabulary: int, seed: int) -> Path:

@@ -92,6 +92,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     steps = [json.loads(line)["data"] for line in (working / "metrics.jsonl").read_text().splitlines()]
     return {
         "job": asdict(job),
+        "models": jobs.fingerprints(student, data.teacher(REGIMES[ROLLOUTS])),
         **accuracy(trained, data.problems["validation"], test, job.seed),
         "held_out": measures.divergences(trained, teacher, test, right_demonstrations(test)),
         "rollouts": rollouts(trained, teacher, test, job.seed),

@@ -32,6 +32,8 @@ from settle_it.results import FOLDER, Results  # noqa: E402
 FOLLOWED = ("sft", "hpd", "hpd_no_sampling", "fkl", "rkl_exact", "jsd_exact", "fkl T2")
 """Methods whose curves are drawn."""
 REAL_MODEL = FOLDER / "real_model.json"
+EARLIER = FOLDER / "earlier"
+"""Of a run of "warm" whose students had other weights."""
 PAGE = ROOT / "docs" / "evidence.md"
 Found = Mapping[str, Sequence[dict[str, Any]]]
 """Results by method."""
@@ -137,7 +139,20 @@ def identical_rates(results: Results) -> str:
 
 def candidates(results: Results) -> str:
     """Validation accuracy at the best learning rate: what the candidate was chosen by."""
-    return table(["method", "validation"], [[f"`{name}`", f"{100 * value:.1f}"] for value, name in ranking(results)])
+    together = {*grid.CANDIDATES, *grid.CORE, *grid.PAPER, "fkl T2", "hpd T2"}  # tuned on the same students
+    rows = [[f"`{name}`", f"{100 * value:.1f}"] for value, name in ranking(results) if name in together]
+    return table(["method", "validation"], rows)
+
+
+def temperatures(results: Results) -> str:
+    """Accuracy by the temperature of the objective, a row an objective."""
+    found = results.of("test", "warm")
+    rows = []
+    for name in grid.AT_TEMPERATURE_1:
+        values = [found.get(each) for each in (name, f"{name} T1.5", f"{name} T2")]
+        if any(values[1:]):
+            rows.append([f"`{name}`", *("" if each is None else percent(estimate(accuracy(each))) for each in values)])
+    return table(["objective", "1", "1.5", "2"], rows)
 
 
 def real_model(results: Mapping[str, Mapping[str, float]]) -> str:
@@ -264,12 +279,15 @@ def tables(results: Results) -> dict[str, str]:
             for role, name in (("candidate", CANDIDATE), ("beside", BESIDE[0])):
                 pairs = [(name, other) for other in BEST_OF]
                 out[f"confirmation of the {role} {regime}"] = named_comparisons(fresh, pairs)
-    for reference in ("hpd", "fkl"):
+    for reference in ("hpd", "fkl", "fkl T2"):
         out[f"against {reference}"] = verdicts(results, reference)
     if REAL_MODEL.exists():
         out["real model"] = real_model(json.loads(REAL_MODEL.read_text()))
     out["rates"] = identical_rates(results)
     out["candidates"] = candidates(results)
+    out["temperatures"] = temperatures(results)
+    if earlier := Results(EARLIER).of("test", "warm"):
+        out["scores of other students"] = scores(earlier)
     out["sensitivity"] = sensitivity(results)
     out["clipping"] = clipping(results)
     return out

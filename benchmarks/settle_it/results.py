@@ -11,6 +11,18 @@ from settle_it.grid import TUNING_SEEDS, Job
 FOLDER = Path(__file__).resolve().with_name("results")
 
 
+def _check_models(results: Iterable[dict[str, Any]]) -> None:
+    first: dict[int, dict[str, Any]] = {}
+    for result in results:
+        job = Job(**result["job"])
+        earlier = first.setdefault(job.seed, result)
+        if result.get("models") != earlier.get("models"):
+            raise ValueError(
+                f"{job.key}: starts from {result.get('models')}, {Job(**earlier['job']).key} from "
+                f"{earlier.get('models')}; run both again from the same models"
+            )
+
+
 class Results:
     """The results of a folder.
 
@@ -41,13 +53,18 @@ class Results:
         self.by_key[Job(**result["job"]).key] = result
 
     def of(self, split: str, regime: str, methods: Iterable[str] | None = None) -> dict[str, list[dict[str, Any]]]:
-        """Results by method, in the order of their seeds."""
+        """Results by method, in the order of their seeds.
+
+        Raises:
+            ValueError: jobs of one seed started from different models: their comparison would be of those.
+        """
         wanted = None if methods is None else set(methods)
         found: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for result in self.by_key.values():
             job = result["job"]
             if job["split"] == split and job["regime"] == regime and (wanted is None or job["method"] in wanted):
                 found[job["method"]].append(result)
+        _check_models(result for each in found.values() for result in each)
         return {name: sorted(each, key=lambda result: result["job"]["seed"]) for name, each in found.items()}
 
     def validation_means(self) -> dict[tuple[str, str], dict[float, float]]:
