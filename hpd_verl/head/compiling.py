@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic
 
 
 @functools.cache
@@ -15,7 +16,7 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def fused(matrix: Tensor, *arguments: Any) -> Any:
         # Every micro-batch has another number of tokens: said in advance, the first is not compiled for on its own.
-        torch._dynamo.maybe_mark_dynamic(matrix, 0)
+        maybe_mark_dynamic(matrix, 0)
         return compiled(matrix, *arguments)
 
     return fused
