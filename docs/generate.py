@@ -67,7 +67,8 @@ the student, `p` the teacher, `y` the label, `a` the token that the student samp
 Parameters stand under the objective's name, `algorithm.hpd.<name>.<parameter>`, those of `hpd` and `hpd_exact` beside
 `algorithm.hpd.objective` itself. A parameter that no objective in use has is refused.
 
-Your own is a function with a decorator; CONTRIBUTING.md shows one.
+Which one to take, by what was measured, is in [choosing.md](choosing.md). Your own is a function with a decorator;
+CONTRIBUTING.md shows one.
 
 **Over tokens**: a weight for the label, and for `hpd` one for the sampled token. In one pass the teacher costs one dot
 product a token beside its forward; they also run staged, over several updates a batch and with Ulysses.
