@@ -29,11 +29,17 @@ class Nucleus(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         probs = (scores / self.temperatures).softmax(-1)
-        if self.top_p < 1:
-            ordered, tokens = probs.sort(-1, descending=True)
+        return probs.log() if self.top_p >= 1 else self._kept(probs).log()
+
+    def _kept(self, probs: Tensor) -> Tensor:
+        """The likeliest tokens that together reach the mass, the others at 0."""
+        count, vocabulary = 64, probs.shape[-1]
+        while True:  # sorting a large vocabulary would take longer than the model
+            ordered, tokens = probs.topk(min(count, vocabulary))
             outside = ordered.cumsum(-1) - ordered >= self.top_p
-            probs = probs.masked_fill(torch.zeros_like(outside).scatter_(1, tokens, outside), 0.0)
-        return probs.log()
+            if count >= vocabulary or outside[:, -1].all():
+                return torch.zeros_like(probs).scatter_(1, tokens, ordered.masked_fill(outside, 0.0))
+            count *= 8
 
 
 @torch.no_grad()
@@ -109,17 +115,18 @@ def divergences(student: Any, teacher: Any, problems: Sequence[task.Problem], an
     texts = [f"{prompt} {text} {task.END}" for prompt, text in zip(prompts, answers, strict=True)]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False)
     starts = torch.tensor([len(tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts])
-    log_q, log_p = (model(**batch).logits[:, :-1].log_softmax(-1) for model in (student, teacher))
     # The logits of position t are of token t + 1.
     positions = torch.arange(1, batch["input_ids"].shape[1])
     mask = (positions >= starts.unsqueeze(1)) & batch["attention_mask"][:, 1:].bool()
-    difference = log_p - log_q
-    values = {
-        "forward_kl": (log_p.exp() * difference).sum(-1),
-        "reverse_kl": -(log_q.exp() * difference).sum(-1),
-        "entropy": -(log_q.exp() * log_q).sum(-1),
-    }
-    return {name: round(float(value[mask].mean()), 5) for name, value in values.items()}
+    hidden_q, hidden_p = (model.model(**batch).last_hidden_state[:, :-1][mask] for model in (student, teacher))
+    parts = []
+    for states_q, states_p in zip(hidden_q.split(1024), hidden_p.split(1024), strict=True):  # for the memory's sake
+        log_q, log_p = student.lm_head(states_q).log_softmax(-1), teacher.lm_head(states_p).log_softmax(-1)
+        difference = log_p - log_q
+        forward, reverse = (log_p.exp() * difference).sum(-1), -(log_q.exp() * difference).sum(-1)
+        parts.append(torch.stack([forward, reverse, -(log_q.exp() * log_q).sum(-1)]))
+    means = torch.cat(parts, dim=1).mean(1).tolist()
+    return {name: round(each, 5) for name, each in zip(("forward_kl", "reverse_kl", "entropy"), means, strict=True)}
 
 
 def curve(metrics: Path, clip_grad: float, points: int = 10) -> dict[str, Any]:
