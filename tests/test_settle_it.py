@@ -15,9 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from hydra import compose, initialize_config_module
-from settle_it import grid, models, on_policy, task
+from settle_it import grid, measures, models, on_policy, task
 from settle_it.intervals import compare, estimate, holm, pass_at, right_shares
-from settle_it.jobs import Data
+from settle_it.jobs import Data, right_demonstrations
 from settle_it.report import PAGE, filled, tables, write_report
 from settle_it.results import FOLDER, Results
 
@@ -83,6 +83,53 @@ def test_a_larger_vocabulary_keeps_the_words(tmp_path: Path) -> None:
     assert after.shape[-1] == widened.config.vocab_size == 300
     assert models.load(source).config.tie_word_embeddings
     assert widened.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("tokens", [5, 300])  # in 300, the nucleus is wider than what is looked at first
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_a_draw_is_of_the_nucleus_by_its_probabilities(tokens: int, top_p: float) -> None:
+    torch.manual_seed(0)
+    scores, draws = torch.randn(2, tokens), 40_000
+    temperatures = torch.tensor([0.5, 4.0])
+    nucleus = measures.Nucleus(temperatures.repeat_interleave(draws), top_p)
+    left = nucleus(torch.empty(0), scores.repeat_interleave(draws, dim=0))
+    assert (left.isfinite().sum(-1) == 1).all()
+    drawn = left.argmax(-1).view(2, draws)
+    for row in range(2):
+        expected = torch.zeros(tokens, dtype=torch.float64)
+        probs = (scores[row] / temperatures[row]).double().softmax(-1)
+        for token in probs.argsort(descending=True).tolist():
+            if expected.sum() < top_p:
+                expected[token] = probs[token]
+        expected /= expected.sum()
+        counts = drawn[row].bincount(minlength=tokens).double()
+        assert not counts[expected == 0].any()
+        deviation = (expected * (1 - expected) / draws).sqrt()
+        assert ((counts / draws - expected).abs() <= 5 * deviation).all()
+
+
+def test_divergences_are_those_of_the_definition(tmp_path: Path) -> None:
+    problems = task.draw_problems(4, seed=3, excluded=[])
+    answers = right_demonstrations(problems)
+    student, teacher = (
+        models.load(models.build_model(tmp_path / str(size), size, seed=size, initializer_range=0.3))
+        for size in (models.STUDENT_HIDDEN, models.TEACHER_HIDDEN)
+    )
+    found = measures.divergences(student, teacher, problems, answers)
+    tokenizer = task.build_tokenizer()
+    each: dict[str, list[float]] = {"forward_kl": [], "reverse_kl": [], "entropy": []}
+    for problem, answer in zip(problems, answers, strict=True):
+        chat = [{"role": "user", "content": problem.prompt}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=False)
+        ids = [*prompt, *tokenizer.encode(f"{answer} {task.END}", add_special_tokens=False)]
+        with torch.no_grad():
+            q, p = (model(torch.tensor([ids])).logits[0].double().softmax(-1) for model in (student, teacher))
+        for position in range(len(prompt) - 1, len(ids) - 1):
+            each["forward_kl"].append(float((p[position] * (p[position] / q[position]).log()).sum()))
+            each["reverse_kl"].append(float((q[position] * (q[position] / p[position]).log()).sum()))
+            each["entropy"].append(float(-(q[position] * q[position].log()).sum()))
+    for name, values in each.items():
+        assert found[name] == pytest.approx(np.mean(values), abs=2e-5), name
 
 
 def rate_of_each(suite: grid.Suite) -> dict[tuple[str, str], float]:

@@ -222,7 +222,9 @@ SUITES = [
     Suite("small", _named([*CORE, "fkl T2", "hpd T2"]), ("small",)),
     Suite("long", _named([*CORE, "fkl T2", "hpd T2"]), ("long",), seeds=SEEDS[:3]),
     Suite("49k", _named(["fkl", "fkl T2", "hpd", "sft", "rkl_exact", "tempered_head T2"]), ("49k",), seeds=SEEDS[:3]),
-    Suite("temperatures", _named(name for name in HOTTER if name not in ("fkl T2", "hpd T2")), ("warm",)),
+    Suite(
+        "temperatures", _named(name for name in HOTTER if name not in ("fkl T2", "hpd T2")), ("warm",), seeds=SEEDS[:3]
+    ),
 ]
 """In the order in which they are run: what decides most comes first."""
 

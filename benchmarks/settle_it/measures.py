@@ -14,9 +14,15 @@ from settle_it import task
 GREEDY = 1e-4
 """A temperature at which the most likely token is the only one."""
 
+LOGITS = 2**22
+"""Of one step of a generation, at most: more do not fit a processor's cache."""
+
 
 class Nucleus(LogitsProcessor):
-    """Temperature and top-p, with a temperature for each row, so that one generation serves all of them.
+    """Draws the next token by temperature and top-p, and leaves it as the only one.
+
+    A temperature for each row lets one generation serve all of them. It draws itself because of large vocabularies:
+    among the few tokens that are kept that takes a fraction of the time.
 
     Args:
         temperatures: [rows].
@@ -29,16 +35,22 @@ class Nucleus(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         probs = (scores / self.temperatures).softmax(-1)
-        return probs.log() if self.top_p >= 1 else self._kept(probs).log()
+        if self.top_p < 1:
+            tokens, kept = self._kept(probs)
+            drawn = tokens.gather(1, torch.multinomial(kept, 1))
+        else:
+            drawn = torch.multinomial(probs, 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
-    def _kept(self, probs: Tensor) -> Tensor:
-        """The likeliest tokens that together reach the mass, the others at 0."""
+    def _kept(self, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens that together reach the mass, by rising id, among some more at 0: [rows, count]."""
         count, vocabulary = 64, probs.shape[-1]
         while True:  # sorting a large vocabulary would take longer than the model
             ordered, tokens = probs.topk(min(count, vocabulary))
             outside = ordered.cumsum(-1) - ordered >= self.top_p
             if count >= vocabulary or outside[:, -1].all():
-                return torch.zeros_like(probs).scatter_(1, tokens, ordered.masked_fill(outside, 0.0))
+                tokens, places = tokens.sort(-1)
+                return tokens, ordered.masked_fill(outside, 0.0).gather(1, places)
             count *= 8
 
 
@@ -49,7 +61,6 @@ def answer(
     temperatures: Sequence[float],
     top_p: float,
     seed: int,
-    batch: int = 1024,
 ) -> list[str]:
     """An answer to each problem, sampled at its own temperature."""
     tokenizer = task.build_tokenizer(model.config.vocab_size)
@@ -57,6 +68,7 @@ def answer(
     prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     torch.manual_seed(seed)
     texts: list[str] = []
+    batch = min(1024, LOGITS // model.config.vocab_size)
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
         inputs = tokenizer(
@@ -69,9 +81,7 @@ def answer(
         )
         out = model.generate(
             **inputs,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
+            do_sample=False,
             logits_processor=LogitsProcessorList([Nucleus(torch.tensor(temperatures[rows]), top_p)]),
             max_new_tokens=task.MAX_RESPONSE_LENGTH,
             pad_token_id=tokenizer.pad_token_id,
