@@ -91,8 +91,8 @@ def test_a_draw_is_of_the_nucleus_by_its_probabilities(tokens: int, top_p: float
     torch.manual_seed(0)
     scores, draws = torch.randn(2, tokens), 40_000
     temperatures = torch.tensor([0.5, 4.0])
-    nucleus = measures.Nucleus(temperatures.repeat_interleave(draws), top_p)
-    left = nucleus(torch.empty(0), scores.repeat_interleave(draws, dim=0))
+    nucleus = measures.Nucleus(temperatures.repeat_interleave(draws), top_p, ends=[2])
+    left = nucleus(torch.ones(2 * draws, 1, dtype=torch.long), scores.repeat_interleave(draws, dim=0))
     assert (left.isfinite().sum(-1) == 1).all()
     drawn = left.argmax(-1).view(2, draws)
     for row in range(2):

@@ -27,28 +27,30 @@ class Nucleus(LogitsProcessor):
     Args:
         temperatures: [rows].
         top_p: mass that is kept.
+        ends: tokens after which a row has ended: what is drawn then is not used, and may be of any distribution.
     """
 
-    def __init__(self, temperatures: Tensor, top_p: float) -> None:
+    def __init__(self, temperatures: Tensor, top_p: float, ends: Sequence[int]) -> None:
         self.temperatures = temperatures.unsqueeze(1)
         self.top_p = top_p
+        self.ends = torch.tensor(ends)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         probs = (scores / self.temperatures).softmax(-1)
         if self.top_p < 1:
-            tokens, kept = self._kept(probs)
+            tokens, kept = self._kept(probs, torch.isin(input_ids[:, -1], self.ends))
             drawn = tokens.gather(1, torch.multinomial(kept, 1))
         else:
             drawn = torch.multinomial(probs, 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
-    def _kept(self, probs: Tensor) -> tuple[Tensor, Tensor]:
+    def _kept(self, probs: Tensor, has_ended: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest tokens that together reach the mass, by rising id, among some more at 0: [rows, count]."""
         count, vocabulary = 64, probs.shape[-1]
         while True:  # sorting a large vocabulary would take longer than the model
             ordered, tokens = probs.topk(min(count, vocabulary))
             outside = ordered.cumsum(-1) - ordered >= self.top_p
-            if count >= vocabulary or outside[:, -1].all():
+            if count >= vocabulary or (outside[:, -1] | has_ended).all():
                 tokens, places = tokens.sort(-1)
                 return tokens, ordered.masked_fill(outside, 0.0).gather(1, places)
             count *= 8
@@ -68,6 +70,7 @@ def answer(
     prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     torch.manual_seed(seed)
     texts: list[str] = []
+    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     batch = min(1024, LOGITS // model.config.vocab_size)
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
@@ -82,7 +85,7 @@ def answer(
         out = model.generate(
             **inputs,
             do_sample=False,
-            logits_processor=LogitsProcessorList([Nucleus(torch.tensor(temperatures[rows]), top_p)]),
+            logits_processor=LogitsProcessorList([Nucleus(torch.tensor(temperatures[rows]), top_p, ends)]),
             max_new_tokens=task.MAX_RESPONSE_LENGTH,
             pad_token_id=tokenizer.pad_token_id,
         )

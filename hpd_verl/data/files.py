@@ -382,7 +382,7 @@ class DataFile:
             with pq.ParquetFile(self.file, pre_buffer=False, buffer_size=1 << 20) as parquet:
                 for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(columns)):
                     table = pa.Table.from_batches([batch]).replace_schema_metadata(_of_columns(metadata, columns))
-                    yield batch, datasets.Dataset(table)
+                    yield batch, _decoded(table)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.name}: cannot be read ({one_line(error)}); write it again") from error
 
@@ -409,7 +409,12 @@ class DataFile:
         if self._loaded is not None:
             return self._loaded.select([0])
         with pq.ParquetFile(self.file) as parquet:
-            return datasets.Dataset(pa.Table.from_batches([next(parquet.iter_batches(1))], schema=self.schema))
+            return _decoded(pa.Table.from_batches([next(parquet.iter_batches(1))], schema=self.schema))
+
+
+def _decoded(table: pa.Table) -> datasets.Dataset:
+    """A table as ``datasets`` decodes it, without the hash of all its values that would name it in a cache."""
+    return datasets.Dataset(table, fingerprint="unused")
 
 
 def _of_columns(metadata: Mapping[bytes, bytes] | None, columns: Sequence[str]) -> dict[bytes, bytes] | None:
