@@ -97,6 +97,8 @@ HOTTER = {
     for name, method in AT_TEMPERATURE_1.items()
     if method.needs_teacher
 }
+BY_TEMPERATURE = {name: method for name, method in HOTTER.items() if name not in ("fkl T2", "hpd T2")}
+"""What is tried at a temperature for its effect alone."""
 CANDIDATES = {
     "fkl T3": Method("fkl", temperature=3.0),
     "power 0.25 T2": _candidate("power", 2.0, {"power": 0.25}),
@@ -221,10 +223,8 @@ SUITES = [
     Suite("clipping", WITHOUT_CLIPPING, ("warm",), {name: name.split()[0] for name in WITHOUT_CLIPPING}, SEEDS[:3]),
     Suite("small", _named([*CORE, "fkl T2", "hpd T2"]), ("small",)),
     Suite("long", _named([*CORE, "fkl T2", "hpd T2"]), ("long",), seeds=SEEDS[:3]),
-    Suite("49k", _named(["fkl", "fkl T2", "hpd", "sft", "rkl_exact", "tempered_head T2"]), ("49k",), seeds=SEEDS[:3]),
-    Suite(
-        "temperatures", _named(name for name in HOTTER if name not in ("fkl T2", "hpd T2")), ("warm",), seeds=SEEDS[:3]
-    ),
+    Suite("49k", _named(["fkl", "fkl T2", "hpd", "sft", "rkl_exact"]), ("49k",), seeds=SEEDS[:3]),
+    Suite("temperatures", BY_TEMPERATURE, ("warm",), seeds=SEEDS[:3]),
 ]
 """In the order in which they are run: what decides most comes first."""
 

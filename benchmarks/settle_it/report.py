@@ -121,8 +121,8 @@ def verdicts(results: Results, reference: str) -> str:
 
 
 def is_special(name: str) -> bool:
-    """Of the sensitivity or clipping suites, which have tables of their own, or of no training."""
-    return name in grid.SENSITIVITY or name in grid.WITHOUT_CLIPPING or name == grid.BEFORE
+    """Of the suites that have tables of their own, or of no training."""
+    return any(name in each for each in (grid.SENSITIVITY, grid.WITHOUT_CLIPPING, grid.BY_TEMPERATURE, (grid.BEFORE,)))
 
 
 def identical_rates(results: Results) -> str:
@@ -145,14 +145,19 @@ def candidates(results: Results) -> str:
 
 
 def temperatures(results: Results) -> str:
-    """Accuracy by the temperature of the objective, a row an objective."""
+    """Accuracy by the temperature of the objective, a row an objective, and what 2 changes against 1."""
     found = results.of("test", "warm")
     rows = []
     for name in grid.AT_TEMPERATURE_1:
         values = [found.get(each) for each in (name, f"{name} T1.5", f"{name} T2")]
-        if any(values[1:]):
-            rows.append([f"`{name}`", *("" if each is None else percent(estimate(accuracy(each))) for each in values)])
-    return table(["objective", "1", "1.5", "2"], rows)
+        if not any(values[1:]):
+            continue
+        row = [f"`{name}`", *("" if each is None else percent(estimate(accuracy(each))) for each in values)]
+        first, _, last = values
+        if first is not None and last is not None:
+            row += [points(compare(accuracy(last, each), accuracy(first, each))) for each in ("sampled", "tuned")]
+        rows.append(row)
+    return table(["objective", "1", "1.5", "2", "2 less 1, points", "the same at the tuned decode temperature"], rows)
 
 
 def real_model(results: Mapping[str, Mapping[str, float]]) -> str:
