@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,19 @@ REAL_MODEL = FOLDER / "real_model.json"
 EARLIER = FOLDER / "earlier"
 """Of a run of "warm" whose students had other weights."""
 PAGE = ROOT / "docs" / "evidence.md"
+BY_TEMPERATURE = {
+    name: (name, f"{name} T1.5", f"{name} T2") for name, method in grid.AT_TEMPERATURE_1.items() if method.needs_teacher
+}
+"""An objective to its methods at temperatures of 1, 1.5 and 2."""
 Found = Mapping[str, Sequence[dict[str, Any]]]
-"""Results by method."""
+"""Results by method, by rising seed."""
+
+
+def of_common_seeds(found: Found, names: Iterable[str]) -> Found:
+    """The results of some methods, of the seeds that all of them have: others would not be compared fairly."""
+    named = {name: found[name] for name in names if name in found}
+    seeds = min((len(each) for each in named.values()), default=0)
+    return {name: each[:seeds] for name, each in named.items()}
 
 
 def accuracy(results: Sequence[dict[str, Any]], measure: str = "sampled") -> np.ndarray:
@@ -145,11 +156,12 @@ def candidates(results: Results) -> str:
 
 
 def temperatures(results: Results) -> str:
-    """Accuracy by the temperature of the objective, a row an objective, and what 2 changes against 1."""
-    found = results.of("test", "warm")
+    """Accuracy by the temperature of the objective, a row an objective, and what 2 changes against 1, on the seeds
+    that all have."""
+    found = of_common_seeds(results.of("test", "warm"), [name for row in BY_TEMPERATURE.values() for name in row])
     rows = []
-    for name in grid.AT_TEMPERATURE_1:
-        values = [found.get(each) for each in (name, f"{name} T1.5", f"{name} T2")]
+    for name, at_each in BY_TEMPERATURE.items():
+        values = [found.get(each) for each in at_each]
         if not any(values[1:]):
             continue
         row = [f"`{name}`", *("" if each is None else percent(estimate(accuracy(each))) for each in values)]
@@ -233,11 +245,7 @@ def draw_sensitivity(results: Results, file: Path) -> None:
     coefficients = {
         forward: [f"hpd forward {forward} reverse {reverse} reinforce 1" for reverse in levels] for forward in levels
     }
-    temperatures = {
-        name: [name, f"{name} T1.5", f"{name} T2"]
-        for name, method in grid.AT_TEMPERATURE_1.items()
-        if method.needs_teacher and name in warm
-    }
+    temperatures = {name: row for name, row in BY_TEMPERATURE.items() if name in warm}
     fractions = {name: [f"{name}, 0 rollouts", f"{name}, 0.25 rollouts", f"{name}, rollouts"] for name in grid.LEAN}
     height = max(3.5, 0.32 * len(temperatures) + 1)
     figure, axes = plt.subplots(1, 3, figsize=(15, height), constrained_layout=True)
@@ -253,6 +261,7 @@ def draw_sensitivity(results: Results, file: Path) -> None:
 
 def _heat(axis: Any, found: Found, names: Mapping[str, Sequence[str]], columns: Sequence[str]) -> None:
     """Accuracy of the methods of each row, by its label; a place without results stays empty."""
+    found = of_common_seeds(found, [name for row in names.values() for name in row])
     scores = [
         [100 * accuracy(found[name]).mean() if name in found else np.nan for name in row] for row in names.values()
     ]
