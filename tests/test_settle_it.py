@@ -108,6 +108,18 @@ def test_a_draw_is_of_the_nucleus_by_its_probabilities(tokens: int, top_p: float
         assert ((counts / draws - expected).abs() <= 5 * deviation).all()
 
 
+def test_a_row_that_has_ended_does_not_widen_what_others_are_drawn_from() -> None:
+    end, others = 2, torch.randn(50, 1000) * 9  # whose nucleus is of a few tokens
+    ids = torch.ones(51, 1, dtype=torch.long)
+    ids[-1] = end
+    nucleus = measures.Nucleus(torch.ones(51), 0.95, ends=[end])
+    drawn = []
+    for last in (others[:1], torch.zeros(1, 1000)):  # a nucleus as narrow, and one of nearly all tokens
+        torch.manual_seed(1)
+        drawn.append(nucleus(ids, torch.cat([others, last])).argmax(-1)[:-1])
+    assert torch.equal(*drawn)
+
+
 def test_divergences_are_those_of_the_definition(tmp_path: Path) -> None:
     problems = task.draw_problems(4, seed=3, excluded=[])
     answers = right_demonstrations(problems)

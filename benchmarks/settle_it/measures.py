@@ -119,9 +119,8 @@ def right_answers(
     return counts
 
 
-@torch.no_grad()
-def divergences(student: Any, teacher: Any, problems: Sequence[task.Problem], answers: Sequence[str]) -> dict[str, Any]:
-    """KL(p, q), KL(q, p) and the student's entropy on answers, nats a response token, at temperature 1."""
+def answer_states(model: Any, problems: Sequence[task.Problem], answers: Sequence[str]) -> Tensor:
+    """The last hidden states from which the tokens of the answers are predicted, [response tokens, hidden size]."""
     tokenizer = task.build_tokenizer()
     chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
     prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
@@ -131,7 +130,13 @@ def divergences(student: Any, teacher: Any, problems: Sequence[task.Problem], an
     # The logits of position t are of token t + 1.
     positions = torch.arange(1, batch["input_ids"].shape[1])
     mask = (positions >= starts.unsqueeze(1)) & batch["attention_mask"][:, 1:].bool()
-    hidden_q, hidden_p = (model.model(**batch).last_hidden_state[:, :-1][mask] for model in (student, teacher))
+    return model.model(**batch).last_hidden_state[:, :-1][mask]
+
+
+@torch.no_grad()
+def divergences(student: Any, teacher: Any, problems: Sequence[task.Problem], answers: Sequence[str]) -> dict[str, Any]:
+    """KL(p, q), KL(q, p) and the student's entropy on answers, nats a response token, at temperature 1."""
+    hidden_q, hidden_p = (answer_states(model, problems, answers) for model in (student, teacher))
     parts = []
     for states_q, states_p in zip(hidden_q.split(1024), hidden_p.split(1024), strict=True):  # for the memory's sake
         log_q, log_p = student.lm_head(states_q).log_softmax(-1), teacher.lm_head(states_p).log_softmax(-1)

@@ -35,7 +35,7 @@ REAL_MODEL = FOLDER / "real_model.json"
 EARLIER = FOLDER / "earlier"
 """Of a run of "warm" whose students had other weights."""
 PAGE = ROOT / "docs" / "evidence.md"
-BY_TEMPERATURE = {
+AT_EACH_TEMPERATURE = {
     name: (name, f"{name} T1.5", f"{name} T2") for name, method in grid.AT_TEMPERATURE_1.items() if method.needs_teacher
 }
 """An objective to its methods at temperatures of 1, 1.5 and 2."""
@@ -158,9 +158,9 @@ def candidates(results: Results) -> str:
 def temperatures(results: Results) -> str:
     """Accuracy by the temperature of the objective, a row an objective, and what 2 changes against 1, on the seeds
     that all have."""
-    found = of_common_seeds(results.of("test", "warm"), [name for row in BY_TEMPERATURE.values() for name in row])
+    found = of_common_seeds(results.of("test", "warm"), [name for row in AT_EACH_TEMPERATURE.values() for name in row])
     rows = []
-    for name, at_each in BY_TEMPERATURE.items():
+    for name, at_each in AT_EACH_TEMPERATURE.items():
         values = [found.get(each) for each in at_each]
         if not any(values[1:]):
             continue
@@ -245,7 +245,7 @@ def draw_sensitivity(results: Results, file: Path) -> None:
     coefficients = {
         forward: [f"hpd forward {forward} reverse {reverse} reinforce 1" for reverse in levels] for forward in levels
     }
-    temperatures = {name: row for name, row in BY_TEMPERATURE.items() if name in warm}
+    temperatures = {name: row for name, row in AT_EACH_TEMPERATURE.items() if name in warm}
     fractions = {name: [f"{name}, 0 rollouts", f"{name}, 0.25 rollouts", f"{name}, rollouts"] for name in grid.LEAN}
     height = max(3.5, 0.32 * len(temperatures) + 1)
     figure, axes = plt.subplots(1, 3, figsize=(15, height), constrained_layout=True)
