@@ -34,7 +34,10 @@ def main() -> None:
     problems = data.problems["test"][:PROBLEMS]
     answers = right_demonstrations(problems)
     students = [data.folder / "students" / f"{REGIME}_{seed}" for seed in SEEDS[:3]]
-    for folder in (data.teacher(REGIMES[REGIME]), *students):
+    folders = [data.teacher(REGIMES[REGIME]), *students]
+    if missing := [folder for folder in folders if not folder.exists()]:
+        parser.error(f"--out: there is no {missing[0]}; `run.py {REGIME}` with the same --out makes it")
+    for folder in folders:
         model = models.load(folder)
         with torch.no_grad():
             logits = model.lm_head(measures.answer_states(model, problems, answers))
