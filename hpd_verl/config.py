@@ -117,7 +117,8 @@ class HPDConfig(HPDParameters):
     """Run the reward function on training rollouts too, for their score in the log; the loss never uses it."""
 
     seed: int = 42
-    """Seed of the student's sampling and of the choice of on-policy rows."""
+    """The run's seed: the order of the rows, the start of LoRA, dropout, the student's draws, the choice of rows to roll
+    out, and with vLLM each rollout's tokens. data.seed, if set, is that of the order alone."""
 
     token_chunk_size: int | None = Field(None, ge=1)
     """Tokens whose logits exist at once; memory only, never the result. null: 1024, and 8192 in one_pass off the CPU,
@@ -421,6 +422,21 @@ def needs_rollout_server(config: DictConfig, hpd: HPDConfig) -> bool:
     return hpd.schedule.highest > 0 or hpd.missing_demonstration == "rollout" or validates(config)
 
 
+def compares_rollouts(config: DictConfig, hpd: HPDConfig) -> bool:
+    """Whether the rollout server's log-probs come with training rollouts and can be compared with the student's.
+
+    They can where both are of one distribution: the student's at ``algorithm.hpd.temperature``, the server's at
+    temperature 1 if vLLM gives them raw, else as it samples.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    is_raw = rollout.name == "vllm" and rollout.logprobs_mode == "raw_logprobs"
+    temperature = 1.0 if is_raw else rollout.temperature
+    samples_from_all = is_raw or (rollout.top_p == 1 and rollout.top_k in (-1, 0))
+    makes_rollouts = hpd.schedule.highest > 0 or hpd.missing_demonstration == "rollout"
+    is_one_distribution = samples_from_all and temperature == hpd.temperature
+    return bool(rollout.calculate_log_probs) and makes_rollouts and is_one_distribution
+
+
 def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
     """Which pipeline a run takes, one_pass or staged, and why.
 
@@ -440,9 +456,6 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
         )
         > 1,
         "actor_rollout_ref.actor.entropy_coeff is set": actor.entropy_coeff != 0,
-        "actor_rollout_ref.rollout.calculate_log_probs compares with a student pass": bool(
-            config.actor_rollout_ref.rollout.calculate_log_probs
-        ),
     }
     needs = {
         f"{PREFIX}.teacher_cache={hpd.teacher_cache}": hpd.teacher_cache != "off",

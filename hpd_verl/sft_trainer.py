@@ -31,6 +31,7 @@ from verl.workers.config import TrainingWorkerConfig
 from hpd_verl import checkpoint
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
+from hpd_verl.engine.ranks import seed_rank, sums_of_ranks
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.lean import (
     DemonstrationDataset,
@@ -106,6 +107,7 @@ class HPDSFTTrainer(SFTTrainer):
         )
 
     def _init_engine(self) -> None:
+        seed_rank(self.hpd.seed)
         super()._init_engine()
         needs_teacher = self.hpd.needs_teacher
         self.one_pass = OnePass(
@@ -126,6 +128,7 @@ class HPDSFTTrainer(SFTTrainer):
             data, mini_batch_size=self.global_batch_size, epochs=1, seed=0, dataloader_kwargs={"shuffle": False}
         )
         output = self.one_pass.update(data)
+        flags = sums_of_ranks([tensors[flag].values().sum().item() for flag in fields.COUNTED_FLAGS])
         if output is None:
             return {}
         metrics = _train_names(reduce_metrics(tu.get(output, "metrics")))
@@ -134,8 +137,7 @@ class HPDSFTTrainer(SFTTrainer):
                 f"step {step}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the update, and the "
                 "run stops instead of going on without it"
             )
-        for flag, metric in fields.COUNTED_FLAGS.items():
-            metrics[metric] = int(tensors[flag].values().sum())
+        metrics |= dict(zip(fields.COUNTED_FLAGS.values(), map(int, flags), strict=True))
         metrics["hpd/dropped_demonstrations"] = self.train_dataset.rows.dropped_demonstrations
         metrics["training/global_step"] = step
         metrics["timing_s/step"] = time.perf_counter() - start

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
-from verl.utils.device import get_device_id
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.config import HPDConfig
@@ -68,8 +67,6 @@ def fill(config: DictConfig) -> dict[str, float]:
     torch.distributed.barrier()
     teacher.store.refresh()  # what the other ranks stored last
     metrics = teacher.metrics()
-    for count in ("refused_rows", "non_finite_rows", "damaged_rows"):
-        metrics[f"hpd/teacher_cache_{count}"] = _sum_of_ranks(metrics[f"hpd/teacher_cache_{count}"])
     if metrics["hpd/teacher_cache_non_finite_rows"]:
         everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(everywhere, broken)
@@ -80,12 +77,6 @@ def fill(config: DictConfig) -> dict[str, float]:
             "its dtype"
         )
     return metrics
-
-
-def _sum_of_ranks(count: float) -> float:
-    value = torch.tensor(count, device=get_device_id())
-    torch.distributed.all_reduce(value)
-    return value.item()
 
 
 @hydra.main(config_path=str(config_dir()), config_name="sft_trainer", version_base=None)

@@ -103,6 +103,7 @@ MAIN_PPO_RULES: dict[str, Rule] = {
     "actor_rollout_ref.actor.ulysses_sequence_parallel_size": _COUNT,
     "actor_rollout_ref.actor.entropy_coeff": _RATE,
     "actor_rollout_ref.actor.loss_agg_mode": _AGGREGATION,
+    "actor_rollout_ref.actor.loss_scale_factor": _COUNT_OR_NULL,
     **_optimiser("actor_rollout_ref.actor.optim"),
     "actor_rollout_ref.ref.ulysses_sequence_parallel_size": _COUNT,
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": _COUNT_OR_NULL,
@@ -229,6 +230,13 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
         "data.train_batch_size",
         batch,
         f"without actor_rollout_ref.actor.use_dynamic_bsz verl wants a multiple of all ranks, {counted}",
+    )
+    require(
+        not actor.shuffle or batch == mini_batch or data_parallel == 1,
+        "actor_rollout_ref.actor.shuffle",
+        actor.shuffle,
+        f"each of {data_parallel} data-parallel ranks would shuffle its own rows, so that updates depend on their number; "
+        "leave it false: data.shuffle shuffles the rows",
     )
     pipeline, _ = choose_pipeline(config, hpd)
     updated, whole = mini_batch * rollout.n // data_parallel, batch * rollout.n // data_parallel
@@ -408,6 +416,13 @@ def check_config(config: DictConfig) -> HPDConfig:
         "data.gen_batch_size",
         prompts,
         f"must divide data.train_batch_size={batch}",
+    )
+    require(
+        actor_rollout_ref.actor.loss_scale_factor is not None
+        or actor_rollout_ref.actor.loss_agg_mode != "seq-mean-token-sum-norm",
+        "actor_rollout_ref.actor.loss_scale_factor",
+        None,
+        "verl would divide by a micro-batch's longest response; leave it out for data.max_response_length, or give a number",
     )
     likelihood = hpd.objectives.names(lambda bound: bound.objective.is_likelihood)
     epochs = actor_rollout_ref.actor.ppo_epochs

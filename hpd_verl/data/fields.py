@@ -46,6 +46,9 @@ TEACHER_LABEL_LOG_PROBS = "teacher_label_log_probs"
 LABEL_WEIGHTS = "advantages"  # verl's name, which its metrics read
 OLD_LABEL_LOG_PROBS = "old_log_probs"  # verl's name
 
+# Of the rollout server (response, float32).
+ROLLOUT_LOG_PROBS = "rollout_log_probs"  # verl's name; 0 for demonstrations
+
 # What the student returns in the update (full, differentiable).
 LABEL_LOG_PROBS = "label_log_probs"
 

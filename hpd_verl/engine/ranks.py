@@ -1,6 +1,6 @@
-"""Steps that one rank takes for all, and steps whose failure on one rank must end all."""
+"""Steps that one rank takes for all, steps whose failure on one rank must end all, and numbers of all ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -73,6 +73,22 @@ def highest_of_ranks(count: int) -> int:
     value = torch.tensor(int(count), device=get_device_id())
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
     return int(value.item())
+
+
+def sums_of_ranks(counts: Sequence[float]) -> list[float]:
+    """Each count summed over all ranks. All ranks together."""
+    values = torch.tensor(counts, dtype=torch.float64, device=get_device_id())
+    torch.distributed.all_reduce(values)
+    found: list[float] = values.tolist()
+    return found
+
+
+def seed_rank(seed: int) -> None:
+    """Make what torch draws from here on (the start of LoRA, dropout) the same in every run, and another on each rank.
+
+    verl takes parameters from rank 0, so that they start alike on any number of ranks.
+    """
+    torch.manual_seed((seed + torch.distributed.get_rank()) % 2**63)
 
 
 def _one_line(error: BaseException) -> str:

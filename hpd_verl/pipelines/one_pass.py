@@ -24,6 +24,7 @@ from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform
 from hpd_verl.objectives import TokenLogProbs
 from hpd_verl.pipelines.pipeline import Driver, Pipeline, RankPipeline
+from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, ROLLOUT_TOKENS, train
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.teacher import Teacher
@@ -145,9 +146,22 @@ class OnePassLoss(HeadLoss):
             per_token |= {"hpd/forward_kl": output.forward_kl, "hpd/reverse_kl": output.reverse_kl}
         share = data["dp_size"] / data["batch_num_tokens"]
         sums = {name: values.double().sum() * share for name, values in per_token.items()}
-        sums["hpd/response_tokens"] = torch.tensor(float(len(responses.labels) * data["dp_size"]))
+        sums[RESPONSE_TOKENS] = torch.tensor(float(len(responses.labels) * data["dp_size"]))
+        if fields.ROLLOUT_LOG_PROBS in data:
+            sums |= self._compare_with_rollout(output.label_log_probs, responses, data)
         sums["hpd/loss"] = output.loss.detach()
         return {name: Metric(AggregationType.SUM, value) for name, value in sums.items()}
+
+    @staticmethod
+    def _compare_with_rollout(student: Tensor, responses: ResponseTokens, data: TensorDict) -> dict[str, Tensor]:
+        """Sums over the rollouts' tokens: of how far the rollout server's log-probs are off, and of the tokens."""
+        rollout = data[fields.ROLLOUT_LOG_PROBS].values()[data["response_mask"].values().bool()]
+        is_rollout = column(data, fields.IS_ROLLOUT).bool()[responses.row]
+        difference = (rollout - student.detach())[is_rollout].double().abs().sum()
+        return {
+            ROLLOUT_DIFFERENCE: difference * data["dp_size"],
+            ROLLOUT_TOKENS: is_rollout.sum() * data["dp_size"],
+        }
 
 
 class StudentWorker(TrainingWorker):
@@ -164,6 +178,14 @@ class StudentWorker(TrainingWorker):
         """
         super().reset()
         self.engine.offer_head()
+
+
+class OnePassDriver(Driver):
+    """The update does it all, with the rollout server's log-probs where they are to be compared."""
+
+    @property
+    def update_inputs(self) -> list[str]:
+        return [fields.ROLLOUT_LOG_PROBS] if self.compares_rollouts else []
 
 
 class OnePass(RankPipeline):
@@ -197,10 +219,10 @@ class OnePass(RankPipeline):
         return cls(student, of_student, config, actor.loss_agg_mode, actor.loss_scale_factor)
 
     def update(self, data: TensorDict) -> TensorDict | None:
-        """verl's ``train_mini_batch`` of the student, with the teacher's metrics added."""
+        """The student's updates, with the teacher's metrics added."""
         metrics = self._take_teacher_features(data)
         start = time.perf_counter()
-        output = self.student.train_mini_batch(data=data)
+        output = train(self.student, data, self.loss.loss_agg_mode)
         return self._with_metrics(output, metrics | {"timing_s/student": time.perf_counter() - start})
 
     def evaluate(self, data: TensorDict) -> TensorDict | None:
@@ -239,4 +261,4 @@ class OnePass(RankPipeline):
         return output.cpu()
 
 
-ONE_PASS = Pipeline(Driver, OnePass, student_worker=StudentWorker, teacher_is_lazy=True)
+ONE_PASS = Pipeline(OnePassDriver, OnePass, student_worker=StudentWorker, teacher_is_lazy=True)

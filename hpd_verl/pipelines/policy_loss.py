@@ -33,7 +33,8 @@ def compute_hpd_policy_loss(
         rollout_is_weights: verl's rollout correction, which HPD does not use.
 
     Returns:
-        ``(loss, metrics)``: a scalar and, with a ratio, the fraction of clipped tokens.
+        ``(loss, metrics)``: a scalar and, with a ratio, the clipped tokens as a fraction of the global batch's, scaled
+        as the loss is: the sum over micro-batches and mean over ranks is the batch's fraction.
     """
     assert config is not None
     if rollout_is_weights is not None:
@@ -50,7 +51,12 @@ def compute_hpd_policy_loss(
         unclipped = -advantages * ratio
         clipped = -advantages * torch.clamp(ratio, 1 - low, 1 + high)
         losses = torch.maximum(unclipped, clipped)
-        tokens = response_mask.sum().clamp_min(1)
-        metrics["actor/pg_clipfrac"] = (((clipped > unclipped) & response_mask.bool()).sum() / tokens).item()
+        fraction = agg_loss(
+            loss_mat=(clipped > unclipped).float(),
+            loss_mask=response_mask,
+            loss_agg_mode="token-mean",
+            **{"batch_num_tokens": response_mask.sum().clamp_min(1), **config.global_batch_info},
+        )
+        metrics["actor/pg_clipfrac"] = fraction.item()
     loss = agg_loss(loss_mat=losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
     return loss, metrics

@@ -29,14 +29,12 @@ from hpd_verl.objectives import LOG_ZERO, TokenLogProbs
 from hpd_verl.pipelines.advantage import compute_hpd_advantage
 from hpd_verl.pipelines.pipeline import Batch, Driver, Pipeline, RankPipeline
 from hpd_verl.pipelines.policy_loss import compute_hpd_policy_loss
+from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, train
 from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import shared_vocabulary_size
 
 LOGITS_TO_LOSS = {"distillation_use_topk": True, "distillation_only": True}
 """verl's switches of a batch: hand logits to the loss function, and compute no log-probs beside it."""
-
-ROLLOUT_LOG_PROBS = "rollout_log_probs"
-"""verl's name of the rollout server's log-probs, response."""
 
 
 def _local_part(values: Tensor, data: TensorDict) -> Tensor:
@@ -148,9 +146,10 @@ class StudentLoss:
             )
             loss = loss + term
             metrics.update({name: [*metrics.get(name, []), value] for name, value in term_metrics.items()})
-        # Micro-batches of one update add up to the global loss; verl averages over ranks.
-        metrics = {name: Metric(AggregationType.MEAN, sum(values) / len(values)) for name, values in metrics.items()}
+        # Micro-batches of one update add up to what is the global batch's; verl averages over ranks.
+        metrics = {name: Metric(AggregationType.SUM, sum(values) / len(values)) for name, values in metrics.items()}
         metrics["hpd/loss"] = Metric(AggregationType.SUM, loss)
+        metrics[RESPONSE_TOKENS] = Metric(AggregationType.SUM, response_mask.sum() * data["dp_size"])
         if self.actor.entropy_coeff != 0:
             entropy = agg_loss(
                 loss_mat=no_padding_2_padding(model_output["entropy"], data),
@@ -229,7 +228,6 @@ class StagedDriver(Driver):
         mask = response_mask.bool()
         per_token = token_metrics(log_probs, label_weights, sampled_weights, _response(data, fields.ENTROPY))
         metrics = {name: values[mask].double().mean().item() for name, values in per_token.items()}
-        metrics["hpd/response_tokens"] = mask.sum().item()
         if self.compares_rollouts and is_rollout.any():
             metrics |= _compare_with_rollout(data, log_probs[0].student_label, response_mask * is_rollout.unsqueeze(1))
 
@@ -251,7 +249,7 @@ class StagedDriver(Driver):
                 fields.student_sampled_log_probs(sample),
                 fields.teacher_sampled_log_probs(sample),
             ]
-        return [*names, ROLLOUT_LOG_PROBS] if self.compares_rollouts else names
+        return [*names, fields.ROLLOUT_LOG_PROBS] if self.compares_rollouts else names
 
     @property
     def update_inputs(self) -> list[str]:
@@ -301,17 +299,19 @@ def _refuse_nan(batch: Batch, log_probs: Sequence[TokenLogProbs]) -> None:
 
 
 def _compare_with_rollout(data: TensorDict, student_label: Tensor, rollout_mask: Tensor) -> dict[str, float]:
-    """verl's comparison of the rollout server's log-probs with the student's own, over rollouts only."""
+    """The rollout server's log-probs beside the student's own, over rollouts only: of log-probs, and verl's of probs."""
+    rollout = data[fields.ROLLOUT_LOG_PROBS].to_padded_tensor(0)
     compared = TensorDict(
         {
             "old_log_probs": student_label,
-            "rollout_log_probs": data[ROLLOUT_LOG_PROBS].to_padded_tensor(0),
+            "rollout_log_probs": rollout,
             "response_mask": rollout_mask,
             "responses": data["responses"].to_padded_tensor(0),
         },
         batch_size=len(student_label),
     )
-    return calculate_debug_metrics(DataProto(batch=compared))
+    difference = (rollout - student_label)[rollout_mask.bool()].double().abs().mean().item()
+    return {ROLLOUT_DIFFERENCE: difference} | calculate_debug_metrics(DataProto(batch=compared))
 
 
 class Staged(RankPipeline):
@@ -319,6 +319,7 @@ class Staged(RankPipeline):
 
     def __init__(self, student: TrainingWorker, teacher: TeacherWorker, config: HPDConfig, actor: ActorConfig) -> None:
         self.student = student
+        self.loss_agg_mode = actor.loss_agg_mode
         student.set_loss_fn(StudentLoss(actor, config))
         vocabulary_size = shared_vocabulary_size(student.model_config, teacher.model_config)
         teacher.set_loss_fn(TeacherLogProbs(config, vocabulary_size))
@@ -330,7 +331,7 @@ class Staged(RankPipeline):
         return cls(student, teacher, config, actor)
 
     def update(self, data: TensorDict) -> TensorDict | None:
-        return self.student.train_mini_batch(data=data)
+        return train(self.student, data, self.loss_agg_mode)
 
 
 STAGED = Pipeline(StagedDriver, Staged, student_worker=TrainingWorker, teacher_is_lazy=False)

@@ -1,5 +1,7 @@
 """The student's own rollouts: verl's single-turn agent loop, with the prompts and the turn's end of demonstrations."""
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
@@ -8,6 +10,19 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from hpd_verl.data.chat_template import ChatTemplate
 from hpd_verl.data.demonstration import PromptTokenizer
 from hpd_verl.data.fields import ON_POLICY, TRUNCATED_PROMPT
+
+
+def answer_seed(seed: int, row: Mapping[str, Any]) -> int:
+    """Seed of one answer's tokens, from 0 to 2^63 - 1: the same in every run, another for each answer.
+
+    Args:
+        seed: the run's.
+        row: what verl's agent loop gets of the prompt; a training row's number within its step is in its ``uid``, a
+            validation row's ``uid`` is another in every run.
+    """
+    names = ("uid",) if ON_POLICY in row else ("data_source", "index", "raw_prompt")
+    words = [seed, row["session_id"], *(row.get(name) for name in names)]
+    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest()) >> 1
 
 
 @register("hpd")
@@ -35,6 +50,8 @@ class HPDAgentLoop(SingleTurnAgentLoop):
         # A base model may know another end than its chat template's, the one that demonstrations teach it.
         end = self.template.turn_end(list(kwargs["raw_prompt"]))
         sampling_params = {**sampling_params, "stop_token_ids": [end.token]}
+        if self.rollout_config.name == "vllm":
+            sampling_params["seed"] = answer_seed(self.config.algorithm.hpd.seed, kwargs)
         output = await super().run(sampling_params, priority=priority, **kwargs)
         output.extra_fields[TRUNCATED_PROMPT] = self.truncated_prompt
         if ON_POLICY in kwargs and not self.config.algorithm.hpd.score_rollouts:

@@ -15,7 +15,7 @@ from verl.workers.config import HFModelConfig
 from hpd_verl.config import HPDConfig, needs_rollout_server
 from hpd_verl.data.dataset import DEMONSTRATION
 from hpd_verl.data.demonstration import SequenceBuilder, demonstration_text
-from hpd_verl.data.fields import ON_POLICY
+from hpd_verl.data.fields import ON_POLICY, ROLLOUT_LOG_PROBS
 
 
 def _row(batch: TensorDict, index: int) -> dict[str, Any]:
@@ -42,13 +42,14 @@ class HPDAgentLoopManager(AgentLoopManagerTQ):
     async def create(cls, *args: Any, **kwargs: Any) -> "HPDAgentLoopManager":
         """Create the manager, with agent loop workers where the run has a rollout server."""
         manager = cls(*args, **kwargs)
-        if needs_rollout_server(manager.config, HPDConfig.from_config(manager.config.algorithm.hpd)):
+        if manager._has_server:
             await manager._init_agent_loop_workers()
         return manager
 
     def __init__(self, config: DictConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.config = config
+        self._has_server = needs_rollout_server(config, HPDConfig.from_config(config.algorithm.hpd))
         model: HFModelConfig = omega_conf_to_dataclass(config.actor_rollout_ref.model)
         self._sequences = SequenceBuilder(
             model,
@@ -113,6 +114,6 @@ class HPDAgentLoopManager(AgentLoopManagerTQ):
             "multi_modal_inputs": {},
             "extra_fields": {},
         }
-        if self.config.actor_rollout_ref.rollout.calculate_log_probs:
-            sequence["rollout_log_probs"] = torch.zeros(len(tensors["responses"]))  # masked out where it is read
+        if self._has_server and self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            sequence[ROLLOUT_LOG_PROBS] = torch.zeros(len(tensors["responses"]))  # masked out where it is read
         return sequence, flags

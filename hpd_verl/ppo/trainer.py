@@ -26,17 +26,19 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import reduce_metrics
+from verl.utils.seqlen_balancing import log_seqlen_unbalance
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from hpd_verl import checkpoint
 from hpd_verl.checks.models import check_models
 from hpd_verl.checks.run import check_config
-from hpd_verl.config import choose_pipeline, needs_rollout_server, updates_per_batch
+from hpd_verl.config import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION
 from hpd_verl.data.demonstration import has_demonstration
 from hpd_verl.data.on_policy import choose_rollouts, rollout_quota, shared_prompts
 from hpd_verl.pipelines.choice import PIPELINES
+from hpd_verl.pipelines.updates import rows_of_ranks
 from hpd_verl.ppo import stop_request
 from hpd_verl.ppo.queue_batch import QueueBatch
 from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
@@ -74,7 +76,7 @@ class HPDTrainer(PPOTrainerSync):
             config.actor_rollout_ref.hpd.pipeline = pipeline  # what the workers read
         self.hpd = hpd.model_copy(update={"pipeline": pipeline})
         self.pipeline = PIPELINES[pipeline].driver(
-            self.hpd, updates_per_batch(config), bool(config.actor_rollout_ref.rollout.calculate_log_probs)
+            self.hpd, updates_per_batch(config), compares_rollouts(config, self.hpd)
         )
         check_models(
             student=config.actor_rollout_ref.model,
@@ -180,7 +182,7 @@ class HPDTrainer(PPOTrainerSync):
         return batch
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **kwargs: Any) -> KVBatchMeta:
-        """verl's balancing over ranks, of sequences in a reproducible order and numbered in it."""
+        """Sequences in a reproducible order, numbered in it; ranks share each update's, balanced as verl does."""
         expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
         if len(batch) < expected:
             raise RuntimeError(
@@ -192,7 +194,15 @@ class HPDTrainer(PPOTrainerSync):
             self.batch_counts[metric] = sum(bool(tag.get(flag)) for tag in batch.tags)
         self.batch_counts["hpd/truncated_prompts"] += self._truncated_rollout_prompts(batch)
         metrics.update(self.batch_counts)
-        batch = super()._balance_batch(batch, metrics=metrics, **kwargs)
+        batch = super()._balance_batch(batch, metrics=metrics, **kwargs)  # its padding; its order would make the updates depend on the number of ranks
+        batch.reorder(sorted(range(len(batch)), key=lambda index: _key_order(batch.keys[index])))
+        lengths = [tag["seq_len"] for tag in batch.tags]
+        mini_batch_size = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
+        updates = len(batch) // (mini_batch_size * self.config.actor_rollout_ref.rollout.n)
+        ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        parts = rows_of_ranks(lengths, updates, ranks)
+        metrics.update(log_seqlen_unbalance(seqlen_list=lengths, partitions=parts, prefix="global_seqlen"))
+        batch.reorder([row for part in parts for row in part])
         number = {key: index for index, key in enumerate(sorted(batch.keys, key=_key_order))}
         columns = {
             fields.ROW: torch.tensor([[number[key]] for key in batch.keys]),

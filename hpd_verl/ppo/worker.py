@@ -9,11 +9,12 @@ from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.profiler import DistProfiler
-from verl.workers.config import HFModelConfig
-from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.workers.config import HFModelConfig, TrainingWorkerConfig
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from hpd_verl.checkpoint import remove_files
 from hpd_verl.config import HPDConfig
+from hpd_verl.engine.ranks import seed_rank
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import teacher_model_config
@@ -31,7 +32,12 @@ class HPDWorker(ActorRolloutRefWorker):
             del self.config.ref.model  # verl's dataclass of the reference does not know it
         pipeline = PIPELINES[hpd.pipeline]
         self.ref_worker_cls = partial(TeacherWorker, model=teacher, lazy=pipeline.teacher_is_lazy)
-        self.actor_worker_cls = pipeline.student_worker
+
+        def student(config: TrainingWorkerConfig) -> TrainingWorker:
+            seed_rank(hpd.seed)
+            return pipeline.student_worker(config)
+
+        self.actor_worker_cls = student
         super().init_model()
         self.pipeline = pipeline.rank.of_workers(self.actor, self.ref, hpd, actor=self.loss_fn.keywords["config"])
 

@@ -1,6 +1,7 @@
 """The teacher's model beside the student, in verl's engine."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.memory_utils import aggressive_empty_cache
-from verl.workers.config import HFModelConfig, TrainingWorkerConfig
+from verl.workers.config import EngineConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from hpd_verl.config import HPDConfig
@@ -155,16 +156,27 @@ class ColocatedTeacher(Teacher):
         count = highest_of_ranks(len(rows))
         if count == 0:
             return {}
-        # Ranks run the model together: one with fewer wanted rows computes some that it does not need.
+        # Ranks run the model together, and micro-batches of a fixed size are whole: some rows are computed that nobody
+        # needs, or twice.
         others = [index for index in range(len(data)) if index not in set(rows)]
         loss = self._loaded()
         self.worker.set_loss_fn(loss)
-        self.worker.infer_batch(_select(data, (rows + others)[:count]))
+        size = _whole_micro_batches(count, self.worker.engine_config)
+        order = rows + others
+        self.worker.infer_batch(_select(data, [order[index % len(order)] for index in range(size)]))
         computed, loss.rows = loss.rows, {}
         return computed
 
     def metrics(self) -> dict[str, float]:
         return {}
+
+
+def _whole_micro_batches(rows: int, engine: EngineConfig) -> int:
+    """Rows of the teacher's pass in which so many are wanted; verl's micro-batches of a fixed size must be full."""
+    if engine.use_dynamic_bsz:
+        return rows
+    size = engine.infer_micro_batch_size_per_gpu
+    return math.ceil(rows / size) * size
 
 
 def _full_copy(parameter: Tensor, dtype: torch.dtype) -> Tensor:

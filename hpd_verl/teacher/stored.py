@@ -10,7 +10,7 @@ from verl.utils.device import get_device_id, get_device_name
 
 from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import column, row_numbers
-from hpd_verl.engine.ranks import highest_of_ranks
+from hpd_verl.engine.ranks import highest_of_ranks, sums_of_ranks
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TopKFeatures
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.teacher.disk_store import DiskStore
@@ -126,15 +126,17 @@ class StoredTeacher(Teacher):
         }
 
     def metrics(self) -> dict[str, float]:
-        """The share of rows found, rows and size, beside those of the teacher behind."""
+        """The share of rows found, rows and size, beside those of the teacher behind. All ranks together."""
         stats = self.store.stats
+        counts = [stats.hits, stats.misses, stats.refused, stats.non_finite, stats.damaged]
+        hits, misses, refused, non_finite, damaged = sums_of_ranks(counts)
         return self.teacher.metrics() | {
-            "hpd/teacher_cache_hit_fraction": stats.hits / max(1, stats.hits + stats.misses),
+            "hpd/teacher_cache_hit_fraction": hits / max(1, hits + misses),
             "hpd/teacher_cache_rows": stats.rows,
             "hpd/teacher_cache_gib": stats.bytes / GIB,
-            "hpd/teacher_cache_refused_rows": stats.refused,
-            "hpd/teacher_cache_non_finite_rows": stats.non_finite,
-            "hpd/teacher_cache_damaged_rows": stats.damaged,
+            "hpd/teacher_cache_refused_rows": refused,
+            "hpd/teacher_cache_non_finite_rows": non_finite,
+            "hpd/teacher_cache_damaged_rows": damaged,
             "hpd/teacher_is_loaded": float(self.is_teacher_used),
         }
 
