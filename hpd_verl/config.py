@@ -117,8 +117,8 @@ class HPDConfig(HPDParameters):
     """Run the reward function on training rollouts too, for their score in the log; the loss never uses it."""
 
     seed: int = 42
-    """The run's seed: the order of the rows, the start of LoRA, dropout, the student's draws, the choice of rows to roll
-    out, and with vLLM each rollout's tokens. data.seed, if set, is that of the order alone."""
+    """The run's seed: order of the rows (data.seed, if set, replaces it there), LoRA's first weights, dropout, the
+    student's draws, choice of rows to roll out and, with vLLM, each rollout's tokens."""
 
     token_chunk_size: int | None = Field(None, ge=1)
     """Tokens whose logits exist at once; memory only, never the result. null: 1024, and 8192 in one_pass off the CPU,

@@ -235,8 +235,8 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
         not actor.shuffle or batch == mini_batch or data_parallel == 1,
         "actor_rollout_ref.actor.shuffle",
         actor.shuffle,
-        f"each of {data_parallel} data-parallel ranks would shuffle its own rows, so that updates depend on their number; "
-        "leave it false: data.shuffle shuffles the rows",
+        f"each of {data_parallel} data-parallel ranks would shuffle its own rows, and the updates depend on their "
+        "number; leave it false: data.shuffle shuffles the rows",
     )
     pipeline, _ = choose_pipeline(config, hpd)
     updated, whole = mini_batch * rollout.n // data_parallel, batch * rollout.n // data_parallel
@@ -422,7 +422,8 @@ def check_config(config: DictConfig) -> HPDConfig:
         or actor_rollout_ref.actor.loss_agg_mode != "seq-mean-token-sum-norm",
         "actor_rollout_ref.actor.loss_scale_factor",
         None,
-        "verl would divide by a micro-batch's longest response; leave it out for data.max_response_length, or give a number",
+        "verl would divide by a micro-batch's longest response; leave it out for data.max_response_length, or give a "
+        "number",
     )
     likelihood = hpd.objectives.names(lambda bound: bound.objective.is_likelihood)
     epochs = actor_rollout_ref.actor.ppo_epochs

@@ -299,7 +299,7 @@ def _refuse_nan(batch: Batch, log_probs: Sequence[TokenLogProbs]) -> None:
 
 
 def _compare_with_rollout(data: TensorDict, student_label: Tensor, rollout_mask: Tensor) -> dict[str, float]:
-    """The rollout server's log-probs beside the student's own, over rollouts only: of log-probs, and verl's of probs."""
+    """The rollout server's log-probs beside the student's own, over rollouts only; verl compares probabilities."""
     rollout = data[fields.ROLLOUT_LOG_PROBS].to_padded_tensor(0)
     compared = TensorDict(
         {

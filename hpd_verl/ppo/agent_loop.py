@@ -50,7 +50,7 @@ class HPDAgentLoop(SingleTurnAgentLoop):
         # A base model may know another end than its chat template's, the one that demonstrations teach it.
         end = self.template.turn_end(list(kwargs["raw_prompt"]))
         sampling_params = {**sampling_params, "stop_token_ids": [end.token]}
-        if self.rollout_config.name == "vllm":
+        if self.rollout_config.get("name") == "vllm":
             sampling_params["seed"] = answer_seed(self.config.algorithm.hpd.seed, kwargs)
         output = await super().run(sampling_params, priority=priority, **kwargs)
         output.extra_fields[TRUNCATED_PROMPT] = self.truncated_prompt

@@ -14,7 +14,7 @@ from verl.utils.tracking import Tracking
 
 from hpd_verl.checks import run
 from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
-from hpd_verl.config import HPDConfig, choose_pipeline, needs_rollout_server, updates_per_batch
+from hpd_verl.config import HPDConfig, choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 from hpd_verl.hydra_config import config_dir
 
 MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x")
@@ -35,6 +35,7 @@ def composed(*overrides: str) -> DictConfig:
     return config
 
 
+ACTOR = "actor_rollout_ref.actor"
 ULYSSES = "actor_rollout_ref.{}.ulysses_sequence_parallel_size=2"
 FSDP_SIZE = "actor_rollout_ref.actor.fsdp_config.fsdp_size={}"
 ROLLOUTS = "algorithm.hpd.on_policy_fraction=1"
@@ -123,6 +124,15 @@ def test_the_defaults_pass() -> None:
             "actor_rollout_ref.rollout.tensor_model_parallel_size=2: a rollout server takes 2 ranks",
         ),
         (
+            ["trainer.n_gpus_per_node=2", *batches(8, 4), "actor_rollout_ref.actor.shuffle=true"],
+            "actor_rollout_ref.actor.shuffle=True: each of 2 data-parallel ranks would shuffle its own rows",
+        ),
+        (
+            [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{ACTOR}.loss_scale_factor=null"],
+            f"{ACTOR}.loss_scale_factor=None: verl would divide by a micro-batch's longest response; leave it out",
+        ),
+        ([f"{ACTOR}.loss_scale_factor=0"], f"{ACTOR}.loss_scale_factor=0: give an integer of at least 1"),
+        (
             [*NO_TEACHER, "algorithm.hpd.pipeline=staged"],
             "actor_rollout_ref.ref.model.path=None: the staged pipeline (set) runs a teacher with every objective",
         ),
@@ -145,6 +155,9 @@ def test_what_cannot_work_is_refused(overrides: list[str], message: str) -> None
         ["trainer.n_gpus_per_node=4", FSDP_SIZE.format(16)],
         ["trainer.nnodes=2", "trainer.n_gpus_per_node=2", *batches(8, 4)],
         ["actor_rollout_ref.actor.optim.lr=0", "actor_rollout_ref.actor.optim.clip_grad=inf"],
+        ["trainer.n_gpus_per_node=2", *batches(8, 8), "actor_rollout_ref.actor.shuffle=true"],
+        [*batches(8, 4), "actor_rollout_ref.actor.shuffle=true"],
+        ["actor_rollout_ref.actor.loss_scale_factor=null"],
         [*NO_TEACHER],
     ],
     ids=" ".join,
@@ -181,7 +194,6 @@ AGAINST_ONE_PASS = [
     (ULYSSES.format("actor"), "Ulysses sequence parallelism shares sequences out"),
     (ULYSSES.format("ref"), "Ulysses sequence parallelism shares sequences out"),
     ("actor_rollout_ref.actor.entropy_coeff=0.1", "actor_rollout_ref.actor.entropy_coeff is set"),
-    ("actor_rollout_ref.rollout.calculate_log_probs=true", "calculate_log_probs compares with a student pass"),
     ("actor_rollout_ref.actor.strategy=fsdp", "student and teacher are not both on fsdp2"),
     ("actor_rollout_ref.ref.strategy=fsdp", "student and teacher are not both on fsdp2"),
 ]
@@ -209,6 +221,52 @@ def test_several_updates_are_staged_unless_set(updates: tuple[str, ...]) -> None
     assert chosen(*updates) == ("staged", "a batch is several updates")
     assert chosen(*updates, "algorithm.hpd.pipeline=one_pass") == ("one_pass", "set")
     assert chosen(*updates, "algorithm.hpd.exact_kl_metrics=true")[0] == "one_pass"
+
+
+def test_the_sum_of_a_sequence_is_divided_by_the_longest_response_that_there_can_be() -> None:
+    assert composed("data.max_response_length=77").actor_rollout_ref.actor.loss_scale_factor == 77
+
+
+def test_one_seed() -> None:
+    config = composed("algorithm.hpd.seed=7")
+    models = config.actor_rollout_ref
+    assert [
+        *(config.data.seed, models.actor.data_loader_seed, models.actor.fsdp_config.seed, models.rollout.seed),
+    ] == [7] * 4
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        config = lean("algorithm.hpd.seed=7")
+    assert [config.data.seed, config.engine.seed] == [7, 7]
+
+
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "compares"),
+    [
+        ([ROLLOUTS], True),
+        (["algorithm.hpd.missing_demonstration=rollout"], True),
+        ([], False),
+        (["trainer.test_freq=1"], False),
+        ([ROLLOUTS, f"{ROLLOUT}.calculate_log_probs=false"], False),
+        ([ROLLOUTS, "algorithm.hpd.temperature=2"], False),
+        ([ROLLOUTS, f"{ROLLOUT}.temperature=0.7", f"{ROLLOUT}.top_p=0.9"], True),
+        ([ROLLOUTS, f"{ROLLOUT}.temperature=0.7", f"{ROLLOUT}.name=sglang"], False),
+        ([ROLLOUTS, f"{ROLLOUT}.logprobs_mode=processed_logprobs"], True),
+        ([ROLLOUTS, f"{ROLLOUT}.logprobs_mode=processed_logprobs", f"{ROLLOUT}.top_k=20"], False),
+        (
+            [
+                *(ROLLOUTS, f"{ROLLOUT}.logprobs_mode=processed_logprobs", f"{ROLLOUT}.temperature=2"),
+                "algorithm.hpd.temperature=2",
+            ],
+            True,
+        ),
+    ],
+    ids=str,
+)
+def test_log_probs_of_one_distribution_are_compared(overrides: list[str], compares: bool) -> None:
+    config = composed(*overrides)
+    assert compares_rollouts(config, HPDConfig.from_config(config.algorithm.hpd)) == compares
 
 
 @against_one_pass

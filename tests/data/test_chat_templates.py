@@ -429,31 +429,41 @@ class Server:
 
     def __init__(self, continuation: list[int]) -> None:
         self.continuation = continuation
+        self.seeds: list[int] = []
 
     async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any) -> Any:
+        self.seeds.append(sampling_params["seed"])
         stops = [self.continuation.index(token) for token in sampling_params["stop_token_ids"]]
         ids = self.continuation[: min(stops) + 1]
         return SimpleNamespace(token_ids=ids, log_probs=None, num_preempted=0, routed_experts=None, extra_fields={})
 
 
-def roll_out(case: Case, messages: list[Any], continuation: list[int], prompt_length: int = 10_000) -> Any:
+def roll_out(
+    case: Case,
+    messages: list[Any],
+    server: Server,
+    prompt_length: int = 10_000,
+    seed: int = 42,
+    **row: Any,
+) -> Any:
+    rollout = {"name": "vllm", "prompt_length": prompt_length, "response_length": 1000}
     config = OmegaConf.create(
         {
-            "actor_rollout_ref": {"rollout": {"prompt_length": prompt_length, "response_length": 1000}},
-            "algorithm": {"hpd": {"score_rollouts": True}},
+            "actor_rollout_ref": {"rollout": rollout},
+            "algorithm": {"hpd": {"score_rollouts": True, "seed": seed}},
         }
     )
 
     async def run() -> Any:
         loop = HPDAgentLoop(
             trainer_config=SimpleNamespace(config=config),
-            server_manager=Server(continuation),
+            server_manager=server,
             tokenizer=case.tokenizer,
             processor=None,
             dataset_cls=None,
             data_config=SimpleNamespace(config={"apply_chat_template_kwargs": case.settings}),
         )
-        return await loop.run({}, raw_prompt=messages)
+        return await loop.run({}, raw_prompt=messages, **{"session_id": 0, **row})
 
     return asyncio.run(run())
 
@@ -464,7 +474,7 @@ def test_rollout_of_the_same_answer_is_the_same_sequence(case: Case, chat: str) 
     messages = [*case.chat(CHATS[chat][:-1]), case.message("user", f"say {control}")]
     ids = case.demonstration().encode(messages, case.reasoned).ids
     beyond = case.tokenizer.encode("and on", add_special_tokens=False)
-    output = roll_out(case, messages, [*ids, *beyond])
+    output = roll_out(case, messages, Server([*ids, *beyond]))
     assert output.response_ids == ids
     escaped = [*case.chat(CHATS[chat][:-1]), case.message("user", "say c")]
     assert output.prompt_ids.count(case.end) == case.ids(escaped, add_generation_prompt=True).count(case.end)
@@ -474,6 +484,28 @@ def test_rollout_of_the_same_answer_is_the_same_sequence(case: Case, chat: str) 
 def test_rollout_marks_a_cut_prompt() -> None:
     case = Case("qwen2_5", CHATML, make(*TEMPLATES["qwen2_5"]))
     prompt = case.ids([USER], add_generation_prompt=True)
-    output = roll_out(case, [USER], [case.end], prompt_length=len(prompt) - 1)
+    output = roll_out(case, [USER], Server([case.end]), prompt_length=len(prompt) - 1)
     assert output.prompt_ids == prompt[1:]
     assert output.extra_fields["truncated_prompt"] is True
+
+
+def test_each_answer_has_a_seed_of_its_own() -> None:
+    """The same in every run: of a training row by its place, of a validation row, whose uid is not, by what it is."""
+    case, server = Case("qwen2_5", CHATML, make(*TEMPLATES["qwen2_5"])), Server([0])
+    server.continuation = [case.end]
+    training = [{"on_policy": True, "uid": f"{step}r{row}"} for step in (1, 2) for row in (0, 1)]
+    rows = [
+        *(each | {"session_id": session} for each in training for session in (0, 1)),
+        {**training[0], "seed": 43},
+        *({"uid": "of this run", "index": index, "session_id": session} for index in (0, 1) for session in (0, 1)),
+    ]
+    for row in rows:
+        roll_out(case, [USER], server, **row)
+    roll_out(case, [case.message("user", "another")], server, uid="of this run", index=0)
+    assert len(set(server.seeds)) == len(server.seeds) == 14
+    assert all(0 <= seed < 2**63 for seed in server.seeds)
+    again = Server([case.end])
+    for row in rows:
+        uid = row["uid"] if "on_policy" in row else "of another run"
+        roll_out(case, [USER], again, **{**row, "uid": uid})
+    assert again.seeds == server.seeds[:-1]

@@ -19,6 +19,7 @@ from verl.utils.distributed import destroy_global_process_group, initialize_glob
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.data.response_tokens import row_numbers
 from hpd_verl.engine.head_engine import HeadLoss
 from hpd_verl.head.features import HiddenFeatures
 from hpd_verl.head.output_head import OutputHead
@@ -115,6 +116,24 @@ def test_the_loss_is_out_of_autocast(tiny: Tiny) -> None:
     assert loss.in_model == torch.bfloat16
     assert loss.hidden == torch.bfloat16
     assert loss.in_loss == torch.float32
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("rows_each", [1, 3, 4, 5])
+def test_some_rows_in_micro_batches_of_a_fixed_size(rows_each: int, tiny: Tiny) -> None:
+    """As a store asks for them that has the others: features are those of the whole batch, packed by tokens."""
+    config = configuration(tiny, "data.use_dynamic_bsz=false", f"data.micro_batch_size_per_gpu={rows_each}")
+    worker = lazy_teacher(config)
+    teacher = ColocatedTeacher(worker, HPDConfig(), 29)
+    batch = make_batch(config, worker.model_config)
+    packed = ColocatedTeacher(lazy_teacher(configuration(tiny)), HPDConfig(), 29)
+    whole = packed.features(make_batch(configuration(tiny), worker.model_config))
+    numbers = row_numbers(batch).tolist()
+    for wanted in ([2], [0, 3], [0, 1, 2], [0, 1, 2, 3]):
+        found = teacher.features(batch, wanted)
+        for index in wanted:
+            for name, tensor in whole[numbers[index]].tensors.items():
+                torch.testing.assert_close(found[numbers[index]].tensors[name], tensor)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -16,7 +16,7 @@ from verl.utils.metric import reduce_metrics
 from hpd_verl.config import HPDConfig
 from hpd_verl.lean import ALONE
 from hpd_verl.pipelines.choice import PIPELINES
-from hpd_verl.pipelines.pipeline import Driver
+from hpd_verl.pipelines.one_pass import OnePassDriver
 from hpd_verl.pipelines.staged import StagedDriver
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,13 +59,14 @@ def test_both_have_the_same_loss_and_gradient(take_step: Take, samples: int) -> 
 def test_what_a_driver_asks_of_the_update() -> None:
     """Nothing in one pass; staged its weights and, for several updates of more than a likelihood, old log-probs."""
     assert [(name, pipeline.driver) for name, pipeline in PIPELINES.items()] == [
-        ("one_pass", Driver),
+        ("one_pass", OnePassDriver),
         ("staged", StagedDriver),
     ]
     hpd, sft = HPDConfig(num_student_samples=2), HPDConfig(objective="sft")
     weights = ["sampled_tokens_0", "sampled_tokens_1", "advantages", "sampled_weights_0", "sampled_weights_1"]
     old = ["old_log_probs", "old_sampled_log_probs_0", "old_sampled_log_probs_1"]
-    assert Driver(hpd, updates_per_batch=4).update_inputs == []
+    assert OnePassDriver(hpd, updates_per_batch=4).update_inputs == []
+    assert OnePassDriver(hpd, compares_rollouts=True).update_inputs == ["rollout_log_probs"]
     assert StagedDriver(hpd).update_inputs == weights
     assert StagedDriver(hpd, updates_per_batch=4).update_inputs == [*weights, *old]
     assert StagedDriver(sft, updates_per_batch=4).update_inputs == ["advantages"]

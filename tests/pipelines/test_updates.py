@@ -1,9 +1,9 @@
-"""A batch as several updates: the same on any number of ranks and for any micro-batches, with metrics over all tokens."""
+"""A batch as several updates: the same on any ranks and for any micro-batches, with metrics over all tokens."""
 
 import os
 import queue
 import socket
-from itertools import pairwise
+from itertools import chain, pairwise
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ def student_server_log_probs(row: dict[str, Any]) -> torch.Tensor:
     return -0.1 * (row["responses"].float() + 1)
 
 
-def take(tiny: Tiny, pipeline: str, *overrides: str, mini: int = MINI, epochs: int = 1, mode: str = "token-mean") -> Any:
+def take(
+    tiny: Tiny, pipeline: str, *overrides: str, mini: int = MINI, epochs: int = 1, mode: str = "token-mean"
+) -> Any:
     """Train a new student on this rank's rows of one batch, every third of which is a rollout; returns the metrics."""
     settings = [
         f"model.path={tiny.student}",
@@ -220,7 +222,7 @@ def test_each_update_has_its_part_of_the_batch(ranks: int) -> None:
     for update in range(2):
         taken = [part[update * share : (update + 1) * share] for part in parts]
         assert all(len(each) == share for each in taken)
-        assert sorted(sum(taken, [])) == list(range(8 * update, 8 * update + 8))
+        assert sorted(chain.from_iterable(taken)) == list(range(8 * update, 8 * update + 8))
     assert all(len(part) == 2 * share for part in parts)
     if ranks == 2:  # the longest row of an update is not beside its next longest
         for rows in parts:
