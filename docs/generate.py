@@ -50,6 +50,19 @@ verl's own keys is in `configs/algorithm/hpd.yaml` and `configs/sft_trainer.yaml
         actor_rollout_ref.model.path=STUDENT actor_rollout_ref.ref.model.path=TEACHER data.train_files=train.parquet
 """
 
+REPRODUCIBLE = """## Two runs of one command
+
+They are equal on one machine; another `seed` changes everything that is drawn. Limits:
+
+- vLLM: each answer has a seed of its own. Log-probs depend in their last bits on which requests share a batch, so a token
+  may differ, rarely in float32, more often in bfloat16. `VLLM_BATCH_INVARIANT=1` removes that on the GPUs that it
+  supports; it costs speed.
+- sglang: rollouts have no seed.
+- GPU kernels that add in any order differ in the last bits.
+  `actor_rollout_ref.actor.fsdp_config.full_determinism=true` (lean trainer: `engine.full_determinism=true`) is verl's
+  switch against that.
+"""
+
 OBJECTIVES_PAGE = """# Objectives
 
 `algorithm.hpd.objective` says what the student learns from a demonstration, `algorithm.hpd.on_policy_objective` what it
@@ -121,6 +134,7 @@ def settings_page() -> str:
         for parameter, field in each.parameters.model_fields.items()
     }
     parts.append(f"## Parameters of objectives\n\nSee [objectives](objectives.md).\n\n{_table(nodes)}")
+    parts.append(REPRODUCIBLE)
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

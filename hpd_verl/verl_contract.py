@@ -214,6 +214,16 @@ CONTRACT: tuple[Entry, ...] = (
             "__init__(self, config, role, distillation_config, **kwargs)": "the role without rollout is set after it",
         },
     ),
+    *_attributes(
+        "verl.single_controller.base.worker_group:WorkerGroup",
+        "ppo/trainer.py",
+        {"_dispatch_info": "the data-parallel rank of each worker, by which verl cuts a batch"},
+    ),
+    *_texts(
+        "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.generate",
+        "ppo/agent_loop.py",
+        [('setdefault("seed"', '["seed"]', "a request's own seed is vLLM's")],
+    ),
     *_methods(
         _WORKER,
         "ppo/queue_batch.py",
@@ -265,7 +275,6 @@ CONTRACT: tuple[Entry, ...] = (
         {
             "__init__(self, config)": "the engine that hands hidden states to the loss",
             "reset(self)": "an output layer that is not understood is refused once the model is there",
-            "train_mini_batch(self, data)": "the update",
             "infer_batch(self, data)": "validation",
             "set_loss_fn(self, loss_fn)": "the loss from hidden states",
         },
@@ -275,6 +284,20 @@ CONTRACT: tuple[Entry, ...] = (
         _TRAINING_WORKER,
         "teacher/colocated.py",
         {"engine": "the teacher's engine"},
+    ),
+    *_methods(_TRAINING_WORKER, "pipelines/updates.py", {"train_mini_batch(self, data)": "the updates of a batch"}),
+    *_texts(
+        f"{_TRAINING_WORKER}.train_mini_batch",
+        "pipelines/updates.py",
+        [
+            ('key="epochs"', 'key="epochs"', "taken out of the batch there"),
+            (
+                "mini_batch_size // self.engine.get_data_parallel_size()",
+                "def rows_of_ranks(",
+                "a rank's own rows are cut into equal parts, in their order",
+            ),
+            ("append_to_dict(metrics, output)", "def batch_metrics(", "metrics are a list with a number an update"),
+        ],
     ),
     *_texts(
         f"{_TRAINING_WORKER}.train_mini_batch",
@@ -427,6 +450,7 @@ CONTRACT: tuple[Entry, ...] = (
         {
             "config tokenizer apply_chat_template_kwargs": "the run's configuration and the student's chat template",
             "continuous_token_builder": "verl's tokens of a prompt",
+            "rollout_config": "which server generates: vLLM takes a seed with each request",
             "loop": "tokenising does not hold up other answers",
         },
     ),

@@ -127,7 +127,6 @@ def test_mixed_batches_with_vllm(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path:
         "trainer.resume_mode=disable",
         "algorithm.hpd.on_policy_fraction=0.5",
         "algorithm.hpd.on_policy_objective=opd",
-        "actor_rollout_ref.rollout.calculate_log_probs=true",
         f"data.val_files={tiny.validation}",
         f"reward.custom_reward_function.path={tiny.reward}",
         "trainer.val_before_train=true",
@@ -141,6 +140,7 @@ def test_mixed_batches_with_vllm(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path:
     assert sum(step["hpd/truncated_prompts"] for step in run.steps) >= 15  # of 16 demonstrations and rollouts
     for step in run.steps:  # the server has the student's weights, at step 2 the updated ones
         assert step["training/rollout_probs_diff_max"] < 1e-4
+        assert 0 < step["hpd/rollout_log_prob_difference"] < 1e-4
         assert "actor/pg_clipfrac" in step
         assert step["actor/grad_norm"] > 0
     assert any(name.startswith("val-core/tests/addition") for name in run.steps[-1])

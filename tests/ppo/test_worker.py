@@ -43,7 +43,7 @@ def by_main_ppo(tiny: Tiny, folder: Path, seed: int, pipeline: str) -> nn.Module
     ]
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", overrides=overrides)
-    worker = HPDWorkerWithoutRollout(config=config.actor_rollout_ref, role="actor_ref")
+    worker = HPDWorkerWithoutRollout(config=config.actor_rollout_ref, role="actor_rollout_ref")
     worker.init_model()
     return worker.actor.engine.module
 
