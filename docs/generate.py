@@ -54,8 +54,8 @@ REPRODUCIBLE = """## Two runs of one command
 
 They are equal on one machine; another `seed` changes everything that is drawn. Limits:
 
-- vLLM: each answer has a seed of its own. Log-probs depend in their last bits on which requests share a batch, so a token
-  may differ, rarely in float32, more often in bfloat16. `VLLM_BATCH_INVARIANT=1` removes that on the GPUs that it
+- vLLM: each answer has a seed of its own. Log-probs depend in their last bits on which requests share a batch, so a
+  token may differ, rarely in float32, more often in bfloat16. `VLLM_BATCH_INVARIANT=1` removes that on the GPUs that it
   supports; it costs speed.
 - sglang: rollouts have no seed.
 - GPU kernels that add in any order differ in the last bits.

@@ -246,6 +246,12 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
             bool(rollout.log_prob_use_dynamic_bsz),
             whole,
         )
+        teacher = config.actor_rollout_ref.ref
+        of_teacher = batch * rollout.n * teacher.get("ulysses_sequence_parallel_size", 1) // ranks
+        per_rank["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"] = (
+            bool(teacher.log_prob_use_dynamic_bsz),
+            of_teacher,
+        )
     _check_micro_batches(config, per_rank)
     if needs_rollout_server(config, hpd):
         size = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size

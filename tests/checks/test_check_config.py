@@ -131,6 +131,15 @@ def test_the_defaults_pass() -> None:
             [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{ACTOR}.loss_scale_factor=null"],
             f"{ACTOR}.loss_scale_factor=None: verl would divide by a micro-batch's longest response; leave it out",
         ),
+        (
+            [
+                *batches(12, 12),
+                "algorithm.hpd.pipeline=staged",
+                f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
+                "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5",
+            ],
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5: must divide the 12 sequences that a rank gets",
+        ),
         ([f"{ACTOR}.loss_scale_factor=0"], f"{ACTOR}.loss_scale_factor=0: give an integer of at least 1"),
         (
             [*NO_TEACHER, "algorithm.hpd.pipeline=staged"],
@@ -158,6 +167,11 @@ def test_what_cannot_work_is_refused(overrides: list[str], message: str) -> None
         ["trainer.n_gpus_per_node=2", *batches(8, 8), "actor_rollout_ref.actor.shuffle=true"],
         [*batches(8, 4), "actor_rollout_ref.actor.shuffle=true"],
         ["actor_rollout_ref.actor.loss_scale_factor=null"],
+        [  # one pass fills up what the teacher's micro-batches lack
+            *batches(12, 12),
+            f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5",
+        ],
         [*NO_TEACHER],
     ],
     ids=" ".join,

@@ -110,7 +110,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
 
 
 def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None:
-    """The validation loss falls; 2 ranks and a full store give what 1 rank without a store gives.
+    """The validation loss falls; 2 ranks and a full store give what 1 rank without a store gives, counts included.
 
     With fewer validation rows than a batch has, and an odd number of them. The checkpoint of 2 ranks, exported, is
     verl's own whole model, and vLLM answers with it as transformers does.
@@ -119,6 +119,7 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
         "trainer.resume_mode=disable",
         f"data.val_files={tiny.validation}",
         "data.val_max_samples=5",
+        "data.max_response_length=5",
         "trainer.test_freq=1",
     )
     cache = (
@@ -141,6 +142,8 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
     assert validation[-1] < validation[0]
     assert plain.steps[0]["val/hpd/student_nll"] > 0
     for one_rank, two_ranks in zip(plain.steps, full.steps, strict=True):
+        assert 0 < one_rank["hpd/truncated_demonstrations"] < 8
+        assert two_ranks["hpd/truncated_demonstrations"] == one_rank["hpd/truncated_demonstrations"]
         validated = {name for name in one_rank if name.startswith("val/")}
         assert "val/hpd/reverse_kl_k1" in validated
         for name in validated:

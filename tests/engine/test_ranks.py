@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed
 
-from hpd_verl.engine.ranks import on_every_rank, on_rank_zero
+from hpd_verl.engine.ranks import on_every_rank, on_rank_zero, sums_of_ranks
 
 TIMEOUT = timedelta(seconds=10)
 
@@ -34,6 +34,7 @@ STEPS: dict[str, Any] = {
     "error of rank 0": lambda: on_rank_zero(lambda: fail(0)),
     "every rank": lambda: on_every_rank(torch.distributed.get_rank),
     "error of rank 1": lambda: on_every_rank(lambda: fail(1)),
+    "sums": lambda: sums_of_ranks([torch.distributed.get_rank(), 10.5]),
     "still in step": lambda: on_rank_zero(lambda: "in step"),
 }
 
@@ -75,6 +76,7 @@ def test_three_ranks(processes: ForkServerContext) -> None:
             "every rank": rank,
             "error of rank 1": ("ValueError: " if rank == 1 else "RuntimeError: rank 1: ValueError: ")
             + "rank 1 found nothing",
+            "sums": [3.0, 31.5],
             "still in step": "in step",
         }
 
