@@ -289,7 +289,7 @@ def test_text_only_prompts_of_templates_for_parts_are_refused(case: Case) -> Non
     with pytest.raises(ValueError, match="does not write the text of the prompt's user message"):
         case.demonstration().encode([USER], "d")
     with pytest.raises(ValueError, match="does not write the text of the prompt's user message"):
-        roll_out(case, [USER], [case.end])
+        roll_out(case, [USER], Server([case.end]))
 
 
 def test_reasoning_is_opened_once(case: Case) -> None:
@@ -491,10 +491,10 @@ def test_rollout_marks_a_cut_prompt() -> None:
 
 def test_each_answer_has_a_seed_of_its_own() -> None:
     """The same in every run: of a training row by its place, of a validation row, whose uid is not, by what it is."""
-    case, server = Case("qwen2_5", CHATML, make(*TEMPLATES["qwen2_5"])), Server([0])
-    server.continuation = [case.end]
-    training = [{"on_policy": True, "uid": f"{step}r{row}"} for step in (1, 2) for row in (0, 1)]
-    rows = [
+    case = Case("qwen2_5", CHATML, make(*TEMPLATES["qwen2_5"]))
+    server, again = Server([case.end]), Server([case.end])
+    training: list[dict[str, Any]] = [{"on_policy": True, "uid": f"{step}r{row}"} for step in (1, 2) for row in (0, 1)]
+    rows: list[dict[str, Any]] = [
         *(each | {"session_id": session} for each in training for session in (0, 1)),
         {**training[0], "seed": 43},
         *({"uid": "of this run", "index": index, "session_id": session} for index in (0, 1) for session in (0, 1)),
@@ -504,8 +504,6 @@ def test_each_answer_has_a_seed_of_its_own() -> None:
     roll_out(case, [case.message("user", "another")], server, uid="of this run", index=0)
     assert len(set(server.seeds)) == len(server.seeds) == 14
     assert all(0 <= seed < 2**63 for seed in server.seeds)
-    again = Server([case.end])
     for row in rows:
-        uid = row["uid"] if "on_policy" in row else "of another run"
-        roll_out(case, [USER], again, **{**row, "uid": uid})
+        roll_out(case, [USER], again, **(row if "on_policy" in row else row | {"uid": "of another run"}))
     assert again.seeds == server.seeds[:-1]
