@@ -69,6 +69,8 @@ def test_hpd_then_opd(run_recipe: Recipe, tmp_path: Path) -> None:
     assert_learned(steps)
     assert [step["hpd/on_policy_fraction"] for step in steps] == [0, 1]
     assert [step["hpd/left_out_prompts"] for step in steps] == [0, 2]
+    assert "hpd/rollout_log_prob_difference" not in steps[0]
+    assert 0 < steps[1]["hpd/rollout_log_prob_difference"] < 1e-4, "vLLM computes another model"
     assert any(name.startswith("val-core/tests/addition") and name.endswith("mean@2") for name in steps[-1])
     checkpoint = tmp_path / "hpd_then_opd" / "global_step_2"
     assert (checkpoint / "actor" / "huggingface" / "model.safetensors").is_file()
@@ -80,6 +82,7 @@ def test_opd(run_recipe: Recipe) -> None:
     steps = run_recipe("math/opd.sh", ROLLOUTS=2)
     assert_learned(steps)
     assert [step["hpd/on_policy_fraction"] for step in steps] == [1, 1]
+    assert all(0 < step["hpd/rollout_log_prob_difference"] < 1e-4 for step in steps)
 
 
 def test_code(run_recipe: Recipe) -> None:
