@@ -93,6 +93,7 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
     except Exception as error:  # a replica that is large too, or whatever a model file raises at sizes of its own
         layout = candidates[0] if len(candidates) == 1 else next(each for each in candidates if not each.packed)
         logger.warning("%s: %s, without a trial before it loads: %s", _called(model), layout, one_line(error))
+        _check_offload(model, layout)
         return layout
     if tried.right is None:
         raise ValueError(_refusal(config, model, passes, tried))
@@ -100,6 +101,7 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
         logger.info("%s: %s", _called(model), _explained(tried))
     if passes.one_pass:
         _check_output_layer(config, model, passes)
+    _check_offload(model, tried.right)
     return tried.right
 
 
@@ -135,6 +137,16 @@ def _check_rope(config: Any, model: ModelNode, passes: Passes) -> None:
             f"{passes.fixed_rows}: {_called(model)} takes other rotary factors for all rows of a micro-batch once one has "
             f"more than {switch} tokens; give 1, or leave it out: micro-batches by tokens keep short and long rows apart"
         )
+
+
+def _check_offload(model: ModelNode, layout: RowLayout) -> None:
+    require(
+        layout.packed or not model.get("enable_activation_offload"),
+        f"{model.name}.enable_activation_offload",
+        True,
+        f"{_called(model)} takes padded rows, with which verl's offloading of activations gives wrong gradients; set it "
+        "to false",
+    )
 
 
 def _explained(tried: Tried) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from hpd_verl.patching import replace
+from hpd_verl.import_hooks import replace
 
 def _single_gloo_backend(original: Callable[..., Any]) -> Callable[..., Any]:
     """verl asks for the backends "cpu:gloo,<device>:<backend>"; on a CPU that names one device twice."""

@@ -1,4 +1,4 @@
-"""Attention of packed sequences by torch alone: ``attn_implementation=packed_sdpa``.
+"""Attention of packed sequences by torch alone: ``attn_implementation=packed_attention``.
 
 torch's sdpa needs a mask of [tokens, tokens] to keep packed sequences apart, whose cost grows with the square of the
 pack; this one calls it once per sequence. It takes soft caps and sinks, which sdpa does not, and serves verl's Ulysses
@@ -22,10 +22,12 @@ from verl.utils.ulysses import (
     get_ulysses_sequence_parallel_world_size,
 )
 
-from hpd_verl.patching import replace
+from hpd_verl.import_hooks import replace
 
-NAME = "packed_sdpa"
-AS_FLASH = "packed_sdpa_as_flash"
+NAME = "packed_attention"
+FORMER_NAME = "packed_sdpa"
+"""The same. Models that do not take sdpa refuse every name with "sdpa" in it."""
+AS_FLASH = "packed_attention_as_flash"
 """The same, told no more than flash attention's varlen kernels are: what the layer itself hands on, and no mask."""
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -89,7 +91,7 @@ def _lengths(mask: PackedMask | None, position_ids: Tensor | None) -> list[int]:
     return torch.cat([starts, end]).diff().tolist()
 
 
-def packed_sdpa(
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -214,14 +216,14 @@ def _loads_anywhere(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def to_dict(self: PretrainedConfig) -> dict[str, Any]:
         config = original(self)
-        if config.get("attn_implementation") == NAME:
+        if config.get("attn_implementation") in (NAME, FORMER_NAME):
             del config["attn_implementation"]
         return config
 
     return to_dict
 
 
-for _name, _mask in ((NAME, packed_mask), (AS_FLASH, _mask_as_flash)):
-    ALL_ATTENTION_FUNCTIONS.register(_name, packed_sdpa)
+for _name, _mask in ((NAME, packed_mask), (FORMER_NAME, packed_mask), (AS_FLASH, _mask_as_flash)):
+    ALL_ATTENTION_FUNCTIONS.register(_name, packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_name, _mask)
 replace(PretrainedConfig, "to_dict", _loads_anywhere)

@@ -18,6 +18,8 @@ from hpd_verl.engine.row_layout import packed_inputs, padded_inputs, trial_rows
 ROWS_MODEL_TYPE = "hpd_rows_language_model"
 """``model_type`` of the engine in verl's registry."""
 
+_LENGTHS = (9, 13, 6)
+"""Tokens of the rows that the loaded model is tried with."""
 _MOVES_AT_MOST = {torch.float32: 1e-4}
 _MOVES_AT_MOST_ROUNDED = 5e-2
 """Relative change of a token's logits. What leaks moves them by the order of 1; rounding may depend on other rows where
@@ -58,22 +60,22 @@ class RowEngine(FSDPEngineWithLMHead):
     def _check_rows(self) -> None:
         """Change one row: the others must stay what they are. The model is the real one, on its device, in its dtype."""
         make = packed_inputs if self.use_remove_padding else padded_inputs
-        rows, other = trial_rows(0), trial_rows(1)
+        vocabulary = self.model_config.hf_config.get_text_config().vocab_size
+        rows, other = (trial_rows(_LENGTHS, vocabulary, seed) for seed in (0, 1))
         before, after = (self._trial(make, [first, *rows[1:]]) for first in (rows[0], other[0]))
         moved = ((after - before).norm(dim=-1) / before.norm(dim=-1)).max().item()
         limit = _MOVES_AT_MOST.get(self.compute_dtype, _MOVES_AT_MOST_ROUNDED)
         if moved > limit:  # not where it is NaN: the first step refuses that and names the rows
             how = "packed" if self.use_remove_padding else "padded"
             raise ValueError(
-                f"{self.model_config.path}: a row moves the logits of the rows it is {how} with, by {moved:.2g}, under "
-                f"attn_implementation={self.model_config.hf_config._attn_implementation}; choose another by "
-                "override_config.attn_implementation, or use_remove_padding=false"
+                f"use_remove_padding={self.use_remove_padding}: a row moves the logits of the rows it is {how} with, by "
+                f"{moved:.2g}, in {self.model_config.path} with its attention "
+                f"{self.model_config.override_config.get('attn_implementation')}; choose another, or padded rows"
             )
 
     def _trial(self, make: Any, rows: list[Tensor]) -> Tensor:
         """Logits [tokens, vocabulary] of all rows but the first."""
-        vocabulary = self.model_config.hf_config.get_text_config().vocab_size
-        inputs, is_token = make([row % vocabulary for row in rows])
+        inputs, is_token = make(rows)
         inputs = {name: value if value is None else value.to(get_device_id()) for name, value in inputs.items()}
         logits = self.module(**inputs, use_cache=False).logits[is_token.to(get_device_id())]
         return logits[len(rows[0]) :].float()

@@ -14,10 +14,10 @@ from transformers import PretrainedConfig
 from verl.utils.device import get_device_name
 
 from hpd_verl.engine import attention
-from hpd_verl.engine.replica import Replica
+from hpd_verl.engine.replica import Replica, rope_switch
 
-LENGTHS = (9, 13, 6, 22)
-"""Of the rows that a model is tried with: above a replica's windows and chunks, and not their multiples."""
+LENGTHS = (9, 150, 6, 70)
+"""Tokens of the rows that a replica is tried with: above its windows and chunks, and not their multiples."""
 
 TOLERANCE = 1e-4
 """Relative difference of a token's logits. Right ones differ by rounding, wrong ones by 2e-2 and more."""
@@ -70,7 +70,7 @@ def default_attentions(shares_sequences_out: bool) -> list[str]:
     """Attentions to choose from where none is set, the fastest first.
 
     Args:
-        shares_sequences_out: Ulysses sequence parallelism, which flash attention and ``packed_sdpa`` know.
+        shares_sequences_out: Ulysses sequence parallelism, which flash attention and ``packed_attention`` know.
     """
     flash = [FLASH] if get_device_name() != "cpu" and importlib.util.find_spec("flash_attn") else []
     return [*flash, attention.NAME, *([] if shares_sequences_out else ["sdpa", "eager"])]
@@ -119,7 +119,10 @@ def _try_layouts(
     key: _Key, candidates: tuple[RowLayout, ...], longest_row: int, shares_sequences_out: bool, trust_remote_code: bool
 ) -> Tried:
     replica = Replica(key.config, longest_row, trust_remote_code)
-    draws = [trial_rows(0), trial_rows(1)]
+    # Rows on either side of a rope's switch never share a micro-batch.
+    longest = min(longest_row, rope_switch(key.config) or longest_row)
+    lengths = [min(length, longest) for length in LENGTHS]
+    draws = [trial_rows(lengths, replica.config.vocab_size, seed) for seed in (0, 1)]
     expected = [_alone(replica.model("eager"), rows) for rows in draws]
     wrong: dict[RowLayout, str] = {}
     for layout in candidates:
@@ -139,10 +142,10 @@ def _try_layouts(
     return Tried(None, wrong)
 
 
-def trial_rows(seed: int) -> list[Tensor]:
-    """Rows int64 [tokens] of ``LENGTHS``, with tokens that are no special ones in most vocabularies."""
+def trial_rows(lengths: Sequence[int], vocabulary_size: int, seed: int) -> list[Tensor]:
+    """Rows int64 [tokens], of tokens at random."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(10, 250, (length,), generator=generator) for length in LENGTHS]
+    return [torch.randint(vocabulary_size, (length,), generator=generator) for length in lengths]
 
 
 def packed_inputs(rows: Sequence[Tensor]) -> tuple[dict[str, Tensor | None], Tensor]:
