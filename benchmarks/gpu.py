@@ -215,17 +215,14 @@ class Stages:
         with open(file, newline="") as stream:
             return [{name: row[name] for name in columns if name in row} for row in csv.DictReader(stream)]
 
-    def steps_of(self, module: list[str], overrides: list[str], prefix: str, seconds: float) -> dict[str, Any]:
+    def steps_of(self, module: list[str], overrides: list[str], seconds: float) -> dict[str, Any]:
         """Ten steps of a trainer on the tiny models."""
         log = self.folder / "metrics.jsonl"
         log.unlink(missing_ok=True)
         steps = 2 if self.options.small else STEPS
-        attention = []
-        if self.options.device != "cpu" and find_spec("flash_attn") is None:
-            attention = [f"+{prefix}model.override_config.attn_implementation=sdpa"]
         environment = {"VERL_PLATFORM": "cpu"} if self.options.device == "cpu" else {}
         self.command(
-            *(sys.executable, *module, *overrides, *attention),
+            *(sys.executable, *module, *overrides),
             "data.max_prompt_length=16",
             "data.max_response_length=16",
             "data.train_batch_size=8",
@@ -250,7 +247,7 @@ class Stages:
         student, teacher, rows = self.models()
         overrides = [f"model.path={student}", f"teacher.model.path={teacher}", f"data.train_files={rows}"]
         module = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "hpd_verl.sft_trainer"]
-        return self.steps_of(module, overrides, "", seconds=150)
+        return self.steps_of(module, overrides, seconds=150)
 
     def main_ppo(self) -> dict[str, Any]:
         student, teacher, rows = self.models()
@@ -268,7 +265,7 @@ class Stages:
             "trainer.n_gpus_per_node=1",
         ]
         module = ["-m", "verl.trainer.main_ppo"]
-        result = self.steps_of(module, overrides, "actor_rollout_ref.", seconds=240)
+        result = self.steps_of(module, overrides, seconds=240)
         return {"rollouts": "vLLM, half of the rows" if with_rollouts else "none: vLLM is not installed", **result}
 
 

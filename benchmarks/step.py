@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,14 @@ from verl.workers.utils.losses import sft_loss  # noqa: E402
 
 from hpd_verl.config import HPDConfig  # noqa: E402
 from hpd_verl.hydra_config import config_dir  # noqa: E402
-from hpd_verl.lean import ALONE, DemonstrationDataset, as_batch, lazy_teacher, read_demonstrations  # noqa: E402
+from hpd_verl.lean import (  # noqa: E402
+    ALONE,
+    DemonstrationDataset,
+    as_batch,
+    lazy_teacher,
+    read_demonstrations,
+    write_row_layouts,
+)
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker  # noqa: E402
 from hpd_verl.pipelines.pipeline import Batch  # noqa: E402
 from hpd_verl.pipelines.staged import STAGED  # noqa: E402
@@ -205,10 +211,10 @@ def compose_config(arguments: argparse.Namespace) -> DictConfig:
         f"trainer.device={get_device_name()}",
         "optim.lr_scheduler_type=constant",
     ]
-    if get_device_name() != "cpu" and find_spec("flash_attn") is None:
-        overrides.append("+model.override_config.attn_implementation=sdpa")  # the teacher's too
     with initialize_config_dir(str(config_dir()), version_base=None):
-        return compose("sft_trainer", overrides=overrides)
+        config = compose("sft_trainer", overrides=overrides)
+    write_row_layouts(config)
+    return config
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import auto_set_device
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
-from hpd_verl.checks.start import check_sft_run
+from hpd_verl.checks.row_layouts import choose_row_layout, model_nodes, write_row_layout
+from hpd_verl.checks.start import check_sft_run, sft_passes
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import SequenceBuilder, demonstration_text
+from hpd_verl.engine.ranks import on_rank_zero
 from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import teacher_model_config
 from hpd_verl.teacher.size import log_size
@@ -114,7 +117,6 @@ def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any
     """Collated rows with the settings that verl's passes read."""
     data = config.data
     settings = {
-        "use_remove_padding": config.model.use_remove_padding,
         "use_dynamic_bsz": data.use_dynamic_bsz,
         "max_token_len_per_gpu": data.max_token_len_per_gpu,
         "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
@@ -125,6 +127,17 @@ def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any
         fields.STEP: step,
     }
     return tu.get_tensordict(tensor_dict=dict(tensors), non_tensor_dict=settings)
+
+
+def write_row_layouts(config: DictConfig) -> None:
+    """Choose attention and packing of both models, and write them into the configuration; all ranks together.
+
+    Raises:
+        ValueError: what is set is wrong for a model, or nothing is right.
+    """
+    passes = sft_passes(config)
+    for model in model_nodes(config.model, config.teacher.model, ("model", "teacher.model")):
+        write_row_layout(model, on_rank_zero(partial(choose_row_layout, model, passes)))
 
 
 def lazy_teacher(config: DictConfig) -> TeacherWorker:

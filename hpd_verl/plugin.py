@@ -22,6 +22,10 @@ def _register_core_algorithms() -> None:
     import hpd_verl.pipelines.policy_loss  # noqa: F401
 
 
+def _register_attention() -> None:
+    import hpd_verl.engine.attention  # noqa: F401
+
+
 def _register_agent_loop() -> None:
     import hpd_verl.ppo.agent_loop  # noqa: F401
 
@@ -48,6 +52,7 @@ def register() -> None:
 
         cpu.register()
     when_imported("hydra", _register_hydra)
+    when_imported("transformers.modeling_utils", _register_attention)
     when_imported("verl.trainer.ppo.core_algos", _register_core_algorithms)
     when_imported("verl.experimental.agent_loop", _register_agent_loop)
     when_imported("verl.trainer.ppo.v1", _register_trainer)

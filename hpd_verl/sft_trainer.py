@@ -41,6 +41,7 @@ from hpd_verl.lean import (
     lazy_teacher,
     log_store_size,
     read_demonstrations,
+    write_row_layouts,
 )
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
 from hpd_verl.stopping import StopSignals
@@ -58,6 +59,7 @@ class HPDSFTTrainer(SFTTrainer):
     def __init__(self, config: DictConfig) -> None:
         self.hpd = HPDConfig.from_config(config.algorithm.hpd)
         self.checkpoint_root = Path(config.trainer.default_local_dir).absolute()
+        write_row_layouts(config)
         super().__init__(config)
 
     def _build_dataset(self) -> None:

@@ -23,7 +23,15 @@ from verl.utils.distributed import destroy_global_process_group, initialize_glob
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.lean import ALONE, as_batch, checked, lazy_teacher, log_store_size, read_demonstrations
+from hpd_verl.lean import (
+    ALONE,
+    as_batch,
+    checked,
+    lazy_teacher,
+    log_store_size,
+    read_demonstrations,
+    write_row_layouts,
+)
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.stored import StoredTeacher
 
@@ -38,6 +46,7 @@ def fill(config: DictConfig) -> dict[str, float]:
         FloatingPointError: the teacher's logits of some rows are not finite. The other rows are stored.
     """
     hpd = HPDConfig.from_config(config.algorithm.hpd)
+    write_row_layouts(config)
     model = omega_conf_to_dataclass(config.model)
     data = config.data
     sources = ((data.train_files, data.train_max_samples), (data.val_files, data.val_max_samples))

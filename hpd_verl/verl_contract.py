@@ -342,15 +342,34 @@ CONTRACT: tuple[Entry, ...] = (
         _ENGINE,
         "engine/head_engine.py",
         {
-            "_autocast_dtype": "the dtype of the model's products, of which verl tells no one",
             "engine_config": "whether verl compiles",
+            "module": "the model",
+        },
+    ),
+    *_methods(
+        _ENGINE,
+        "engine/row_engine.py",
+        {
+            "__init__(self, model_config, engine_config, optimizer_config, checkpoint_config)": "its model type is one "
+            "that verl can build",
+            "initialize(self)": "the loaded model is tried with rows side by side",
+            "eval_mode(self, **kwargs)": "the trial runs in it",
+            "forward_backward_batch(self, data, loss_function, forward_only)": "what micro-batches are filled by",
+        },
+    ),
+    *_attributes(
+        _ENGINE,
+        "engine/row_engine.py",
+        {
+            "_autocast_dtype": "the dtype of the model's products, of which verl tells no one",
             "model_config": "its model type is set",
             "module": "the model",
+            "use_remove_padding use_ulysses_sp": "how rows share a micro-batch",
         },
     ),
     *_texts(
         f"{_ENGINE}._build_module",
-        "engine/head_engine.py",
+        "engine/row_engine.py",
         [('self.model_config.model_type == "language_model"', '"language_model"', "the name that builds the module")],
     ),
     *_texts(

@@ -36,7 +36,7 @@ supervised() { # MODEL STEPS LEARNING_RATE: supervised fine-tuning by verl's own
         env VERL_FILE_LOGGER_PATH="$RUN_DIR/sft_$1.jsonl" torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
         data.train_files="$RUN_DIR/data/sft.parquet" data.train_batch_size=64 data.max_length=128 \
         data.num_workers=1 \
-        model.path="$RUN_DIR/data/$1_init" +model.override_config.attn_implementation=packed_sdpa \
+        model.path="$RUN_DIR/data/$1_init" +model.override_config.attn_implementation=packed_attention \
         model.enable_gradient_checkpointing=False \
         engine.strategy=fsdp2 engine.use_torch_compile=False \
         '+engine.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}' \

@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from hpd_verl.checks.data import check_prompts_fit, template_kwargs
 from hpd_verl.checks.models import can_check_here, check_models, without_copies
 from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
-from hpd_verl.config import HPDConfig
+from hpd_verl.checks.row_layouts import Passes, choose_row_layout, model_nodes
+from hpd_verl.config import HPDConfig, choose_pipeline
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def _check_data_and_models(
     models: Mapping[str, DictConfig],
     settings: Mapping[str, Any],
     rows_needed: Mapping[str, int],
+    passes: Passes,
     validates_on_demonstrations: bool = False,
 ) -> None:
     """Check files and rows, then models, then both together.
@@ -42,6 +44,7 @@ def _check_data_and_models(
         models: the model nodes of ``student`` and ``teacher``.
         settings: the names of these models' path settings.
         rows_needed: file setting to the rows that must be there at least.
+        passes: what is asked of the models.
         validates_on_demonstrations: validation rows need demonstrations, too.
     """
     data = config.data
@@ -70,6 +73,9 @@ def _check_data_and_models(
         needed_context=data.max_prompt_length + data.max_response_length,
         template_kwargs=template_kwargs(data),
     )
+    names = [settings[role].removesuffix(".path") for role in ("student", "teacher")]
+    for model in model_nodes(without_copies(models["student"]), without_copies(models["teacher"]), names):
+        choose_row_layout(model, passes)
     for setting, found in checked.items():
         if _has_remote(as_list(OmegaConf.select(config, setting))):
             continue
@@ -82,6 +88,34 @@ def _check_data_and_models(
             needed_rows=rows_needed[setting],
             max_samples=-1 if data.get("shuffle", False) else _max_samples(config, setting),
         )
+
+
+def main_ppo_passes(config: DictConfig, pipeline: str) -> Passes:
+    """What the passes of a run of main_ppo ask of its models.
+
+    Args:
+        config: the composed configuration.
+        pipeline: one_pass or staged.
+    """
+    nodes, setting = config.actor_rollout_ref, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    rows = None if nodes.actor.use_dynamic_bsz else OmegaConf.select(config, setting)
+    return Passes(
+        longest_row=config.data.max_prompt_length + config.data.max_response_length,
+        one_pass=pipeline == "one_pass",
+        ulysses=max(nodes[role].get("ulysses_sequence_parallel_size", 1) for role in ("actor", "ref")) > 1,
+        fixed_rows=f"{setting}={rows}" if rows is not None and rows > 1 else None,
+    )
+
+
+def sft_passes(config: DictConfig) -> Passes:
+    """The same of the lean trainer."""
+    data = config.data
+    rows = None if data.use_dynamic_bsz else data.micro_batch_size_per_gpu
+    return Passes(
+        longest_row=data.max_prompt_length + data.max_response_length,
+        one_pass=True,
+        fixed_rows=f"data.micro_batch_size_per_gpu={rows}" if rows is not None and rows > 1 else None,
+    )
 
 
 def check_main_ppo(config: DictConfig) -> None:
@@ -106,6 +140,7 @@ def check_main_ppo(config: DictConfig) -> None:
         {"student": nodes.model, "teacher": nodes.ref.model},
         {"student": "actor_rollout_ref.model.path", "teacher": "actor_rollout_ref.ref.model.path"},
         rows_needed,
+        main_ppo_passes(config, choose_pipeline(config, hpd)[0]),
     )
 
 
@@ -132,5 +167,6 @@ def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False)
         {"student": config.model, "teacher": config.teacher.model},
         {"student": "model.path", "teacher": "teacher.model.path"},
         rows_needed,
+        sft_passes(config),
         validates_on_demonstrations=True,
     )

@@ -6,8 +6,6 @@ Nothing outside this folder imports it except `plugin.py`.
 
 import os
 
-from hpd_verl.import_hooks import when_imported
-
 # Set before torch and vLLM read them. A user's own value wins.
 ENVIRONMENT = {
     # verl registers its FSDP engine for "cuda" and "npu" only; the engine itself is device-agnostic.
@@ -23,12 +21,8 @@ ENVIRONMENT = {
 }
 
 
-def _register_attention() -> None:
-    import hpd_verl.cpu.attention  # noqa: F401
-
-
 def register() -> None:
-    """Register the CPU platform with verl, apply the patches and offer the attention. Idempotent."""
+    """Register the CPU platform with verl, and apply the patches. Idempotent."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -36,4 +30,3 @@ def register() -> None:
 
     platform.register()
     patches.apply()
-    when_imported("transformers.modeling_utils", _register_attention)

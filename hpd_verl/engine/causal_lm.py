@@ -14,6 +14,7 @@ HeadFunction = Callable[[Tensor, OutputHead], Any]
 """``head(hidden [rows, tokens, d], layer)``: takes the place of the output layer; the model returns what it returns."""
 
 _PROBE_LENGTH = 8
+_REMEDY = "main_ppo trains it with algorithm.hpd.pipeline=staged"
 
 
 def _causal_lm(module: nn.Module) -> Any:
@@ -37,8 +38,7 @@ def output_head(module: nn.Module, vocabulary_size: int | None = None) -> Output
     if not isinstance(layer, nn.Linear):
         found = f"{type(layer).__module__}.{type(layer).__qualname__}"
         raise ValueError(
-            f"algorithm.hpd.pipeline=one_pass: the output layer of {type(model).__name__} is {found}, not a linear "
-            "layer; use algorithm.hpd.pipeline=staged"
+            f"the output layer of {type(model).__name__} is {found}, not a linear layer, which one pass reads; {_REMEDY}"
         )
     scale, soft_cap = head_scaling(model.config)
     return OutputHead(
@@ -74,8 +74,8 @@ def offer_head(module: nn.Module, vocabulary_size: int | None = None) -> None:
     output_head(model, vocabulary_size)  # refuses what is not understood
     if model.base_model is model:
         raise ValueError(
-            f"algorithm.hpd.pipeline=one_pass: {type(model).__name__} has no part named {model.base_model_prefix!r}, "
-            "which would make the hidden states; use algorithm.hpd.pipeline=staged"
+            f"{type(model).__name__} has no part named {model.base_model_prefix!r}, which would make the hidden states that "
+            f"one pass reads; {_REMEDY}"
         )
     layer = model.get_output_embeddings()
     plain_model_forward, plain_layer_forward = model.forward, layer.forward
@@ -123,6 +123,6 @@ def check_head(module: nn.Module) -> None:
     if not difference <= tolerance * (1 + logits.abs().max().item()):
         name = type(_causal_lm(module)).__name__
         raise ValueError(
-            f"algorithm.hpd.pipeline=one_pass: the output layer of {name} does more than a linear layer, scaling and "
-            f"soft-capping (logits differ by {difference:.3g}); use algorithm.hpd.pipeline=staged"
+            f"the output layer of {name} does more than a linear layer, scaling and soft-capping, which one pass knows "
+            f"(logits differ by {difference:.3g}); {_REMEDY}"
         )

@@ -2,7 +2,6 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from hpd_verl.engine.causal_lm import check_head, offer_head
+from hpd_verl.engine.row_engine import RowEngine
 from hpd_verl.head.output_head import OutputHead
 
 MODEL_TYPE = "hpd_language_model"
@@ -35,12 +34,11 @@ class HeadLoss(ABC):
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
-class HeadEngine(FSDPEngineWithLMHead):
+class HeadEngine(RowEngine):
     """Hands hidden states to a ``HeadLoss``; every other loss function gets what verl's engine gives it."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.model_config.model_type = "language_model"  # the name by which verl builds the module
         self.vocabulary_size: int | None = None
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
@@ -62,19 +60,9 @@ class HeadEngine(FSDPEngineWithLMHead):
             check_head(self.module)
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype of the model's matrix products."""
-        return self._autocast_dtype
-
-    @property
     def compiles(self) -> bool:
         """Whether elementwise work is fused by ``torch.compile``, verl's setting of the engine."""
         return bool(self.engine_config.use_torch_compile)
-
-    def _autocast(self) -> Any:
-        if self.compute_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(device_type=get_device_name(), dtype=self.compute_dtype)
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         if not isinstance(loss_function, HeadLoss):

@@ -4,6 +4,7 @@ The passes go through verl's engine and its hook for logits, where the loss func
 log-probs, under the names of ``data.fields``. In between the driver computes the weights, which stay fixed for a batch.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,14 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.metric import AggregationType, Metric
 from verl.utils.ulysses import slice_input_tensor
-from verl.workers.config import ActorConfig
+from verl.workers.config import ActorConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested, response_to_nested
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import row_numbers
+from hpd_verl.engine.row_engine import ROWS_MODEL_TYPE
 from hpd_verl.head.metrics import token_metrics
 from hpd_verl.head.sampling import counter_uniform, sample_tokens, token_log_probs
 from hpd_verl.objectives import LOG_ZERO, TokenLogProbs
@@ -334,4 +336,11 @@ class Staged(RankPipeline):
         return train(self.student, data, self.loss_agg_mode)
 
 
-STAGED = Pipeline(StagedDriver, Staged, student_worker=TrainingWorker, teacher_is_lazy=False)
+class StagedStudentWorker(TrainingWorker):
+    """verl's worker of the actor, with the engine that keeps rows apart."""
+
+    def __init__(self, config: TrainingWorkerConfig) -> None:
+        super().__init__(dataclasses.replace(config, model_type=ROWS_MODEL_TYPE))
+
+
+STAGED = Pipeline(StagedDriver, Staged, student_worker=StagedStudentWorker, teacher_is_lazy=False)

@@ -180,7 +180,7 @@ def _settings(run: Run) -> list[tuple[str, Run]]:
     tried = [
         (f"{model}.enable_gradient_checkpointing=true", replace(run, gradient_checkpointing=True)),
         (
-            f"+{model}.override_config.attn_implementation=flash_attention_2",
+            f"{model}.override_config.attn_implementation=flash_attention_2",
             replace(run, attention="flash_attention_2"),
         ),
         (f"algorithm.hpd.token_chunk_size={_chunk(run) // 4}", replace(run, token_chunk_size=_chunk(run) // 4)),

@@ -31,7 +31,9 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from hpd_verl import checkpoint
 from hpd_verl.checks.models import check_models
+from hpd_verl.checks.row_layouts import choose_row_layout, model_nodes, write_row_layout
 from hpd_verl.checks.run import check_config
+from hpd_verl.checks.start import main_ppo_passes
 from hpd_verl.config import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION
@@ -85,6 +87,11 @@ class HPDTrainer(PPOTrainerSync):
             teacher_setting="actor_rollout_ref.ref.model.path",
             needed_context=config.data.max_prompt_length + config.data.max_response_length,
         )
+        nodes = config.actor_rollout_ref
+        names = ("actor_rollout_ref.model", "actor_rollout_ref.ref.model")
+        passes = main_ppo_passes(config, pipeline)
+        for model in model_nodes(nodes.model, nodes.ref.model, names):
+            write_row_layout(model, choose_row_layout(model, passes))
         self.serves_rollouts = needs_rollout_server(config, self.hpd)
         if not self.serves_rollouts:
             self._enable_hybrid_replicas = False  # verl's switch for an empty list of replicas

@@ -22,6 +22,7 @@ from hpd_verl.data.response_tokens import response_tokens, row_numbers
 from hpd_verl.engine.causal_lm import output_head
 from hpd_verl.engine.head_engine import MODEL_TYPE, HeadLoss
 from hpd_verl.engine.ranks import highest_of_ranks
+from hpd_verl.engine.row_engine import ROWS_MODEL_TYPE
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.teacher.records import DTYPES
@@ -38,7 +39,7 @@ class TeacherWorker(TrainingWorker):
     """
 
     def __init__(self, config: TrainingWorkerConfig, model: HFModelConfig, lazy: bool = False) -> None:
-        model_type = MODEL_TYPE if lazy else config.model_type
+        model_type = MODEL_TYPE if lazy else ROWS_MODEL_TYPE
         super().__init__(dataclasses.replace(config, model_config=model, model_type=model_type))
         self.lazy = lazy
         self.is_loaded = False

@@ -24,7 +24,7 @@ from hpd_verl.engine.head_engine import HeadLoss
 from hpd_verl.head.features import HiddenFeatures
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.lean import ALONE, as_batch, lazy_teacher, read_demonstrations
+from hpd_verl.lean import ALONE, as_batch, lazy_teacher, read_demonstrations, write_row_layouts
 from hpd_verl.pipelines.one_pass import StudentWorker
 from hpd_verl.teacher import colocated
 from hpd_verl.teacher.colocated import ColocatedTeacher
@@ -47,7 +47,7 @@ def one_rank() -> Iterator[None]:
 
 def configuration(tiny: Tiny, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(config_dir()), version_base=None):
-        return compose(
+        config = compose(
             "sft_trainer",
             [
                 f"model.path={tiny.student}",
@@ -59,6 +59,8 @@ def configuration(tiny: Tiny, *overrides: str) -> DictConfig:
                 *overrides,
             ],
         )
+    write_row_layouts(config)
+    return config
 
 
 def make_student(config: DictConfig) -> StudentWorker:

@@ -1,0 +1,178 @@
+"""Which attention each model takes and whether its rows are packed: chosen where nothing is set, else checked."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import HFModelConfig
+
+from hpd_verl.checks.models import without_copies
+from hpd_verl.config import require
+from hpd_verl.data.files import one_line
+from hpd_verl.engine.causal_lm import check_head, offer_head
+from hpd_verl.engine.replica import Replica, rope_switch
+from hpd_verl.engine.row_layout import RowLayout, Tried, default_attentions, layouts, try_layouts
+from hpd_verl.teacher.model_config import teacher_model_config
+
+logger = logging.getLogger(__name__)
+
+ATTENTION = "override_config.attn_implementation"
+PACKING = "use_remove_padding"
+AUTO = "auto"
+"""Of ``use_remove_padding``: whatever is right for the model, packed rows where they are."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the passes of a run ask of its models."""
+
+    longest_row: int
+    """Tokens of prompt and response."""
+    one_pass: bool
+    """The pipeline reads hidden states in front of the output layer."""
+    ulysses: bool = False
+    """Sequences are shared out among ranks."""
+    fixed_rows: str | None = None
+    """The setting, with its value, that gives each micro-batch the same number of rows, above one."""
+
+
+@dataclass(frozen=True)
+class ModelNode:
+    """A model's node in the configuration, and what its settings are called."""
+
+    name: str
+    """As ``actor_rollout_ref.model``."""
+    node: DictConfig
+    """With what it takes from the student, where it is the teacher's."""
+    own: DictConfig
+    """As it is written, without that."""
+
+    def is_set(self, key: str) -> bool:
+        return OmegaConf.select(self.own, key) not in (None, AUTO)
+
+    def get(self, key: str) -> Any:
+        return OmegaConf.select(self.node, key)
+
+
+def model_nodes(student: DictConfig, teacher: DictConfig, names: Sequence[str]) -> list[ModelNode]:
+    """The models of a run: the student, and the teacher where there is one.
+
+    Args:
+        student, teacher: their nodes.
+        names: of these nodes, in this order.
+    """
+    nodes = [ModelNode(names[0], student, student)]
+    if teacher.get("path"):
+        nodes.append(ModelNode(names[1], teacher_model_config(student, teacher), teacher))
+    return nodes
+
+
+def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
+    """The layout by which this model computes each row as it does alone.
+
+    What is set for this model is taken or refused, never changed. What the teacher takes from the student is preferred.
+
+    Raises:
+        ValueError: what is set is wrong for this model, or nothing that is known is right.
+    """
+    packing = model.get(PACKING)
+    require(
+        not passes.ulysses or packing is not False,
+        f"{model.name}.{PACKING}",
+        packing,
+        "Ulysses sequence parallelism shares out packed rows; leave it out",
+    )
+    config = _hf_config(model)
+    _check_rope(config, model, passes)
+    candidates = _candidates(model, passes)
+    try:
+        tried = try_layouts(config, candidates, passes.longest_row, passes.ulysses, bool(model.get("trust_remote_code")))
+    except Exception as error:  # a replica that is large too, or whatever a model file raises at sizes of its own
+        layout = candidates[0] if len(candidates) == 1 else next(each for each in candidates if not each.packed)
+        logger.warning("%s: %s, without a trial before it loads: %s", _called(model), layout, one_line(error))
+        _check_offload(model, layout)
+        return layout
+    if tried.right is None:
+        raise ValueError(_refusal(config, model, passes, tried))
+    if tried.wrong:
+        logger.info("%s: %s", _called(model), _explained(tried))
+    if passes.one_pass:
+        _check_output_layer(config, model, passes)
+    _check_offload(model, tried.right)
+    return tried.right
+
+
+def write_row_layout(model: ModelNode, layout: RowLayout) -> None:
+    """Write a layout into a model's own node, for all that reads it from here on."""
+    with open_dict(model.own):
+        OmegaConf.update(model.own, ATTENTION, layout.attention, force_add=True)
+        model.own[PACKING] = layout.packed
+
+
+def _called(model: ModelNode) -> str:
+    return f"{model.name}.path={model.get('path')}"
+
+
+def _hf_config(model: ModelNode) -> Any:
+    node = without_copies(model.node)
+    node.load_tokenizer = False
+    loaded: HFModelConfig = omega_conf_to_dataclass(node)
+    return loaded.hf_config
+
+
+def _candidates(model: ModelNode, passes: Passes, ignores_settings: bool = False) -> list[RowLayout]:
+    free = ignores_settings or not model.is_set(ATTENTION)
+    attentions = ([] if ignores_settings else [model.get(ATTENTION)]) + (default_attentions(passes.ulysses) if free else [])
+    packing = None if ignores_settings or not model.is_set(PACKING) else model.get(PACKING)
+    return list(layouts(list(dict.fromkeys(filter(None, attentions))), True if passes.ulysses else packing))
+
+
+def _check_rope(config: Any, model: ModelNode, passes: Passes) -> None:
+    switch = rope_switch(config)
+    if switch is not None and passes.longest_row > switch and passes.fixed_rows is not None:
+        raise ValueError(
+            f"{passes.fixed_rows}: {_called(model)} takes other rotary factors for all rows of a micro-batch once one has "
+            f"more than {switch} tokens; give 1, or leave it out: micro-batches by tokens keep short and long rows apart"
+        )
+
+
+def _check_offload(model: ModelNode, layout: RowLayout) -> None:
+    require(
+        layout.packed or not model.get("enable_activation_offload"),
+        f"{model.name}.enable_activation_offload",
+        True,
+        f"{_called(model)} takes padded rows, with which verl's offloading of activations gives wrong gradients; set it "
+        "to false",
+    )
+
+
+def _explained(tried: Tried) -> str:
+    reasons = "; ".join(f"{layout}: {reason}" for layout, reason in tried.wrong.items())
+    assert tried.right is not None
+    costs = "" if tried.right.packed else ". Each row of a micro-batch costs as much as its longest"
+    return f"{tried.right}, since a trial found {reasons}{costs}"
+
+
+def _refusal(config: Any, model: ModelNode, passes: Passes, tried: Tried) -> str:
+    """The line that says what is set wrongly and what is right, or that nothing is."""
+    layout, reason = next(iter(tried.wrong.items()))
+    set_here = [f"{model.name}.{key}={model.get(key)}" for key in (ATTENTION, PACKING) if model.is_set(key)]
+    found = f"{layout} does not compute each row as it is alone ({reason})"
+    other = try_layouts(config, _candidates(model, passes, ignores_settings=True), passes.longest_row, passes.ulysses).right
+    if set_here and other is not None:
+        return f"{' '.join(set_here)}: with {_called(model)}, {found}; leave it out for {other}"
+    tried_all = ", ".join(sorted({each.attention for each in tried.wrong}))
+    return f"{_called(model)}: {found}, nor does any other ({tried_all}, packed or padded); choose another model"
+
+
+def _check_output_layer(config: Any, model: ModelNode, passes: Passes) -> None:
+    """Refuse a model whose output layer is not understood, by its replica."""
+    replica = Replica(config, passes.longest_row, bool(model.get("trust_remote_code"))).model("eager")
+    try:
+        offer_head(replica)
+        check_head(replica)
+    except ValueError as error:
+        raise ValueError(f"{_called(model)}: {error}") from error
