@@ -181,10 +181,8 @@ class _Comparison:
                 return self._same_relations(wanted, given)
             case (Value(), Value()):
                 return self._same_values(wanted, given)
-            case (Union(), Union()):
-                return self._matched(wanted.items, given.items)
-            case (Union(), Many(opening="")) | (Many(opening=""), Union()):
-                return self._matched(wanted.items, given.items)
+            case (Union(ones), Union(others)) | (Union(ones), Many(others, "")) | (Many(ones, ""), Union(others)):
+                return self._matched(ones, others)
             case (Many(), Many()):
                 return self._same_many(wanted, given)
             case (Many(), Value()) | (Value(), Many()):
@@ -234,6 +232,8 @@ class _Comparison:
         runs = [sorted(re.findall(r"[A-Z]{2,}", each)) for each in letters]
         if any(re.fullmatch(r"[A-Z]{2,}", each) for each in letters) or (all(runs) and runs[0] != runs[1]):
             return letters[0] == letters[1]
+        if all(re.fullmatch(r"[a-z]{3,}", each.strip()) for each in (wanted, given)):
+            return False  # words; a product has signs, spaces or no more than two letters
         if any("\\ldots" in each for each in letters) or letters[0].count("'") != letters[1].count("'"):
             return False
         lower = not _both_cases(wanted + given)
@@ -333,6 +333,8 @@ class _Comparison:
     def _stated(self, relation: Relation) -> list[Form]:
         """What a chain says: its last side; both sides of a sign of nearness, if they are near, else none."""
         last = relation.sides[-1]
+        if _is_name(last) and not _is_name(relation.sides[0]):  # 5 = x
+            return [relation.sides[0]]
         if relation.operators[-1] != "~" or len(relation.sides) < 2:
             return [last]
         exact = relation.sides[-2]
@@ -344,8 +346,9 @@ class _Comparison:
         return [exact, last] if replace(self, tolerance=abs(rounded) / 50).same(exact, last) else []
 
     def _same_equations(self, wanted: Relation, given: Relation) -> bool:
-        if _is_name(wanted.sides[0]) and _is_name(given.sides[0]):
-            names = [re.sub(r"[\s{}]", "", _bare_text(each.sides[0])) for each in (wanted, given)]
+        left = [each.sides[0] for each in (wanted, given)]
+        if all(map(_is_name, left)):
+            names = [re.sub(r"[\s{}]", "", _bare_text(each)) for each in left]
             if names[0] == names[1] or (not _both_cases("".join(names)) and names[0].lower() == names[1].lower()):
                 return self.same(wanted.sides[-1], given.sides[-1])
         elif self._in_order(wanted.sides, given.sides):
@@ -413,7 +416,11 @@ def _right_side(form: Form) -> Form:
     return form.sides[-1] if isinstance(form, Relation) and set(form.operators) == {"="} else form
 
 
-def _bare_text(form: Words | Value) -> str:
+def _bare_text(form: Form) -> str:
+    """Of words, of a letter, or of a value."""
+    if isinstance(form, Choice):
+        return form.letter
+    assert isinstance(form, Words | Value)
     return form.text if isinstance(form, Words) else " ".join([form.tex.strip("(){} "), *form.words]).strip()
 
 

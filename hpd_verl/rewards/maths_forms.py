@@ -64,6 +64,9 @@ _SHORT_UNITS = frozenset(
     "cm mm km ft in kg mg gm lb lbs oz sec min hr hrs ml mi yd mph kmh kph cc am pm usd pct rs".split()
 )
 _JOINING = frozenset("and or 或 或者 和 及 以及 与 и или und oder et ou".split())
+_UNIT_FRACTION = re.compile(
+    r"(?<=[\d}\s])\\frac\s*\{\s*(?:[mgslLN]|[ckm]m|kg|mi|ft)\s*\}\s*\{\s*(?:[smhgL]|min|hr|[ck]m)(?:\s*\^\s*\{?\d\}?)?\s*\}"
+)
 _NEGATING = re.compile(
     r"«(?:not|never|cannot|except|excluding|neither|nor|without|isn't|isn|aren't|doesn't|isnt|不|不是|不等于|不为|非|除|除了|не|nicht|kein)»"
     r"|«other»\s*«than»|\\neg\b|\\lnot\b"
@@ -189,7 +192,8 @@ def clean(text: str) -> str:
     """One spelling for one thing; words in text macros are marked."""
     if not text.isascii():  # vowels of some scripts are marks and no letters
         text = "".join(each for each in unicodedata.normalize("NFC", text) if unicodedata.category(each)[0] != "M")
-    text = text.translate(_CHARACTERS).replace("**", "")
+    text = text.translate(_CHARACTERS)
+    text = re.sub(r"(?<=[\w)}])\s?\*\*\s?(?=[\w({-])", "^", text).replace("**", "")  # a power, else bold type
     text = re.sub(r"^\s*_{2,}([^_].*?)_{2,}\s*$", r"\1", text)
     if "matrix" in text or "array" in text or "cases" in text:
         text = re.sub(r"\\\\(?:\[[^\]]*\])?", "⏎", text)
@@ -213,6 +217,8 @@ def clean(text: str) -> str:
     text = re.sub(r"\\(?:ldots|dots|cdots|dotsc|dotsb|vdots)(?![a-zA-Z])|\.{3,}", r"\\ldots ", text)
     text = re.sub(r"\\(?:lbrace|\{)", "⦃", text)
     text = re.sub(r"\\(?:rbrace|\})", "⦄", text)
+    text = re.sub(r"\\(?:lor|vee)(?![a-zA-Z])", " «or» ", text)
+    text = re.sub(r"\\(?:land|wedge)(?![a-zA-Z])", " «and» ", text)
     text = re.sub(r"\\langle(?![a-zA-Z])", "⟨", text)
     text = re.sub(r"\\rangle(?![a-zA-Z])", "⟩", text)
     text = re.sub(r"\\l?vert(?![a-zA-Z])|\\rvert(?![a-zA-Z])", "|", text)
@@ -267,9 +273,11 @@ def mark_words(text: str, numeric: bool) -> str:
     text = _RUN.sub(marked, text)
     text = re.sub(r"^(.*)«or»\s*«(?:more|greater|above|larger)»", r"«at»«least»\1", text)
     text = re.sub(r"^(.*)«or»\s*«(?:less|fewer|below|smaller)»", r"«at»«most»\1", text)
+    text = re.sub(r"«(?i:minus|negative|负)»\s*(?=[\d.¤(]|\\(?:frac|sqrt|pi))", "-", text)
     # An article, and the letter of a unit that stands behind a number.
-    text = re.sub(r"(?<![\w\\])[aA]\s+(?=«)", " ", text)
+    text = re.sub(r"(?<![\w\\])[aA]\s+(?=«(?!(?:and|or)»))", " ", text)
     if numeric:
+        text = _UNIT_FRACTION.sub("«per»", text)
         text = re.sub(
             r"(?<=[\d})])(\s*)([mgshLlNJWVK])(?=\s*(?:\^\s*\{?[23]\}?\s*)?(?:/\s*\S+\s*)?[.]?\s*$)", r"\1«\2»", text
         )
@@ -283,6 +291,7 @@ def mark_words(text: str, numeric: bool) -> str:
 _TOKEN = re.compile(r"«[^»]*»|\\(?:begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+|\\.|.", re.S)
 _OPENING, _CLOSING = "([{⦃⟨", ")]}⦄⟩"
 _SEPARATOR = re.compile(r"\s*(?:[,;]\s*)?«(?i:and|or|或|或者|和|及|以及|与|и|или|und|oder|et|ou)»[\s,]*|\s*[,;]\s*")
+_COMMA = re.compile(r"\s*[,;]\s*")
 _UNION = re.compile(r"\\cup(?![a-zA-Z])")
 _SIGNS = {
     "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "<=": "<=", "\\ge": ">=", "\\geq": ">=", "\\geqslant": ">=",
@@ -334,7 +343,10 @@ _LEAD_IN = re.compile(
     r"|^\s*«?(?:答案|答|选项|选|故选|应选)»?(?:«?[是为]»?)?\s*:?\s*",
     re.I,
 )
-_CHOSEN = re.compile(r"^\s*(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[).:](?!\d)|([A-Z])(?=\s+[\d\\¤-]))\s*(.*)$", re.S)
+_CHOSEN = re.compile(
+    r"^\s*(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[).:](?!\d)|([A-Z])(?=\s+\(?[\d\\¤-]|\s*,\s*(?!and|or)[a-z]{2,})),?\s*(.*)$",
+    re.S,
+)
 _OTHERWISE = re.compile(r"[,;=<>+*/^_]|-\s*[A-Z(]|\\(?:cup|cap|in|times|cdot)\b|(?:and|or)\b")
 _WORD = re.compile(r"«([^»]*)»")
 _UNIT = re.compile(r"(?:/\s*)?«[^»]*»(?:\s*\^\s*(?:\{\s*-?\d\s*\}|\d))?(?:\s*[.](?=\s*«))?")
@@ -364,6 +376,8 @@ def _chosen(plain: str, numeric: bool) -> Choice | None:
         return Choice(match[1])
     if len(set(re.findall(r"\(\s*([A-Z])\s*\)", rest))) > 1:
         return None
+    if (match := re.match(r"([^A-Za-z]*\d[^A-Za-z]*)\s\(([A-Z])\)$", rest)) is not None:
+        return Choice(match[2], read(match[1], numeric))
     match = _CHOSEN.match(rest)
     if match is None or not match[4].strip() or _OTHERWISE.match(match[4]):
         return None
@@ -387,17 +401,19 @@ def _read(text: str, numeric: bool, thousands: bool) -> Form:
         items = [_read(part, numeric, thousands) for part in parts if part.strip(" .")]
         if numeric and len(items) > 1:  # what is said beside it
             items = [item for item in items if not isinstance(item, Words) or len(item.text) == 1] or items
-        return items[0] if len(items) == 1 and len(parts) != len(items) + 1 else Many(tuple(items))
+        return items[0] if len(items) == 1 else Many(tuple(items))
     if (matrix := _matrix(text, numeric)) is not None:
         return matrix
     brackets = enclosed(text)
     if brackets is not None:
         opening, inside, closing = brackets
-        if opening == "{":
+        if opening == "{" and (len(split(inside, _COMMA)[0]) == 1 or _COMMAS.fullmatch(inside.strip())):
             return _read(inside, numeric, thousands)
-        if opening == "⦃" and len(found := split(inside, re.compile(r"\||\\mid(?![a-z])|:"))[0]) == 2:
-            return _read(found[1], numeric, False)
-        items_of, _ = split(inside, re.compile(r"\s*[,;]\s*"))
+        if opening == "{":  # as a set is written without LaTeX
+            opening, closing = "⦃", "⦄"
+        if opening == "⦃" and len(halves := split(inside, re.compile(r"\||\\mid(?![a-z])|:"))[0]) == 2:
+            return _read(halves[1], numeric, False)
+        items_of, _ = split(inside, _COMMA)
         if opening == "⦃" and closing == "⦄":
             return Many(tuple(_read(item, numeric, False) for item in items_of if item.strip()), "⦃", "⦄")
         if len(items_of) > 1:
@@ -482,8 +498,9 @@ def _value(text: str, numeric: bool) -> Form:
             words.append(name)
     # Words part numbers from one another: 3 apples 4 is no number, and neither is "12 of 20".
     text = _UNIT.sub("«»", text)
+    text = re.sub(r"\\frac\s*\{[\s«»]*\}\s*\{[\s«»]*\}", "«»", text)
     text = re.sub(r"\(\s*«»\s*\)|«»(?=\s*(?:[+*/)}-]|\\times|\\cdot))|(?<=[+*({-])\s*«»", " ", text)
-    text = re.sub(r"^(?:\s|«»|\.(?!\d))+|(?:\s|«»|/)+$", "", text)
+    text = re.sub(r"^(?:\s|«»|\.(?!\d))+|(?:\s|«»|/|\\cdot(?![a-z]))+$", "", text)
     if "\\circ" in text and not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])", text):
         text, degrees = re.subn(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))\s*", " ", text)
         words += ["degree"] * (degrees > 0 and not words)

@@ -223,7 +223,7 @@ def _at_points(left: Any, right: Any) -> bool | None:
 
 def proportional(left: Any, right: Any, positive: bool) -> bool:
     """Whether one expression is a constant times the other; ``positive`` asks for its sign."""
-    ratio = None
+    ratio: Any = None
     count = 0
     for one, other in _values_at(left, right):
         if one == 0 or other == 0:
