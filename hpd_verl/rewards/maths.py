@@ -82,6 +82,8 @@ def final_answer(answer: str) -> tuple[str, bool]:
     given = boxed(text)
     if given is not None:
         return given if len(given) <= ANSWER_CHARACTERS else "", True
+    if re.search(r"\\(?:boxed|fbox)\s*+\{", text):  # cut within its box
+        return "", True
     _, mark, rest = text.rpartition("####")
     return (rest if mark else text)[-ANSWER_CHARACTERS:].strip(), False
 

@@ -582,6 +582,7 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
         ("text:答案是 13。", "12"),
         ("text:12 is what I had, the answer is 13.", "12"),
         ("text:#### 13", "12"),
+        (r"text:The answer is 12. \boxed{12", "12"),
     ],
     "of all kinds, both ways": [
         ("AB", "BA"),
