@@ -241,7 +241,7 @@ class _Comparison:
         right = other if other is not None else expression(given, lower)
         if left is None or right is None:
             return False
-        return same_expressions(left, right, factor, len(wanted) + len(given), self.tolerance)
+        return same_expressions(left, right, factor, self.tolerance)
 
     # Several
 

@@ -10,6 +10,8 @@ LARGEST_EXPONENT = 10_000
 """Of ten, in a number that is read as a fraction; beyond it the parser's power is taken."""
 POINTS = 14
 """At which expressions with variables are compared."""
+DIGITS = (50, 2000)
+"""To which values are compared: what agrees in the first agrees in the second too, or differs by a small term."""
 
 _DIGITS = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _PLAIN = re.compile(_DIGITS)
@@ -134,7 +136,7 @@ def _exact(found: Any) -> Any:
     return found.doit() if hasattr(found, "doit") else found
 
 
-def same_expressions(left: Any, right: Any, factor: Fraction, length: int, tolerance: Fraction) -> bool:
+def same_expressions(left: Any, right: Any, factor: Fraction, tolerance: Fraction) -> bool:
     import sympy
 
     left, right = (
@@ -148,15 +150,15 @@ def same_expressions(left: Any, right: Any, factor: Fraction, length: int, toler
     if left == right:
         return left not in (sympy.nan, sympy.zoo)
     if not left.free_symbols and not right.free_symbols:
-        return _same_constants(left, right, length, tolerance)
+        return _same_constants(left, right, tolerance)
     found = _at_points(left, right)
     if found is not None:
         return found
     return bool(sympy.simplify(left - right) == 0)
 
 
-def _same_constants(left: Any, right: Any, length: int, tolerance: Fraction) -> bool:
-    """Two numbers without variables: to more digits than both texts have, and exactly where both are fractions."""
+def _same_constants(left: Any, right: Any, tolerance: Fraction) -> bool:
+    """Two numbers without variables, which are compared exactly where both are fractions."""
     import sympy
 
     if left.is_Rational and right.is_Rational and not tolerance:
@@ -164,14 +166,23 @@ def _same_constants(left: Any, right: Any, length: int, tolerance: Fraction) -> 
     kinds = {left.is_rational, right.is_rational}
     if kinds == {True, False} and not tolerance:
         return False
-    digits = 60 + length
-    one, other = left.evalf(digits), right.evalf(digits)
-    if not (one.is_number and other.is_number) or not (one.is_finite and other.is_finite):
-        return bool(sympy.simplify(left - right) == 0)
-    if tolerance:
-        return bool(abs(one - other) <= sympy.Rational(tolerance.numerator, tolerance.denominator))
-    size = max(abs(one), abs(other))
-    return bool(abs(one - other) <= size * sympy.Float(10, 20) ** (15 - digits))
+    for digits in DIGITS:
+        one, other = left.evalf(digits), right.evalf(digits)
+        if not (one.is_number and other.is_number) or not (one.is_finite and other.is_finite):
+            return bool(sympy.simplify(left - right) == 0)
+        if tolerance:
+            return bool(abs(one - other) <= sympy.Rational(tolerance.numerator, tolerance.denominator))
+        if not _agree(one, other, digits):
+            return False
+    return True
+
+
+def _agree(one: Any, other: Any, digits: int) -> bool:
+    """Whether two values are one, but for what was lost while they were computed."""
+    import sympy
+
+    lost = sympy.Float(10, 20) ** -(digits * 9 // 10)
+    return bool(abs(one - other) <= max(max(abs(one), abs(other)) * lost, sympy.Float(10, 20) ** (5 - digits)))
 
 
 def _points(symbols: list[Any]) -> Any:
@@ -189,7 +200,7 @@ def _points(symbols: list[Any]) -> Any:
         yield dict(zip(symbols, values, strict=True))
 
 
-def _values_at(left: Any, right: Any) -> Any:
+def _values_at(left: Any, right: Any, digits: int) -> Any:
     """Pairs of both values where both are real, or complex if either has an imaginary unit."""
     import sympy
 
@@ -204,7 +215,7 @@ def _values_at(left: Any, right: Any) -> Any:
             (value := part.subs(point).evalf(20)).is_real is not True or value < 0 for part in parts
         ):
             continue
-        one, other = left.subs(point).evalf(50), right.subs(point).evalf(50)
+        one, other = left.subs(point).evalf(digits), right.subs(point).evalf(digits)
         if not (one.is_number and other.is_number and one.is_finite and other.is_finite):
             continue
         if imaginary or (one.is_real and other.is_real):
@@ -212,26 +223,34 @@ def _values_at(left: Any, right: Any) -> Any:
 
 
 def _at_points(left: Any, right: Any) -> bool | None:
-    """Whether two expressions agree wherever both are real; None if there is no such point."""
+    """Whether two expressions agree wherever both are real; None if there are too few such points."""
     count = 0
-    for one, other in _values_at(left, right):
-        if abs(one - other) > max(abs(one), abs(other)) * 1e-30:
+    for one, other in _values_at(left, right, DIGITS[0]):
+        if not _agree(one, other, DIGITS[0]):
             return False
         count += 1
-    return True if count >= 3 else None
+    if count < 3:
+        return None
+    return _agree(*next(_values_at(left, right, DIGITS[1])), DIGITS[1])
 
 
 def proportional(left: Any, right: Any, positive: bool) -> bool:
     """Whether one expression is a constant times the other; ``positive`` asks for its sign."""
-    ratio: Any = None
-    count = 0
-    for one, other in _values_at(left, right):
-        if one == 0 or other == 0:
-            if one != other:
+    for digits, enough in zip(DIGITS, (POINTS, 3), strict=True):
+        ratio: Any = None
+        count = 0
+        for one, other in _values_at(left, right, digits):
+            zeros = [_agree(each, 0, digits) for each in (one, other)]
+            if any(zeros):
+                if not all(zeros):
+                    return False
+                continue
+            found = one / other
+            if ratio is not None and not _agree(found, ratio, digits):
                 return False
-            continue
-        found = one / other
-        if ratio is not None and abs(found - ratio) > abs(ratio) * 1e-30:
+            ratio, count = found, count + 1
+            if count == enough:
+                break
+        if count < 3 or (positive and not ratio > 0):
             return False
-        ratio, count = found, count + 1
-    return count >= 3 and (not positive or ratio > 0)
+    return True

@@ -558,6 +558,9 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
         (r"-\infty", r"\infty"),
         (r"\infty", "1"),
         ("100!", "99!"),
+        ("x + 10^{-40}", "x"),
+        (r"\sqrt{2} + 2^{-900}", r"\sqrt{2}"),
+        ("2x + 10^{-60} = 1", "2x = 1"),
     ],
     "expressions": [
         ("R^2-r^2", "0"),
