@@ -95,6 +95,9 @@ _JOINT = re.compile(
 _NOT = re.compile(
     r"(?:\b(?:not|never|except)|n't|≠|\\neq?|\\not\s*=|不是|不等于|不)\s*(?:equal(?:\s+to)?|be)?\s*$", re.I
 )
+_DENIED = re.compile(
+    r"[\s$*]*(?:(?:is|was|are|does|can)(?:\s+not\b|n't|not\b)|(?:is|was)\s+(?:wrong|incorrect)\b|不(?:是|对))", re.I
+)
 _MATHS = re.compile(r"(?<!\\)\$\$(.+?)\$\$|(?<![\\\d])\$([^$\n]+)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 
 
@@ -127,7 +130,8 @@ def statement(text: str, of_letters: bool) -> str:
             break
         start = before.start()
     said = marked[start : pieces[-1].end()].replace("⟪", " ").replace("⟫", " ")
-    return f"\\ne {said}" if _NOT.search(marked, max(0, start - 40), start) else said
+    denied = _NOT.search(marked, max(0, start - 40), start) or _DENIED.match(marked, pieces[-1].end())
+    return f"\\ne {said}" if denied else said
 
 
 def _letter_in(line: str) -> str:

@@ -193,7 +193,7 @@ def clean(text: str) -> str:
     if not text.isascii():  # vowels of some scripts are marks and no letters
         text = "".join(each for each in unicodedata.normalize("NFC", text) if unicodedata.category(each)[0] != "M")
     text = text.translate(_CHARACTERS)
-    text = re.sub(r"(?<=[\w)}])\s?\*\*\s?(?=[\w({-])", "^", text).replace("**", "")  # a power, else bold type
+    text = re.sub(r"(?<=[\w)}])(?:\*\*|\s\*\*\s)(?=[\w({-])", "^", text).replace("**", "")  # a power, else bold type
     text = re.sub(r"^\s*_{2,}([^_].*?)_{2,}\s*$", r"\1", text)
     if "matrix" in text or "array" in text or "cases" in text:
         text = re.sub(r"\\\\(?:\[[^\]]*\])?", "⏎", text)
@@ -362,9 +362,50 @@ def read(text: str, numeric: bool, thousands: bool = True) -> Form:
     """
     text = clean(text)
     plain = re.sub(r"[«»]", "", text).strip().strip(".").strip()
+    if numeric and (spelled := _spelled(_LEAD_IN.sub("", plain))) is not None:
+        return Value(spelled)
     if found := _chosen(plain, numeric):
         return found
     return _read(mark_words(text, numeric), numeric, thousands)
+
+
+_ONES = {
+    name: number
+    for number, name in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen".split()
+    )
+}
+_TENS = {
+    name: 10 * number
+    for number, name in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)
+}
+_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+
+
+def _spelled(text: str) -> str | None:
+    """The digits of a number in English words, before whatever it counts; None for other text."""
+    if re.search(r"[^A-Za-z\s,'-]", text):
+        return None
+    words = re.findall(r"[a-z]+", text.lower())
+    total = current = position = 0
+    for position, word in enumerate([*words, ""]):
+        if word in _ONES and current % 10 == 0 and (current % 100 == 0 or (current % 100 >= 20 and _ONES[word] < 10)):
+            current += _ONES[word]
+        elif word in _TENS and current % 100 == 0:
+            current += _TENS[word]
+        elif word == "hundred" and 0 < current < 10:
+            current *= 100
+        elif word in _SCALES and 0 < current < 1000:
+            total, current = total + current * _SCALES[word], 0
+        elif not (word == "and" and position and set(words[position + 1 : position + 2]) & {*_ONES, *_TENS}):
+            break
+    rest = words[position:]
+    part = _PARTS.get(rest[0].removesuffix("s")) if rest else None
+    numbers = {*_ONES, *_TENS, *_SCALES, *_JOINING, "minus", "not", "than", "to", "half", "halves"}
+    if (not position and part != 2) or numbers & set(rest[part is not None :]):
+        return None
+    return str(total + current) if part is None else f"{total + current if position else 1}/{part}"
 
 
 def _chosen(plain: str, numeric: bool) -> Choice | None:

@@ -231,7 +231,8 @@ def _at_points(left: Any, right: Any) -> bool | None:
         count += 1
     if count < 3:
         return None
-    return _agree(*next(_values_at(left, right, DIGITS[1])), DIGITS[1])
+    one, other = next(_values_at(left, right, DIGITS[1]))
+    return _agree(one, other, DIGITS[1])
 
 
 def proportional(left: Any, right: Any, positive: bool) -> bool:
