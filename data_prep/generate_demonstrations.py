@@ -41,6 +41,7 @@ from hpd_verl.generation import (
     open_journal,
     sampling_of,
 )
+from hpd_verl.generation.endpoint import check_refused
 
 logger = logging.getLogger("data_prep")
 
@@ -64,6 +65,8 @@ class Tally:
     round_trips: Counter[str] = field(default_factory=Counter)
     first_refused: str = ""
     without: int = 0
+    filtered: int = 0
+    """Prompts of which the server's content filter refused an answer."""
     prompt_lengths: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
@@ -179,6 +182,7 @@ def write_rows(file: DataFile, tally: Tally, journal: Journal, writer: pq.Parque
 
 def _count(tally: Tally, case: Case, verdicts: list[Verdict], numbers: list[int]) -> None:
     tally.without += not numbers
+    tally.filtered += any(verdict.fate == "filtered" for verdict in verdicts)
     for number, verdict in enumerate(verdicts):
         unchosen = verdict.fate == "kept" and number not in numbers
         tally.answers["not chosen" if unchosen else verdict.fate] += 1
@@ -196,6 +200,7 @@ def report(tally: Tally, target: Path, left_out: Path, unit: str) -> None:
     for fate, text in (
         ("not chosen", "good, but not chosen by --keep"),
         ("rejected", "rejected by the reward function"),
+        ("filtered", "refused by the server's content filter"),
         ("cut", "cut by the length"),
         ("empty", "empty"),
         ("refused", f"no response by the chat template, the first: {tally.first_refused}"),
@@ -252,6 +257,7 @@ def write(
     try:
         with unfinished(left_out).open("w") as lines:
             tally = judge_all(file, prompts, journal, judges, args.keep, lines)
+        check_refused(f"--endpoint={args.endpoint}", tally.filtered, tally.prompts, args.max_refused)
         if not tally.chosen:
             raise ValueError(f"no answer is kept of {tally.answers.total()}: {dict(tally.answers)}; nothing is written")
         counts = {"prompts": tally.prompts, "rows": len(tally.chosen), "answers": dict(tally.answers)}

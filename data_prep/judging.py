@@ -15,8 +15,9 @@ from hpd_verl.generation import Answer, Messages
 
 REWARDS = {"maths": "hpd_verl.rewards.maths", "code": "hpd_verl.rewards.code"}
 
-Fate = Literal["kept", "cut", "empty", "refused", "rejected"]
-"""What becomes of an answer: cut by the length, empty, no response by the chat template, rejected by its reward."""
+Fate = Literal["kept", "filtered", "cut", "empty", "refused", "rejected"]
+"""What becomes of an answer: refused by the server's content filter, cut by the length, empty, no response by the chat
+template, rejected by its reward."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ class Bench:
             raise ValueError(f"{case.where}: {error}") from error
 
     def _verdict(self, case: Case, answer: Answer) -> Verdict:
+        if answer.finish_reason == "content_filter":
+            return Verdict("filtered")
         if answer.finish_reason == "length" and not self.judge.keep_cut:
             return Verdict("cut")
         if not answer.text.strip():

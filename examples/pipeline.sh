@@ -24,6 +24,9 @@ done
 [[ -f $RECIPE ]] || { echo "Error: RECIPE=$RECIPE: no such file; give a script of examples" >&2; exit 2; }
 
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=examples/check_paths.sh
+source "$examples/check_paths.sh"
+check_paths RUN_DIR STUDENT TEACHER
 export PYTHONPATH=$examples/..${PYTHONPATH:+:$PYTHONPATH} # of data_prep and examples.evaluation
 
 stage() { # NAME COMMAND...

@@ -171,6 +171,7 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 NOT_RECIPES = {"pipeline.sh", "math/pipeline.sh", "code/pipeline.sh", "quickstart/pipeline.sh", "quickstart/run.sh"}
+NOT_RECIPES |= {"check_paths.sh"}
 PIPELINES = {
     "math/pipeline.sh": [
         *("prepare_gsm8k", "answers", "train", "export"),
@@ -359,6 +360,46 @@ def test_a_pipeline_checks_its_variables_before_the_first_stage(
     assert result.returncode == 2
     assert result.stderr == f"Error: {variable}={value}: {found}\n"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a=b", "it's", 'a"b', "(a", "[a", "{a", "#a", "a,b", "é", "$a", "a*", "a\nb", "a\\b", "~a", "a "]
+)
+@pytest.mark.parametrize(
+    ("script", "variable"),
+    [("math/pipeline.sh", "RUN_DIR"), ("math/pipeline.sh", "STUDENT"), ("quickstart/pipeline.sh", "RUN_DIR")],
+)
+def test_a_path_that_cannot_be_a_setting_is_refused_at_once(
+    script: str, variable: str, name: str, tmp_path: Path
+) -> None:
+    """What Hydra would refuse when the training starts, after the teacher has answered."""
+    value = f"{tmp_path}/{name}"
+    result = subprocess.run(
+        ["bash", EXAMPLES / script],
+        env=environment(tmp_path, **({"RUN_DIR": str(tmp_path / "run")} | {variable: value})),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith(
+        f"Error: {variable}={value}: a path with other characters than A-Z a-z 0-9 / . _ - "
+    )
+    assert result.stderr.endswith("cannot be a setting; choose another\n")
+    assert [each.name for each in tmp_path.iterdir()] == []
+
+
+def test_paths_that_a_pipeline_takes_are_settings(tmp_path: Path) -> None:
+    """Up to the recipe's command, by Hydra's own parser."""
+    run_dir = tmp_path / "my run-1_a.b+c@d%e:f"
+    for name in ("gsm8k",):
+        (run_dir / "data" / name).mkdir(parents=True)
+        (run_dir / "data" / name / "test.parquet").touch()
+    command_of("math/pipeline.sh", tmp_path, RUN_DIR=str(run_dir), STUDENT="Qwen/Qwen2.5-0.5B")
+    command = command_of("math/one_gpu.sh", tmp_path, OUT_DIR=str(run_dir / "train"), STUDENT="/m/a b", TEACHER="t:1")
+    config = composed(command)
+    assert (config.trainer.default_local_dir, config.model.path) == (str(run_dir / "train"), "/m/a b")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Maths problems: answers compared with the ground truth by math-verify, avg@k and pass@k.
+"""Maths problems: answers compared with the ground truth, avg@k and pass@k.
 
 Greedy, and 8 answers a problem:
 

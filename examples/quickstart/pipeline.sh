@@ -14,6 +14,9 @@ TRAIN_ROWS=${TRAIN_ROWS:-2048}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 RUN_DIR=$(realpath -m "${RUN_DIR:-$here/pipeline}")
 export RUN_DIR
+# shellcheck source=examples/check_paths.sh
+source "$here/../check_paths.sh"
+check_paths RUN_DIR
 export VERL_PLATFORM=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 export PYTHONPATH=$here/../..${PYTHONPATH:+:$PYTHONPATH}
 

@@ -53,6 +53,9 @@ class Sampling:
         return (self.seed * 1_000_003 + position * self.n) % 2**62
 
 
+FinishReason = Literal["stop", "length", "content_filter"]
+
+
 @dataclass(frozen=True)
 class Answer:
     """One answer of a model.
@@ -60,12 +63,13 @@ class Answer:
     Attributes:
         text: without the token that ends the turn; reasoning that the model wrote is part of it.
         tokens: as generated, the end of turn last where ``finish_reason`` is "stop"; None where they are not known.
-        finish_reason: "stop" where the model ended its turn, "length" where it was cut.
+        finish_reason: "stop" where the model ended its turn, "length" where it was cut, "content_filter" where the
+            server refused to answer by its policy; the text is empty then.
     """
 
     text: str
     tokens: list[int] | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
 
 class Generator(Protocol):

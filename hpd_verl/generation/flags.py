@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from hpd_verl.generation.answers import Generator, Sampling
-from hpd_verl.generation.endpoint import EndpointGenerator
+from hpd_verl.generation.endpoint import MAX_REFUSED, EndpointGenerator
 from hpd_verl.generation.vllm_engines import VLLMGenerator
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     endpoint.add_argument("--concurrency", type=int, default=64, help="requests at a time (%(default)s)")
     endpoint.add_argument("--request_timeout", type=float, default=600, help="seconds a request (%(default)s)")
     endpoint.add_argument("--retries", type=int, default=5, help="of a request that fails (%(default)s)")
+    endpoint.add_argument(
+        "--max_refused",
+        type=float,
+        default=MAX_REFUSED,
+        help="share of prompts that its content filter may refuse; above it the run stops (%(default)s)",
+    )
     endpoint.add_argument("--token_ids", action="store_true", help="ask for the tokens, which vLLM's server knows")
 
 
@@ -99,6 +105,7 @@ def generator_of(args: argparse.Namespace) -> Generator:
             retries=args.retries,
             token_ids=args.token_ids,
             api_key=os.environ.get(API_KEY_VARIABLE),
+            max_refused=args.max_refused,
         )
     return VLLMGenerator(
         args.model,

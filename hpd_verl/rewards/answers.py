@@ -2,11 +2,16 @@ r"""Parts of a model's answer: what follows its reasoning, its last code block, 
 
 import re
 import textwrap
+import unicodedata
 from collections.abc import Collection
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*$|(?<=[ \t:])(`{3,})(?:python|py)3?[ \t\r]*$", re.M | re.I)
 """Of a block's begin, which may stand at the end of a line of text, or of its end."""
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\{1,4}+(boxed|fbox)\s*+\{|\\.|[{}]", re.S)
+_BETWEEN = re.compile(
+    r"[\s$.]*(?:,|;|\\(?:text|mbox)\{\s*(?:and|or|,)\s*\}|,?\s*\b(?:and|or)\b|[和或及、,])[\s$,]*"
+    r"(?:\\(?:quad|qquad|[,;:! ])\s*)*(?:[a-zA-Z](?:_\w)?\s*(?:=|is)\s*)?[\s$]*"
+)
 
 
 def without_reasoning(answer: str) -> str:
@@ -44,12 +49,37 @@ def code_of(answer: str, names: Collection[str] = ()) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last complete ``\boxed{...}`` holds, braces balanced; None without one."""
-    for start in reversed(list(_BOXED.finditer(text))):
-        depth, position = 1, start.end()
-        for position in range(start.end(), len(text)):
-            escaped = text[position - 1] == "\\" and text[position - 2] != "\\"
-            depth += 0 if escaped else (text[position] == "{") - (text[position] == "}")
-            if depth == 0:
-                return text[start.end() : position].strip()
-    return None
+    r"""What the last complete ``\boxed{...}`` holds, braces balanced; None without one.
+
+    Boxes that only "and", "or" or a comma parts are one answer, of several items: ``\boxed{3} and \boxed{4}`` holds
+    "3, 4". Takes time in proportion to the text.
+    """
+    last = None
+    items: list[str] = []
+    for start, inside, end in sorted(_boxes(text), reverse=True):
+        if last is None:
+            items = [text[inside : end - 1].strip()]
+        elif end > last:  # around the one that is taken
+            continue
+        elif last > end + 80 or _BETWEEN.fullmatch(text, end, last) is None:
+            break
+        else:
+            content = text[inside : end - 1].strip()
+            if unicodedata.normalize("NFKC", content) != unicodedata.normalize("NFKC", items[-1]):
+                items.append(content)
+        last = start
+    return ", ".join(reversed(items)) if items else None
+
+
+def _boxes(text: str) -> list[tuple[int, int, int]]:
+    """Of each complete box where it begins, where its content does, and its end."""
+    found: list[tuple[int, int, int]] = []
+    open_braces: list[re.Match[str] | None] = []
+    for token in _BRACE.finditer(text):
+        if token[1]:
+            open_braces.append(token)
+        elif token[0] == "{":
+            open_braces.append(None)
+        elif token[0] == "}" and open_braces and (opened := open_braces.pop()) is not None:
+            found.append((opened.start(), opened.end(), token.end()))
+    return found

@@ -1,9 +1,11 @@
-r"""verl's reward function of maths: 1.0 if math-verify finds an answer equal to the ground truth.
+r"""verl's reward function of maths: 1.0 if an answer is equal to the ground truth (``maths_equal.py``).
 
     reward.custom_reward_function.path=pkg://hpd_verl.rewards.maths
 
-Of an answer counts what follows its reasoning: its last ``\boxed{}``; else what follows its last ``####``, else what
-math-verify finds in its last lines. May be called from any thread; what takes longer than ``SECONDS`` is not equal.
+Of an answer counts what follows its reasoning: its last ``\boxed{}``, else what follows its last ``####``, else its end
+(``maths_equal.statement``).
+``extra_info.tolerance`` of a row is the largest difference of two numbers that counts as none. May be called from any
+thread; what takes longer than ``SECONDS`` is not equal, and what is done before takes time in proportion to the text.
 """
 
 import atexit
@@ -15,6 +17,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ _WORKER = str(Path(__file__).with_name("maths_worker.py"))
 
 
 class MathsError(RuntimeError):
-    """math-verify does not start here, or there is no ground truth."""
+    """math-verify does not start here, or a row's ground truth or tolerance is none."""
 
 
 def compute_score(
@@ -44,18 +48,32 @@ def compute_score(
     """1.0 if the answer is right, else 0.0.
 
     Raises:
-        MathsError: math-verify is not installed, or the ground truth is empty.
+        MathsError: math-verify is not installed, the ground truth is empty, or the tolerance is no number of 0 or more.
     """
-    wanted = _readable(str(ground_truth if ground_truth is not None else "")).strip()
+    wanted = str(ground_truth if ground_truth is not None else "").strip()
     if not wanted:
         raise MathsError("ground_truth: it is empty; leave the row out")
+    tolerance = _tolerance(extra_info)
     given, in_box = final_answer(solution_str)
-    given = _readable(given)
     if not given.strip():
         return 0.0
     if _plain(given) == _plain(wanted):
         return 1.0
-    return float(_WORKERS.equal(wanted, f"\\boxed{{{given}}}" if in_box else given))
+    return float(_WORKERS.equal(wanted, given, in_box, tolerance))
+
+
+def _tolerance(extra_info: Mapping[str, Any] | None) -> str:
+    """``extra_info.tolerance``, "0" without one."""
+    found = extra_info.get("tolerance") if isinstance(extra_info, Mapping) else None
+    if found is None:
+        return "0"
+    try:
+        value = Fraction(str(found))
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(-1)
+    if isinstance(found, bool) or value < 0:
+        raise MathsError(f"extra_info.tolerance={found!r}: expected a number, 0 or more")
+    return str(value)
 
 
 def final_answer(answer: str) -> tuple[str, bool]:
@@ -64,22 +82,15 @@ def final_answer(answer: str) -> tuple[str, bool]:
     given = boxed(text)
     if given is not None:
         return given if len(given) <= ANSWER_CHARACTERS else "", True
+    if re.search(r"\\(?:boxed|fbox)\s*+\{", text):  # cut within its box
+        return "", True
     _, mark, rest = text.rpartition("####")
     return (rest if mark else text)[-ANSWER_CHARACTERS:].strip(), False
 
 
-_ASIDE = re.compile(r"(?<=\d)(?:\\[,!;: ]|~|\{,\})(?=\d{3}(?!\d))|\\!|(?<=\d)\s*\\%|(?<=[\d}])~\s*$")
-_POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})(?!\w)")
-
-
-def _readable(text: str) -> str:
-    """Without marks that math-verify reads otherwise: a space between thousands, percent, a degree sign, 1.5e3."""
-    return _POWER.sub(r"\1\\times10^{\2}", _ASIDE.sub("", text).replace("°", "^\\circ"))
-
-
 def _plain(text: str) -> str:
     """Without outer dollars, a full stop at the end, and spaces but those between words or numbers."""
-    return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text).strip("$").rstrip(".")
+    return re.sub(r"(?<!\.)\.$", "", re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text).strip("$"))
 
 
 class _Worker:
@@ -91,7 +102,7 @@ class _Worker:
         )
         self.ready = False
 
-    def equal(self, wanted: str, given: str) -> bool | None:
+    def equal(self, *question: Any) -> bool | None:
         """The verdict; None if it does not come in time, and this worker has ended."""
         assert self.process.stdin is not None
         if not self.ready and self._line(START_SECONDS) != "ready":
@@ -99,7 +110,7 @@ class _Worker:
             raise MathsError("math-verify does not start; install hpd-verl[evaluation]")
         self.ready = True
         try:
-            self.process.stdin.write(json.dumps([wanted, given]).encode() + b"\n")
+            self.process.stdin.write(json.dumps(question).encode() + b"\n")
             self.process.stdin.flush()
             verdict = self._line(SECONDS)
         except BrokenPipeError:
@@ -137,7 +148,8 @@ class _Workers:
         self._places = threading.BoundedSemaphore(min(8, os.cpu_count() or 1))
         self._owner = os.getpid()
 
-    def equal(self, wanted: str, given: str) -> bool:
+    def equal(self, wanted: str, given: str, in_box: bool = True, tolerance: str = "0") -> bool:
+        """As ``maths_equal.equal``; False for what takes too long."""
         if self._owner != os.getpid():  # a fork: the workers are its parent's
             self.__init__()  # type: ignore[misc]
         with self._places:
@@ -147,7 +159,7 @@ class _Workers:
                 worker.end()
                 worker = None
             worker = worker or _Worker()
-            verdict = worker.equal(wanted, given)
+            verdict = worker.equal(wanted, given, in_box, tolerance)
             if verdict is not None:
                 with self._lock:
                     self._idle.append(worker)

@@ -1,13 +1,16 @@
 """Answers of an endpoint: a real server of this process that misbehaves in turn."""
 
+import gzip
 import json
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -189,8 +192,23 @@ def test_what_is_asked(server: Server, tmp_path: Path) -> None:
         one_choice(message={"content": 4}),
         one_choice(message={"content": "\ud800"}),
         one_choice(finish_reason=None),
-        one_choice(finish_reason="content_filter"),
+        one_choice(finish_reason="tool_calls"),
+        one_choice(message={"content": json.loads("[" * 400 + "]" * 400)}),
         one_answer_only,
+        replies(b'{"choices": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        replies(b"[" * 100_000),
+        replies({"error": "busy"}, 503, Retry_After="\u00b2"),
+        replies({"error": "busy"}, 503, Retry_After="-1"),
+        replies({"error": "busy"}, 503, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"),
+        replies(b"busy", 503, Content_Type="text/html; charset=no_such"),
+        replies(b"busy", 503, Content_Type="text/html; charset=hex"),
+        replies(b"\xff\xfe", 200, Content_Type="application/json; charset=undefined"),
+        replies(b"\0", 200, Content_Encoding="br"),
+        replies(b"\0", 200, Content_Encoding="gzip"),
+        replies(b"\0", 200, Content_Encoding="\u00e9"),
+        replies(gzip.compress(b" " * (64 << 20)), 200, Content_Encoding="gzip"),
+        replies(gzip.compress(b" " * (64 << 20)), 500, Content_Encoding="gzip"),
+        replies(b" " * (5 << 20)),
     ],
     ids=lambda bad: getattr(bad, "__name__", "reply"),
 )
@@ -206,8 +224,9 @@ def test_a_bad_reply_is_asked_for_again(server: Server, tmp_path: Path, bad: Rep
     [
         (slow, "no answer within 0.3 seconds"),
         (replies({"error": "out of memory"}, 500), 'status 500: {"error": "out of memory"}'),
-        (replies({}), "a reply that is no chat completion: b'{}'"),
-        (one_choice(finish_reason="content_filter"), "finish_reason 'content_filter', expected stop or length"),
+        (replies({}), "a reply that is no chat completion: '{}'"),
+        (replies(b" " * (5 << 20)), "a reply of more than 4 MiB"),
+        (one_choice(finish_reason="tool_calls"), "finish_reason 'tool_calls', expected stop, length or content_filter"),
     ],
 )
 def test_what_stays_bad_ends_in_one_line_and_loses_nothing(
@@ -328,6 +347,128 @@ def test_no_url(url: str) -> None:
         endpoint(url)
     with pytest.raises(ValueError, match=r"^--judge_endpoint=.*expected a URL"):
         EndpointGenerator(url, "m", setting="--judge_endpoint")
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_reply_that_unpacks_to_much_takes_little_memory(server: Server, tmp_path: Path, status: int) -> None:
+    """200 KB that become 200 MB, in six requests at a time."""
+    server.always = replies(gzip.compress(bytes(200 << 20), 1), status, Content_Encoding="gzip")
+    tracemalloc.start()
+    try:
+        with pytest.raises(GenerationError, match="a reply of more than 4 MiB, prompt"):
+            texts(server, tmp_path / "journal", Sampling(), timeout=30, retries=0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 80 << 20
+    server.always = lambda handler, request: send(
+        handler,
+        gzip.compress(json.dumps({"choices": [choice_of(request, 0)]}).encode()),
+        Content_Encoding="gzip",
+    )
+    assert texts(server, tmp_path / "journal", Sampling()) == expected(Sampling())  # though it was not asked for
+
+
+KEY = "sk-0/secret+key=="
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        replies({"error": f"no rights: Bearer {KEY}"}, 401),
+        replies(f"no <{KEY}>".encode(), 500),
+        replies(json.dumps({"error": KEY}).replace("/", "\\/").encode(), 403),
+        replies(("x" * 290 + KEY).encode(), 403),
+        replies(f"https://h/?key={quote(KEY, safe='')}".encode(), 403),
+        replies(KEY.encode()),
+        replies({"choices": [{"text": KEY}]}),
+        replies(b"", 200, Content_Encoding=KEY),
+        one_choice(finish_reason=KEY),
+        one_choice(message={"content": [KEY]}),
+        lambda handler, request: handler.wfile.write(f"{KEY} {KEY}\r\n\r\n".encode()),
+    ],
+)
+def test_a_key_that_the_server_repeats_is_not_shown(server: Server, tmp_path: Path, echo: Reply) -> None:
+    server.always = echo
+    with pytest.raises(GenerationError) as error:
+        texts(server, tmp_path / "journal", Sampling(), api_key=KEY, concurrency=1, retries=0)
+    assert "secret" not in str(error.value)
+    assert "secret" not in (tmp_path / "journal").read_text()
+
+
+def test_a_key_in_an_answer_is_not_kept(server: Server, tmp_path: Path) -> None:
+    server.always = one_choice(message={"content": f"It is {KEY}.", "reasoning": f"{KEY}?"})
+    assert texts(server, tmp_path / "journal", Sampling(), api_key=KEY)[0] == ["<think>\n***?\n</think>\n\nIt is ***."]
+    assert "secret" not in (tmp_path / "journal").read_text()
+    server.always = one_choice(message={"content": "EMPTY is a word"})
+    assert texts(server, tmp_path / "other", Sampling(), api_key="EMPTY")[0] == ["EMPTY is a word"]
+
+
+def test_keys_of_other_servers_are_not_sent(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller says whose key is sent; the environment does not."""
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "of-another")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Key: of-another")
+    headers: list[str] = []
+
+    def reply(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+        headers.append(str(handler.headers))
+        good(handler, request)
+
+    server.always = reply
+    texts(server, tmp_path / "journal", Sampling())
+    assert headers
+    assert "of-another" not in "".join(headers)
+    assert "Authorization" not in "".join(headers)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://user:secret@host/v1", "http://secret@host:port/v1", "http://h/v1?key=secret", "http://h/v1#secret"],
+)
+def test_a_url_with_a_password_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^--judge_endpoint=http://.*by its variable$") as caught:
+        EndpointGenerator(url, "m", setting="--judge_endpoint")
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+AZURE = {"error": {"code": "content_filter", "message": "The response was filtered by our content management policy."}}
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        replies(AZURE, 400),
+        replies({"error": {"code": "content_policy_violation"}}, 400),
+        one_choice(finish_reason="content_filter", message={"content": "half a sen"}),
+    ],
+)
+def test_a_prompt_that_is_refused_by_policy_is_kept_as_such(server: Server, tmp_path: Path, refusal: Reply) -> None:
+    """The others are answered, and it is not asked again, also by the next start."""
+    server.script = [good, refusal]
+    for _ in range(2):
+        found = generate_all(endpoint(server.url, concurrency=1), PROMPTS, Sampling(n=2), tmp_path / "journal")
+        assert found[1] == [Answer("", None, "content_filter")] * 2
+        assert [answer.finish_reason for group in found for answer in group].count("content_filter") == 2
+    assert len(server.requests) == len(PROMPTS)
+
+
+def test_many_refusals_stop_a_run(server: Server, tmp_path: Path) -> None:
+    server.script = [replies(AZURE, 400), replies(AZURE, 400)]
+    sampling = Sampling()
+    line = r"^--endpoint=.*: its content filter refused 2 of 6 prompts, more than --max_refused=0.25; finished prompts"
+    with pytest.raises(GenerationError, match=line):
+        texts(server, tmp_path / "journal", sampling)
+    assert len(server.requests) == 6
+    server.always = replies(AZURE, 400)  # of many prompts not all are asked
+    prompts = [[{"role": "user", "content": str(number)}] for number in range(200)]
+    with pytest.raises(GenerationError, match="refused 20 of 20 prompts"):
+        generate_all(endpoint(server.url, concurrency=1), prompts, sampling, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"^--max_refused=2: expected a share, 0 to 1$"):
+        endpoint(server.url, max_refused=2)
+    allowed = generate_all(endpoint(server.url, max_refused=1), PROMPTS, sampling, tmp_path / "third")
+    assert {answer.finish_reason for (answer,) in allowed} == {"content_filter"}
 
 
 @pytest.mark.parametrize("key", ["sécret", "secret\n"])

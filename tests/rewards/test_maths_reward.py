@@ -1,17 +1,25 @@
 """The maths reward: what counts as an answer, and that no answer holds up a run."""
 
+import random
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
+from maths_pairs import DIFFERENT, EQUAL
 
 from hpd_verl.rewards import maths
 from hpd_verl.rewards.answers import boxed, code_of, without_reasoning
 from hpd_verl.rewards.maths import MathsError, compute_score, final_answer
+from hpd_verl.rewards.maths_equal import equal
 
 pytest.importorskip("math_verify", reason="needs hpd-verl[evaluation]")
+
+PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 RIGHT = [
     (r"So it is \boxed{42}.", "42"),
@@ -85,6 +93,103 @@ def test_answers_that_are_right_and_wrong() -> None:
     assert found == {}
 
 
+def answer_of(text: str) -> str:
+    """The whole answer of a pair."""
+    return text[5:] if text.startswith("text:") else f"\\boxed{{{text}}}"
+
+
+@pytest.mark.slow
+def test_pairs_by_kind() -> None:
+    tables = ((EQUAL, 1.0), (DIFFERENT, 0.0))
+    cases = [(*pair, score) for table, score in tables for pairs in table.values() for pair in pairs]
+    with ThreadPoolExecutor(2) as pool:
+        scores = list(pool.map(lambda case: compute_score("maths", answer_of(case[0]), case[1]), cases))
+    assert [case for case, score in zip(cases, scores, strict=True) if score != case[2]] == []
+    assert len(cases) > 350
+
+
+@pytest.mark.slow
+def test_the_rules_of_the_page_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| `(.+?)` \| `(.+?)` \| (equal|different)", PAGE.read_text(), re.M)
+    assert len(rows) > 30
+    found = {row: compute_score("", answer_of(row[0]), row[1]) for row in rows}
+    assert [row for row, score in found.items() if score != (row[2] == "equal")] == []
+
+
+def spellings(value: Fraction) -> list[str]:
+    """Ways to write a number above one."""
+    over, under = value.numerator, value.denominator
+    whole, rest = divmod(over, under)
+    found = [
+        f"{over}/{under}",
+        rf"\frac{{{over}}}{{{under}}}",
+        rf"\dfrac{{{7 * over}}}{{{7 * under}}}",
+        rf"{over:,}/{under}",
+    ]
+    if rest:
+        found += [rf"{whole}\frac{{{rest}}}{{{under}}}", f"{whole} {rest}/{under}", rf"{whole} + {rest}/{under}"]
+    else:
+        found += [
+            f"{whole:,}",
+            f"{whole}.00",
+            rf"{whole}\text{{ cm}}",
+            rf"{whole}\%",
+            f"{whole} apples",
+            f"x = {whole}",
+        ]
+    if under in (2, 4, 5, 8, 10):
+        found += [f"{over / under}", rf"\${over / under}0", f"{Fraction(over, 10 * under).__float__()}e1"]
+    return found
+
+
+def test_spellings_of_one_number_are_equal_and_of_another_are_not() -> None:
+    """Against Python's fractions."""
+    draw = random.Random(0)
+    wrong = []
+    for _ in range(150):
+        value = Fraction(draw.randint(20, 30_000), draw.choice((1, 2, 3, 4, 5, 7, 8, 10)))
+        other = value + Fraction(draw.choice((1, -1)), draw.choice((1, 10**9)) * value.denominator)
+        truth = draw.choice(spellings(value)[:3])
+        wrong += [(each, truth) for each in spellings(value) if not equal(truth, each)]
+        wrong += [(each, truth) for each in spellings(other) if equal(truth, each)]
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_a_tolerance_of_the_row() -> None:
+    """A decimal stands for what it does not equal only where the row says how near."""
+    info: dict[str, Any] = {"tolerance": 0.001, "index": 3}
+    pairs = [
+        ("0.333", r"\frac13"),
+        ("1.414", r"\sqrt2"),
+        ("3.1416", r"\pi"),
+        ("2.9999", "3"),
+        (r"33.3334\%", r"33.3333\%"),
+    ]
+    for answer, truth in [*pairs, ("(0.333, 1)", r"(1/3, 1)")]:
+        assert [compute_score("", f"\\boxed{{{answer}}}", truth, each) for each in (info, None)] == [1.0, 0.0]
+    for answer, truth in [("0.33", r"\frac13"), ("1.4", r"\sqrt2"), ("4", "3"), ("x", "y"), ("C", "B")]:
+        assert compute_score("", f"\\boxed{{{answer}}}", truth, info) == 0.0
+    assert compute_score("", r"\boxed{0.333}", "1/3", {"tolerance": None}) == 0.0  # of a column that others fill
+    for bad in (-1, "near", float("nan"), float("inf"), True):
+        with pytest.raises(MathsError, match=r"^extra_info.tolerance=.*: expected a number, 0 or more$"):
+            compute_score("", r"\boxed{1}", "2", {"tolerance": bad})
+
+
+def test_boxes_are_found_in_time_in_proportion_to_the_text() -> None:
+    start = time.monotonic()
+    for text in (
+        "\\boxed{" * 100_000,
+        "\\" * 700_000,
+        "\\boxed " * 90_000,
+        "{" * 700_000,
+        "\\boxed{" * 50_000 + "}" * 50_000,
+    ):
+        boxed(text)
+    boxed("\\boxed{1}, " * 60_000)
+    assert time.monotonic() - start < 10  # 0.6 seconds; hours if it were quadratic
+
+
 @pytest.mark.slow
 def test_what_hangs_is_wrong_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither sympy's numbers nor its parsers hold up a thread, and the next answer is compared as ever."""
@@ -141,6 +246,10 @@ def test_parts_of_an_answer() -> None:
     assert boxed(r"\boxed{\{1\}}") == r"\{1\}"
     assert boxed(r"\boxed{1} \boxed{2") == "1"
     assert boxed("none") is None
+    assert boxed(r"\boxed{3} and $\boxed{4}$") == "3, 4"
+    assert boxed(r"\boxed{3}, so \boxed{4}") == "4"
+    assert boxed(r"\boxed{\boxed{3}}") == "3"
+    assert boxed(r"\\boxed{3}") == "3"  # as JSON escapes it
     assert without_reasoning("<think>a</think>b</think>c") == "c"
     assert final_answer("####") == ("", False)
     assert final_answer("x" * 5000) == ("x" * 2000, False)
