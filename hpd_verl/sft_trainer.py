@@ -79,6 +79,9 @@ class HPDSFTTrainer(SFTTrainer):
         return read_demonstrations(self.config, self.model_config, files, max_samples)
 
     def _build_engine(self) -> None:
+        data = self.config.data  # verl tells it with each batch only
+        self.engine_config.use_dynamic_bsz = data.use_dynamic_bsz
+        self.engine_config.micro_batch_size_per_gpu = data.micro_batch_size_per_gpu
         self.training_client = StudentWorker(
             TrainingWorkerConfig(
                 model_type="language_model",

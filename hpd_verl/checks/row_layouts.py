@@ -35,8 +35,12 @@ class Passes:
     """The pipeline reads hidden states in front of the output layer."""
     ulysses: bool = False
     """Sequences are shared out among ranks."""
+    one_row: str = ""
+    """The settings by which each micro-batch has one row."""
     fixed_rows: str | None = None
-    """The setting, with its value, that gives each micro-batch the same number of rows, above one."""
+    """The setting, with its value, that gives each micro-batch the same number of rows; None where tokens do."""
+    rows_share: bool = True
+    """A micro-batch may hold more than one row."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
     _check_rope(config, model, passes)
     candidates = _candidates(model, passes)
     try:
-        tried = try_layouts(config, candidates, passes.longest_row, passes.ulysses, bool(model.get("trust_remote_code")))
+        tried = _tried(config, candidates, model, passes)
     except Exception as error:  # a replica that is large too, or whatever a model file raises at sizes of its own
         layout = candidates[0] if len(candidates) == 1 else next(each for each in candidates if not each.packed)
         logger.warning("%s: %s, without a trial before it loads: %s", _called(model), layout, one_line(error))
@@ -112,6 +116,11 @@ def write_row_layout(model: ModelNode, layout: RowLayout) -> None:
         model.own[PACKING] = layout.packed
 
 
+def _tried(config: Any, candidates: list[RowLayout], model: ModelNode, passes: Passes) -> Tried:
+    asked = (passes.longest_row, passes.rows_share, passes.ulysses, bool(model.get("trust_remote_code")))
+    return try_layouts(config, candidates, *asked)
+
+
 def _called(model: ModelNode) -> str:
     return f"{model.name}.path={model.get('path')}"
 
@@ -125,14 +134,20 @@ def _hf_config(model: ModelNode) -> Any:
 
 def _candidates(model: ModelNode, passes: Passes, ignores_settings: bool = False) -> list[RowLayout]:
     free = ignores_settings or not model.is_set(ATTENTION)
-    attentions = ([] if ignores_settings else [model.get(ATTENTION)]) + (default_attentions(passes.ulysses) if free else [])
-    packing = None if ignores_settings or not model.is_set(PACKING) else model.get(PACKING)
-    return list(layouts(list(dict.fromkeys(filter(None, attentions))), True if passes.ulysses else packing))
+    attentions = ([] if ignores_settings else [model.get(ATTENTION)]) + (
+        default_attentions(passes.ulysses) if free else []
+    )
+    packing = None if ignores_settings or model.get(PACKING) == AUTO else model.get(PACKING)
+    names, packing = list(dict.fromkeys(filter(None, attentions))), True if passes.ulysses else packing
+    found = list(layouts(names, packing))
+    if packing is None or passes.ulysses or model.is_set(PACKING):
+        return found
+    return found + list(layouts(names, not packing))  # the student's setting is preferred, not asked for
 
 
 def _check_rope(config: Any, model: ModelNode, passes: Passes) -> None:
     switch = rope_switch(config)
-    if switch is not None and passes.longest_row > switch and passes.fixed_rows is not None:
+    if switch is not None and passes.longest_row > switch and passes.fixed_rows is not None and passes.rows_share:
         raise ValueError(
             f"{passes.fixed_rows}: {_called(model)} takes other rotary factors for all rows of a micro-batch once one has "
             f"more than {switch} tokens; give 1, or leave it out: micro-batches by tokens keep short and long rows apart"
@@ -161,11 +176,14 @@ def _refusal(config: Any, model: ModelNode, passes: Passes, tried: Tried) -> str
     layout, reason = next(iter(tried.wrong.items()))
     set_here = [f"{model.name}.{key}={model.get(key)}" for key in (ATTENTION, PACKING) if model.is_set(key)]
     found = f"{layout} does not compute each row as it is alone ({reason})"
-    other = try_layouts(config, _candidates(model, passes, ignores_settings=True), passes.longest_row, passes.ulysses).right
+    other = _tried(config, _candidates(model, passes, ignores_settings=True), model, passes).right
     if set_here and other is not None:
         return f"{' '.join(set_here)}: with {_called(model)}, {found}; leave it out for {other}"
     tried_all = ", ".join(sorted({each.attention for each in tried.wrong}))
-    return f"{_called(model)}: {found}, nor does any other ({tried_all}, packed or padded); choose another model"
+    return (
+        f"{_called(model)}: {found}, nor does any other ({tried_all}, packed or padded); choose another model, or one row a "
+        f"micro-batch: {passes.one_row}"
+    )
 
 
 def _check_output_layer(config: Any, model: ModelNode, passes: Passes) -> None:

@@ -103,7 +103,9 @@ def main_ppo_passes(config: DictConfig, pipeline: str) -> Passes:
         longest_row=config.data.max_prompt_length + config.data.max_response_length,
         one_pass=pipeline == "one_pass",
         ulysses=max(nodes[role].get("ulysses_sequence_parallel_size", 1) for role in ("actor", "ref")) > 1,
-        fixed_rows=f"{setting}={rows}" if rows is not None and rows > 1 else None,
+        one_row=f"{setting}=1",
+        fixed_rows=f"{setting}={rows}" if rows is not None else None,
+        rows_share=rows != 1,
     )
 
 
@@ -114,7 +116,9 @@ def sft_passes(config: DictConfig) -> Passes:
     return Passes(
         longest_row=data.max_prompt_length + data.max_response_length,
         one_pass=True,
-        fixed_rows=f"data.micro_batch_size_per_gpu={rows}" if rows is not None and rows > 1 else None,
+        one_row="data.use_dynamic_bsz=false data.micro_batch_size_per_gpu=1",
+        fixed_rows=f"data.micro_batch_size_per_gpu={rows}" if rows is not None else None,
+        rows_share=rows != 1,
     )
 
 

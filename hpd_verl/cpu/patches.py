@@ -13,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from hpd_verl.import_hooks import replace
 
+
 def _single_gloo_backend(original: Callable[..., Any]) -> Callable[..., Any]:
     """verl asks for the backends "cpu:gloo,<device>:<backend>"; on a CPU that names one device twice."""
 

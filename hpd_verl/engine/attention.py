@@ -27,7 +27,7 @@ from hpd_verl.import_hooks import replace
 NAME = "packed_attention"
 FORMER_NAME = "packed_sdpa"
 """The same. Models that do not take sdpa refuse every name with "sdpa" in it."""
-AS_FLASH = "packed_attention_as_flash"
+AS_FLASH = "packed_attention_by_layer"
 """The same, told no more than flash attention's varlen kernels are: what the layer itself hands on, and no mask."""
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

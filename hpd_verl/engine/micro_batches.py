@@ -50,7 +50,9 @@ def split_to(groups: list[list[int]], count: int) -> list[list[int]]:
         largest = max(range(len(groups)), key=lambda index: len(groups[index]))
         rows = groups[largest]
         if len(rows) < 2:
-            raise ValueError(f"{sum(map(len, groups))} rows on a rank do not make {count} micro-batches, as another's do")
+            raise ValueError(
+                f"{sum(map(len, groups))} rows on a rank do not make {count} micro-batches, as another's do"
+            )
         groups[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     return groups
 

@@ -24,6 +24,8 @@ _TOKENS_SEEN: Mapping[str, int] = {
     "keep_window_size": 4,
     "attention_chunk_size": 6,
     "index_topk": 6,
+    # In how many tokens at once a state is computed.
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 16),
 }
 """Settings of how far a token sees, and what they become where they cut the longest row: a few tokens show it then."""
 
@@ -41,8 +43,6 @@ _EXPERTS: Mapping[str, int] = {
     **dict.fromkeys(("n_group", "topk_group"), 1),
 }
 _STATES: Mapping[str, int] = {
-    # In how many tokens at once a state is computed, which changes nothing but the work.
-    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 16),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 16),
 }
 _HIDDEN, _HEADS, _HEAD_SIZE = 256, 4, 64
@@ -81,7 +81,7 @@ class Replica:
     def __init__(self, config: PretrainedConfig, longest_row: int, trust_remote_code: bool = False) -> None:
         self.trust_remote_code = trust_remote_code
         config = text_config(config)
-        cutting = {name: few for name, few in _TOKENS_SEEN.items() if (getattr(config, name, None) or 0) < longest_row}
+        cutting = {name: few for name, few in _TOKENS_SEEN.items() if _number(config, name) < longest_row}
         self.config = self._smallest(_lowered(config, {**cutting, **_SOFT_CAP}))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -126,6 +126,11 @@ class Replica:
                 continue
             return smaller
         raise MemoryError(f"no replica of {type(whole).__name__} has fewer than {AFFORDABLE} parameters")
+
+
+def _number(config: PretrainedConfig, name: str) -> float:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int | float) else 0
 
 
 def _parameters(model: nn.Module) -> int:

@@ -42,7 +42,10 @@ class RowEngine(FSDPEngineWithLMHead):
             ValueError: a row's logits depend on the row beside it.
         """
         super().initialize()
-        if not self.use_ulysses_sp:  # whose ranks hold a part of the rows each
+        config = self.engine_config
+        sizes = (config.micro_batch_size_per_gpu, config.infer_micro_batch_size_per_gpu)
+        rows_share = config.use_dynamic_bsz or any(size not in (None, 1) for size in sizes)
+        if rows_share and not self.use_ulysses_sp:  # whose ranks hold a part of the rows each
             with self.eval_mode(), self._autocast():
                 self._check_rows()
 

@@ -57,7 +57,7 @@ def layouts(attentions: Sequence[str], packing: bool | None) -> Iterator[RowLayo
         packing: whether rows share a sequence; None where either is fine.
     """
     # Eager attention on packed rows holds scores of [heads, tokens, tokens]: on padded ones, of each row alone.
-    late = "eager" if len(attentions) > 1 else ""
+    late = "eager" if attentions[0] != "eager" else ""
     if packing is not False:
         yield from (RowLayout(name, True) for name in attentions if name != late)
     if packing is not True:
@@ -80,6 +80,7 @@ def try_layouts(
     config: PretrainedConfig,
     candidates: Sequence[RowLayout],
     longest_row: int,
+    rows_share: bool = True,
     shares_sequences_out: bool = False,
     trust_remote_code: bool = False,
 ) -> Tried:
@@ -89,6 +90,7 @@ def try_layouts(
         config: the model's.
         candidates: layouts, the preferred first.
         longest_row: tokens.
+        rows_share: a micro-batch may hold more than one row.
         shares_sequences_out: Ulysses sequence parallelism.
         trust_remote_code: the model's code comes with it.
 
@@ -96,7 +98,8 @@ def try_layouts(
         Exception: transformers cannot make a model of this configuration, or run it.
         MemoryError: a replica of this model would be large too.
     """
-    return _try_layouts(_Key(config), tuple(candidates), longest_row, shares_sequences_out, trust_remote_code)
+    asked = (longest_row, rows_share, shares_sequences_out, trust_remote_code)
+    return _try_layouts(_Key(config), tuple(candidates), *asked)
 
 
 class _Key:
@@ -116,7 +119,12 @@ class _Key:
 
 @functools.cache
 def _try_layouts(
-    key: _Key, candidates: tuple[RowLayout, ...], longest_row: int, shares_sequences_out: bool, trust_remote_code: bool
+    key: _Key,
+    candidates: tuple[RowLayout, ...],
+    longest_row: int,
+    rows_share: bool,
+    shares_sequences_out: bool,
+    trust_remote_code: bool,
 ) -> Tried:
     replica = Replica(key.config, longest_row, trust_remote_code)
     # Rows on either side of a rope's switch never share a micro-batch.
@@ -131,7 +139,7 @@ def _try_layouts(
             name = attention.AS_FLASH  # a CPU has no kernel of it; this one is told the same
         try:
             model = replica.model(name)
-            found = [_together(model, rows, layout.packed) for rows in draws]
+            found = [_together(model, rows, layout.packed) if rows_share else _alone(model, rows) for rows in draws]
             off = max(map(_distance, found, expected))
         except Exception as error:  # whatever a model file or an attention raises at what it does not take
             wrong[layout] = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,58 @@
+"""Writes the table of docs/models.md from trials of tiny models of every family.
+
+    python docs/model_table.py
+
+tests/checks/test_row_layouts.py fails where the page is not what is found.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from families import FAMILIES, LONGEST, tiny_config  # noqa: E402
+
+from hpd_verl.engine.row_layout import RowLayout, Tried, default_attentions, layouts, try_layouts  # noqa: E402
+
+START, END = "<!-- Written by docs/model_table.py -->", "<!-- end -->"
+
+
+def _why(tried: Tried) -> str:
+    reason = next(iter(tried.wrong.values()), "")
+    if not reason:
+        return "each row is computed as it is alone"
+    if "off by" in reason:
+        return "packed rows move one another: state, chunks or positions of the pack"
+    return "its code takes no other attention"
+
+
+def table() -> str:
+    """The rows, grouped by what is chosen and why."""
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    candidates = list(layouts(default_attentions(False), None))
+    for family in FAMILIES:
+        tried = try_layouts(tiny_config(family), candidates, LONGEST)
+        right: RowLayout | None = tried.right
+        if right is None:
+            groups["one row", "-", "padded rows move one another too: refused, unless each micro-batch has one"].append(
+                family
+            )
+        else:
+            groups["packed" if right.packed else "padded", f"`{right.attention}`", _why(tried)].append(family)
+    lines = ["| rows | attention | model types | why |", "|---|---|---|---|"]
+    for (rows, attention, why), names in sorted(groups.items(), key=lambda item: -len(item[1])):
+        lines.append(f"| {rows} | {attention} | {', '.join(f'`{name}`' for name in names)} | {why} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    page = ROOT / "docs" / "models.md"
+    text = page.read_text()
+    before, after = text.split(START)[0], text.split(END)[1]
+    page.write_text(f"{before}{START}\n{table()}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
