@@ -426,7 +426,6 @@ CONTRACT: tuple[Entry, ...] = (
         "ppo/agent_loop.py",
         {
             "config tokenizer apply_chat_template_kwargs": "the run's configuration and the student's chat template",
-            "continuous_token_builder": "verl's tokens of a prompt",
             "loop": "tokenising does not hold up other answers",
         },
     ),

@@ -292,7 +292,7 @@ def test_a_prompt_that_the_chat_template_refuses(tmp_path: Path) -> None:
     file = write_parquet(changed(make_rows(8), prompt=user("")), tmp_path / "rows.parquet")
     data = data_node(str(file), max_prompt_length=8)
     files = check_files("data.train_files", str(file), RowRules.of(data, HPDConfig(), is_train=True))
-    with pytest.raises(ValueError, match=r"row 3: the student's chat template refuses the prompt: say something; "):
+    with pytest.raises(ValueError, match=r"row 3: the student's chat template refuses the chat: say something; "):
         check_prompts_fit("data.train_files", files, tokenizer, data, HPDConfig(), 8, -1)
 
 
