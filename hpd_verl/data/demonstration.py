@@ -13,6 +13,7 @@ from verl.workers.config import HFModelConfig
 
 from hpd_verl.data import fields
 from hpd_verl.data.chat_template import ChatTemplate, Message, Messages
+from hpd_verl.data.row import parsed
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +66,21 @@ def check_tool_calls(message: Message, where: str) -> None:
         ValueError: they are no list of objects; ``where`` names the message.
     """
     calls = message.get("tool_calls")
+    calls = parsed(calls) if isinstance(calls, str) else calls
     is_list = isinstance(calls, Sequence) and not isinstance(calls, str)
     if calls is not None and not (is_list and all(isinstance(call, Mapping) for call in calls)):
-        raise ValueError(f"{where}'s tool_calls is {type(calls).__name__}, expected a list of objects")
+        raise ValueError(f"{where}'s tool_calls is {type(calls).__name__}, expected a list of objects or its JSON text")
+
+
+NO_TEXT = "a date ("
+"""How ``no_text`` begins."""
 
 
 def no_text(value: Any) -> str:
     """What a date in a text's place is, and what to do."""
     return (
-        f"a date ({value}), expected a string; write the column as text, in a parquet file: readers of JSON take texts "
-        "such as 2026-01-31 for dates"
+        f"{NO_TEXT}{value}), expected a string; write the column as text, in a parquet file: where all are like "
+        "2026-01-31, readers of JSON take texts for dates"
     )
 
 

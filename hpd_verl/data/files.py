@@ -23,7 +23,7 @@ from datasets.data_files import resolve_pattern
 from omegaconf import DictConfig
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.data.demonstration import check_tool_calls, demonstration_of, has_demonstration, no_text
+from hpd_verl.data.demonstration import NO_TEXT, check_tool_calls, demonstration_of, has_demonstration, no_text
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, tools_of
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def check_row(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
         try:
             demonstration_of(value, where)
         except ValueError as error:
-            raise ValueError(f"{error}{_WHY_NEEDED if rules.needs_demonstrations else ''}") from None
+            raise ValueError(f"{error}{'' if has_demonstration(value) else _WHY_NEEDED}") from None
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -490,7 +490,7 @@ class DataFile:
             try:
                 _check_batch(batch, rows, self.rules, start, self.row_name)
             except ValueError as error:
-                if self._loaded is None:
+                if self._loaded is None or NO_TEXT in str(error):
                     raise
                 # Columns of several types change as `datasets` reads them: the file itself names the row that is wrong.
                 _check_json(self.file, self.name, self.rules)

@@ -29,15 +29,26 @@ def without_fillers(value: Any, feature: Any) -> Any:
 
 
 def _without_null_keys(messages: Any) -> Any:
-    """Messages whose null keys are left out: to a template, a key that is there may mean something."""
+    """Messages whose null keys are left out (to a template, a key that is there may mean something), and whose tool
+    calls are a list where they were JSON text."""
     if not isinstance(messages, list):
         return messages
-    return [
-        {key: item for key, item in message.items() if item is not None or key in ("role", "content")}
-        if isinstance(message, Mapping)
-        else message
-        for message in messages
-    ]
+    found = []
+    for message in messages:
+        if isinstance(message, Mapping):
+            message = {key: item for key, item in message.items() if item is not None or key in ("role", "content")}
+            if isinstance(message.get("tool_calls"), str):
+                message["tool_calls"] = parsed(message["tool_calls"])
+        found.append(message)
+    return found
+
+
+def parsed(text: str) -> Any:
+    """What a JSON text says; other text as it is."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def as_written(row: Mapping[str, Any], features: Mapping[str, Any], prompt_key: str) -> dict[str, Any]:
