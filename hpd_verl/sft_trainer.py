@@ -239,7 +239,7 @@ class HPDSFTTrainer(SFTTrainer):
         resumed = None if handler.resume_mode == "disable" else handler.resume_from_path
         self.previous_checkpoint = Path(resumed).absolute() if resumed else None
         if self.previous_checkpoint is not None and torch.distributed.get_rank() == 0:
-            checkpoint.say_changed_rows(self.previous_checkpoint, self.train_dataset.rows.fingerprint())
+            checkpoint.say_changed_rows(self.previous_checkpoint, self.train_dataset.rows.fingerprint)
 
     def _save(self, step: int) -> None:
         """Save, mark the checkpoint complete, and only then remove old ones."""
@@ -252,7 +252,7 @@ class HPDSFTTrainer(SFTTrainer):
         torch.distributed.barrier()
         if leads:
             checkpoint.save_settings(root, step, self.config)
-            checkpoint.save_rows(root, step, self.train_dataset.rows.fingerprint())
+            checkpoint.save_rows(root, step, self.train_dataset.rows.fingerprint)
             checkpoint.mark_complete(root, step, keep)
         self.previous_checkpoint = root / f"global_step_{step}"
         old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, CONTENTS))

@@ -457,7 +457,11 @@ CONTRACT: tuple[Entry, ...] = (
     *_methods(
         _DATASET,
         "data/dataset.py",
-        {"_read_files_and_tokenize(self)": "rows are checked before, and overlong demonstrations dropped after it"},
+        {
+            "_read_files_and_tokenize(self)": "rows are checked before, and overlong demonstrations dropped after it",
+            "maybe_filter_out_long_prompts(self, dataframe)": "prompts are measured as they are trained, refusals said",
+            "__getitem__(self, item)": "rows come as they were written",
+        },
     ),
     *_attributes(
         _DATASET,
@@ -466,7 +470,8 @@ CONTRACT: tuple[Entry, ...] = (
             "config": "verl's data node",
             "data_files original_data_files": "the files read; those given tell the split",
             "dataframe": "the rows",
-            "prompt_key tokenizer": "prompts as verl finds and tokenises them",
+            "prompt_key tokenizer apply_chat_template_kwargs": "prompts as verl finds and tokenises them",
+            "filter_overlong_prompts max_prompt_length num_workers": "which prompts are left out, and by how many",
         },
     ),
     # The lean trainer

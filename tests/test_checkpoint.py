@@ -234,6 +234,7 @@ def trainer_in(root: Path, keep: int) -> Any:
         "train_dataloader": StatefulDataLoader([1, 2, 3]),
         "checkpoint_callback": build_checkpoint_callback(config),
         "previous_checkpoint": None,
+        "train_dataset": [1, 2, 3],
     }
     return trainer
 

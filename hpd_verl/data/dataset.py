@@ -1,5 +1,6 @@
 """verl's data set, with rows checked where they are read and overlong demonstrations dropped or refused."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -58,6 +59,7 @@ class HPDDataset(RLHFDataset):
         """All of them."""
         return (as_written(row, self.dataframe.features, self.prompt_key) for row in self.dataframe)
 
+    @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Number of the rows and a hash of 1,024 of them, evenly spread: equal where the rows and their order are."""
         total = len(self.dataframe)

@@ -309,7 +309,7 @@ class HPDTrainer(PPOTrainerSync):
             self.previous_checkpoint = Path(trainer.resume_from_path).absolute()
         logger.info("resuming from %s", self.previous_checkpoint or "the beginning")
         if self.previous_checkpoint is not None and isinstance(self.train_dataset, HPDDataset):
-            checkpoint.say_changed_rows(self.previous_checkpoint, self.train_dataset.fingerprint())
+            checkpoint.say_changed_rows(self.previous_checkpoint, self.train_dataset.fingerprint)
         with _settings(trainer, **chosen):
             super()._load_checkpoint()
 
@@ -342,7 +342,7 @@ class HPDTrainer(PPOTrainerSync):
             super()._save_checkpoint()
         checkpoint.save_settings(root, self.global_steps, self.config)
         if isinstance(self.train_dataset, HPDDataset):
-            checkpoint.save_rows(root, self.global_steps, self.train_dataset.fingerprint())
+            checkpoint.save_rows(root, self.global_steps, self.train_dataset.fingerprint)
         checkpoint.mark_complete(root, self.global_steps, keep)
         self.previous_checkpoint = root / f"global_step_{self.global_steps}"
         old = checkpoint.checkpoints_to_remove(root, keep)
