@@ -210,7 +210,7 @@ def test_chat_keeps_reasoning_calls_and_tools(tmp_path: Path, monkeypatch: pytes
     user = {"role": "user", "content": "q"}
     text = {"messages": [user, {"role": "assistant", "content": "a", "weight": 1}]}
     thought = {"messages": [user, {"role": "assistant", "content": "a", "thinking": "t"}]}
-    calls = {
+    calls: dict[str, Any] = {
         "messages": [
             user,
             {"role": "assistant", "content": None, "tool_calls": [call]},

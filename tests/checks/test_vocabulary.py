@@ -48,9 +48,9 @@ def test_tokens_without_a_row_of_the_embedding() -> None:
         check([("row 0", "1 plus 2"), ("row 1", "1 <new> 2")])
     template = tokenizer.chat_template
     tokenizer.chat_template = template.replace("<turn>", "<new>")
-    with pytest.raises(ValueError, match="'<new>' .* is what its chat template writes"):
+    with pytest.raises(ValueError, match=r"'<new>' .* is what its chat template writes"):
         check([])
     tokenizer.chat_template = template
     tokenizer.pad_token = "<new>"
-    with pytest.raises(ValueError, match="'<new>' .* is its pad_token; resize the embedding"):
+    with pytest.raises(ValueError, match=r"'<new>' .* is its pad_token; resize the embedding"):
         check([])

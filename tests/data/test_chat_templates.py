@@ -484,7 +484,10 @@ def test_rollout_marks_a_cut_prompt() -> None:
 # Messages of more than text, tools, prompts that begin the answer
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-WEATHER = {"type": "function", "function": {"name": "weather", "description": "the weather", "parameters": PARAMETERS}}
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "weather", "description": "the weather", "parameters": PARAMETERS},
+}
 
 
 def call(city: str) -> dict[str, Any]:
@@ -499,7 +502,7 @@ ANSWER_MESSAGES: dict[str, dict[str, Any]] = {
     "two calls": {"content": "", "tool_calls": [call("Rome"), call("Bonn")]},
     "reasoning and call": {"content": "", "reasoning_content": "A thought", "tool_calls": [call("Rome")]},
 }
-PROMPTS_WITH_MORE = {
+PROMPTS_WITH_MORE: dict[str, list[dict[str, Any]]] = {
     "question": [USER],
     "tool's answer": [
         USER,
@@ -630,7 +633,7 @@ def test_a_prompt_that_begins_the_answer_is_continued(case: Case, begun: str) ->
 
 def test_begun_answers_without_a_text_to_continue() -> None:
     case = Case("qwen3", TEMPLATES["qwen3"][0], make(*TEMPLATES["qwen3"]))
-    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call("Rome")]}]
+    messages: list[dict[str, Any]] = [USER, {"role": "assistant", "content": "", "tool_calls": [call("Rome")]}]
     with pytest.raises(ValueError, match="last message is the assistant's and calls tools"):
         case.demonstration().encode(messages, "d")
 

@@ -1,6 +1,7 @@
 """A row is read as it was written: parquet and JSON give the same chats, and the trainers the same tokens."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +93,26 @@ def test_json_text_of_tools_and_calls(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("tools", "f(x)", "row 1: tools is text that is not JSON"),
-        ("tools", '{"name": "f"}', "row 1: tools is dict, expected a list of JSON schemas"),
+        ("tools", "f(x)", "tools is text that is not JSON"),
+        ("tools", '{"name": "f"}', "tools is dict, expected a list of JSON schemas"),
         (
             "demonstration",
             [{"role": "assistant", "content": "", "tool_calls": "f(x)"}],
-            "row 1: .*tool_calls is str, ex",
+            "the demonstration's tool_calls is str, ex",
         ),
-        ("prompt", [{"role": "user", "content": "1", "tool_calls": "[1]"}], r"row 1: message 0 .*tool_calls is list"),
+        (
+            "prompt",
+            [{"role": "user", "content": "1", "tool_calls": "[1]"}],
+            "message 0 of the prompt (user)'s tool_calls is list",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl"])
 def test_wrong_forms_are_named(name: str, column: str, value: Any, message: str, tmp_path: Path) -> None:
     row = {"prompt": [{"role": "user", "content": "1", "tool_calls": None}], "demonstration": ROWS[2]["demonstration"]}
     row["tools"] = None
-    with pytest.raises(ValueError, match=message):
+    where = "row 1" if name == "rows.parquet" else "row 1 (line 2)"
+    with pytest.raises(ValueError, match=re.escape(f"{name}: {where}: {message}")):
         read([row, {**row, column: value}], tmp_path / name)
 
 
@@ -118,10 +124,12 @@ def test_prompts_are_measured_with_their_tools(tmp_path: Path, caplog: pytest.Lo
         "{% for m in messages %}<turn> {{ m.role }} {{ m.content }} <end> {% endfor %}"
         "{% if add_generation_prompt %}<turn> assistant {% endif %}"
     )
-    rows = [{"prompt": [{"role": "user", "content": content}], "demonstration": "1", "tools": tools}
-            for content, tools in (("1", None), ("1", [tool("f")]), ("9", None))]  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {"prompt": [{"role": "user", "content": content}], "demonstration": "1", "tools": tools}
+        for content, tools in (("1", None), ("1", [tool("f")]), ("9", None))
+    ]
     rows.append({**rows[0], "prompt": [*rows[0]["prompt"], {"role": "assistant", "content": "1 2"}]})
-    settings = {"filter_overlong_prompts": True}
+    settings: dict[str, Any] = {"filter_overlong_prompts": True}
     assert len(read(rows, tmp_path / "rows.jsonl", template, max_prompt_length=11, **settings)) == 3
     assert (
         "1 of 4 rows are left out, for the chat template cannot write their prompts, the first, row 2: the"
