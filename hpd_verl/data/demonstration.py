@@ -37,6 +37,8 @@ def demonstration_of(value: Any, where: str) -> str | Message:
         answer = value
     elif isinstance(value, Sequence) and len(value) == 1 and isinstance(value[0], Mapping):
         message = value[0]
+        if message.get("role") == "assistant" and message.get("content", "") is None:
+            raise ValueError(f"{where}: the demonstration's content is null; write its text, or '' beside tool calls")
         if message.get("role") != "assistant" or not isinstance(message.get("content"), str):
             raise ValueError(f"{where}: a chat demonstration is [{{role: assistant, content: ..}}], found {message}")
         check_tool_calls(message, f"{where}: the demonstration")
@@ -190,6 +192,7 @@ class SequenceBuilder:
         self._demonstrations = DemonstrationTokenizer(model.tokenizer, template_kwargs, max_response_length)
         self._prompts = PromptTokenizer(self._demonstrations.template)
         self._max_prompt_length = max_prompt_length
+        self._embedded = model.hf_config.get_text_config().vocab_size
 
     def build(
         self, messages: Messages, answer: str | Message, where: str, tools: Tools = None
@@ -214,6 +217,11 @@ class SequenceBuilder:
             prompt = self._prompts.encode(messages, tools)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+        if max(*prompt, *demonstration.ids) >= self._embedded:  # of rows that could not be looked at before the start
+            raise ValueError(
+                f"{where}: it holds token {max(*prompt, *demonstration.ids)}, and the model's embedding has "
+                f"{self._embedded} rows; resize the embedding to the tokenizer, or take the token out"
+            )
         truncated_prompt = len(prompt) > self._max_prompt_length
         if truncated_prompt:
             logger.warning(

@@ -180,12 +180,18 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
         ({"prompt": [{"role": None, "content": "1 ?"}]}, {}, "message 0 of the prompt has role None; write a string"),
         ({"demonstration": None}, {}, "demonstration is null, expected the answer's text; every row needs a demonstr"),
         ({"demonstration": " \u3000\n"}, {}, "demonstration is empty, expected the answer's text; every row needs"),
+        (
+            {"demonstration": [{**CALL, "tool_calls": [{"function": {"name": "f"}}]}]},
+            {},
+            "the demonstration's content is null; write its text, or '' beside tool calls",
+        ),
         ({"images": ["a.png"]}, {}, "images is not empty; HPD trains on text: take such rows out"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_rows(columns: dict[str, Any], settings: dict[str, Any], message: str, suffix: str, tmp_path: Path) -> None:
-    rows, file = changed(make_rows(8), **columns), tmp_path / f"rows.{suffix}"
+    in_chats = isinstance(columns.get("demonstration"), list)
+    rows, file = changed(chats(make_rows(8)) if in_chats else make_rows(8), **columns), tmp_path / f"rows.{suffix}"
     where = "row 3" if suffix == "parquet" else "row 3 (line 4)"
     write_parquet(rows, file) if suffix == "parquet" else jsonl(rows, file)
     with pytest.raises(ValueError, match=r"^data\.train_files=") as refusal:
