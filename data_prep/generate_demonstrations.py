@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from data_prep.judging import Case, Judge, Judges, Verdict
 from data_prep.rows import percentiles, unfinished
-from hpd_verl.data.files import DEMONSTRATION, DataFile, RowRules
+from hpd_verl.data.files import DataFile, RowRules
+from hpd_verl.data.row import DEMONSTRATION, TOOLS, as_written, tools_of
 from hpd_verl.generation import (
     GenerationError,
     Generator,
@@ -83,14 +84,16 @@ def read_prompts(file: DataFile, max_rows: int | None) -> list[Messages]:
     """All prompts of a file.
 
     Raises:
-        ValueError: a row whose prompt is no chat of texts.
+        ValueError: a row whose prompt is no chat of texts, or that offers tools.
     """
     file.check_rows()
     prompts: list[Messages] = []
-    for _, rows in file.batches(["prompt"]):
-        prompts += [
-            [{key: value for key, value in turn.items() if value is not None} for turn in row] for row in rows["prompt"]
-        ]
+    for _, rows in file.batches([name for name in file.schema.names if name in ("prompt", TOOLS)]):
+        written = [as_written(row, rows.features, "prompt") for row in rows]
+        for index, row in enumerate(written, len(prompts)):
+            if tools_of(row.get(TOOLS)) and (max_rows is None or index < max_rows):
+                raise ValueError(f"{file.row_name(index)}: it offers tools, which are not generated with; take it out")
+        prompts += [row["prompt"] for row in written]
         if max_rows is not None and len(prompts) >= max_rows:
             return prompts[:max_rows]
     return prompts

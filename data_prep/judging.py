@@ -123,8 +123,8 @@ class Bench:
         if self._tokenizer is None:
             return sum(len(message["content"]) for message in messages)
         template = self._tokenizer.template
-        escaped, _ = template.escape(messages)
-        return len(template.encode(escaped, template.prompt(escaped), escaped is not messages))
+        chat, _, escaped = template.escape(messages)
+        return len(template.encode(chat, template.prompt(chat), escaped))
 
     def verdicts(self, case: Case) -> tuple[int, list[Verdict]]:
         """The prompt's length, and its answers judged in their order."""

@@ -13,8 +13,10 @@ for one that is no row of this split::
 import argparse
 import bisect
 import contextlib
+import functools
 import heapq
 import itertools
+import json
 import logging
 import random
 from collections import Counter
@@ -40,14 +42,17 @@ r"""``data_source`` for which verl compares the content of the last \boxed{}, wi
 ROWS_PER_GROUP = 1024
 """Rows held in memory before they are written."""
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message for its reasoning, by the sets' names."""
+KEPT_KEYS = (*REASONING_KEYS, "tool_calls", "tool_call_id", "name")
+"""Fields of a message that are written beside role and content; all are texts, ``tool_calls`` in JSON."""
 
 
 def build_row(
     *,
     data_source: str,
     prompt: list[dict[str, str]],
-    demonstration: str | None,
+    demonstration: str | list[dict[str, str]] | None,
     ability: str,
     ground_truth: str,
     split: str,
@@ -58,8 +63,9 @@ def build_row(
 
     Args:
         data_source: verl chooses the reward function by it.
-        prompt: chat list that ends with the user's turn.
-        demonstration: the answer that HPD learns from, without the turn's end token; None if the set has none.
+        prompt: chat list that ends with the user's turn, or a tool's.
+        demonstration: the answer that HPD learns from, without the turn's end token, or its message where that holds
+            more than text; None if the set has none.
         ability: kind of task, such as "math".
         ground_truth: what the reward function compares an answer with.
         split: "train" or "test".
@@ -96,24 +102,59 @@ def text_of(record: dict[str, Any], *keys: str) -> str:
     raise ValueError(f"no text in {' or '.join(map(repr, keys))}, there are {', '.join(record) or 'none'}")
 
 
-def split_messages(messages: Any, key: str) -> tuple[list[dict[str, str]], str]:
-    """Prompt and demonstration of a conversation: all before its last message, and that message's text.
+def split_messages(
+    messages: Any, key: str, left_out: set[str] | None = None, reasoning_key: str | None = None
+) -> tuple[list[dict[str, str]], str | list[dict[str, str]]]:
+    """Prompt and demonstration of a conversation: all before its last message, and that message.
+
+    Args:
+        messages: the conversation.
+        key: its column, for errors.
+        left_out: collects the fields of messages that are not among ``KEPT_KEYS``; without it they are refused.
+        reasoning_key: field that reasoning is written into; the set's own if None.
+
+    Returns:
+        The demonstration is a text, or a list of its message where that holds reasoning or tool calls beside its text.
 
     Raises:
-        ValueError: not a list of messages of texts, or not the assistant's after the user's at its end.
+        ValueError: not a list of messages of texts, or not the assistant's after the user's or a tool's at its end.
     """
     if not isinstance(messages, list) or len(messages) < 2:
         raise ValueError(f"{key!r} is {repr(messages)[:80]}, expected a list of two messages or more")
     turns = []
     for number, message in enumerate(messages, start=1):
-        fields = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if not all(isinstance(value, str) and value.strip() for value in fields):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        more = (
+            _kept(message, f"{key!r}, message {number}", left_out, reasoning_key) if isinstance(message, dict) else {}
+        )
+        content = "" if content is None and "tool_calls" in more else content
+        is_text = isinstance(content, str) and (bool(content.strip()) or "tool_calls" in more)
+        if not (isinstance(role, str) and role.strip() and is_text):
             raise ValueError(f"{key!r}, message {number} is {repr(message)[:80]}, expected texts as role and content")
-        turns.append({"role": str(fields[0]), "content": str(fields[1])})
-    if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
+        turns.append({"role": role, "content": str(content), **more})
+    if turns[-1]["role"] != "assistant" or turns[-2]["role"] not in ("user", "tool"):
         roles = ", ".join(turn["role"] for turn in turns)
         raise ValueError(f"{key!r} has the roles {roles}, expected user and assistant at the end")
-    return turns[:-1], turns[-1]["content"]
+    return turns[:-1], turns[-1]["content"] if turns[-1].keys() == {"role", "content"} else [turns[-1]]
+
+
+def _kept(
+    message: Mapping[str, Any], where: str, left_out: set[str] | None, reasoning_key: str | None
+) -> dict[str, str]:
+    """The fields of a message beside role and content, as texts."""
+    found = {}
+    for key, value in message.items():
+        if key in ("role", "content") or value is None or value in ("", [], {}):
+            continue
+        if key == "tool_calls" and isinstance(value, list):
+            found[key] = json.dumps(value, ensure_ascii=False)
+        elif key in KEPT_KEYS and isinstance(value, str) and (key != "name" or message.get("role") == "tool"):
+            found[reasoning_key or key if key in REASONING_KEYS else key] = value
+        elif left_out is not None:
+            left_out.add(key)
+        else:
+            raise ValueError(f"{where} holds {key!r} beside role and content, which would be lost")
+    return found
 
 
 @dataclass
@@ -170,12 +211,41 @@ def draw(rows: Iterable[Row], max_rows: int, seed: int) -> Iterator[Row]:
         yield row
 
 
-def schema_of(row: Row) -> pa.Schema:
-    """verl's columns, with the ``extra_info`` of this row."""
-    extra = pa.Table.from_pylist([row["extra_info"]]).schema
-    reward = pa.struct([("style", pa.string()), ("ground_truth", pa.string())])
-    columns = [("data_source", pa.string()), ("prompt", _MESSAGES), ("demonstration", pa.string())]
-    return pa.schema([*columns, ("ability", pa.string()), ("reward_model", reward), ("extra_info", pa.struct(extra))])
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns and fields the rows so far have."""
+
+    in_prompts: frozenset[str] = frozenset()
+    """Fields of the prompts' messages beside role and content."""
+    in_answers: frozenset[str] | None = None
+    """Those of the demonstrations; None while all are texts."""
+    tools: bool = False
+
+    def with_row(self, row: Row) -> "_Columns":
+        in_prompts, in_answers = self.in_prompts.union(*row["prompt"]) - {"role", "content"}, self.in_answers
+        if isinstance(row["demonstration"], list):
+            in_answers = (in_answers or frozenset()).union(*row["demonstration"]) - {"role", "content"}
+        return _Columns(in_prompts, in_answers, self.tools or row.get("tools") is not None)
+
+    def schema(self, extra_info: pa.DataType) -> pa.Schema:
+        """verl's columns and ``demonstration``."""
+        reward = pa.struct([("style", pa.string()), ("ground_truth", pa.string())])
+        answer = pa.string() if self.in_answers is None else _messages(self.in_answers)
+        columns = [("data_source", pa.string()), ("prompt", _messages(self.in_prompts)), ("demonstration", answer)]
+        columns += [("tools", pa.string())] if self.tools else []
+        return pa.schema([*columns, ("ability", pa.string()), ("reward_model", reward), ("extra_info", extra_info)])
+
+    def fitted(self, row: Row) -> Row:
+        """A row of these columns."""
+        answer = row["demonstration"]
+        if self.in_answers is not None and isinstance(answer, str):
+            answer = [{"role": "assistant", "content": answer}]
+        return {**row, "demonstration": answer}
+
+
+def _messages(fields: Iterable[str]) -> pa.DataType:
+    names = ["role", "content", *(key for key in KEPT_KEYS if key in fields)]
+    return pa.list_(pa.struct([(name, pa.string()) for name in names]))
 
 
 def write_parquet(rows: Iterable[Row], path: Path) -> None:
@@ -184,28 +254,50 @@ def write_parquet(rows: Iterable[Row], path: Path) -> None:
     Raises:
         ValueError: a row whose types are not the first row's, or a file that cannot be written.
     """
+    columns, extra_info = _Columns(), pa.null()
     writer: pq.ParquetWriter | None = None
     group: list[Row] = []
 
-    def write_group(writer: pq.ParquetWriter) -> None:
+    def write_group() -> None:
+        nonlocal columns, extra_info, writer
+        wanted = functools.reduce(_Columns.with_row, group, columns)
         with _names(path):
-            writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
+            if writer is None:
+                extra_info = pa.struct(pa.Table.from_pylist([group[0]["extra_info"]]).schema)
+                writer = pq.ParquetWriter(unfinished(path), wanted.schema(extra_info))
+            elif wanted != columns:  # a field that no row had before
+                writer.close()
+                writer = _widened(path, wanted, extra_info)
+            columns = wanted
+            writer.write_table(pa.Table.from_pylist([columns.fitted(row) for row in group], schema=writer.schema))
         group.clear()
 
     try:
         for row in rows:
             group.append(row)
-            if writer is None:
-                with _names(path):
-                    writer = pq.ParquetWriter(unfinished(path), schema_of(row))
             if len(group) == ROWS_PER_GROUP:
-                write_group(writer)
-        if writer is not None and group:
-            write_group(writer)
+                write_group()
+        if group:
+            write_group()
     finally:
         if writer is not None:
             with _names(path):
                 writer.close()
+
+
+def _widened(path: Path, columns: _Columns, extra_info: pa.DataType) -> pq.ParquetWriter:
+    """Write what is there again with more columns; a writer of what follows."""
+    before = path.with_suffix(".narrow")
+    unfinished(path).replace(before)
+    writer = pq.ParquetWriter(unfinished(path), columns.schema(extra_info))
+    try:
+        with pq.ParquetFile(before) as file:
+            for index in range(file.num_row_groups):
+                rows = [columns.fitted(row) for row in file.read_row_group(index).to_pylist()]
+                writer.write_table(pa.Table.from_pylist(rows, schema=writer.schema))
+    finally:
+        before.unlink()
+    return writer
 
 
 @contextlib.contextmanager
@@ -257,10 +349,17 @@ class Lengths:
     def add(self, row: Row, tally: Tally) -> None:
         """Count one row."""
         prompt, demonstration = row["prompt"], row["demonstration"]
+        if isinstance(demonstration, list):
+            demonstration = "".join(value for key, value in demonstration[0].items() if key != "role")
         if self._tokenizer is None:
             tally.prompt[sum(len(message["content"]) for message in prompt)] += 1
         else:
-            text = self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            tools = json.loads(row["tools"]) if row.get("tools") else None
+            parsed = [
+                message | {"tool_calls": json.loads(message["tool_calls"])} if "tool_calls" in message else message
+                for message in prompt
+            ]
+            text = self._tokenizer.apply_chat_template(parsed, tools=tools, add_generation_prompt=True, tokenize=False)
             tally.prompt[len(self._tokenizer(text, add_special_tokens=False)["input_ids"])] += 1
             if demonstration is not None:
                 demonstration = self._tokenizer(demonstration, add_special_tokens=False)["input_ids"]

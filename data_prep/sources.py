@@ -147,6 +147,13 @@ def _read_json(path: Path) -> Iterator[Place]:
             raise ValueError(f"{path}, after line {number}: cannot be read: {error}") from None
 
 
+def _without_fillers(value: Any) -> Any:
+    """A column's value without null keys: where one row's object has a key, Arrow gives it to all, as null."""
+    if isinstance(value, dict):
+        return {key: _without_fillers(item) for key, item in value.items() if item is not None}
+    return [_without_fillers(item) for item in value] if isinstance(value, list) else value
+
+
 def _read_parquet(path: Path) -> Iterator[Place]:
     try:
         # As it is by default, pyarrow keeps what it has read of the file.
@@ -155,7 +162,7 @@ def _read_parquet(path: Path) -> Iterator[Place]:
             for batch in file.iter_batches(batch_size=256):
                 for record in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", record
+                    yield f"{path}, row {number}", {key: _without_fillers(value) for key, value in record.items()}
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet: {error}") from None
 
@@ -173,7 +180,7 @@ def _read_hub(dataset: str, config: str | None, split: str) -> Iterator[Place]:
     try:
         rows = datasets.load_dataset(dataset, config, split=split, streaming=True)
         for number, record in enumerate(rows, start=1):
-            yield f"{dataset}, {split} row {number}", record
+            yield f"{dataset}, {split} row {number}", {key: _without_fillers(item) for key, item in record.items()}
     except (OSError, ValueError, TypeError, httpx.HTTPError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(f"--dataset {dataset}: {type(error).__name__}: {reason}; or {give_files}") from error

@@ -12,7 +12,8 @@ only after the new one has its marker, and a run resumes from what is marked:
 
 The files, beside verl's own: ``global_step_N/complete`` is the marker; ``global_step_N.incomplete`` stands from before
 the first file of a save until after the marker, and from before a removal until after it;
-``global_step_N/settings.yaml`` are the settings of the run, for the card of an exported model.
+``global_step_N/settings.yaml`` are the settings of the run, for the card of an exported model, and
+``global_step_N/rows.json`` says which rows it trained on.
 """
 
 import contextlib
@@ -21,8 +22,10 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,6 +37,8 @@ INCOMPLETE = ".incomplete"
 """Suffix of the file beside ``global_step_N``: ``saving`` or ``removing``."""
 SETTINGS = "settings.yaml"
 """File inside ``global_step_N`` with all settings of the run."""
+ROWS = "rows.json"
+"""File inside ``global_step_N``: number and fingerprint of the training rows."""
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's tracker file."""
 
@@ -149,6 +154,43 @@ def save_settings(root: Path, step: int, config: DictConfig) -> None:
         config: all settings.
     """
     _write_atomically(_step_dir(root, step) / SETTINGS, OmegaConf.to_yaml(config, resolve=True))
+
+
+def save_rows(root: Path, step: int, rows: Mapping[str, Any]) -> None:
+    """Write what a run trains on into its checkpoint.
+
+    Args:
+        root: folder of the checkpoints.
+        step: the checkpoint's.
+        rows: their fingerprint, with their number as ``rows``.
+    """
+    _write_atomically(_step_dir(root, step) / ROWS, json.dumps(rows))
+
+
+def say_changed_rows(folder: Path, rows: Mapping[str, Any]) -> None:
+    """Warn where a run goes on with other rows than its checkpoint's; nothing for one that does not say its rows.
+
+    Args:
+        folder: the checkpoint.
+        rows: as of ``save_rows``, of this run.
+    """
+    try:
+        before = json.loads((folder / ROWS).read_text())
+    except (FileNotFoundError, ValueError):
+        return
+    if before == dict(rows):
+        return
+    found = (
+        f"{rows['rows']} rows, {before['rows']} when it was saved"
+        if rows["rows"] != before["rows"]
+        else f"{rows['rows']} rows as when it was saved, but other ones or in another order"
+    )
+    logger.warning(
+        "resuming from %s with other training data: %s. Their order is drawn anew: in this epoch some rows come twice "
+        "and others not at all. To train on each once, start anew (another trainer.default_local_dir)",
+        folder,
+        found,
+    )
 
 
 def _tracked_step(root: Path) -> int | None:

@@ -22,7 +22,8 @@ from hpd_verl.checks.start import check_sft_run, sft_passes
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
-from hpd_verl.data.demonstration import SequenceBuilder, demonstration_text
+from hpd_verl.data.demonstration import SequenceBuilder, demonstration_of
+from hpd_verl.data.row import TOOLS, tools_of
 from hpd_verl.engine.ranks import on_rank_zero
 from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import teacher_model_config
@@ -48,10 +49,10 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
         return len(self.rows.dataframe)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.rows.dataframe[index]
+        row = self.rows.row(index)
         where = f"row {index}"
-        text = demonstration_text(row.get(DEMONSTRATION), where)
-        tensors, flags = self.sequences.build(list(row[self.rows.prompt_key]), text, where)
+        answer = demonstration_of(row.get(DEMONSTRATION), where)
+        tensors, flags = self.sequences.build(row[self.rows.prompt_key], answer, where, tools_of(row.get(TOOLS)))
         columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, **flags}
         return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()}
 

@@ -46,6 +46,7 @@ from hpd_verl.lean import (
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
 from hpd_verl.stopping import StopSignals
 from hpd_verl.teacher.choice import make_teacher
+from hpd_verl.teacher.prompt_date import fix_prompt_date
 
 Value = TypeVar("Value")
 
@@ -64,6 +65,7 @@ class HPDSFTTrainer(SFTTrainer):
 
     def _build_dataset(self) -> None:
         data = self.config.data
+        fix_prompt_date(data, self.hpd, self.model_config.tokenizer.chat_template)
         self.train_dataset = self._read(data.train_files, data.train_max_samples)
         self.val_dataset = self._read(data.val_files, data.val_max_samples) if data.val_files else None
         rows, batch_size = len(self.train_dataset), self.config.data.train_batch_size
@@ -243,6 +245,8 @@ class HPDSFTTrainer(SFTTrainer):
             handler.resume_from_path = None if found is None else str(found)
         resumed = None if handler.resume_mode == "disable" else handler.resume_from_path
         self.previous_checkpoint = Path(resumed).absolute() if resumed else None
+        if self.previous_checkpoint is not None and torch.distributed.get_rank() == 0:
+            checkpoint.say_changed_rows(self.previous_checkpoint, self.train_dataset.rows.fingerprint)
 
     def _save(self, step: int) -> None:
         """Save, mark the checkpoint complete, and only then remove old ones."""
@@ -255,6 +259,7 @@ class HPDSFTTrainer(SFTTrainer):
         torch.distributed.barrier()
         if leads:
             checkpoint.save_settings(root, step, self.config)
+            checkpoint.save_rows(root, step, self.train_dataset.rows.fingerprint)
             checkpoint.mark_complete(root, step, keep)
         self.previous_checkpoint = root / f"global_step_{step}"
         old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, CONTENTS))

@@ -33,6 +33,7 @@ from hpd_verl.lean import (
     write_row_layouts,
 )
 from hpd_verl.teacher.choice import make_teacher
+from hpd_verl.teacher.prompt_date import fix_prompt_date
 from hpd_verl.teacher.stored import StoredTeacher
 
 
@@ -49,6 +50,7 @@ def fill(config: DictConfig) -> dict[str, float]:
     write_row_layouts(config)
     model = omega_conf_to_dataclass(config.model)
     data = config.data
+    fix_prompt_date(data, hpd, model.tokenizer.chat_template)
     sources = ((data.train_files, data.train_max_samples), (data.val_files, data.val_max_samples))
     datasets = [
         (str(files), read_demonstrations(config, model, files, max_samples)) for files, max_samples in sources if files

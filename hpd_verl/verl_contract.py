@@ -468,7 +468,6 @@ CONTRACT: tuple[Entry, ...] = (
         "ppo/agent_loop.py",
         {
             "config tokenizer apply_chat_template_kwargs": "the run's configuration and the student's chat template",
-            "continuous_token_builder": "verl's tokens of a prompt",
             "rollout_config": "which server generates: vLLM takes a seed with each request",
             "loop": "tokenising does not hold up other answers",
         },
@@ -501,7 +500,11 @@ CONTRACT: tuple[Entry, ...] = (
     *_methods(
         _DATASET,
         "data/dataset.py",
-        {"_read_files_and_tokenize(self)": "rows are checked before, and overlong demonstrations dropped after it"},
+        {
+            "_read_files_and_tokenize(self)": "rows are checked before, and overlong demonstrations dropped after it",
+            "maybe_filter_out_long_prompts(self, dataframe)": "prompts are measured as they are trained, refusals said",
+            "__getitem__(self, item)": "rows come as they were written",
+        },
     ),
     *_attributes(
         _DATASET,
@@ -510,7 +513,8 @@ CONTRACT: tuple[Entry, ...] = (
             "config": "verl's data node",
             "data_files original_data_files": "the files read; those given tell the split",
             "dataframe": "the rows",
-            "prompt_key tokenizer": "prompts as verl finds and tokenises them",
+            "prompt_key tokenizer apply_chat_template_kwargs": "prompts as verl finds and tokenises them",
+            "filter_overlong_prompts max_prompt_length num_workers": "which prompts are left out, and by how many",
         },
     ),
     # The lean trainer

@@ -27,6 +27,8 @@ from hpd_verl.checkpoint import (
     mark_complete,
     mark_incomplete,
     remove,
+    save_rows,
+    say_changed_rows,
 )
 
 
@@ -234,6 +236,7 @@ def trainer_in(root: Path, keep: int) -> Any:
         "train_dataloader": StatefulDataLoader([1, 2, 3]),
         "checkpoint_callback": build_checkpoint_callback(config),
         "previous_checkpoint": None,
+        "train_dataset": [1, 2, 3],
     }
     return trainer
 
@@ -266,6 +269,19 @@ def killed_at(event: int, trainer: Any, step: int) -> bool:
             os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def test_a_resume_with_other_rows_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, rows = tmp_path / "global_step_2", {"rows": 16, "sha256": "a"}
+    folder.mkdir()
+    say_changed_rows(folder, rows)  # of a checkpoint that does not say its rows
+    save_rows(tmp_path, 2, rows)
+    say_changed_rows(folder, rows)
+    assert not caplog.text
+    say_changed_rows(folder, {"rows": 24, "sha256": "b"})
+    assert f"resuming from {folder} with other training data: 24 rows, 16 when it was saved. Their order" in caplog.text
+    say_changed_rows(folder, {"rows": 16, "sha256": "b"})
+    assert "16 rows as when it was saved, but other ones or in another order. Their order is drawn anew" in caplog.text
 
 
 @pytest.mark.parametrize("keep", [1, 2])

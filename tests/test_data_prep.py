@@ -1,22 +1,29 @@
 """data_prep: from JSON lines to verl's columns, and errors that name file and line."""
 
+import io
 import json
+import logging
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
+
+from hpd_verl.data.dataset import HPDDataset
+from hpd_verl.data.row import tools_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # data_prep is no part of the installed package
 
-from data_prep import gsm8k, rows, sources  # noqa: E402
+from data_prep import chat, gsm8k, rows, sources  # noqa: E402
 
 ANSWER = "She has 2*600 = <<2*600=1200>>1200 beads.\nShe sells 1200/2 = $<<1200/2=600>>600.\n#### 1,200"
 
@@ -177,3 +184,60 @@ def test_killed_while_it_writes(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=100)
     assert pq.ParquetFile(out / "train.parquet").metadata.num_rows == 6000
     assert [file.name for file in out.iterdir()] == ["train.parquet"]
+
+
+def chat_rows(folder: Path, records: list[dict[str, Any]], *flags: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows that data_prep.chat makes of these records, and what it says."""
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, records)))
+    arguments = ["chat", "--local_dataset_path", str(folder / "chats.jsonl"), "--local_save_dir", str(folder / "out")]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", [*arguments, *flags])
+        warnings.simplefilter("ignore")
+        said = io.StringIO()
+        handler = logging.StreamHandler(said)
+        logging.getLogger("data_prep").addHandler(handler)
+        try:
+            rows.run("", sources.Source("", {"train": "train"}), None, chat.add_arguments, chat.configure)
+        finally:
+            logging.getLogger("data_prep").removeHandler(handler)
+    return pq.read_table(folder / "out" / "train.parquet").to_pylist(), said.getvalue()
+
+
+def test_chat_keeps_reasoning_calls_and_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose fields no row before had come behind a group that is written; text alone is written as text."""
+    monkeypatch.setattr(rows, "ROWS_PER_GROUP", 2)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
+    user = {"role": "user", "content": "q"}
+    text = {"messages": [user, {"role": "assistant", "content": "a", "weight": 1}]}
+    thought = {"messages": [user, {"role": "assistant", "content": "a", "thinking": "t"}]}
+    calls: dict[str, Any] = {
+        "messages": [
+            user,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "r", "name": "f"},
+            {"role": "assistant", "content": "", "tool_calls": [call, call]},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    }
+    found, said = chat_rows(tmp_path, [text, text, text])
+    assert [row["demonstration"] for row in found] == ["a", "a", "a"]
+    assert "messages hold 'weight', which is left out" in said
+    assert "tools" not in found[0]
+    found, said = chat_rows(tmp_path, [text, text, thought, text, calls], "--reasoning_key", "reasoning_content")
+    read = HPDDataset(str(tmp_path / "out" / "train.parquet"), None, _data(tmp_path / "out" / "train.parquet"))
+    assert [read.row(index)["demonstration"][0] for index in range(4)] == [
+        {"role": "assistant", "content": "a"},
+        {"role": "assistant", "content": "a"},
+        {"role": "assistant", "content": "a", "reasoning_content": "t"},
+        {"role": "assistant", "content": "a"},
+    ]
+    last = read.row(4)
+    assert last["prompt"] == [user, {"role": "assistant", "content": "", "tool_calls": [call]}, calls["messages"][2]]
+    assert last["demonstration"] == [calls["messages"][3]]
+    assert tools_of(last["tools"]) == calls["tools"]
+    assert [row["extra_info"]["index"] for row in found] == [0, 1, 2, 3, 4]
+
+
+def _data(file: Path) -> Any:
+    hpd = {"on_policy_fraction": 0.0, "missing_demonstration": "error", "overlong_demonstration": "truncate"}
+    return OmegaConf.create({"train_files": str(file), "filter_overlong_prompts": False, "hpd": hpd})

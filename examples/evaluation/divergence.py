@@ -153,10 +153,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 continue
             try:
                 response = demonstrations.encode(row.prompt, text)
-                chat, _ = demonstrations.template.escape(row.prompt)
-                prompt = demonstrations.template.encode(
-                    chat, demonstrations.template.prompt(chat), escaped=chat is not row.prompt
-                )
+                chat, _, escaped = demonstrations.template.escape(row.prompt)
+                prompt = demonstrations.template.encode(chat, demonstrations.template.prompt(chat), escaped=escaped)
             except ValueError as error:
                 raise ValueError(f"--data, row {number}: {error}") from error
             truncated += response.truncated or cut

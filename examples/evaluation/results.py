@@ -142,6 +142,13 @@ def read_rows(files: Sequence[Path], max_rows: int | None = None, needs: Sequenc
         for number, record in enumerate(records):
             where = f"--data={file}, row {number}"
             check_prompt(record["prompt"], where)
+            if record.get("tools"):
+                raise ValueError(f"{where}: it offers tools, which are not evaluated here; take such rows out")
+            more = _fields_of(record.get("demonstration")) if "demonstration" in needs else []
+            if more:
+                raise ValueError(
+                    f"{where}: its demonstration holds {more[0]} beside its text, which is not evaluated here"
+                )
             row = _row(record)
             for name in needs:
                 value = getattr(row, name)
@@ -151,8 +158,15 @@ def read_rows(files: Sequence[Path], max_rows: int | None = None, needs: Sequenc
     return rows
 
 
+def _fields_of(demonstration: Any) -> list[str]:
+    """What a demonstration that is a message holds beside its text."""
+    if not isinstance(demonstration, list) or not demonstration or not isinstance(demonstration[0], dict):
+        return []
+    return [key for key, value in demonstration[0].items() if key not in ("role", "content") and value]
+
+
 def _row(record: Mapping[str, Any]) -> Row:
-    prompt = [{"role": turn["role"], "content": turn["content"]} for turn in record["prompt"]]
+    prompt = [{key: value for key, value in turn.items() if value is not None} for turn in record["prompt"]]
     reward, info = record.get("reward_model") or {}, record.get("extra_info") or {}
     demonstration = record.get("demonstration")
     if isinstance(demonstration, list) and len(demonstration) == 1 and isinstance(demonstration[0], dict):

@@ -1,15 +1,24 @@
-"""Data and student together: whether enough prompts fit the lengths."""
+"""Data and student together: whether the chat template writes the rows, and enough prompts fit the lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
-from verl.utils.tokenizer import normalize_token_ids
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.data.demonstration import DemonstrationTokenizer, demonstration_text, has_demonstration
-from hpd_verl.data.files import DEMONSTRATION, DataFile, one_line
+from hpd_verl.data.chat_template import begins_answer
+from hpd_verl.data.demonstration import DemonstrationTokenizer, PromptTokenizer, demonstration_of, has_demonstration
+from hpd_verl.data.files import DataFile, one_line
+from hpd_verl.data.row import DEMONSTRATION, TOOLS, as_written, tools_of
+
+_TOKENISED_DEMONSTRATIONS = 64
+"""So many of the first rows' demonstrations are tokenised, unless more are needed to count those that fit."""
+
+_ROWS_OF_A_KIND = 2
+"""So many rows of each kind that is more than texts are tokenised."""
 
 
 def template_kwargs(data: DictConfig) -> dict[str, Any]:
@@ -28,9 +37,11 @@ def check_prompts_fit(
     needed_rows: int,
     max_samples: int,
 ) -> None:
-    """Check that enough rows stay once overlong prompts are filtered out; looks at no more rows than it takes.
+    """Check that the chat template writes the rows, and that enough stay once overlong prompts are filtered out.
 
-    Where nothing is filtered, overlong prompts lose their beginning: one that fits is enough.
+    Tokenises no more rows than it takes, and of each kind of row that is more than texts (reasoning in a field of its
+    own, tool calls, tools, prompts that begin the answer) the first ones. Where nothing is filtered, overlong prompts
+    lose their beginning: one that fits is enough.
 
     Args:
         setting: data.train_files or data.val_files.
@@ -42,56 +53,164 @@ def check_prompts_fit(
         max_samples: only so many rows are used, from the first on; all if not above 0.
 
     Raises:
-        ValueError: too few rows stay, or the chat template refuses a prompt.
+        ValueError: too few rows stay, or the chat template cannot write a row.
     """
     limit, filters = data.max_prompt_length, data.get("filter_overlong_prompts", True)
     drops = hpd.overlong_demonstration == "drop" and setting == "data.train_files"
-    demonstrations = DemonstrationTokenizer(tokenizer, template_kwargs(data), data.max_response_length)
-    kwargs = {key: value for key, value in template_kwargs(data).items() if key not in _TOKENIZER_KEYS}
-    key, needed = data.get("prompt_key", "prompt"), needed_rows if filters or drops else 1
-    seen = fitting = 0
+    rows = _Rows(tokenizer, template_kwargs(data), data.max_response_length, data.get("prompt_key", "prompt"))
+    needed = needed_rows if filters or drops else 1
+    seen = fitting = refused = 0
     shortest: int | None = None
+    first_refusal = ""
     for file in files:
-        columns = [key, DEMONSTRATION] if drops and DEMONSTRATION in file.schema.names else [key]
-        for index, row in enumerate(row for _, rows in file.batches(columns) for row in rows):
+        for index, row in rows.of(file):
             if fitting >= needed or (0 < max_samples <= seen):
                 break
             seen += 1
             try:
-                length = len(
-                    normalize_token_ids(
-                        tokenizer.apply_chat_template(row[key], add_generation_prompt=True, tokenize=True, **kwargs)
-                    )
-                )
+                length = rows.prompt_length(row)
             except Exception as error:  # templates are programs: any error of Jinja or of what they call
-                if filters:  # verl's filter drops such rows
-                    continue
-                where = file.row_name(index)
-                raise ValueError(
-                    f"{where}: the student's chat template refuses the prompt: {one_line(error)}; change its messages"
-                ) from error
+                refusal = rows.refusal(file, index, "the prompt", error)
+                if not filters:
+                    raise ValueError(refusal) from error
+                refused, first_refusal = refused + 1, first_refusal or refusal  # it will be left out, and counted
+                continue
             shortest = length if shortest is None else min(shortest, length)
             if filters and length > limit:
                 continue
-            demonstration = row.get(DEMONSTRATION)
-            if has_demonstration(demonstration):
-                text = demonstration_text(demonstration, f"{file.name}: row {index}")
-                if demonstrations.length(row[key], text) > data.max_response_length:
-                    continue
+            looks = file.rules.reads_demonstrations and (drops or seen <= _TOKENISED_DEMONSTRATIONS)
+            answer = rows.response_length(file, index, row) if looks else 0
+            if drops and answer > data.max_response_length:
+                continue
             fitting += filters or drops or length <= limit
-    if fitting >= needed:
-        return
-    if drops and shortest is not None and shortest <= limit:
+    if fitting < needed and refused and shortest is None:
+        raise ValueError(first_refusal)
+    if fitting < needed and drops and shortest is not None and shortest <= limit:
         raise ValueError(
             f"data.max_response_length={data.max_response_length}: with algorithm.hpd.overlong_demonstration=drop "
             f"{fitting} of {seen} rows of {setting} stay, {needed} are needed; raise it, or truncate"
         )
-    found = "its chat template refuses all prompts" if shortest is None else f"the shortest has {shortest} tokens"
-    what = f"stay, {needed} are needed" if filters else "fit, the others would lose their beginning"
-    raise ValueError(
-        f"data.max_prompt_length={limit}: {fitting} of {seen} prompts of {setting} {what} ({found}); raise it"
-    )
+    if fitting < needed:
+        what = f"stay, {needed} are needed" if filters else "fit, the others would lose their beginning"
+        others = f"; {refused} are refused, the first, {first_refusal}" if refused else ""
+        raise ValueError(
+            f"data.max_prompt_length={limit}: {fitting} of {seen} prompts of {setting} {what} (the shortest has "
+            f"{shortest} tokens); raise it{others}"
+        )
+    rows.check_kinds(files, filters, max_samples)
 
 
-_TOKENIZER_KEYS = ("tokenize", "return_dict", "return_tensors")
-"""Keys of data.apply_chat_template_kwargs that verl's filter leaves out."""
+def texts_of_rows(files: Sequence[DataFile], prompt_key: str) -> Iterator[tuple[str, str]]:
+    """The chat columns of all rows as text, each with the row's name."""
+    for file in files:
+        wanted = [prompt_key, TOOLS, *([DEMONSTRATION] if file.rules.reads_demonstrations else [])]
+        start = 0
+        for batch, rows in file.batches([name for name in file.schema.names if name in wanted]):
+            for index, row in enumerate(rows, start):
+                yield file.row_name(index), "\n".join(_texts(list(row.values())))
+            start += len(batch)
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [text for item in items for text in _texts(item)]
+
+
+class _Rows:
+    """Rows of files and their tokens."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], max_response_length: int, key: str
+    ) -> None:
+        self._demonstrations = DemonstrationTokenizer(tokenizer, kwargs, max_response_length)
+        self._prompts = PromptTokenizer(self._demonstrations.template)
+        self._key = key
+
+    def of(self, file: DataFile, unusual: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Number and content of a file's rows; ``unusual``: only of batches that may hold more than texts."""
+        wanted = [self._key, TOOLS, *([DEMONSTRATION] if file.rules.reads_demonstrations else [])]
+        start = 0
+        for batch, rows in file.batches([name for name in file.schema.names if name in wanted]):
+            if not unusual or _may_be_unusual(batch, self._key):
+                for index, row in enumerate(rows, start):
+                    yield index, as_written(row, rows.features, self._key)
+            start += len(batch)
+
+    def prompt_length(self, row: Mapping[str, Any]) -> int:
+        return len(self._prompts.encode(row[self._key], tools_of(row.get(TOOLS))))
+
+    def response_length(self, file: DataFile, index: int, row: Mapping[str, Any]) -> int:
+        """Tokens of the row's demonstration, 0 without one.
+
+        Raises:
+            ValueError: no response could be it; the message names the row.
+        """
+        value, tools = row.get(DEMONSTRATION), tools_of(row.get(TOOLS))
+        try:
+            if not has_demonstration(value):
+                self._demonstrations.template.with_tools(tools).check_prompt(row[self._key])
+                return 0
+            return self._demonstrations.length(row[self._key], demonstration_of(value, "row"), tools)
+        except Exception as error:  # templates are programs: any error of Jinja or of what they call
+            raise ValueError(self.refusal(file, index, "the row", error)) from error
+
+    @staticmethod
+    def refusal(file: DataFile, index: int, what: str, error: Exception) -> str:
+        said = one_line(error)
+        if not isinstance(error, ValueError):
+            said = f"the student's chat template fails at {what}: {type(error).__name__}: {said}"
+        return f"{file.row_name(index)}: {said}{'; change its messages' if 'refuses the chat' in said else ''}"
+
+    def check_kinds(self, files: Sequence[DataFile], filters: bool, max_samples: int) -> None:
+        """Tokenise the first rows of each kind that is more than texts.
+
+        Raises:
+            ValueError: the template cannot write one; the message names the row.
+        """
+        counts: dict[Any, int] = {}
+        before = 0
+        for file in files:
+            for index, row in self.of(file, unusual=True):
+                if 0 < max_samples <= before + index:
+                    return
+                kind = _kind(row[self._key], row.get(TOOLS), row.get(DEMONSTRATION))
+                counts[kind] = counts.get(kind, 0) + 1
+                if kind is None or counts[kind] > _ROWS_OF_A_KIND:
+                    continue
+                try:
+                    self.prompt_length(row)
+                except Exception as error:  # as above
+                    if filters:  # left out, and counted
+                        continue
+                    raise ValueError(self.refusal(file, index, "the prompt", error)) from error
+                self.response_length(file, index, row)
+            before += file.rows
+
+
+def _kind(prompt: Any, tools: Any, demonstration: Any) -> Any:
+    """What a row holds beside texts of other roles than the assistant; None if nothing."""
+
+    def keys(message: Mapping[str, Any]) -> frozenset[str]:
+        return frozenset(key for key, value in message.items() if key not in ("role", "content") and value)
+
+    in_prompt = frozenset[str]().union(*map(keys, prompt))
+    of_answer = frozenset[str]() if not isinstance(demonstration, list) else keys(demonstration[0])
+    found = (begins_answer(prompt), in_prompt, bool(tools), of_answer)
+    return found if any(found) else None
+
+
+def _may_be_unusual(batch: pa.RecordBatch, prompt_key: str) -> bool:
+    """Whether rows may hold more than texts of other roles than the assistant, by the columns' types."""
+    for name in batch.schema.names:
+        column = batch.column(name)
+        if name == TOOLS and column.null_count < len(column):
+            return True
+        if name == prompt_key or (name == DEMONSTRATION and pa.types.is_nested(column.type)):
+            is_chat = pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type)
+            if not is_chat or {field.name for field in column.type.value_type} != {"role", "content"}:
+                return True
+    prompts = batch.column(prompt_key)
+    last_roles = pc.struct_field(prompts.values, "role").take(pc.subtract(prompts.offsets[1:].cast(pa.int64()), 1))
+    return bool(pc.any(pc.equal(last_roles, "assistant")).as_py())

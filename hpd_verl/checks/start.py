@@ -6,10 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpd_verl.checks.data import check_prompts_fit, template_kwargs
+from hpd_verl.checks.data import check_prompts_fit, template_kwargs, texts_of_rows
 from hpd_verl.checks.models import can_check_here, check_models, without_copies
 from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
 from hpd_verl.checks.row_layouts import Passes, choose_row_layout, model_nodes
+from hpd_verl.checks.vocabulary import check_embedded
 from hpd_verl.config import HPDConfig, choose_pipeline
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote
 
@@ -72,6 +73,13 @@ def _check_data_and_models(
         teacher_setting=settings["teacher"],
         needed_context=data.max_prompt_length + data.max_response_length,
         template_kwargs=template_kwargs(data),
+    )
+    check_embedded(
+        f"{settings['student']}={models['student'].path}",
+        student.tokenizer,
+        student.hf_config.vocab_size,
+        template_kwargs(data),
+        texts_of_rows([file for found in checked.values() for file in found], data.get("prompt_key", "prompt")),
     )
     names = [settings[role].removesuffix(".path") for role in ("student", "teacher")]
     for model in model_nodes(without_copies(models["student"]), without_copies(models["teacher"]), names):

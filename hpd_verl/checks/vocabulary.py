@@ -1,8 +1,13 @@
-"""Do student and teacher speak the same tokens? Checked once at start, by their tokenizers."""
+"""Do student and teacher speak the same tokens, and do they have all that rows hold? Checked once at start, by their
+tokenizers."""
 
 import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from hpd_verl.data.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -88,3 +93,57 @@ def check_vocabularies(
             student_size - teacher_size,
             student_size,
         )
+
+
+_ROLES = ("bos_token", "eos_token", "pad_token")
+
+
+def check_embedded(
+    setting: str,
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+    template_kwargs: Mapping[str, Any],
+    texts: Iterable[tuple[str, str]],
+) -> None:
+    """Check that the model embeds every token that can occur.
+
+    Tokenizers may define more tokens than their model embeds, as long as none of them occurs.
+
+    Args:
+        setting: ``NAME=VALUE`` of the student's path, for errors.
+        tokenizer: the student's.
+        size: rows of its embedding.
+        template_kwargs: verl's ``data.apply_chat_template_kwargs``.
+        texts: of all rows, each with the row's name; read only where the tokenizer defines more.
+
+    Raises:
+        ValueError: one that occurs, or may occur in any text, has no row.
+    """
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= size}
+    if not beyond:
+        return
+
+    def refusal(token: str, where: str) -> ValueError:
+        return ValueError(
+            f"{setting}: its tokenizer has {len(beyond)} tokens beyond the {size} rows of the model's embedding, and "
+            f"{token!r} (id {beyond[token]}) {where}; resize the embedding to the tokenizer "
+            "(model.resize_token_embeddings), or take the token out"
+        )
+
+    added = tokenizer.added_tokens_decoder
+    for token, index in beyond.items():
+        if index not in added:
+            raise refusal(token, "may occur in any text")
+    for role in _ROLES:
+        if getattr(tokenizer, role, None) in beyond:
+            raise refusal(getattr(tokenizer, role), f"is its {role}")
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    template = ChatTemplate(tokenizer, template_kwargs)
+    for rendered in (template.render(chat), template.prompt(chat[:1])):
+        for token in beyond:
+            if token in rendered:
+                raise refusal(token, "is what its chat template writes")
+    for where, text in texts:
+        for token in beyond:
+            if token in text:
+                raise refusal(token, f"occurs in {where}")

@@ -1,17 +1,29 @@
 """The student's chat template: what it writes for a prompt and an answer, and the token that ends an answer."""
 
+import copy
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import jinja2
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-Messages = Sequence[Mapping[str, Any]]
+Message = Mapping[str, Any]
+Messages = Sequence[Message]
+
+DATE_KWARG = "strftime_now"
+"""The function by which templates write today's date. As a key of ``data.apply_chat_template_kwargs`` it is a date, as
+2026-01-31, that they write instead."""
+
+KWARGS_SETTING = "data.apply_chat_template_kwargs"
+
+_TOKENIZER_KEYS = ("tokenize", "return_dict", "return_tensors")
+"""Keys of data.apply_chat_template_kwargs that are no variables of a template; verl leaves them out too."""
 
 _NAMED_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING = re.compile(r"think|thought|reason|<\|channel>|<channel\|>", re.IGNORECASE)
@@ -99,6 +111,8 @@ class ChatTemplate:
     text of a message holds one, ``escape`` and ``encode`` make it ordinary text. All other added tokens (``<think>``,
     tool and image tags, special or not) are what a rollout's answer may consist of, and stay tokens.
 
+    A prompt whose last message is the assistant's is the beginning of the answer: the answer continues it.
+
     Args:
         tokenizer: the student's.
         template_kwargs: verl's ``data.apply_chat_template_kwargs``.
@@ -109,27 +123,79 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
-        self.template_kwargs = dict(template_kwargs)
+        self.template_kwargs = {key: value for key, value in template_kwargs.items() if key not in _TOKENIZER_KEYS}
+        date = self.template_kwargs.get(DATE_KWARG)
+        if isinstance(date, str):
+            self.template_kwargs[DATE_KWARG] = parse_date(date).strftime
         self._added_ids, self._added = _added_tokens(tokenizer)
         self._turn_controls: frozenset[str] | None = None
+        self._without_tools: ChatTemplate | None = None
+        self._holds_escaped_tools = False
+        self._last_with_tools: ChatTemplate | None = None
+        self._last_tools: list[Any] | None = None
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> "ChatTemplate":
+        """The template of rows that offer these tools (JSON schemas); itself where there are none."""
+        if not tools:
+            return self
+        if self._last_with_tools is None or self._last_tools != list(tools):
+            bound = copy.copy(self)
+            bound._without_tools, bound._last_with_tools = self, None
+            escaped = _change_texts(list(tools), _escape_by(_any_of(sorted(self._plain_controls()))))
+            bound._holds_escaped_tools = escaped != list(tools)
+            bound.template_kwargs = self.template_kwargs | {"tools": escaped}
+            self._last_with_tools, self._last_tools = bound, list(tools)
+        return self._last_with_tools
+
+    def _apply(self, messages: Messages, **kwargs: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs, **self.template_kwargs)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the student's chat template refuses the chat: {_one_line(error)}") from error
 
     def render(self, messages: Messages, generation_prompt: bool = False) -> str:
         """The template's text; a refusal stands, where verl would try again behind a made-up user message."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self.template_kwargs
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the student's chat template refuses the chat: {error}") from error
+        return self._apply(messages, add_generation_prompt=generation_prompt)
 
     def prompt(self, messages: Messages) -> str:
-        """The prompt's text, its generation prompt included."""
-        return self.render(messages, generation_prompt=True)
+        """The prompt's text: with its generation prompt, or up to the end of the answer that it begins."""
+        if not begins_answer(messages):
+            return self.render(messages, generation_prompt=True)
+        begun = messages[-1]
+        if begun.get("tool_calls"):
+            raise ValueError(
+                "the prompt's last message is the assistant's and calls tools: there is no text to continue; add the "
+                "tool's message behind it, or make it the demonstration"
+            )
+        try:
+            return self._apply(messages, continue_final_message=True)
+        except ValueError as error:
+            if "continue_final_message" not in str(error):
+                raise
+            raise ValueError(
+                "the prompt's last message is the assistant's, and the student's chat template does not write it as it "
+                "is, so that an answer could continue it; make it a part of the demonstration"
+            ) from error
 
     def turn_end(self, messages: Messages) -> TurnEnd:
         """How an answer to this prompt ends."""
-        self._refuse_unread(messages, self.prompt(messages))
+        self.check_prompt(messages)
         return self._probe(messages)[1]
+
+    def check_prompt(self, messages: Messages) -> str:
+        """The prompt's text.
+
+        Raises:
+            ValueError: the template refuses it, or leaves out its last message or the tools.
+        """
+        prompt = self.prompt(messages)
+        self._refuse_unread(messages, prompt)
+        if self._without_tools is not None and self._without_tools.prompt(messages) == prompt:
+            raise ValueError(
+                "the student's chat template writes nothing of the row's tools; take them out, or give a template that "
+                "does by the student's custom_chat_template"
+            )
+        return prompt
 
     def _probe(self, messages: Messages) -> tuple[str, TurnEnd, bool]:
         """Text before an answer to this prompt, the answer's end, and whether the answer is a list of parts."""
@@ -140,13 +206,14 @@ class ChatTemplate:
         for in_parts in (False, True):
             answer = _assistant(probe, in_parts)
             try:
-                written = self.render([*messages, answer])
+                chat = _answered(messages, answer)
+                written = self.render(chat)
             except ValueError as error:
                 refusal = error if not in_parts else refusal
                 continue
             if written.count(probe) == 1:
                 before, _, tail = written.partition(probe)
-                return before, self._end([*messages, answer], probe, tail), in_parts
+                return before, self._end(chat, probe, tail), in_parts
         raise refusal
 
     def _end(self, chat: Messages, probe: str, tail: str) -> TurnEnd:
@@ -172,26 +239,94 @@ class ChatTemplate:
             return TurnEnd(tail, written=0, token=ids[0])
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
-                "actor_rollout_ref.model.path: the student's chat template ends a turn without a token of its own and "
-                "its tokenizer has no eos_token; set one of them"
+                "the student's chat template ends a turn without a token of its own and "
+                "its tokenizer has no eos_token; set one of them in the model's folder"
             )
         return TurnEnd(tail, written=0, token=self.tokenizer.eos_token_id)
 
-    def answer(self, messages: Messages, text: str) -> Answer:
-        """What follows the prompt when ``text`` answers it.
+    def answer(self, messages: Messages, answer: str | Message) -> Answer:
+        """What follows the prompt when a text or a message answers it.
 
-        That is what the template writes there, unless the template rewrites the text (some drop the reasoning), writes
-        a second reasoning tag before the text's own, or lets the prompt end in one: then it is the text itself.
+        That is what the template writes there. A text stands as it is where the template rewrites it (some drop the
+        reasoning), writes a second reasoning tag before the text's own, or lets the prompt end in one.
         """
-        prompt = self.prompt(messages)
-        self._refuse_unread(messages, prompt)
+        prompt = self.check_prompt(messages)
+        return (
+            self._text_answer(messages, answer, prompt)
+            if isinstance(answer, str)
+            else self._message_answer(messages, answer, prompt)
+        )
+
+    def _message_answer(self, messages: Messages, answer: Message, prompt: str) -> Answer:
+        """An answer of more than text: reasoning in a field of its own, tool calls."""
+        _, end, in_parts = self._probe(messages)
+        if in_parts:
+            answer = {**answer, "content": [{"type": "text", "text": answer["content"]}]}
+        full = self.render(_answered(messages, answer))
+        self._refuse_unwritten(messages, answer, full)
+        fields = " and ".join(key for key in answer if key not in ("role", "content") and answer[key])
+        if not full.startswith(prompt):
+            raise ValueError(
+                f"the student's chat template writes the demonstration with its {fields} otherwise than behind the "
+                f"prompt, which ends with {prompt[-30:]!r}; choose another prompt by {KWARGS_SETTING} "
+                "(enable_thinking), or write the demonstration as one text"
+            )
+        written = full[len(prompt) :]
+        if full.endswith(end.tail) and len(end.tail) <= len(written):
+            return Answer(prompt, written[: len(written) - len(end.tail) + end.written], end, reopened=False)
+        # Another end than an answer of text has, as <|call|> of gpt-oss.
+        tokens = list(self._added.finditer(written))
+        last = tokens[-1] if tokens and not written[tokens[-1].end() :].strip() else None
+        if last is None or not self.tokenizer.added_tokens_decoder[self._added_ids[last[0]]].special:
+            raise ValueError(
+                f"the student's chat template ends a demonstration with {fields} without a token, where it ends an "
+                f"answer of text with {end.tail!r}; write the demonstration as one text"
+            )
+        tail = written[last.start() :]
+        end = TurnEnd(tail, written=len(last[0]), token=self._added_ids[last[0]])
+        return Answer(prompt, written[: last.end()], end, reopened=False)
+
+    def _refuse_unwritten(self, messages: Messages, answer: Message, full: str) -> None:
+        """Refuse an answer of which the template, whose text of it is ``full``, leaves something out."""
+
+        def is_written(without: Message) -> bool:
+            try:
+                return self.render(_answered(messages, without)) != full
+            except ValueError:
+                return True  # it is asked for
+
+        for key, value in answer.items():
+            if key in ("role", "content") or not value:
+                continue
+            if not is_written({name: other for name, other in answer.items() if name != key}):
+                raise ValueError(
+                    f"the student's chat template writes nothing of the demonstration's {key}; rename it to the field "
+                    "that the template knows, or take it out"
+                )
+            if isinstance(value, str) and _squeezed(value) not in _squeezed(full):
+                raise _rewrites(key)
+            for index in range(len(value)) if key == "tool_calls" and len(value) > 1 else ():
+                if not is_written({**answer, key: [*value[:index], *value[index + 1 :]]}):
+                    raise ValueError(
+                        f"the student's chat template does not write tool call {index} of the demonstration's "
+                        f"{len(value)}; let it call one tool"
+                    )
+        content = answer["content"]
+        if not isinstance(content, str):  # in parts
+            content = content[0]["text"]
+        more = _assistant(f"{content} x", in_parts=content is not answer["content"])["content"]
+        changed = {**answer, "content": more}
+        if content.strip() and (not is_written(changed) or _squeezed(content) not in _squeezed(full)):
+            raise _rewrites("content")
+
+    def _text_answer(self, messages: Messages, text: str, prompt: str) -> Answer:
         before, end, in_parts = self._probe(messages)
         opener = _reasoning_tag_at_end(prompt)
         own_tag = _TAG.match(text.lstrip())
         if own_tag and opener is None and own_tag[0] in self._reasoning_tags(messages, prompt):
             raise _ended_reasoning(own_tag[0])
         repeats = opener is not None and text.lstrip().startswith(opener)
-        full = self.render([*messages, _assistant(text, in_parts)])
+        full = self.render(_answered(messages, _assistant(text, in_parts)))
         if full.startswith(prompt) and full.endswith(end.tail) and len(prompt) + len(end.tail) <= len(full):
             written = full[len(prompt) : len(full) - len(end.tail)]
             shown, asked = _squeezed((opener or "") + written), _squeezed(text)
@@ -210,7 +345,7 @@ class ChatTemplate:
                 raise ValueError(
                     f"the student's generation prompt ends with {opener}, and the demonstration does not end this "
                     f"reasoning ({_closing_tags(opener)[0]}); add it to the demonstration, or choose another prompt by "
-                    "data.apply_chat_template_kwargs (enable_thinking) or actor_rollout_ref.model.custom_chat_template"
+                    "data.apply_chat_template_kwargs (enable_thinking) or the student's custom_chat_template"
                 )
             return text
         for tag in self._reasoning_tags(messages, prompt):
@@ -219,7 +354,7 @@ class ChatTemplate:
         if not before.startswith(prompt):
             raise ValueError(
                 "the student's chat template writes the prompt of an answered question otherwise than the prompt "
-                f"itself, which ends with {prompt[-20:]!r}; set actor_rollout_ref.model.custom_chat_template"
+                f"itself, which ends with {prompt[-20:]!r}; set the student's custom_chat_template"
             )
         head = before[len(prompt) :]
         own_tag = _TAG.match(text.lstrip())
@@ -227,7 +362,7 @@ class ChatTemplate:
 
     def _reasoning_tags(self, messages: Messages, prompt: str) -> list[str]:
         """The reasoning tags of the generation prompt."""
-        if not any(map(_REASONING.search, _TAG.findall(prompt[-200:]))):
+        if begins_answer(messages) or not any(map(_REASONING.search, _TAG.findall(prompt[-200:]))):
             return []
         bare = self.render(messages)
         shared = next((i for i, pair in enumerate(zip(bare, prompt, strict=False)) if pair[0] != pair[1]), len(bare))
@@ -246,12 +381,22 @@ class ChatTemplate:
             )
 
     def _controls(self, messages: Messages) -> frozenset[str]:
+        if self._without_tools is not None:  # their description shows tags of answers, which are no controls
+            return self._without_tools._controls(messages)
         if self._turn_controls is None:
             self._turn_controls = self._find_turn_controls(messages)
         before, end, _ = self._probe(messages)
         head = before.removeprefix(self.prompt(messages))
         head_tags = [] if head == before else [tag for tag in self._added.findall(head) if not _REASONING.search(tag)]
         return self._turn_controls.union(head_tags, self._added.findall(end.tail[: end.written]))
+
+    def _plain_controls(self) -> frozenset[str]:
+        """The control tokens of a question and its answer."""
+        question = [{"role": "user", "content": "x"}]
+        try:
+            return self._controls(question)
+        except ValueError:  # it takes other chats only
+            return self._find_turn_controls(question)
 
     def _find_turn_controls(self, messages: Messages) -> frozenset[str]:
         user = {"role": "user", "content": "x"}
@@ -266,24 +411,22 @@ class ChatTemplate:
             return frozenset(token for token in [*named, *in_turns] if token in self._added_ids)
         return frozenset(token for token in named if token in self._added_ids)
 
-    def escape(self, messages: Messages, text: str = "") -> tuple[Messages, str]:
-        """Prompt and answer with every control token in their text marked as text, for the other methods.
+    def escape(self, messages: Messages, answer: str | Message = "") -> tuple[Messages, str | Message, bool]:
+        """Prompt and answer with every control token in their texts marked as text, for the other methods.
 
-        Unchanged, and the same objects, where there is none.
+        Returns:
+            ``(messages, answer, escaped)``: the same objects where they hold none; ``escaped`` is for ``encode``.
         """
-        contents = [text, *(part for message in messages for part in _texts(message.get("content")))]
+        contents = [*_texts(answer), *(text for message in messages for text in _texts(message))]
         if not any(self._added.search(content) for content in contents):
-            return messages, text
+            return messages, answer, self._holds_escaped_tools
         pattern = _any_of(sorted(self._controls(messages)))
         if not any(pattern.search(content) for content in contents):
-            return messages, text
+            return messages, answer, self._holds_escaped_tools
+        change = _escape_by(pattern)
         if any(mark in content for mark in (_BREAK, _STAND_IN) for content in contents):
             raise ValueError("its text holds both a control token and U+F8FD or U+F8FE; remove one of them")
-
-        def escaped(content: str) -> str:
-            return pattern.sub(lambda match: match[0][0] + _BREAK + match[0][1:], content)
-
-        return [_with_texts(message, escaped) for message in messages], escaped(text)
+        return [_change_texts(message, change) for message in messages], _change_texts(answer, change), True
 
     def encode(self, messages: Messages, rendered: str, escaped: bool) -> list[int]:
         """The tokens of a rendered text of the chat ``messages``; what ``escape`` marked is ordinary text."""
@@ -305,11 +448,18 @@ def _tags_twice(before: str, text: str) -> bool:
     return bool(own_tag and own_tag[0] in before) or any(tag in text for tag in ending)
 
 
+def _rewrites(key: str) -> ValueError:
+    return ValueError(
+        f"the student's chat template does not write the demonstration's {key} as it is beside its other fields; take "
+        "it out, or write the demonstration as one text"
+    )
+
+
 def _ended_reasoning(tag: str) -> ValueError:
     return ValueError(
         f"the demonstration holds {tag}, and the student's generation prompt has already ended its reasoning; take the "
         "reasoning out of the demonstration, or choose another prompt by data.apply_chat_template_kwargs "
-        "(enable_thinking) or actor_rollout_ref.model.custom_chat_template"
+        "(enable_thinking) or the student's custom_chat_template"
     )
 
 
@@ -330,23 +480,57 @@ def _reasoning_tag_at_end(prompt: str) -> str | None:
     return tag if _REASONING.search(tag) and not _ends(tag) else None
 
 
-def _texts(content: Any) -> list[str]:
-    if isinstance(content, str):
-        return [content]
-    parts = content if isinstance(content, Sequence) else []
-    return [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+def begins_answer(messages: Messages) -> bool:
+    """Whether the prompt's last message is the beginning of the answer."""
+    return bool(messages) and messages[-1].get("role") == "assistant"
 
 
-def _with_texts(message: Mapping[str, Any], change: Any) -> dict[str, Any]:
-    content = message.get("content")
-    if isinstance(content, str):
-        return {**message, "content": change(content)}
-    if isinstance(content, Sequence):
-        parts = [
-            {**part, "text": change(part["text"])}
-            if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-            else part
-            for part in content
-        ]
-        return {**message, "content": parts}
-    return dict(message)
+def _answered(messages: Messages, answer: Message) -> list[Message]:
+    """The chat with its answer: behind the prompt, or joined to the message by which the prompt begins it."""
+    if not begins_answer(messages):
+        return [*messages, answer]
+    begun, more = messages[-1].get("content"), answer["content"]
+    if not isinstance(begun, str) or not isinstance(more, str):
+        raise ValueError("the prompt's last message is the assistant's, and is no text that an answer could continue")
+    return [*messages[:-1], {**messages[-1], **answer, "content": begun + more}]
+
+
+def parse_date(value: str) -> datetime:
+    """The date that a template is to write.
+
+    Raises:
+        ValueError: not a date; the message names the setting.
+    """
+    try:
+        return datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"{KWARGS_SETTING}.{DATE_KWARG}={value}: not a date; write it as 2026-01-31") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a message, or in a part of one."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for key, item in value.items() if key != "role" for text in (str(key), *_texts(item))]
+    return [text for item in value for text in _texts(item)] if isinstance(value, Sequence) else []
+
+
+def _escape_by(pattern: re.Pattern[str]) -> Callable[[str], str]:
+    return lambda text: pattern.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
+
+
+def _change_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A message, or a part of one, with all its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {
+            _change_texts(key, change): item if key == "role" else _change_texts(item, change)
+            for key, item in value.items()
+        }
+    return [_change_texts(item, change) for item in value] if isinstance(value, Sequence) else value

@@ -1,13 +1,20 @@
 """verl's data set, with rows checked where they are read and overlong demonstrations dropped or refused."""
 
+import functools
+import hashlib
+import json
 import logging
+from collections.abc import Iterator
+from typing import Any
 
 import datasets
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.data.demonstration import DemonstrationTokenizer, demonstration_text, has_demonstration
-from hpd_verl.data.files import DEMONSTRATION, RowRules, as_list, check_files
+from hpd_verl.data.chat_template import ChatTemplate
+from hpd_verl.data.demonstration import DemonstrationTokenizer, PromptTokenizer, demonstration_of, has_demonstration
+from hpd_verl.data.files import RowRules, as_list, check_files
+from hpd_verl.data.row import DEMONSTRATION, TOOLS, as_written, tools_of
 
 __all__ = ["DEMONSTRATION", "HPDDataset"]
 
@@ -15,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 class HPDDataset(RLHFDataset):
-    """Rows of verl's columns and, for training, ``demonstration``: a string or a chat list of one assistant message.
+    """Rows of verl's columns, ``tools`` and, for training, ``demonstration``: a string or a chat list of one assistant
+    message.
 
     ``config`` is verl's ``data`` node; its ``hpd`` holds ``algorithm.hpd``. Files are parquet, json or jsonl.
 
@@ -43,16 +51,82 @@ class HPDDataset(RLHFDataset):
         if self.is_train and self.config.hpd.overlong_demonstration != "truncate":
             self._handle_overlong()
 
+    def row(self, index: int) -> dict[str, Any]:
+        """A row by its number, its chat columns as they were written."""
+        return as_written(self.dataframe[index], self.dataframe.features, self.prompt_key)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All of them."""
+        return (as_written(row, self.dataframe.features, self.prompt_key) for row in self.dataframe)
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Number of the rows and a hash of 1,024 of them, evenly spread: equal where the rows and their order are."""
+        total = len(self.dataframe)
+        looked_at = min(total, 1024)
+        digest = hashlib.sha256()
+        for number in range(looked_at):
+            row = self.row(number * total // looked_at)
+            chat = [row.get(name) for name in (self.prompt_key, DEMONSTRATION, TOOLS)]
+            digest.update(json.dumps(chat, sort_keys=True, default=str).encode())
+        return {"rows": total, "sha256": digest.hexdigest()}
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        row = as_written(super().__getitem__(item), self.dataframe.features, self.prompt_key)
+        row["raw_prompt"] = row[self.prompt_key]
+        if TOOLS in row:  # as text, of which a batch holds one a row whatever their number
+            row[TOOLS] = json.dumps(tools_of(row[TOOLS]))
+        return row
+
+    def maybe_filter_out_long_prompts(self, dataframe: datasets.Dataset) -> datasets.Dataset:
+        """The rows whose prompt is short enough, by the tokens it is trained with; verl's would count others."""
+        if not self.filter_overlong_prompts:
+            return dataframe
+        prompts = PromptTokenizer(ChatTemplate(self.tokenizer, self.apply_chat_template_kwargs))
+        features, key = dataframe.features, self.prompt_key
+
+        def measure(row: dict[str, Any]) -> dict[str, Any]:
+            written = as_written(row, features, key)
+            try:
+                return {"tokens": len(prompts.encode(written[key], tools_of(written.get(TOOLS)))), "refusal": ""}
+            except ValueError as error:
+                return {"tokens": -1, "refusal": str(error)}
+
+        columns = dataframe.select_columns([name for name in (key, TOOLS) if name in dataframe.column_names])
+        found = columns.map(
+            measure, remove_columns=columns.column_names, num_proc=self.num_workers, desc="measuring the prompts"
+        )
+        lengths = found["tokens"]
+        kept = [index for index, length in enumerate(lengths) if 0 <= length <= self.max_prompt_length]
+        refused = [index for index, length in enumerate(lengths) if length < 0]
+        if refused:
+            logger.warning(
+                "%d of %d rows are left out, for the chat template cannot write their prompts, the first, row %d: %s",
+                len(refused),
+                len(dataframe),
+                refused[0],
+                found[refused[0]]["refusal"],
+            )
+        logger.info(
+            "%d of %d rows are left out, their prompts are longer than data.max_prompt_length=%d",
+            len(dataframe) - len(kept) - len(refused),
+            len(dataframe),
+            self.max_prompt_length,
+        )
+        return dataframe.select(kept)
+
     def _handle_overlong(self) -> None:
         limit = self.config.max_response_length
         tokenizer = DemonstrationTokenizer(
             self.tokenizer, self.config.get("apply_chat_template_kwargs", {}), max_length=limit
         )
         kept = []
-        for index, row in enumerate(self.dataframe):
+        for index, row in enumerate(self.rows()):
             if has_demonstration(row.get(DEMONSTRATION)):
                 length = tokenizer.length(
-                    row[self.prompt_key], demonstration_text(row[DEMONSTRATION], f"training row {index}")
+                    row[self.prompt_key],
+                    demonstration_of(row[DEMONSTRATION], f"training row {index}"),
+                    tools_of(row.get(TOOLS)),
                 )
                 if length > limit and self.config.hpd.overlong_demonstration == "error":
                     raise ValueError(

@@ -1,54 +1,96 @@
 """From a demonstration's text to the response tokens a rollout of the same answer would have."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl.workers.config import HFModelConfig
 
 from hpd_verl.data import fields
-from hpd_verl.data.chat_template import ChatTemplate, Messages
+from hpd_verl.data.chat_template import ChatTemplate, Message, Messages
+from hpd_verl.data.row import parsed
 
 logger = logging.getLogger(__name__)
 
+Tools = Sequence[Mapping[str, Any]] | None
+"""JSON schemas of the tools that a row offers."""
 
-def demonstration_text(value: Any, where: str) -> str:
-    """The demonstration's text, from a string or from a chat list of one assistant message.
+
+def demonstration_of(value: Any, where: str) -> str | Message:
+    """A row's demonstration: its text, or its message where that holds more than text.
 
     Args:
-        value: the row's ``demonstration``.
+        value: the row's ``demonstration``, a string or a chat list of one assistant message. Beside ``content`` the
+            message may hold what the chat template knows, as ``reasoning_content`` and ``tool_calls``.
         where: names the row in the error.
 
     Raises:
         ValueError: null, empty or of another form.
     """
+    answer: str | Message = ""
     if isinstance(value, str):
-        text = value
+        answer = value
     elif isinstance(value, Sequence) and len(value) == 1 and isinstance(value[0], Mapping):
-        if value[0].get("role") != "assistant" or not isinstance(value[0].get("content"), str):
-            raise ValueError(f"{where}: a chat demonstration is [{{role: assistant, content: ..}}], found {value[0]}")
-        text = value[0]["content"]
-    elif value is None:
-        text = ""
-    else:
+        message = value[0]
+        if message.get("role") == "assistant" and message.get("content", "") is None:
+            raise ValueError(f"{where}: the demonstration's content is null; write its text, or '' beside tool calls")
+        if message.get("role") != "assistant" or not isinstance(message.get("content"), str):
+            raise ValueError(f"{where}: a chat demonstration is [{{role: assistant, content: ..}}], found {message}")
+        check_tool_calls(message, f"{where}: the demonstration")
+        answer = message if _fields(message) else message["content"]
+    elif isinstance(value, date | time):
+        raise ValueError(f"{where}: demonstration is {no_text(value)}")
+    elif value is not None:
         raise ValueError(
             f"{where}: demonstration is {type(value).__name__}, expected a string or a chat of one assistant message"
         )
-    if not text.strip():
+    if isinstance(answer, str) and not answer.strip():
         raise ValueError(
             f"{where}: demonstration is {'null' if value is None else 'empty'}, expected the answer's text"
         )
-    return text
+    return answer
+
+
+def _fields(message: Message) -> list[str]:
+    """The keys of a message beside its text that hold something."""
+    return [key for key, value in message.items() if key not in ("role", "content") and value]
+
+
+def check_tool_calls(message: Message, where: str) -> None:
+    """Check the form of a message's tool calls.
+
+    Raises:
+        ValueError: they are no list of objects; ``where`` names the message.
+    """
+    calls = message.get("tool_calls")
+    calls = parsed(calls) if isinstance(calls, str) else calls
+    is_list = isinstance(calls, Sequence) and not isinstance(calls, str)
+    if calls is not None and not (is_list and all(isinstance(call, Mapping) for call in calls)):
+        raise ValueError(f"{where}'s tool_calls is {type(calls).__name__}, expected a list of objects or its JSON text")
+
+
+NO_TEXT = "a date ("
+"""How ``no_text`` begins."""
+
+
+def no_text(value: Any) -> str:
+    """What a date in a text's place is, and what to do."""
+    return (
+        f"{NO_TEXT}{value}), expected a string; write the column as text, in a parquet file: where all are like "
+        "2026-01-31, readers of JSON take texts for dates"
+    )
 
 
 def has_demonstration(value: Any) -> bool:
     """Whether a row holds a demonstration at all; one of a wrong form counts, so that it is reported."""
     if isinstance(value, Sequence) and len(value) == 1 and isinstance(value[0], Mapping):
+        if _fields(value[0]):
+            return True
         value = value[0].get("content")
     return bool(value.strip()) if isinstance(value, str) else value is not None
 
@@ -77,40 +119,41 @@ class DemonstrationTokenizer:
         self.template = ChatTemplate(tokenizer, template_kwargs)
         self.max_length = max_length
 
-    def _whole(self, messages: Messages, text: str) -> tuple[list[int], bool]:
+    def _whole(self, messages: Messages, answer: str | Message, tools: Tools) -> tuple[list[int], bool]:
         """The response tokens of the whole demonstration, and whether its opening reasoning tag is left out."""
-        chat, escaped_text = self.template.escape(messages, text)
-        escaped = chat is not messages
-        if escaped:
-            self.template.answer(messages, text)  # some templates refuse texts with control tokens
-        answer = self.template.answer(chat, escaped_text)
-        prompt = self.template.encode(chat, answer.prompt, escaped)
-        ids = self.template.encode(chat, answer.prompt + answer.text, escaped)
+        template = self.template.with_tools(tools)
+        chat, escaped_answer, escaped = template.escape(messages, answer)
+        if chat is not messages:
+            template.answer(messages, answer)  # some templates refuse texts with control tokens
+        found = template.answer(chat, escaped_answer)
+        prompt = template.encode(chat, found.prompt, escaped)
+        ids = template.encode(chat, found.prompt + found.text, escaped)
         # Where prompt and answer would share a token, a rollout still starts after the prompt's own tokens.
         starts = ids[: len(prompt)] == prompt
-        ids = ids[len(prompt) :] if starts else self.template.encode(chat, answer.text, escaped)
-        if not answer.end.written:
-            ids = [*ids, answer.end.token]
-        if ids.index(answer.end.token) < len(ids) - 1:
-            token = self.template.tokenizer.convert_ids_to_tokens(answer.end.token)
+        ids = ids[len(prompt) :] if starts else template.encode(chat, found.text, escaped)
+        if not found.end.written:
+            ids = [*ids, found.end.token]
+        if ids.index(found.end.token) < len(ids) - 1:
+            token = template.tokenizer.convert_ids_to_tokens(found.end.token)
             raise ValueError(f"the demonstration holds {token!r}, at which rollouts stop; remove it from its text")
-        return ids, answer.reopened
+        return ids, found.reopened
 
-    def length(self, messages: Messages, text: str) -> int:
+    def length(self, messages: Messages, answer: str | Message, tools: Tools = None) -> int:
         """Response tokens of the whole demonstration, its turn's end included."""
-        return len(self._whole(messages, text)[0])
+        return len(self._whole(messages, answer, tools)[0])
 
-    def encode(self, messages: Messages, text: str) -> TokenisedDemonstration:
+    def encode(self, messages: Messages, answer: str | Message, tools: Tools = None) -> TokenisedDemonstration:
         """Tokenise one demonstration.
 
         Args:
             messages: the prompt's chat list.
-            text: the demonstration.
+            answer: the demonstration, of ``demonstration_of``.
+            tools: JSON schemas of the row's tools.
 
         Raises:
             ValueError: no rollout could be this demonstration; the message does not name the row.
         """
-        ids, reopened = self._whole(messages, text)
+        ids, reopened = self._whole(messages, answer, tools)
         return TokenisedDemonstration(ids[: self.max_length], len(ids) > self.max_length, reopened)
 
 
@@ -119,19 +162,16 @@ class PromptTokenizer:
 
     Args:
         template: the student's chat template.
-        build: verl's ``build_initial_tokens`` for the student.
     """
 
-    def __init__(self, template: ChatTemplate, build: Callable[[list[Any]], list[int]]) -> None:
+    def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._build = build
 
-    def encode(self, messages: Messages) -> list[int]:
-        """verl's own tokens, except that control tokens in the text of a message are text."""
-        escaped, _ = self._template.escape(messages)
-        if escaped is messages:
-            return self._build(list(messages))
-        return self._template.encode(escaped, self._template.prompt(escaped), escaped=True)
+    def encode(self, messages: Messages, tools: Tools = None) -> list[int]:
+        """The template's own tokens, except that control tokens in a text are text."""
+        template = self._template.with_tools(tools)
+        chat, _, escaped = template.escape(messages)
+        return template.encode(chat, template.prompt(chat), escaped)
 
 
 class SequenceBuilder:
@@ -150,24 +190,20 @@ class SequenceBuilder:
         if model.custom_chat_template is not None:
             model.tokenizer.chat_template = model.custom_chat_template
         self._demonstrations = DemonstrationTokenizer(model.tokenizer, template_kwargs, max_response_length)
-        # The builder of verl's agent loops, so that demonstrations and rollouts get the same prompt.
-        builder = create_continuous_token_builder(
-            model.tokenizer,
-            hf_model_type=model.hf_config.model_type,
-            chat_template_kwargs=dict(template_kwargs),
-            mm_processor_kwargs={},
-            processor=None,
-        )
-        self._prompts = PromptTokenizer(self._demonstrations.template, builder.build_initial_tokens)
+        self._prompts = PromptTokenizer(self._demonstrations.template)
         self._max_prompt_length = max_prompt_length
+        self._embedded = model.hf_config.get_text_config().vocab_size
 
-    def build(self, messages: Messages, text: str, where: str) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    def build(
+        self, messages: Messages, answer: str | Message, where: str, tools: Tools = None
+    ) -> tuple[dict[str, Tensor], dict[str, bool]]:
         """Tokenise one row.
 
         Args:
             messages: the prompt's chat list.
-            text: the demonstration.
+            answer: the demonstration, of ``demonstration_of``.
             where: names the row in errors and warnings.
+            tools: JSON schemas of the row's tools.
 
         Returns:
             ``(tensors, flags)``: prompts [P], responses, response_mask, loss_mask [R], input_ids and position_ids
@@ -177,10 +213,15 @@ class SequenceBuilder:
             ValueError: naming the row, where no rollout could be this demonstration.
         """
         try:
-            demonstration = self._demonstrations.encode(messages, text)
-            prompt = self._prompts.encode(messages)
+            demonstration = self._demonstrations.encode(messages, answer, tools)
+            prompt = self._prompts.encode(messages, tools)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+        if max(*prompt, *demonstration.ids) >= self._embedded:  # of rows that could not be looked at before the start
+            raise ValueError(
+                f"{where}: it holds token {max(*prompt, *demonstration.ids)}, and the model's embedding has "
+                f"{self._embedded} rows; resize the embedding to the tokenizer, or take the token out"
+            )
         truncated_prompt = len(prompt) > self._max_prompt_length
         if truncated_prompt:
             logger.warning(

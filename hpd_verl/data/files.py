@@ -6,9 +6,12 @@ and string, is passed by its null counts and lengths; only others are looked at 
 
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,10 @@ from datasets.data_files import resolve_pattern
 from omegaconf import DictConfig
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.data.demonstration import demonstration_text, has_demonstration
+from hpd_verl.data.demonstration import NO_TEXT, check_tool_calls, demonstration_of, has_demonstration, no_text
+from hpd_verl.data.row import DEMONSTRATION, TOOLS, tools_of
 
 logger = logging.getLogger(__name__)
-
-DEMONSTRATION = "demonstration"
 
 _BATCH_ROWS = 4096
 _JSON_SUFFIXES = (".json", ".jsonl")
@@ -59,7 +61,7 @@ class RowRules:
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """The columns to read, of those in the file."""
-        wanted = [self.prompt_key, *self.media_keys]
+        wanted = [self.prompt_key, TOOLS, *self.media_keys]
         if self.reads_demonstrations:
             wanted.append(DEMONSTRATION)
         return [name for name in names if name in wanted]
@@ -88,6 +90,8 @@ def _check_content(content: Any, where: str) -> None:
         return
     if content is None:
         raise ValueError(f"{where}'s content is null; write its text, or '' beside tool calls")
+    if isinstance(content, date | time):
+        raise ValueError(f"{where}'s content is {no_text(content)}")
     if isinstance(content, Sequence):
         raise ValueError(f"{where}'s content is a list of parts (multi-modal); HPD trains on text: write one string")
     raise ValueError(f"{where}'s content is {type(content).__name__}; write a string")
@@ -111,7 +115,9 @@ def check_prompt(prompt: Any, where: str) -> None:
     for number, turn in enumerate(prompt):
         if not isinstance(turn["role"], str):
             raise ValueError(f"{where}: message {number} of the prompt has role {turn['role']!r}; write a string")
-        _check_content(turn["content"], f"{where}: message {number} of the prompt ({turn['role']})")
+        named = f"{where}: message {number} of the prompt ({turn['role']})"
+        _check_content(turn["content"], named)
+        check_tool_calls(turn, named)
 
 
 def check_row(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
@@ -121,6 +127,10 @@ def check_row(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
         ValueError: what is wrong with it; ``where`` names the row.
     """
     check_prompt(row[rules.prompt_key], where)
+    try:
+        tools_of(row.get(TOOLS))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     for key in rules.media_keys:
         if row.get(key) is not None and len(row[key]) > 0:
             raise ValueError(f"{where}: {key} is not empty; HPD trains on text: take such rows out")
@@ -129,22 +139,28 @@ def check_row(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
     value = row.get(DEMONSTRATION)
     if has_demonstration(value) or rules.needs_demonstrations:
         try:
-            demonstration_text(value, where)
+            demonstration_of(value, where)
         except ValueError as error:
-            raise ValueError(f"{error}{_WHY_NEEDED if rules.needs_demonstrations else ''}") from None
+            raise ValueError(f"{error}{'' if has_demonstration(value) else _WHY_NEEDED}") from None
 
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
+def _are_objects(kind: pa.DataType) -> bool:
+    """Whether a column's values are lists of objects."""
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
+
+
 def _messages(chats: pa.Array) -> pa.Array | None:
     """All messages of a column of chats, if every chat has one and every message a role and a content of text."""
-    kind = chats.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+    if not _are_objects(chats.type):
         return None
-    turns = kind.value_type
+    turns = chats.type.value_type
     if any(turns.get_field_index(name) < 0 or not _is_text(turns.field(name).type) for name in ("role", "content")):
+        return None
+    if turns.get_field_index("tool_calls") >= 0 and not _are_objects(turns.field("tool_calls").type):
         return None
     messages = chats.flatten()
     if chats.null_count or messages.null_count or pc.min(pc.list_value_length(chats)).as_py() < 1:
@@ -172,6 +188,10 @@ def _is_plain(batch: pa.RecordBatch, rules: RowRules) -> bool:
     """Whether surely nothing is wrong with the texts of a batch; false means: look at its rows."""
     if _messages(batch.column(rules.prompt_key)) is None:
         return False
+    if TOOLS in batch.schema.names:
+        tools = batch.column(TOOLS)
+        if tools.null_count < len(tools) and not (_are_objects(tools.type) and tools.flatten().null_count == 0):
+            return False
     if not rules.reads_demonstrations:
         return True
     if DEMONSTRATION not in batch.schema.names:
@@ -230,12 +250,14 @@ def _check_json(file: str, name: str, rules: RowRules) -> None:
     try:
         if _is_json_array(file):
             with open(file, encoding="utf-8-sig") as stream:
-                rows = json.load(stream)
+                rows = json.load(stream, object_pairs_hook=_without_duplicates)
             numbered = [(f"row {index}", row) for index, row in enumerate(rows)]
         else:
             numbered = None
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}: line {error.lineno} is not JSON ({error.msg}); write the file again") from None
+    except _DuplicateKeyError as error:
+        raise ValueError(f"{name}: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); write it again") from None
     is_empty = True
@@ -243,11 +265,73 @@ def _check_json(file: str, name: str, rules: RowRules) -> None:
         is_empty = False
         if not isinstance(row, Mapping):
             raise ValueError(f"{name}: {where} is {type(row).__name__}, expected an object with the columns")
+        if (half := _lone_surrogate(row)) is not None:
+            raise ValueError(
+                f"{name}: {where} holds {half}, a lone surrogate: half of a character, as text that was cut leaves it, "
+                "which UTF-8 has not; take it out"
+            )
         if rules.prompt_key not in row:
             raise ValueError(f"{name}: {where} has no {rules.prompt_key!r} (data.prompt_key)")
         check_row(row, rules, f"{name}: {where}")
     if is_empty:
         raise ValueError(f"{name}: {_NO_ROWS}")
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""As JSON writes one, alone or in a pair."""
+
+
+def _may_hold_surrogates(file: str) -> bool:
+    with open(file, "rb") as stream:
+        end = b""
+        while block := stream.read(1 << 24):
+            if _SURROGATE.search(end + block):
+                return True
+            end = block[-5:]
+    return False
+
+
+def _lone_surrogate(value: Any) -> str | None:
+    """The first half of a character in a decoded value, as JSON writes it."""
+    if isinstance(value, str):
+        found = None if value.isascii() else re.search("[\ud800-\udfff]", value)
+        return None if found is None else f"\\u{ord(found[0]):04x}"
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    return next(filter(None, map(_lone_surrogate, value)), None) if isinstance(value, list) else None
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, none of whose keys is there twice."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise _DuplicateKeyError(_duplicate(key, count))
+    return dict(pairs)
+
+
+def _duplicate(name: str, count: int) -> str:
+    return f"{count} columns are named {name!r}, and which of them is meant cannot be known; keep one"
+
+
+def _check_duplicates(kind: pa.DataType | pa.Schema, path: str = "") -> None:
+    """Check that no two columns, and no two keys of a nested object, have one name.
+
+    Raises:
+        ValueError: two have; the message does not name the file.
+    """
+    if isinstance(kind, pa.Schema) or pa.types.is_struct(kind):
+        fields = list(kind)
+        for name, count in Counter(field.name for field in fields).items():
+            if count > 1:
+                raise ValueError(_duplicate(path + name, count))
+        for field in fields:
+            _check_duplicates(field.type, f"{path}{field.name}.")
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        _check_duplicates(kind.value_type, path)
 
 
 def _json_lines(file: str, name: str) -> Iterator[tuple[str, Any]]:
@@ -257,13 +341,16 @@ def _json_lines(file: str, name: str) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+                row = json.loads(text, object_pairs_hook=_without_duplicates)
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{name}: line {number} is not JSON ({error.msg}, column {error.colno}); correct or remove it"
                 ) from None
             except UnicodeDecodeError as error:
                 raise ValueError(f"{name}: line {number} is not UTF-8 text ({error.reason}); write it again") from None
+            except _DuplicateKeyError as error:
+                raise ValueError(f"{name}: row {index} (line {number}): {error}") from None
             yield f"row {index} (line {number})", row
             index += 1
 
@@ -344,6 +431,10 @@ class DataFile:
             self.schema, self.rows = self._loaded.features.arrow_schema, len(self._loaded)
         if self.rows == 0:
             raise ValueError(f"{self.name}: {_NO_ROWS}")
+        try:
+            _check_duplicates(self.schema)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
         columns = ", ".join(self.schema.names)
         if rules.prompt_key not in self.schema.names:
             raise ValueError(
@@ -353,6 +444,8 @@ class DataFile:
             raise ValueError(f"{self.name}: no column {DEMONSTRATION!r}, there are {columns}{_WHY_NEEDED}")
 
     def _load_json(self) -> datasets.Dataset:
+        if _may_hold_surrogates(self.file):  # half a character, which `datasets` leaves out of columns of several types
+            _check_json(self.file, self.name, self.rules)
         try:
             with _quiet_datasets():
                 return datasets.load_dataset("json", data_files=self.file)["train"]
@@ -397,7 +490,7 @@ class DataFile:
             try:
                 _check_batch(batch, rows, self.rules, start, self.row_name)
             except ValueError as error:
-                if self._loaded is None:
+                if self._loaded is None or NO_TEXT in str(error):
                     raise
                 # Columns of several types change as `datasets` reads them: the file itself names the row that is wrong.
                 _check_json(self.file, self.name, self.rules)

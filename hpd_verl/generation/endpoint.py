@@ -197,6 +197,8 @@ class EndpointGenerator:
             "seed": seed % 2**31,
         }
         # What is no part of OpenAI's interface is sent only where it is needed.
+        if messages[-1].get("role") == "assistant":  # vLLM's and SGLang's servers then continue it
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         if sampling.top_k > 0:
             body["top_k"] = sampling.top_k
         if self.template_kwargs:

@@ -380,8 +380,8 @@ class _VLLM:
         from vllm.sampling_params import RequestOutputKind
 
         try:
-            escaped, _ = self._template.escape(messages)
-            tokens = self._template.encode(escaped, self._template.prompt(escaped), escaped is not messages)
+            chat, _, escaped = self._template.escape(messages)
+            tokens = self._template.encode(chat, self._template.prompt(chat), escaped)
         except ValueError as error:
             reason = str(error).replace("the student's", "the model's")
             raise GenerationError(f"--model={self._model}: prompt {position}: {reason}") from error

@@ -10,6 +10,7 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from hpd_verl.data.chat_template import ChatTemplate
 from hpd_verl.data.demonstration import PromptTokenizer
 from hpd_verl.data.fields import ON_POLICY, TRUNCATED_PROMPT
+from hpd_verl.data.row import TOOLS, tools_of
 
 
 def answer_seed(seed: int, row: Mapping[str, Any]) -> int:
@@ -32,13 +33,14 @@ class HPDAgentLoop(SingleTurnAgentLoop):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.template = ChatTemplate(self.tokenizer, self.apply_chat_template_kwargs)
-        self.prompts = PromptTokenizer(self.template, self.continuous_token_builder.build_initial_tokens)
+        self.prompts = PromptTokenizer(self.template)
+        self.tools: list[dict[str, Any]] | None = None
         self.truncated_prompt = False
 
     async def ct_build_initial_tokens(self, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
         if any(kwargs.get(kind) for kind in ("images", "videos", "audios", "tools")):
             return await super().ct_build_initial_tokens(messages, **kwargs)
-        prompt = await self.loop.run_in_executor(None, self.prompts.encode, messages)
+        prompt = await self.loop.run_in_executor(None, self.prompts.encode, messages, self.tools)
         return self._cap_text_prompt_length(prompt)
 
     def _cap_text_prompt_length(self, prompt_ids: list[int]) -> list[int]:
@@ -48,7 +50,8 @@ class HPDAgentLoop(SingleTurnAgentLoop):
 
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
         # A base model may know another end than its chat template's, the one that demonstrations teach it.
-        end = self.template.turn_end(list(kwargs["raw_prompt"]))
+        self.tools = tools_of(kwargs.get(TOOLS))
+        end = self.template.with_tools(self.tools).turn_end(list(kwargs["raw_prompt"]))
         sampling_params = {**sampling_params, "stop_token_ids": [end.token]}
         if self.rollout_config.get("name") == "vllm":
             sampling_params["seed"] = answer_seed(self.config.algorithm.hpd.seed, kwargs)

@@ -14,8 +14,9 @@ from verl.workers.config import HFModelConfig
 
 from hpd_verl.config import HPDConfig, needs_rollout_server
 from hpd_verl.data.dataset import DEMONSTRATION
-from hpd_verl.data.demonstration import SequenceBuilder, demonstration_text
+from hpd_verl.data.demonstration import SequenceBuilder, demonstration_of
 from hpd_verl.data.fields import ON_POLICY, ROLLOUT_LOG_PROBS
+from hpd_verl.data.row import TOOLS, tools_of
 
 
 def _row(batch: TensorDict, index: int) -> dict[str, Any]:
@@ -103,8 +104,8 @@ class HPDAgentLoopManager(AgentLoopManagerTQ):
     def _sequence(self, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         """The fields verl's agent loop workers write for a sequence, and the flags of its demonstration."""
         where = f"row {row['uid']} (index {row.get('index')})"
-        text = demonstration_text(row.get(DEMONSTRATION), where)
-        tensors, flags = self._sequences.build(list(row["raw_prompt"]), text, where)
+        answer = demonstration_of(row.get(DEMONSTRATION), where)
+        tensors, flags = self._sequences.build(list(row["raw_prompt"]), answer, where, tools_of(row.get(TOOLS)))
         sequence = {
             **row,
             **tensors,

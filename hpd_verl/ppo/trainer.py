@@ -36,7 +36,7 @@ from hpd_verl.checks.run import check_config
 from hpd_verl.checks.start import main_ppo_passes
 from hpd_verl.config import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 from hpd_verl.data import fields
-from hpd_verl.data.dataset import DEMONSTRATION
+from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import has_demonstration
 from hpd_verl.data.on_policy import choose_rollouts, rollout_quota, shared_prompts
 from hpd_verl.pipelines.choice import PIPELINES
@@ -44,6 +44,7 @@ from hpd_verl.pipelines.updates import rows_of_ranks
 from hpd_verl.ppo import stop_request
 from hpd_verl.ppo.queue_batch import QueueBatch
 from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
+from hpd_verl.teacher.prompt_date import fix_prompt_date
 from hpd_verl.teacher.size import log_size
 
 logger = logging.getLogger(__name__)
@@ -80,13 +81,14 @@ class HPDTrainer(PPOTrainerSync):
         self.pipeline = PIPELINES[pipeline].driver(
             self.hpd, updates_per_batch(config), compares_rollouts(config, self.hpd)
         )
-        check_models(
+        student = check_models(
             student=config.actor_rollout_ref.model,
             teacher=config.actor_rollout_ref.ref.model,
             student_setting="actor_rollout_ref.model.path",
             teacher_setting="actor_rollout_ref.ref.model.path",
             needed_context=config.data.max_prompt_length + config.data.max_response_length,
         )
+        fix_prompt_date(config.data, self.hpd, student.tokenizer.chat_template)
         nodes = config.actor_rollout_ref
         names = ("actor_rollout_ref.model", "actor_rollout_ref.ref.model")
         passes = main_ppo_passes(config, pipeline)
@@ -324,6 +326,8 @@ class HPDTrainer(PPOTrainerSync):
         elif trainer.resume_mode == "resume_path" and trainer.resume_from_path:
             self.previous_checkpoint = Path(trainer.resume_from_path).absolute()
         logger.info("resuming from %s", self.previous_checkpoint or "the beginning")
+        if self.previous_checkpoint is not None and isinstance(self.train_dataset, HPDDataset):
+            checkpoint.say_changed_rows(self.previous_checkpoint, self.train_dataset.fingerprint)
         with _settings(trainer, **chosen):
             super()._load_checkpoint()
 
@@ -355,6 +359,8 @@ class HPDTrainer(PPOTrainerSync):
         with _settings(trainer, max_actor_ckpt_to_keep=None, remove_previous_ckpt_in_save=False):
             super()._save_checkpoint()
         checkpoint.save_settings(root, self.global_steps, self.config)
+        if isinstance(self.train_dataset, HPDDataset):
+            checkpoint.save_rows(root, self.global_steps, self.train_dataset.fingerprint)
         checkpoint.mark_complete(root, self.global_steps, keep)
         self.previous_checkpoint = root / f"global_step_{self.global_steps}"
         old = checkpoint.checkpoints_to_remove(root, keep)

@@ -13,7 +13,8 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
-from hpd_verl.data.demonstration import DemonstrationTokenizer, demonstration_text, has_demonstration
+from hpd_verl.data.demonstration import DemonstrationTokenizer, demonstration_of, has_demonstration
+from hpd_verl.data.row import TOOLS, tools_of
 from hpd_verl.teacher.disk_store import estimate_bytes
 from hpd_verl.teacher.model_config import teacher_model_config
 from hpd_verl.teacher.records import FORMAT_SETTING
@@ -43,18 +44,19 @@ def count_response_tokens(dataset: Dataset[Any], max_response_length: int, sampl
     if not isinstance(dataset, HPDDataset):
         rows = len(dataset)  # type: ignore[arg-type]
         return ResponseTokens(rows, rows * max_response_length, f"at most {max_response_length:,} each")
-    frame = dataset.dataframe
-    total, looked_at = len(frame), min(sample, len(frame))
+    total = len(dataset)
+    looked_at = min(sample, total)
     tokenizer = DemonstrationTokenizer(
         dataset.tokenizer, dataset.config.get("apply_chat_template_kwargs", {}), max_response_length
     )
     lengths = []
     for number in range(looked_at):
         index = number * total // looked_at
-        row = frame[index]
+        row = dataset.row(index)
         if has_demonstration(row.get(DEMONSTRATION)):
-            text = demonstration_text(row[DEMONSTRATION], f"row {index}")
-            lengths.append(min(tokenizer.length(list(row[dataset.prompt_key]), text), max_response_length))
+            answer = demonstration_of(row[DEMONSTRATION], f"row {index}")
+            length = tokenizer.length(row[dataset.prompt_key], answer, tools_of(row.get(TOOLS)))
+            lengths.append(min(length, max_response_length))
     if looked_at == total:
         return ResponseTokens(len(lengths), sum(lengths), "counted")
     rows, tokens = (round(count * total / looked_at) for count in (len(lengths), sum(lengths)))

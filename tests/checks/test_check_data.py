@@ -9,6 +9,8 @@ from typing import Any
 
 import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import WORDS, Tiny, make_rows, make_tokenizer, write_parquet
 from omegaconf import OmegaConf
@@ -178,12 +180,18 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
         ({"prompt": [{"role": None, "content": "1 ?"}]}, {}, "message 0 of the prompt has role None; write a string"),
         ({"demonstration": None}, {}, "demonstration is null, expected the answer's text; every row needs a demonstr"),
         ({"demonstration": " \u3000\n"}, {}, "demonstration is empty, expected the answer's text; every row needs"),
+        (
+            {"demonstration": [{**CALL, "tool_calls": [{"function": {"name": "f"}}]}]},
+            {},
+            "the demonstration's content is null; write its text, or '' beside tool calls",
+        ),
         ({"images": ["a.png"]}, {}, "images is not empty; HPD trains on text: take such rows out"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_rows(columns: dict[str, Any], settings: dict[str, Any], message: str, suffix: str, tmp_path: Path) -> None:
-    rows, file = changed(make_rows(8), **columns), tmp_path / f"rows.{suffix}"
+    in_chats = isinstance(columns.get("demonstration"), list)
+    rows, file = changed(chats(make_rows(8)) if in_chats else make_rows(8), **columns), tmp_path / f"rows.{suffix}"
     where = "row 3" if suffix == "parquet" else "row 3 (line 4)"
     write_parquet(rows, file) if suffix == "parquet" else jsonl(rows, file)
     with pytest.raises(ValueError, match=r"^data\.train_files=") as refusal:
@@ -292,7 +300,7 @@ def test_a_prompt_that_the_chat_template_refuses(tmp_path: Path) -> None:
     file = write_parquet(changed(make_rows(8), prompt=user("")), tmp_path / "rows.parquet")
     data = data_node(str(file), max_prompt_length=8)
     files = check_files("data.train_files", str(file), RowRules.of(data, HPDConfig(), is_train=True))
-    with pytest.raises(ValueError, match=r"row 3: the student's chat template refuses the prompt: say something; "):
+    with pytest.raises(ValueError, match=r"row 3: the student's chat template refuses the chat: say something; "):
         check_prompts_fit("data.train_files", files, tokenizer, data, HPDConfig(), 8, -1)
 
 
@@ -328,3 +336,104 @@ def test_the_files_of_a_whole_run(tiny: Tiny, tmp_path: Path) -> None:
     (model / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"^model\.path=.*/student: no weights there"):
         check_run(f"model.path={model}")
+
+
+def test_columns_of_one_name(tmp_path: Path) -> None:
+    texts = pa.array(["1"] * 8)
+    prompts = pa.array([user("1 ?")] * 8)
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_arrays([prompts, texts, texts], ["prompt", "demonstration", "demonstration"]), file)
+    with pytest.raises(ValueError, match=r"rows\.parquet: 2 columns are named 'demonstration', and which of them"):
+        check(file)
+    twice = '{"prompt": [{"role": "user", "content": "1"}], "demonstration": "1", "demonstration": "2"}'
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 2 \(line 3\): 2 columns are named 'demonstration'"):
+        check(jsonl(make_rows(8), tmp_path / "rows.jsonl", line_3=twice))
+
+
+@pytest.mark.parametrize("value", ["2026-01-31", "2026-01-31 10:00:00"])
+def test_dates_in_the_place_of_texts(value: str, tmp_path: Path) -> None:
+    """As columns of dates, and as texts that readers of JSON take for dates."""
+    wrong = "is a date (2026-01-31"
+    for columns, where in (({"demonstration": value}, "demonstration"), ({"prompt": user(value)}, "(user)'s content")):
+        file = jsonl([{**row, **columns} for row in make_rows(8)], tmp_path / "rows.jsonl")
+        with pytest.raises(ValueError, match=r"^data\.train_files=.*take texts for dates$") as refusal:
+            check(file)
+        assert f"row 0 (line 1): {'message 0 of the prompt ' if 'prompt' in columns else ''}{where} {wrong}" in str(
+            refusal.value
+        )
+    dates = [{**row, "demonstration": pd.Timestamp(value)} for row in make_rows(8)]
+    with pytest.raises(ValueError, match=r"row 0: demonstration is a date \(2026-01-31"):
+        check(write_parquet(dates, tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize("other", [{}, {"extra": [{"a": 1}, 3]}], ids=["one type", "several types"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_half_a_character(suffix: str, other: dict[str, Any], tmp_path: Path) -> None:
+    """Refused by its row; `datasets` leaves it out of a file with a column of several types."""
+    rows = [
+        {**row, **{key: values[index % 2] for key, values in other.items()}} for index, row in enumerate(make_rows(8))
+    ]
+    rows = changed(rows, prompt=user("1 \ud83d ?"), demonstration="1 \U0001f600")
+    file = tmp_path / f"rows.{suffix}"
+    file.write_text("\n".join(map(json.dumps, rows)) if suffix == "jsonl" else json.dumps(rows))
+    where = "row 3 (line 4)" if suffix == "jsonl" else "row 3"
+    with pytest.raises(ValueError, match="lone surrogate: half of a character") as refusal:
+        check(file)
+    assert f"{file}: {where} holds \\ud83d" in str(refusal.value)
+    rows[3]["prompt"] = user("1 \U0001f600 ?")
+    file.write_text("\n".join(map(json.dumps, rows)) if suffix == "jsonl" else json.dumps(rows))
+    assert check(file) == 8
+
+
+def test_a_template_that_refuses_all_prompts_is_quoted(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(WORDS)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    file = write_parquet(make_rows(8), tmp_path / "rows.parquet")
+    data = data_node(str(file), filter_overlong_prompts=True)
+    files = check_files("data.train_files", str(file), RowRules.of(data, HPDConfig(), is_train=True))
+    with pytest.raises(
+        ValueError, match=r"row 0: the student's chat template refuses the chat: System role not suppor"
+    ):
+        check_prompts_fit("data.train_files", files, tokenizer, data, HPDConfig(), 8, -1)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"demonstration": [{"role": "assistant", "content": "1", "reasoning_content": "2"}]},
+            "the student's chat template writes nothing of the demonstration's reasoning_content; rename it",
+        ),
+        (
+            {"demonstration": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]},
+            "the student's chat template writes nothing of the demonstration's tool_calls; rename it",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            "the student's chat template writes nothing of the row's tools; take them out",
+        ),
+        (
+            {
+                "prompt": [
+                    *user("1 ?"),
+                    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]},
+                ]
+            },
+            "the prompt's last message is the assistant's and calls tools",
+        ),
+    ],
+    ids=["reasoning", "calls", "tools", "begun"],
+)
+def test_rows_that_the_template_cannot_write_are_found_behind_others(
+    suffix: str, columns: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """One such row behind the first batch's."""
+    rows = chats(make_rows(200))
+    rows[150] |= columns
+    file = tmp_path / f"rows.{suffix}"
+    write_parquet(rows, file) if suffix == "parquet" else jsonl(rows, file)
+    where = "row 150" if suffix == "parquet" else "row 150 (line 151)"
+    with pytest.raises(ValueError, match=r"^data\.train_files=") as refusal:
+        fit(file)
+    assert f"{file}: {where}: {message}" in str(refusal.value)

@@ -3,7 +3,7 @@
 import pytest
 from conftest import WORDS, make_tokenizer
 
-from hpd_verl.checks.vocabulary import check_vocabularies
+from hpd_verl.checks.vocabulary import check_embedded, check_vocabularies
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,28 @@ def test_student_tokens_without_teacher_logits_are_refused() -> None:
     tokenizer = make_tokenizer(WORDS)
     with pytest.raises(ValueError, match="the student defines 4 tokens from id 25"):
         check_vocabularies(tokenizer, tokenizer, len(WORDS), len(WORDS) - 4, "the models")
+
+
+def test_tokens_without_a_row_of_the_embedding() -> None:
+    """Refused where one occurs: in the template, a role, a row, or of the base vocabulary, in any text."""
+    tokenizer = make_tokenizer(WORDS)
+    size = len(tokenizer)
+
+    def check(rows: list[tuple[str, str]], embedded: int = size) -> None:
+        check_embedded("model.path=STUDENT", tokenizer, embedded, {}, iter(rows))
+
+    check([("row 0", "1 plus 2")])
+    with pytest.raises(ValueError, match=r"^model\.path=STUDENT: its tokenizer has 4 tokens beyond the .* in any text"):
+        check([], size - 4)
+    tokenizer.add_tokens(["<new>"])
+    check([("row 0", "1 plus 2")])
+    with pytest.raises(ValueError, match=rf"1 tokens beyond the {size} rows .*'<new>' \(id {size}\) occurs in row 1"):
+        check([("row 0", "1 plus 2"), ("row 1", "1 <new> 2")])
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("<turn>", "<new>")
+    with pytest.raises(ValueError, match=r"'<new>' .* is what its chat template writes"):
+        check([])
+    tokenizer.chat_template = template
+    tokenizer.pad_token = "<new>"
+    with pytest.raises(ValueError, match=r"'<new>' .* is its pad_token; resize the embedding"):
+        check([])

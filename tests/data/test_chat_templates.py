@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hpd_verl.data.demonstration import DemonstrationTokenizer
+from hpd_verl.data.demonstration import DemonstrationTokenizer, PromptTokenizer
 from hpd_verl.ppo.agent_loop import HPDAgentLoop
 
 TRL = Path(sys.prefix) / "share" / "trl"
@@ -441,11 +441,13 @@ class Server:
 def roll_out(
     case: Case,
     messages: list[Any],
-    server: Server,
+    server: Server | list[int],
     prompt_length: int = 10_000,
     seed: int = 42,
     **row: Any,
 ) -> Any:
+    """Of a server, or of one that gives these tokens."""
+    server = server if isinstance(server, Server) else Server(server)
     rollout = {"name": "vllm", "prompt_length": prompt_length, "response_length": 1000}
     config = OmegaConf.create(
         {
@@ -463,7 +465,7 @@ def roll_out(
             dataset_cls=None,
             data_config=SimpleNamespace(config={"apply_chat_template_kwargs": case.settings}),
         )
-        return await loop.run({}, raw_prompt=messages, **{"session_id": 0, **row})
+        return await loop.run({}, raw_prompt=messages, **{"session_id": 0, "tools": None, **row})
 
     return asyncio.run(run())
 
@@ -507,3 +509,171 @@ def test_each_answer_has_a_seed_of_its_own() -> None:
     for row in rows:
         roll_out(case, [USER], again, **(row if "on_policy" in row else row | {"uid": "of another run"}))
     assert again.seeds == server.seeds[:-1]
+# Messages of more than text, tools, prompts that begin the answer
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "weather", "description": "the weather", "parameters": PARAMETERS},
+}
+
+
+def call(city: str) -> dict[str, Any]:
+    return {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+
+
+ANSWER_MESSAGES: dict[str, dict[str, Any]] = {
+    "reasoning_content": {"content": "It is.", "reasoning_content": "A thought"},
+    "thinking": {"content": "It is.", "thinking": "A thought"},
+    "call": {"content": "", "tool_calls": [call("Rome")]},
+    "text and call": {"content": "Let me see.", "tool_calls": [call("Rome")]},
+    "two calls": {"content": "", "tool_calls": [call("Rome"), call("Bonn")]},
+    "reasoning and call": {"content": "", "reasoning_content": "A thought", "tool_calls": [call("Rome")]},
+}
+PROMPTS_WITH_MORE: dict[str, list[dict[str, Any]]] = {
+    "question": [USER],
+    "tool's answer": [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [call("Rome")]},
+        {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "content": "sunny"},
+    ],
+    "earlier reasoning": [USER, {"role": "assistant", "content": "d", "reasoning_content": "old"}, USER],
+}
+WRITES_CALLS = ("glm4moe", "gptoss", "lfm2_v2", "llama3_1", "nemotron", "qwen2_5", "qwen3")
+
+
+@pytest.mark.parametrize("tools", [None, [WEATHER]], ids=["no tools", "tools"])
+def test_a_message_is_what_the_template_writes_or_is_refused(case: Case, tools: Any) -> None:
+    """Against the template's text of prompt and answer at once; what is left out of that text is refused."""
+    trained = refused = 0
+    for messages in PROMPTS_WITH_MORE.values():
+        for fields in ANSWER_MESSAGES.values():
+            answer = {"role": "assistant", **fields}
+            try:
+                found = case.demonstration().encode(messages, answer, tools).ids
+            except ValueError:
+                refused += 1
+                continue
+            trained += 1
+            prompt = case.ids(messages, add_generation_prompt=True, tools=tools)
+            assert PromptTokenizer(case.demonstration().template).encode(messages, tools) == prompt
+            whole = case.tokenizer.decode(case.ids([*messages, answer], tools=tools))
+            text = case.tokenizer.decode(prompt + found)
+            if case.family.end is None:
+                text = text.removesuffix(case.family.eos)
+            assert whole.startswith(text), (fields, text, whole)
+            assert not whole[len(text) :].strip()
+            for value in fields.values():
+                assert not isinstance(value, str) or value in text
+            cities = [each["function"]["arguments"]["city"] for each in fields.get("tool_calls", [])]
+            assert all(city in case.tokenizer.decode(found) for city in cities)
+    if case.name.startswith(WRITES_CALLS) and not case.name.startswith("qwen2_5_vl"):
+        assert trained
+    if "tool_calls" not in case.tokenizer.chat_template and "reasoning" not in case.tokenizer.chat_template:
+        assert not trained
+    assert trained + refused == len(PROMPTS_WITH_MORE) * len(ANSWER_MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("qwen3", {"content": "a", "thinking": "r"}, "writes nothing of the demonstration's thinking; rename it"),
+        ("qwen2_5", {"content": "a", "reasoning_content": "r"}, "writes nothing of the demonstration's reasoning_cont"),
+        ("llama2", {"content": "", "tool_calls": [call("Rome")]}, "writes nothing of the demonstration's tool_calls"),
+        ("qwen3", {"content": "a", "name": "bob"}, "writes nothing of the demonstration's name"),
+        ("llama3_1", ANSWER_MESSAGES["text and call"], "does not write the demonstration's content as it is"),
+        ("gptoss", ANSWER_MESSAGES["two calls"], "does not write tool call 1 of the demonstration's 2"),
+        ("llama3_1", ANSWER_MESSAGES["two calls"], "refuses the chat: This model only supports single tool-calls"),
+    ],
+)
+def test_what_the_template_leaves_out_is_refused(name: str, fields: dict[str, Any], message: str) -> None:
+    case = Case(name, TEMPLATES[name][0], make(*TEMPLATES[name]))
+    with pytest.raises(ValueError, match=message):
+        case.demonstration().encode([USER], {"role": "assistant", **fields})
+
+
+def test_reasoning_of_a_message_needs_a_prompt_that_leaves_room_for_it() -> None:
+    case = Case("qwen3", TEMPLATES["qwen3"][0], make(*TEMPLATES["qwen3"]), {"enable_thinking": False})
+    with pytest.raises(
+        ValueError, match=r"with its reasoning_content otherwise than behind the prompt, .*enable_think"
+    ):
+        case.demonstration().encode([USER], {"role": "assistant", **ANSWER_MESSAGES["reasoning_content"]})
+
+
+def test_tools_that_the_template_leaves_out_are_refused() -> None:
+    case = Case("llama2", TEMPLATES["llama2"][0], make(*TEMPLATES["llama2"]))
+    with pytest.raises(ValueError, match="writes nothing of the row's tools"):
+        case.demonstration().encode([USER], "d", [WEATHER])
+    with pytest.raises(ValueError, match="writes nothing of the row's tools"):
+        roll_out(case, [USER], [case.end], tools=[WEATHER])
+
+
+def test_control_tokens_in_tools_and_calls_are_text() -> None:
+    case = Case("qwen3", TEMPLATES["qwen3"][0], make(*TEMPLATES["qwen3"]))
+    tools = [{**WEATHER, "function": {**WEATHER["function"], "description": "say <|im_end|>"}}]
+    answer = {"role": "assistant", "content": "", "tool_calls": [call("<|im_end|>")]}
+    template = case.demonstration().template
+    for messages in ([USER], [{"role": "user", "content": "<|im_start|>"}]):
+        prompt = PromptTokenizer(template).encode(messages, tools)
+        plain = PromptTokenizer(template).encode([USER], [WEATHER])
+        assert prompt.count(case.end) == plain.count(case.end)
+        assert case.tokenizer.decode(prompt) == case.tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True
+        )
+        ids = case.demonstration().encode(messages, answer, tools).ids
+        assert ids.count(case.end) == 1
+        assert '"city": "<|im_end|>"' in case.tokenizer.decode(ids)
+        tag = case.tokenizer.convert_tokens_to_ids("<tool_call>")  # of the answer, though the prompt shows it
+        assert ids.count(tag) == 1
+        assert case.demonstration().encode(messages, "a <tool_call> b", tools).ids.count(tag) == 1
+        assert roll_out(case, messages, ids, tools=tools).prompt_ids == prompt
+
+
+@pytest.mark.parametrize("begun", ["Sure, here it is:", "<think>\nr\n</think>\n\nSo", "say <|im_end|> and", ""])
+def test_a_prompt_that_begins_the_answer_is_continued(case: Case, begun: str) -> None:
+    """As by ``continue_final_message``, for demonstrations and rollouts."""
+    messages = [case.message("user", "question"), {"role": "assistant", "content": begun}]
+    try:
+        text = case.tokenizer.apply_chat_template(
+            messages, tokenize=False, continue_final_message=True, **case.settings
+        )
+    except Exception:  # of the template, or of transformers: the message is not written as it is
+        with pytest.raises(ValueError, match="chat template"):
+            case.demonstration().encode(messages, " and on.")
+        with pytest.raises(ValueError, match="chat template"):
+            roll_out(case, messages, [case.end])
+        return
+    prompt = PromptTokenizer(case.demonstration().template).encode(messages)
+    assert case.tokenizer.decode(prompt) == text
+    if "<|im_end|>" in begun and case.family.end == "<|im_end|>":
+        assert prompt.count(case.end) == case.tokenizer.encode(text, add_special_tokens=False).count(case.end) - 1
+    else:
+        assert prompt == case.tokenizer.encode(text, add_special_tokens=False)
+    found = case.demonstration().encode(messages, " and on.").ids
+    assert found[-1] == case.end
+    sequence = case.tokenizer.decode(prompt + found[:-1])
+    written, asked = ("".join(each.split()) for each in (sequence, f"{text} and on."))
+    assert written.removeprefix(asked) in ("", "<|END_RESPONSE|>")  # what Cohere's ends an answer with, before the turn
+    assert found.count(case.end) == 1
+    output = roll_out(case, messages, found)
+    assert (output.prompt_ids, output.response_ids) == (prompt, found)
+
+
+def test_begun_answers_without_a_text_to_continue() -> None:
+    case = Case("qwen3", TEMPLATES["qwen3"][0], make(*TEMPLATES["qwen3"]))
+    messages: list[dict[str, Any]] = [USER, {"role": "assistant", "content": "", "tool_calls": [call("Rome")]}]
+    with pytest.raises(ValueError, match="last message is the assistant's and calls tools"):
+        case.demonstration().encode(messages, "d")
+
+
+@pytest.mark.parametrize("date", ["2026-01-31", "2026-02-01"])
+def test_the_date_of_a_template(date: str) -> None:
+    family, template = TEMPLATES["qwen2_5"]
+    dated = "{% if strftime_now is defined %}Today is {{ strftime_now('%d %b %Y') }}.\n{% endif %}" + template
+    case = Case("dated", family, make(family, dated))
+    demonstrations = DemonstrationTokenizer(case.tokenizer, {"strftime_now": date}, 1000)
+    prompt = case.tokenizer.decode(PromptTokenizer(demonstrations.template).encode([USER]))
+    assert prompt.startswith("Today is 31 Jan 2026." if date == "2026-01-31" else "Today is 01 Feb 2026.")
+    assert demonstrations.encode([USER], "d").ids[-1] == case.end
+    with pytest.raises(ValueError, match=r"^data\.apply_chat_template_kwargs\.strftime_now=today: not a date"):
+        DemonstrationTokenizer(case.tokenizer, {"strftime_now": "today"}, 1000)

@@ -70,3 +70,12 @@ def test_data_set_counts_flags_and_names_rows(tiny: Tiny) -> None:
     assert [dataset[index][fields.TRUNCATED_PROMPT].tolist() for index in (0, 1, 3)] == [[0], [1], [0]]
     with pytest.raises(ValueError, match="row 2: the demonstration holds '<end>'"):
         dataset[2]
+
+
+def test_a_token_without_an_embedding_is_named(tiny: Tiny) -> None:
+    """Of rows that could not be looked at before the start."""
+    model = HFModelConfig(path=str(tiny.student))
+    model.hf_config.vocab_size = WORDS.index("3")
+    assert SequenceBuilder(model, {}, 9, 16).build(MESSAGES, "2", "row 7")
+    with pytest.raises(ValueError, match=r"^row 7: it holds token 12, and the model's embedding has 12 rows"):
+        SequenceBuilder(model, {}, 9, 16).build(MESSAGES, "3", "row 7")

@@ -122,6 +122,8 @@ def test_mixed_batches_with_vllm(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path:
     rows = make_rows(64)
     for row in rows[1:]:  # all prompts but one are too long
         row["prompt"][0]["content"] = row["prompt"][0]["content"].replace("?", "plus 0 ?")
+    for row in rows[2::2]:
+        row["prompt"].append({"role": "assistant", "content": "1 plus"})  # which demonstration and rollout continue
     run = run_main_ppo(
         f"data.train_files={write_parquet(rows, tmp_path / 'long.parquet')}",
         "trainer.resume_mode=disable",

@@ -167,6 +167,14 @@ def test_what_is_asked(server: Server, tmp_path: Path) -> None:
     assert "key" not in (tmp_path / "journal").read_text().replace("template_kwargs", "")
 
 
+def test_a_begun_answer_is_continued(server: Server, tmp_path: Path) -> None:
+    prompts = [*PROMPTS[:1], [*PROMPTS[1], {"role": "assistant", "content": "Sure:"}]]
+    generate_all(endpoint(server.url), prompts, Sampling(), tmp_path / "journal")
+    begun, other = (next(each for each in server.requests if each["messages"] == prompt) for prompt in prompts[::-1])
+    assert (begun["continue_final_message"], begun["add_generation_prompt"]) == (True, False)
+    assert not {"continue_final_message", "add_generation_prompt"} & other.keys()
+
+
 @pytest.mark.parametrize(
     "bad",
     [
