@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from hpd_verl.checks.data import check_prompts_fit, template_kwargs, texts_of_rows
 from hpd_verl.checks.models import can_check_here, check_models, without_copies
-from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
 from hpd_verl.checks.row_layouts import Passes, choose_row_layout, model_nodes
+from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
 from hpd_verl.checks.vocabulary import check_embedded
 from hpd_verl.config import HPDConfig, choose_pipeline
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote

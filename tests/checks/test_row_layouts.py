@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from families import LONGEST, byte_tokenizer, lean_config, tiny_config, tiny_model
-from omegaconf import OmegaConf
 
 from hpd_verl.checks.row_layouts import Passes, choose_row_layout, model_nodes, write_row_layout
 from hpd_verl.checks.start import sft_passes

@@ -509,6 +509,8 @@ def test_each_answer_has_a_seed_of_its_own() -> None:
     for row in rows:
         roll_out(case, [USER], again, **(row if "on_policy" in row else row | {"uid": "of another run"}))
     assert again.seeds == server.seeds[:-1]
+
+
 # Messages of more than text, tools, prompts that begin the answer
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
