@@ -56,19 +56,16 @@ _SMALL: dict[str, Any] = {
 }
 """Given to a configuration where its class has such a key."""
 
+_WINDOWS = {"layer_types": ["full_attention", "sliding_attention"] * 2}
 _KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ("qwen2", "qwen3", "qwen2_moe", "smollm3"),
-        {
-            "use_sliding_window": True,
-            "max_window_layers": 2,
-            "layer_types": ["full_attention", "sliding_attention"] * 2,
-        },
-    ),
-    **dict.fromkeys(("laguna", "mellum"), {"layer_types": ["full_attention", "sliding_attention"] * 2}),
-    **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa", "youtu"), {"num_key_value_heads": 4}
-    ),
+    **{
+        name: {"use_sliding_window": True, "max_window_layers": 2, **_WINDOWS}
+        for name in ("qwen2", "qwen3", "qwen2_moe")
+    },
+    "smollm3": {"use_sliding_window": True, **_WINDOWS},
+    "laguna": _WINDOWS,
+    "mellum": _WINDOWS,
+    **{name: {"num_key_value_heads": 4} for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa")},
     "bamba": {"attn_layer_indices": [1, 3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},

@@ -149,8 +149,9 @@ def _check_rope(config: Any, model: ModelNode, passes: Passes) -> None:
     switch = rope_switch(config)
     if switch is not None and passes.longest_row > switch and passes.fixed_rows is not None and passes.rows_share:
         raise ValueError(
-            f"{passes.fixed_rows}: {_called(model)} takes other rotary factors for all rows of a micro-batch once one has "
-            f"more than {switch} tokens; give 1, or leave it out: micro-batches by tokens keep short and long rows apart"
+            f"{passes.fixed_rows}: {_called(model)} takes other rotary factors for all rows of a micro-batch once one "
+            f"has more than {switch} tokens; give 1, or leave it out: micro-batches by tokens keep short and long rows "
+            "apart"
         )
 
 
@@ -159,8 +160,8 @@ def _check_offload(model: ModelNode, layout: RowLayout) -> None:
         layout.packed or not model.get("enable_activation_offload"),
         f"{model.name}.enable_activation_offload",
         True,
-        f"{_called(model)} takes padded rows, with which verl's offloading of activations gives wrong gradients; set it "
-        "to false",
+        f"{_called(model)} takes padded rows, with which verl's offloading of activations gives wrong gradients; set "
+        "it to false",
     )
 
 
@@ -181,8 +182,8 @@ def _refusal(config: Any, model: ModelNode, passes: Passes, tried: Tried) -> str
         return f"{' '.join(set_here)}: with {_called(model)}, {found}; leave it out for {other}"
     tried_all = ", ".join(sorted({each.attention for each in tried.wrong}))
     return (
-        f"{_called(model)}: {found}, nor does any other ({tried_all}, packed or padded); choose another model, or one row a "
-        f"micro-batch: {passes.one_row}"
+        f"{_called(model)}: {found}, nor does any other ({tried_all}, packed or padded); choose another model, or one "
+        f"row a micro-batch: {passes.one_row}"
     )
 
 

@@ -123,6 +123,7 @@ def packed_attention(
             raise ValueError("Ulysses sequence parallelism needs actor_rollout_ref.model.use_remove_padding=true")
         if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        assert not isinstance(attention_mask, PackedMask)
         return _attend(query, key, value, attention_mask, kwargs), None
     mask, position_ids = attention_mask, kwargs.get("position_ids")
     if position_ids is None and (mask is None or ranks > 1):
@@ -133,6 +134,7 @@ def packed_attention(
     if ranks > 1:  # all tokens of some heads, in place of some tokens of all heads
         if kwargs.get("s_aux") is not None:
             raise ValueError(f"{type(module).__name__} has attention sinks, which Ulysses would not share out by heads")
+        assert position_ids is not None
         mask = None  # of this rank's tokens alone
         if key.shape[1] < ranks:
             key, value = (part.repeat_interleave(ranks // part.shape[1], dim=1) for part in (key, value))

@@ -38,7 +38,8 @@ def output_head(module: nn.Module, vocabulary_size: int | None = None) -> Output
     if not isinstance(layer, nn.Linear):
         found = f"{type(layer).__module__}.{type(layer).__qualname__}"
         raise ValueError(
-            f"the output layer of {type(model).__name__} is {found}, not a linear layer, which one pass reads; {_REMEDY}"
+            f"the output layer of {type(model).__name__} is {found}, not a linear layer, which one pass reads; "
+            f"{_REMEDY}"
         )
     scale, soft_cap = head_scaling(model.config)
     return OutputHead(
@@ -74,8 +75,8 @@ def offer_head(module: nn.Module, vocabulary_size: int | None = None) -> None:
     output_head(model, vocabulary_size)  # refuses what is not understood
     if model.base_model is model:
         raise ValueError(
-            f"{type(model).__name__} has no part named {model.base_model_prefix!r}, which would make the hidden states that "
-            f"one pass reads; {_REMEDY}"
+            f"{type(model).__name__} has no part named {model.base_model_prefix!r}, which would make the hidden states "
+            f"that one pass reads; {_REMEDY}"
         )
     layer = model.get_output_embeddings()
     plain_model_forward, plain_layer_forward = model.forward, layer.forward

@@ -1,4 +1,4 @@
-"""Micro-batches of rows that must not be far apart in length: padded ones, and those on either side of a rope's switch."""
+"""Micro-batches of rows of like length: padded rows, and those on either side of a rope's switch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

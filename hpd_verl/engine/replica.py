@@ -58,7 +58,10 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def rope_switch(config: PretrainedConfig) -> int | None:
-    """Length above which a row gets other rotary factors (LongRoPE); transformers decides it by the longest of a batch."""
+    """Length above which a row gets other rotary factors (LongRoPE); None where there is none.
+
+    transformers decides by the longest row of a micro-batch, for all of them.
+    """
     parameters = getattr(text_config(config), "rope_parameters", None) or {}
     nodes = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
     lengths = [each["original_max_position_embeddings"] for each in nodes if each.get("rope_type") == "longrope"]
@@ -218,7 +221,7 @@ def _first_layers(config: PretrainedConfig, layers: int | None) -> PretrainedCon
 
 @torch.no_grad()
 def _strengthen(model: nn.Module) -> None:
-    """Draw matrices anew, so that each layer passes on more than it gets, and move what starts where it does nothing."""
+    """Draw matrices so large that a layer passes on more than it gets; move what starts where it does nothing."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -61,7 +61,7 @@ class RowEngine(FSDPEngineWithLMHead):
 
     @torch.no_grad()
     def _check_rows(self) -> None:
-        """Change one row: the others must stay what they are. The model is the real one, on its device, in its dtype."""
+        """Change one row: the others must stay. The model is the real one, on its device, in its dtype."""
         make = packed_inputs if self.use_remove_padding else padded_inputs
         vocabulary = self.model_config.hf_config.get_text_config().vocab_size
         rows, other = (trial_rows(_LENGTHS, vocabulary, seed) for seed in (0, 1))
@@ -71,8 +71,8 @@ class RowEngine(FSDPEngineWithLMHead):
         if moved > limit:  # not where it is NaN: the first step refuses that and names the rows
             how = "packed" if self.use_remove_padding else "padded"
             raise ValueError(
-                f"use_remove_padding={self.use_remove_padding}: a row moves the logits of the rows it is {how} with, by "
-                f"{moved:.2g}, in {self.model_config.path} with its attention "
+                f"use_remove_padding={self.use_remove_padding}: a row moves the logits of the rows it is {how} "
+                f"with, by {moved:.2g}, in {self.model_config.path} with its attention "
                 f"{self.model_config.override_config.get('attn_implementation')}; choose another, or padded rows"
             )
 

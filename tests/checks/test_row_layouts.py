@@ -61,8 +61,8 @@ def test_what_is_set_is_taken_where_it_is_right(folder: Path) -> None:
             "lfm2",
             "llama",
             ["model.use_remove_padding=true"],
-            r"model\.use_remove_padding=True: with model\.path=\S+lfm2, packed_attention on packed rows does not compute "
-            r"each row as it is alone \(logits are off by .*\); leave it out for packed_attention on padded rows",
+            r"model\.use_remove_padding=True: with model\.path=\S+lfm2, packed_attention on packed rows does not "
+            r"compute each row as it is alone \(logits are off by .*\); leave it out for packed_attention on padded rows",
         ),
         (
             "llama",
@@ -74,7 +74,7 @@ def test_what_is_set_is_taken_where_it_is_right(folder: Path) -> None:
             "llama",
             "llama",
             ["model.override_config.attn_implementation=nothing"],
-            r"model\.override_config\.attn_implementation=nothing: .*; leave it out for packed_attention on packed rows",
+            r"model\.override_config\.attn_implementation=nothing: .*; leave it out for packed_attention on packed",
         ),
         (
             "glm_moe_dsa",

@@ -1,5 +1,6 @@
 """Micro-batches of rows of like length: each row once, within the budget, as many on each rank."""
 
+import itertools
 import random
 
 import pytest
@@ -19,13 +20,13 @@ def test_all_rows_once_within_the_budget(seed: int, padded: bool, switch: int | 
     draw = random.Random(seed)
     lengths = [draw.randint(1, 60) for _ in range(draw.randint(1, 30))]
     groups = group_rows(lengths, 64, padded, switch)
-    assert sorted(sum(groups, [])) == list(range(len(lengths)))
+    assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
     for rows in groups:
         of_rows = [lengths[row] for row in rows]
         assert (max(of_rows) * len(rows) if padded else sum(of_rows)) <= 64
         assert switch is None or len({length > switch for length in of_rows}) == 1
     more = split_to(groups, len(lengths))
-    assert sorted(sum(more, [])) == list(range(len(lengths)))
+    assert sorted(itertools.chain(*more)) == list(range(len(lengths)))
     assert len(more) == len(lengths)
 
 
