@@ -62,7 +62,7 @@ def test_what_is_set_is_taken_where_it_is_right(folder: Path) -> None:
             "llama",
             ["model.use_remove_padding=true"],
             r"model\.use_remove_padding=True: with model\.path=\S+lfm2, packed_attention on packed rows does not "
-            r"compute each row as it is alone \(logits are off by .*\); leave it out for packed_attention on padded rows",
+            r"compute each row as it is alone \(logits are off by .*\); leave it out for packed_attention on padded",
         ),
         (
             "llama",
