@@ -119,6 +119,11 @@ class HPDConfig(HPDParameters):
     seed: int = 42
     """Seed of the student's sampling and of the choice of on-policy rows."""
 
+    check_saved_model: bool = True
+    """After the first checkpoint of a run with ``hf_model`` among its contents, rank 0 loads what was saved by plain
+    transformers, on the CPU in float32, and compares its log-probs with the trained model's. Another model ends the
+    run."""
+
     token_chunk_size: int | None = Field(None, ge=1)
     """Tokens whose logits exist at once; memory only, never the result. null: 1024, and 8192 in one_pass off the CPU,
     where the logits of a chunk stay in the student's dtype."""

@@ -9,6 +9,7 @@ one-pass pipeline.
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from verl.workers.config import TrainingWorkerConfig
 from hpd_verl import checkpoint
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
+from hpd_verl.engine.saved_model import SavedModelError
+from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.lean import (
     DemonstrationDataset,
@@ -107,6 +110,7 @@ class HPDSFTTrainer(SFTTrainer):
 
     def _init_engine(self) -> None:
         super()._init_engine()
+        self.engine.checkpoint_manager = StudentCheckpoints(self.engine, self.hpd.check_saved_model)
         needs_teacher = self.hpd.needs_teacher
         self.one_pass = OnePass(
             self.training_client,
@@ -275,9 +279,13 @@ def main(config: DictConfig) -> None:
     """Check settings, data and models before anything loads, then train."""
     signals = StopSignals(ask=lambda: False, says=os.environ.get("RANK", "0") == "0")
     signals.install()
+    checkpoint.remember_environment()
     checked(config)
     initialize_global_process_group()
-    HPDSFTTrainer(config).fit(signals)
+    try:
+        HPDSFTTrainer(config).fit(signals)
+    except SavedModelError as error:
+        sys.exit(f"Error: {error}")
     signals.ignore()
     destroy_global_process_group()
 

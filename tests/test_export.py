@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import Tiny, make_model
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hpd_verl import checkpoint
@@ -229,7 +228,7 @@ def test_the_card_says_teacher_objective_data_and_score(layout: str, tmp_path: P
             "algorithm": {"hpd": LEAN_SETTINGS["algorithm"]["hpd"] | {"on_policy_fraction": 0.25}},
             "data": LEAN_SETTINGS["data"],
         }
-    card = model_card("out", tmp_path / "global_step_7", OmegaConf.create(settings), {"gsm8k": 0.5}, "whole model")
+    card = model_card("out", tmp_path / "global_step_7", settings, {"gsm8k": 0.5}, "whole model")
     assert "base_model: Qwen/Qwen2.5-1.5B\n" in card
     for row in (
         "| Teacher | /models/a/b |",  # no bar ends a cell

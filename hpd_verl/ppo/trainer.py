@@ -51,6 +51,7 @@ NO_ROLLOUT = "hpd_no_rollout"
 """``rollout.name`` of a run without a server. verl resolves the name even for an empty list of replicas."""
 
 RolloutReplicaRegistry.register(NO_ROLLOUT, lambda: RolloutReplica)
+checkpoint.remember_environment()  # before verl resolves the configuration, after which it makes the trainer
 
 
 def _key_order(key: str) -> tuple[bool, int, int, int]:
