@@ -45,6 +45,11 @@ SETTINGS = "settings.yaml"
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's tracker file."""
 
+ACTOR = "actor"
+"""Folder inside ``global_step_N`` of every checkpoint of main_ppo, beside the marker."""
+LEAN = "data_0.pt"
+"""File of every checkpoint of the lean trainer, beside the marker."""
+
 _SAVING, _REMOVING = "saving", "removing"
 
 
@@ -112,8 +117,13 @@ def load_data(file: Path) -> Any:
         ) from error
 
 
-def check_pickles(folder: Path, pattern: str) -> None:
+def check_pickles(folder: Path, setting: str, pattern: str = "**/*.pt") -> None:
     """Refuse a checkpoint whose files, which verl unpickles without a question, hold more than data.
+
+    Args:
+        folder: the checkpoint's, or one in it.
+        setting: begins the message.
+        pattern: of the files.
 
     Raises:
         ValueError: the first such file, or one that is damaged.
@@ -122,7 +132,7 @@ def check_pickles(folder: Path, pattern: str) -> None:
         try:
             load_data(file)
         except ValueError as error:
-            raise ValueError(f"CHECKPOINT={folder}: {error}") from error
+            raise ValueError(f"{setting}: {folder.name}: {error}") from error
 
 
 def _write_atomically(file: Path, text: str, mode: int = 0o666) -> None:
@@ -173,7 +183,7 @@ def _marked(root: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: (checkpoint.number, checkpoint.step))
 
 
-def complete_checkpoints(root: Path, contents: str = "actor") -> list[Checkpoint]:
+def complete_checkpoints(root: Path, contents: str = ACTOR) -> list[Checkpoint]:
     """The checkpoints that are whole, in the order of their completion.
 
     Args:
@@ -227,8 +237,9 @@ def save_settings(root: Path, step: int, config: DictConfig) -> None:
         step: the checkpoint's.
         config: all settings.
     """
-    settings = _without_secrets(OmegaConf.to_container(config, resolve=False))
-    _write_atomically(_step_dir(root, step) / SETTINGS, OmegaConf.to_yaml(OmegaConf.create(settings)), mode=0o600)
+    settings = _without_secrets(OmegaConf.to_container(config, resolve=False, enum_to_str=True))
+    text = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    _write_atomically(_step_dir(root, step) / SETTINGS, text, mode=0o600)
 
 
 _from_environment: dict[str, str] = {}
@@ -261,8 +272,9 @@ def _without_secrets(settings: Any) -> Any:
             return {key: mask(value) for key, value in found.items()}
         if isinstance(found, list):
             return [mask(value) for value in found]
-        if not isinstance(found, str) or not found:
+        if found is None or isinstance(found, int | float) or found == "":
             return found
+        found = str(found)
         for value, name in masks:
             if found == value:
                 return name
@@ -296,7 +308,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Loader, _Dumper = (getattr(yaml, f"CSafe{kind}", getattr(yaml, f"Safe{kind}")) for kind in ("Loader", "Dumper"))
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -335,29 +347,31 @@ def is_incomplete(folder: Path) -> bool:
     return folder.with_name(folder.name + INCOMPLETE).exists() and not (folder / COMPLETE).is_file()
 
 
-def checkpoint_to_resume(root: Path, contents: str = "actor") -> Path | None:
+def checkpoint_to_resume(root: Path, contents: str = ACTOR, says: bool = True) -> Path | None:
     """The checkpoint that a run in ``root`` goes on from, None to start from the beginning. Changes nothing.
 
     Args:
         root: folder of the checkpoints.
         contents: what must be in a checkpoint's folder beside the marker.
+        says: log where the tracker is not followed.
     """
+    warn = logger.warning if says else logger.debug
     tracked, complete = _tracked_step(root), complete_checkpoints(root, contents)
     if tracked is not None and tracked in [checkpoint.step for checkpoint in complete]:
         return _step_dir(root, tracked)
     if complete:
         chosen = _step_dir(root, complete[-1].step)
-        logger.warning("%s names no complete checkpoint; the last complete one is %s", root / TRACKER, chosen.name)
+        warn("%s names no complete checkpoint; the last complete one is %s", root / TRACKER, chosen.name)
         return chosen
     if tracked is not None and _step_dir(root, tracked).exists() and not _incomplete(root, tracked).exists():
-        logger.warning("%s has no marker of this plugin: taken as verl's tracker names it", _step_dir(root, tracked))
+        warn("%s has no marker of this plugin: taken as verl's tracker names it", _step_dir(root, tracked))
         return _step_dir(root, tracked)
     if (root / TRACKER).exists():
-        logger.warning("%s names no whole checkpoint, and there is none: starting from the beginning", root / TRACKER)
+        warn("%s names no whole checkpoint, and there is none: starting from the beginning", root / TRACKER)
     return None
 
 
-def checkpoints_to_remove(root: Path, keep: int | None, contents: str = "actor") -> list[Path]:
+def checkpoints_to_remove(root: Path, keep: int | None, contents: str = ACTOR) -> list[Path]:
     """Checkpoints beyond a limit: all that were saved under one, but for the ``keep`` completed last.
 
     Removals that were interrupted are named again. What was saved without a limit, or not by this plugin, is never
@@ -405,21 +419,28 @@ def remove_files(folder: Path) -> bool:
     return True
 
 
-def check_resume_path(trainer: DictConfig) -> None:
-    """Refuse to resume from a checkpoint that is known not to be whole.
+def check_resume(trainer: DictConfig, contents: str) -> None:
+    """Refuse to resume from a checkpoint that is known not to be whole, or that holds more than data.
 
     Args:
         trainer: verl's node ``trainer``.
+        contents: what must be in a checkpoint's folder beside the marker.
 
     Raises:
-        ValueError: the one that ``trainer.resume_from_path`` names was not written, or is removed, to its end.
+        ValueError: the checkpoint to resume from was not written, or is removed, to its end; or a file of it on this
+            machine would run as code.
     """
     path = OmegaConf.select(trainer, "resume_from_path")
-    if trainer.resume_mode != "resume_path" or not isinstance(path, str) or not path.strip("/"):
-        return
-    folder = Path(path).absolute()
-    if is_incomplete(folder):
-        raise ValueError(
-            f"trainer.resume_from_path={path}: this checkpoint is not whole, its saving or removal was interrupted; "
-            f"choose one whose folder holds a file named {COMPLETE}"
-        )
+    if trainer.resume_mode == "resume_path" and isinstance(path, str) and path.strip("/"):
+        folder = Path(path).absolute()
+        if is_incomplete(folder):
+            raise ValueError(
+                f"trainer.resume_from_path={path}: this checkpoint is not whole, its saving or removal was "
+                f"interrupted; choose one whose folder holds a file named {COMPLETE}"
+            )
+        check_pickles(folder, f"trainer.resume_from_path={path}")
+    elif trainer.resume_mode == "auto" and OmegaConf.select(trainer, "default_local_dir"):
+        root = Path(trainer.default_local_dir).absolute()
+        found = checkpoint_to_resume(root, contents, says=False) if root.is_dir() else None
+        if found is not None:
+            check_pickles(found, f"trainer.default_local_dir={trainer.default_local_dir}")

@@ -50,9 +50,6 @@ from hpd_verl.teacher.choice import make_teacher
 
 Value = TypeVar("Value")
 
-CONTENTS = "data_0.pt"
-"""A file of every checkpoint, beside the marker."""
-
 
 class HPDSFTTrainer(SFTTrainer):
     """verl's SFT trainer with a teacher."""
@@ -235,7 +232,7 @@ class HPDSFTTrainer(SFTTrainer):
         handler = self.ckpt_handler
         handler.max_ckpt_to_keep = None
         if handler.resume_mode == "auto" and handler.resume_from_path is None:
-            found = _of_rank_0(lambda: checkpoint.checkpoint_to_resume(self.checkpoint_root, CONTENTS))
+            found = _of_rank_0(lambda: checkpoint.checkpoint_to_resume(self.checkpoint_root, checkpoint.LEAN))
             handler.resume_mode = "disable" if found is None else "resume_path"
             handler.resume_from_path = None if found is None else str(found)
         resumed = None if handler.resume_mode == "disable" else handler.resume_from_path
@@ -254,7 +251,7 @@ class HPDSFTTrainer(SFTTrainer):
             checkpoint.save_settings(root, step, self.config)
             checkpoint.mark_complete(root, step, keep)
         self.previous_checkpoint = root / f"global_step_{step}"
-        old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, CONTENTS))
+        old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, checkpoint.LEAN))
         if leads:
             checkpoint.remove(old)
         torch.distributed.barrier()

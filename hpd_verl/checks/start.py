@@ -7,9 +7,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from hpd_verl.checks.data import check_prompts_fit, template_kwargs
+from hpd_verl.checks.files_of_model import check_student_files
 from hpd_verl.checks.models import can_check_here, check_models, without_copies
 from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
-from hpd_verl.config import HPDConfig
+from hpd_verl.config import HPDConfig, needs_rollout_server
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def _check_data_and_models(
     settings: Mapping[str, Any],
     rows_needed: Mapping[str, int],
     validates_on_demonstrations: bool = False,
+    serves_rollouts: bool = False,
 ) -> None:
     """Check files and rows, then models, then both together.
 
@@ -43,6 +45,7 @@ def _check_data_and_models(
         settings: the names of these models' path settings.
         rows_needed: file setting to the rows that must be there at least.
         validates_on_demonstrations: validation rows need demonstrations, too.
+        serves_rollouts: a server answers with the student's weights.
     """
     data = config.data
     checked = {}
@@ -70,6 +73,7 @@ def _check_data_and_models(
         needed_context=data.max_prompt_length + data.max_response_length,
         template_kwargs=template_kwargs(data),
     )
+    check_student_files(student, settings["student"], serves_rollouts)
     for setting, found in checked.items():
         if _has_remote(as_list(OmegaConf.select(config, setting))):
             continue
@@ -106,6 +110,7 @@ def check_main_ppo(config: DictConfig) -> None:
         {"student": nodes.model, "teacher": nodes.ref.model},
         {"student": "actor_rollout_ref.model.path", "teacher": "actor_rollout_ref.ref.model.path"},
         rows_needed,
+        serves_rollouts=needs_rollout_server(config, hpd),
     )
 
 

@@ -220,12 +220,16 @@ def adapter_settings(content: Mapping[str, Any], base_model: str = "") -> LoraCo
 
 
 def _weight_names(model: Any) -> tuple[str, str] | None:
-    """Names of the weights of output layer and embeddings; None for a model without one of them."""
     modules = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     output, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if output is None or embeddings is None or not hasattr(output, "weight") or not hasattr(embeddings, "weight"):
         return None
     return f"{modules[id(output)]}.weight", f"{modules[id(embeddings)]}.weight"
+
+
+def weight_names(config: PretrainedConfig, trusts_code: bool = False) -> tuple[str, str] | None:
+    """Names of the weights of a model's output layer and embeddings; None for a model without one of them."""
+    return _weight_names(_empty(config, trusts_code))
 
 
 def _auto_class(config: PretrainedConfig) -> Any:

@@ -68,7 +68,8 @@ class StudentCheckpoints(FSDPCheckpointManager):
             ValueError: a file holds more.
         """
         if local_path is not None:
-            check_pickles(Path(local_path), f"*_world_size_{self.world_size}_rank_{self.rank}.pt")
+            own = f"*_world_size_{self.world_size}_rank_{self.rank}.pt"
+            check_pickles(Path(local_path), f"CHECKPOINT={local_path}", own)
         super().load_checkpoint(local_path, *args, **kwargs)
 
     def save_checkpoint(self, local_path: Any, *args: Any, **kwargs: Any) -> None:
