@@ -37,6 +37,7 @@ from hpd_verl.engine.saved_model import (
     LogProbs,
     SavedModelError,
     adapter_settings,
+    as_loaded,
     check_adapter,
     check_written,
     end_tokens,
@@ -260,7 +261,7 @@ def _base_model(
         if not is_adapter(name)
     }
     if base:
-        return plain_model(copy.deepcopy(config), base, None, torch.float32, trusts_code)
+        return as_loaded(plain_model(copy.deepcopy(config), base, trusts_code=trusts_code))
     return load_written(Path(folder), trusts_code) if Path(folder).is_dir() else None
 
 

@@ -280,10 +280,9 @@ def plain_model(
     model = _empty(config, trusts_code)
     names = _weight_names(model)
     state = dict(state)
-    prefix = "" if adapter is None else "base_model.model."
-    if names is not None and config.get_text_config().tie_word_embeddings:
-        output, embeddings = (prefix + name for name in names)
-        if output not in state and embeddings in state:  # FSDP names a shared parameter once
+    if adapter is None and names is not None and config.get_text_config().tie_word_embeddings:
+        output, embeddings = names
+        if output not in state and embeddings in state:  # a shared parameter under one name
             state[output] = state[embeddings]
     if adapter is not None:
         for name, tensor in state.items():
@@ -347,8 +346,15 @@ def write_adapter(
         RuntimeError: the parameters are not those of the adapter.
     """
     own = {name: tensor.to(dtype) for name, tensor in state.items() if is_adapter(name)}
+    base_model = adapter.base_model_name_or_path
     wrapped = _with_adapter(_empty(config, trusts_code), own, adapter, strict=False)
+    wrapped.peft_config["default"].base_model_name_or_path = base_model  # peft takes the name of the one in memory
     wrapped.save_pretrained(str(out), save_embedding_layers=False)
+
+
+def as_loaded(model: Any) -> Any:
+    """A model of ``plain_model`` as if it had been written and loaded, in float32, with what no file holds."""
+    return type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=torch.float32)
 
 
 def load_written(folder: Path, trusts_code: bool = False) -> Any:
