@@ -270,7 +270,7 @@ def read_result(path: Path) -> dict[str, Any]:
         _Result.model_validate(result)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         found = " ".join(str(error).split())[:100]
         if isinstance(error, ValidationError):
             first = error.errors()[0]

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.demonstration import demonstration_text, has_demonstration
+from hpd_verl.data.json_depth import DEEPEST, too_deep
 
 logger = logging.getLogger(__name__)
 
@@ -353,6 +354,9 @@ class DataFile:
             raise ValueError(f"{self.name}: no column {DEMONSTRATION!r}, there are {columns}{_WHY_NEEDED}")
 
     def _load_json(self) -> datasets.Dataset:
+        line = too_deep(self.file, _is_json_array(self.file))
+        if line is not None:
+            raise ValueError(f"{self.name}: line {line} is nested more than {DEEPEST} deep; correct or remove it")
         try:
             with _quiet_datasets():
                 return datasets.load_dataset("json", data_files=self.file)["train"]
