@@ -235,8 +235,7 @@ def _parameters(source: Path) -> Iterator[None]:
 def _generation_settings(source: Path, config: PretrainedConfig, end_token: int | None) -> GenerationConfig:
     """Those of the checkpoint, ending at all its end tokens and the one that ends an answer in its chat template."""
     if (source / "generation_config.json").is_file():
-        with _reading(source.parent, f"{_HUGGINGFACE}/generation_config.json"):
-            generation = GenerationConfig.from_pretrained(source)
+        generation = GenerationConfig.from_pretrained(source)
     else:
         generation = GenerationConfig.from_model_config(config)
     generation.eos_token_id = end_tokens(end_token, generation.eos_token_id, config.eos_token_id)
@@ -293,11 +292,12 @@ def write_checkpoint(
         SavedModelError: what was written is not the trained model.
     """
     source, files = folder / _HUGGINGFACE, _shard_files(folder)
+    with _reading(folder, f"{_HUGGINGFACE}/config.json"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
     with _reading(folder, f"tokenizer or chat template in {_HUGGINGFACE}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusts_code)
         end_token = _end_token(tokenizer, settings)
-    with _reading(folder, f"{_HUGGINGFACE}/config.json"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
+    with _reading(folder, f"{_HUGGINGFACE}/generation_config.json"):
         generation = _generation_settings(source, config, end_token)
     with _reading(folder, LOG_PROBS):
         trained = LogProbs.read(folder / LOG_PROBS)
