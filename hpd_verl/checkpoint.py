@@ -253,8 +253,8 @@ _SHORT = 6
 def remember_environment() -> None:
     """From here on remember what ``${oc.env:...}`` gives, for verl resolves the settings before a run saves them."""
 
-    def remembering(key: str, default: Any = oc._DEFAULT_MARKER_) -> Any:
-        value = oc.env(key, default)
+    def remembering(key: str, *default: Any) -> Any:
+        value = oc.env(key, *default)
         if key in os.environ:
             _from_environment[os.environ[key]] = f"${{oc.env:{key}}}"
         return value

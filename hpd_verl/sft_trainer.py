@@ -237,6 +237,9 @@ class HPDSFTTrainer(SFTTrainer):
             handler.resume_from_path = None if found is None else str(found)
         resumed = None if handler.resume_mode == "disable" else handler.resume_from_path
         self.previous_checkpoint = Path(resumed).absolute() if resumed else None
+        if self.previous_checkpoint is not None:
+            own = f"data_{handler.dp_rank}.pt"
+            checkpoint.check_pickles(self.previous_checkpoint, "trainer.resume_from_path", own)
 
     def _save(self, step: int) -> None:
         """Save, mark the checkpoint complete, and only then remove old ones."""

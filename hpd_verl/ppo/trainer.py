@@ -307,6 +307,8 @@ class HPDTrainer(PPOTrainerSync):
         elif trainer.resume_mode == "resume_path" and trainer.resume_from_path:
             self.previous_checkpoint = Path(trainer.resume_from_path).absolute()
         logger.info("resuming from %s", self.previous_checkpoint or "the beginning")
+        if self.previous_checkpoint is not None:  # the driver may have been on another machine
+            checkpoint.check_pickles(self.previous_checkpoint, "trainer.resume_from_path", "*.pt")
         with _settings(trainer, **chosen):
             super()._load_checkpoint()
 
