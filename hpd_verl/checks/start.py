@@ -1,6 +1,8 @@
 """All checks of a command, the cheap ones first, before Ray, ranks or models start."""
 
 import logging
+import os
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,12 +90,30 @@ def _check_data_and_models(
         )
 
 
+def check_temporary_folders(*variables: str) -> None:
+    """Check that the folders for temporary files, which these variables of the environment name, can be written to.
+
+    Raises:
+        ValueError: one cannot, or without any of them there is none.
+    """
+    for variable in variables:
+        folder = os.environ.get(variable)
+        if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+            found = "cannot be written to" if os.path.isdir(folder) else "no such folder"
+            raise ValueError(f"{variable}={folder}: {found}; make it, or unset the variable")
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ValueError(f"TMPDIR=: {error.strerror}; set it to a folder that can be written to") from error
+
+
 def check_main_ppo(config: DictConfig) -> None:
     """Check a run of main_ppo with ``algorithm=hpd`` in the driver, before Ray starts.
 
     Raises:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
+    check_temporary_folders("TMPDIR", "RAY_TMPDIR")
     hpd = check_config(config)
     if config.trainer.save_freq > 0:
         check_checkpoint_folder(config.trainer.default_local_dir)
@@ -125,6 +145,7 @@ def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False)
     Raises:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
+    check_temporary_folders("TMPDIR")
     hpd = check_sft_config(config, ranks, fills_store)
     if not fills_store:  # the last step is saved in any case
         check_checkpoint_folder(config.trainer.default_local_dir)
