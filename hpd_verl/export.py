@@ -195,7 +195,7 @@ def _adapter_settings(folder: Path, names: Collection[str], base_model: str) -> 
             if file.is_file():
                 targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names if ".lora_" in name})
                 meta = checkpoint.read_json(file)
-                alpha = meta.get("lora_alpha")
+                alpha: Any = meta.get("lora_alpha")
                 if type(alpha) not in (int, float) or not alpha > 0:
                     raise ValueError(f"lora_alpha is {alpha!r}, no number above 0")
                 return adapter_settings(

@@ -73,7 +73,9 @@ class LogProbs:
         if not file.is_file():
             return None
         content = read_json(file)
-        rows, values, dtype = (content.get(name) for name in ("rows", "values", "dtype"))
+        rows: Any = content.get("rows")
+        values: Any = content.get("values")
+        dtype: Any = content.get("dtype")
         well_formed = (
             dtype in ("bfloat16", "float32", "float16")
             and _are_lists_of(rows, int)

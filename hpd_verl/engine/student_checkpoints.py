@@ -81,12 +81,16 @@ class StudentCheckpoints(FSDPCheckpointManager):
         super().save_checkpoint(local_path, *args, **kwargs)
         if local_path is None:
             return
-        trained = self._log_probs()
+        folder, trained = Path(local_path), self._log_probs()
         writes_model = "hf_model" in self.checkpoint_save_contents
         state: dict[str, Any] = {}
         if writes_model:  # all ranks together; the others get nothing
             state = get_fsdp_full_state_dict(self.model, offload_to_cpu=True, rank0_only=True)
-        on_rank_zero(lambda: self._write(Path(local_path), state if writes_model else None, trained))
+        written = on_rank_zero(lambda: self._write(folder, state if writes_model else None, trained))
+        state.clear()  # the comparison needs its room
+        if written is not None and not self.is_checked:
+            on_rank_zero(lambda: self._check(folder / HUGGINGFACE, trained, written))
+            self.is_checked = True
 
     def _log_probs(self) -> LogProbs:
         """The trained model's log-probs of a few sequences, as the engine computes them. All ranks together."""
@@ -116,8 +120,8 @@ class StudentCheckpoints(FSDPCheckpointManager):
         dtype = self.engine._autocast_dtype
         return LogProbs(rows, values, str(dtype).removeprefix("torch."))
 
-    def _write(self, folder: Path, state: dict[str, Any] | None, trained: LogProbs) -> None:
-        """What rank 0 adds to verl's files.
+    def _write(self, folder: Path, state: dict[str, Any] | None, trained: LogProbs) -> torch.dtype | None:
+        """What rank 0 adds to verl's files; returns the dtype of the written weights, None where there are none.
 
         Args:
             folder: of the checkpoint's files.
@@ -134,7 +138,7 @@ class StudentCheckpoints(FSDPCheckpointManager):
         generation = model.generation_config or GenerationConfig.from_model_config(source)
         generation.eos_token_id = end_tokens(generation.eos_token_id, config.eos_token_id)
         adapter = None
-        unwrapped = getattr(self.model, "_fsdp_wrapped_module", self.model)
+        unwrapped: Any = getattr(self.model, "_fsdp_wrapped_module", self.model)
         if hasattr(unwrapped, "peft_config"):
             adapter = adapter_settings(unwrapped.peft_config["default"].to_dict(), model.path)
             adapter.save_pretrained(str(folder))
@@ -142,19 +146,18 @@ class StudentCheckpoints(FSDPCheckpointManager):
         if state is None:
             config.save_pretrained(out)
             savable(generation, model.path).save_pretrained(out)
-            return
+            return None
         written = plain_model(config, state, adapter, trusts_code=self.trust_remote_code)
         write_model(written, out, generation, model.path)
-        dtype = written.dtype
-        del written, state
-        if self.is_checked:
-            return
+        dtype: torch.dtype = written.dtype
+        return dtype
+
+    def _check(self, out: Path, trained: LogProbs, written: torch.dtype) -> None:
         try:
-            said = check_written(out, trained, dtype, self.trust_remote_code)
+            said = check_written(out, trained, written, self.trust_remote_code)
         except SavedModelError as error:
             raise SavedModelError(
-                f"{out}: as transformers load it, {error}; train from checkpoints without `hf_model` and export them, "
-                "or look away by algorithm.hpd.check_saved_model=false"
+                f"{out}: as transformers load it, {error}; report it, leave `hf_model` out of the checkpoint's "
+                "contents, or go on without looking by algorithm.hpd.check_saved_model=false"
             ) from error
-        self.is_checked = True
         logger.info("%s: %s", out, said)

@@ -179,14 +179,15 @@ def test_log_probs_of_a_damaged_file_are_refused(tmp_path: Path) -> None:
     whole.write(file)
     assert LogProbs.read(file) == whole
     content = json.loads(file.read_text())
-    for damage in (
+    damages: tuple[dict[str, Any], ...] = (
         {"rows": [[1, "2", 3]]},
         {"rows": [[1, 2]]},
         {"rows": 5},
         {"values": [[1.0, None]]},
         {"values": []},
         {"dtype": "load"},
-    ):
+    )
+    for damage in damages:
         file.write_text(json.dumps(content | damage))
         with pytest.raises(ValueError, match=r"log_probs\.json holds no log-probs"):
             LogProbs.read(file)
