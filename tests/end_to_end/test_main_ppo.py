@@ -27,6 +27,8 @@ MIXTURE = (
 def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
     """Pipeline, ranks, micro-batches, packing, recomputation, offload, store: same losses and gradient norms.
 
+    And each saves what it trained.
+
     On demonstrations alone, which need no rollout server. Two epochs on 16 rows: the first run stores the teacher,
     from which the second epoch takes it; the second run does not even load it.
     """
@@ -61,13 +63,17 @@ def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMain
             "actor_rollout_ref.ref.ulysses_sequence_parallel_size=2",
         ),
     }
-    shared = ("data.train_max_samples=16", "trainer.total_training_steps=4", "trainer.resume_mode=disable")
+    shared = (
+        *("data.train_max_samples=16", "trainer.total_training_steps=4", "trainer.resume_mode=disable"),
+        *("trainer.save_freq=4", "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]"),
+    )
     runs = {}
     for name, overrides in variants.items():
         run = runs[name] = run_main_ppo(*shared, *overrides)
         assert run.returncode == 0, (name, run.output[-3000:])
         assert "vLLMHttpServer" not in run.output
         assert len(run.steps) == 4
+        assert "huggingface: its log-probs are the trained model's" in run.output, name
         for step in run.steps:
             assert step["hpd/on_policy_fraction"] == 0
             assert step["hpd/response_tokens"] > 0
