@@ -140,7 +140,7 @@ def _read_json(path: Path) -> Iterator[Place]:
                 begun = True
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:
                     record = ValueError(f"not JSON: {error}")
                 yield f"{path}, line {number}", record
         except (EOFError, OSError, UnicodeDecodeError) as error:

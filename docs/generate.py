@@ -34,6 +34,7 @@ SECTIONS: dict[str, list[str]] = {
         "score_rollouts",
     ],
     "Computation": ["pipeline", "token_chunk_size", "exact_kl_metrics"],
+    "Checkpoints": ["check_saved_model"],
     "The teacher's store": [name for name in HPDConfig.model_fields if name.startswith("teacher_cache")],
 }
 NOT_SETTINGS = {"objective_parameters"}

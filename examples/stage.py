@@ -143,7 +143,7 @@ def table(run_dir: Path) -> str:
         try:
             each = json.loads(file.read_text())
             lines.append(f"{each['stage']:<30}{each['seconds']:>10.0f}{each['peak_gib']:>10.2f}")
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{file}: damaged; remove it, and the stage is repeated") from error
     return "\n".join(lines)
 

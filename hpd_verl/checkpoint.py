@@ -17,17 +17,23 @@ the first file of a save until after the marker, and from before a removal until
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.distributed.tensor  # its classes are data to torch.load
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +47,11 @@ ROWS = "rows.json"
 """File inside ``global_step_N``: number and fingerprint of the training rows."""
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's tracker file."""
+
+ACTOR = "actor"
+"""Folder inside ``global_step_N`` of every checkpoint of main_ppo, beside the marker."""
+LEAN = "data_0.pt"
+"""File of every checkpoint of the lean trainer, beside the marker."""
 
 _SAVING, _REMOVING = "saving", "removing"
 
@@ -56,9 +67,82 @@ class Checkpoint:
     """Saved under a limit to the number of checkpoints, and so to be removed in time."""
 
 
-def _write_atomically(file: Path, text: str) -> None:
+_LAST_STEP = 2**53
+"""Beyond all steps and counts; what is larger in a file is damage."""
+
+_NUMPY = np.zeros(0).__reduce__()[0]
+_DATA_CLASSES: list[Any] = [
+    (_NUMPY, "numpy._core.multiarray._reconstruct"),
+    (_NUMPY, "numpy.core.multiarray._reconstruct"),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"},
+]
+"""What a checkpoint holds beyond tensors: the state of numpy's random numbers."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:  # of syntax, of UTF-8, of depth
+        raise ValueError(f"{file.name} is no JSON ({str(error)[:100]})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} holds no JSON object")
+    return content
+
+
+def load_data(file: Path) -> Any:
+    """What ``torch.save`` wrote into a checkpoint, mapped and not read; nothing in it is run.
+
+    Raises:
+        ValueError: it is cut short, damaged, or names code.
+    """
+    try:
+        with torch.serialization.safe_globals(_DATA_CLASSES):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of zip, pickle or torch
+        code = re.search(r"GLOBAL ([\w.]+)|(?:class|function|global) ([\w.]+)", str(error))
+        if "Weights only" in str(error) or "weights_only" in str(error):
+            named = next((name for name in code.groups() if name), "") if code else ""
+            raise ValueError(
+                f"{file.name} holds more than data{f' ({named})' if named else ''}, which would run as code: nothing "
+                "of it was loaded; take a checkpoint from where you trust"
+            ) from error
+        raise ValueError(
+            f"{file.name} cannot be read ({' '.join(str(error).split())[:120]}); it is cut short or damaged: copy it "
+            "again, or take another checkpoint"
+        ) from error
+
+
+def check_pickles(folder: Path, setting: str, pattern: str = "**/*.pt") -> None:
+    """Refuse a checkpoint whose files, which verl unpickles without a question, hold more than data.
+
+    Args:
+        folder: the checkpoint's, or one in it.
+        setting: begins the message.
+        pattern: of the files.
+
+    Raises:
+        ValueError: the first such file, or one that is damaged.
+    """
+    for file in sorted(folder.glob(pattern)):
+        try:
+            load_data(file)
+        except ValueError as error:
+            raise ValueError(f"{setting}: {folder.name}: {error}") from error
+
+
+def _write_atomically(file: Path, text: str, mode: int = 0o666) -> None:
+    """Write a file that is whole or not there, with these permissions less the process's umask."""
     temporary = file.with_name(f"{file.name}.tmp")
-    with open(temporary, "w") as stream:
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "w", opener=lambda path, flags: os.open(path, flags, mode)) as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -74,16 +158,17 @@ def _incomplete(root: Path, step: int) -> Path:
 
 
 def _read_marker(folder: Path, step: int) -> Checkpoint | None:
-    """What the marker says, None without one. A marker that holds no json object counts by its step."""
+    """What the marker says, None without one. A damaged marker counts by its step."""
     try:
-        content = json.loads((folder / COMPLETE).read_text())
+        content = read_json(folder / COMPLETE)
     except FileNotFoundError:
         return None
     except ValueError:
-        content = None
-    if not isinstance(content, dict):
+        content = {}
+    number, limited = content.get("number"), content.get("limited")
+    if type(number) is not int or not 0 <= number < _LAST_STEP or type(limited) is not bool:
         return Checkpoint(step, number=step, limited=False)
-    return Checkpoint(step, number=int(content["number"]), limited=bool(content["limited"]))
+    return Checkpoint(step, number=number, limited=limited)
 
 
 def _write_marker(checkpoint: Checkpoint, root: Path) -> None:
@@ -94,14 +179,14 @@ def _write_marker(checkpoint: Checkpoint, root: Path) -> None:
 def _marked(root: Path) -> list[Checkpoint]:
     found = []
     for folder in root.glob("global_step_*"):
-        match = re.fullmatch(r"global_step_(\d+)", folder.name)
+        match = re.fullmatch(r"global_step_(0|[1-9][0-9]{0,14})", folder.name)
         marker = _read_marker(folder, int(match.group(1))) if match else None
         if marker is not None:
             found.append(marker)
     return sorted(found, key=lambda checkpoint: (checkpoint.number, checkpoint.step))
 
 
-def complete_checkpoints(root: Path, contents: str = "actor") -> list[Checkpoint]:
+def complete_checkpoints(root: Path, contents: str = ACTOR) -> list[Checkpoint]:
     """The checkpoints that are whole, in the order of their completion.
 
     Args:
@@ -146,14 +231,109 @@ def mark_complete(root: Path, step: int, keep: int | None = None) -> None:
 
 
 def save_settings(root: Path, step: int, config: DictConfig) -> None:
-    """Write a run's settings into its checkpoint.
+    """Write a run's settings into its checkpoint, for their owner's eyes.
+
+    Interpolations stay as they are, and what came from the environment is written as the interpolation that gives it.
 
     Args:
         root: folder of the checkpoints.
         step: the checkpoint's.
         config: all settings.
     """
-    _write_atomically(_step_dir(root, step) / SETTINGS, OmegaConf.to_yaml(config, resolve=True))
+    settings = _without_secrets(OmegaConf.to_container(config, resolve=False, enum_to_str=True))
+    text = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    _write_atomically(_step_dir(root, step) / SETTINGS, text, mode=0o600)
+
+
+_from_environment: dict[str, str] = {}
+"""What interpolations took from the environment, and the interpolation that did."""
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+"""Names of variables whose values are secrets, however they came into the settings."""
+_SHORT = 6
+"""Of fewer characters a value is masked where it is the whole setting only."""
+
+
+def remember_environment() -> None:
+    """From here on remember what ``${oc.env:...}`` gives, for verl resolves the settings before a run saves them."""
+
+    def remembering(key: str, *default: Any) -> Any:
+        value = oc.env(key, *default)
+        if key in os.environ:
+            _from_environment[os.environ[key]] = f"${{oc.env:{key}}}"
+        return value
+
+    OmegaConf.register_new_resolver("oc.env", remembering, replace=True)
+
+
+def _without_secrets(settings: Any) -> Any:
+    """Settings in which values of the environment are the interpolations that give them."""
+    secrets = {value: f"${{oc.env:{name}}}" for name, value in os.environ.items() if value and _SECRET.search(name)}
+    masks = sorted((secrets | _from_environment).items(), key=lambda mask: -len(mask[0]))
+
+    def mask(found: Any) -> Any:
+        if isinstance(found, dict):
+            return {key: mask(value) for key, value in found.items()}
+        if isinstance(found, list):
+            return [mask(value) for value in found]
+        if found is None or isinstance(found, int | float) or found == "":
+            return found
+        found = str(found)
+        for value, name in masks:
+            if found == value:
+                return name
+            if len(value) >= _SHORT and "${" not in found:
+                found = found.replace(value, name)
+        return found
+
+    return mask(settings)
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings in a checkpoint, None without the file; nothing of this machine's environment gets into them.
+
+    References from one setting to another (``${data.seed}``) are followed; all other interpolations stay as they are.
+
+    Args:
+        folder: ``global_step_N``.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        content = yaml.load((folder / SETTINGS).read_bytes(), Loader=_Loader)
+        if not isinstance(content, dict) or not content:
+            raise ValueError("no settings of a run")
+        settings: dict[str, Any] = _with_references(content, content, itertools.count())
+    except FileNotFoundError:
+        return None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())[:120]) from error
+    return settings
+
+
+_Loader, _Dumper = (getattr(yaml, f"CSafe{kind}", getattr(yaml, f"Safe{kind}")) for kind in ("Loader", "Dumper"))
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+def _with_references(found: Any, settings: dict[str, Any], counted: Iterator[int]) -> Any:
+    """A setting's value, with the plain values that it refers to in place of the references."""
+    if next(counted) > 100_000:  # aliases of aliases
+        raise ValueError("it holds more settings than a run has")
+    if isinstance(found, dict):
+        return {key: _with_references(value, settings, counted) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_with_references(value, settings, counted) for value in found]
+    for _ in range(10):
+        match = _REFERENCE.fullmatch(found) if isinstance(found, str) else None
+        if match is None:
+            break
+        target: Any = settings
+        for name in match[1].split("."):
+            target = target.get(name, found) if isinstance(target, dict) else found
+        if isinstance(target, dict | list):
+            break
+        found = target
+    return found
 
 
 def save_rows(root: Path, step: int, rows: Mapping[str, Any]) -> None:
@@ -196,9 +376,10 @@ def say_changed_rows(folder: Path, rows: Mapping[str, Any]) -> None:
 def _tracked_step(root: Path) -> int | None:
     """The tracker's step, None without a tracker or with a torn one."""
     try:
-        return int((root / TRACKER).read_text())
+        step = int((root / TRACKER).read_text())
     except (FileNotFoundError, ValueError):
         return None
+    return step if 0 <= step < _LAST_STEP else None
 
 
 def is_incomplete(folder: Path) -> bool:
@@ -206,29 +387,31 @@ def is_incomplete(folder: Path) -> bool:
     return folder.with_name(folder.name + INCOMPLETE).exists() and not (folder / COMPLETE).is_file()
 
 
-def checkpoint_to_resume(root: Path, contents: str = "actor") -> Path | None:
+def checkpoint_to_resume(root: Path, contents: str = ACTOR, says: bool = True) -> Path | None:
     """The checkpoint that a run in ``root`` goes on from, None to start from the beginning. Changes nothing.
 
     Args:
         root: folder of the checkpoints.
         contents: what must be in a checkpoint's folder beside the marker.
+        says: log where the tracker is not followed.
     """
+    warn = logger.warning if says else logger.debug
     tracked, complete = _tracked_step(root), complete_checkpoints(root, contents)
     if tracked is not None and tracked in [checkpoint.step for checkpoint in complete]:
         return _step_dir(root, tracked)
     if complete:
         chosen = _step_dir(root, complete[-1].step)
-        logger.warning("%s names no complete checkpoint; the last complete one is %s", root / TRACKER, chosen.name)
+        warn("%s names no complete checkpoint; the last complete one is %s", root / TRACKER, chosen.name)
         return chosen
     if tracked is not None and _step_dir(root, tracked).exists() and not _incomplete(root, tracked).exists():
-        logger.warning("%s has no marker of this plugin: taken as verl's tracker names it", _step_dir(root, tracked))
+        warn("%s has no marker of this plugin: taken as verl's tracker names it", _step_dir(root, tracked))
         return _step_dir(root, tracked)
     if (root / TRACKER).exists():
-        logger.warning("%s names no whole checkpoint, and there is none: starting from the beginning", root / TRACKER)
+        warn("%s names no whole checkpoint, and there is none: starting from the beginning", root / TRACKER)
     return None
 
 
-def checkpoints_to_remove(root: Path, keep: int | None, contents: str = "actor") -> list[Path]:
+def checkpoints_to_remove(root: Path, keep: int | None, contents: str = ACTOR) -> list[Path]:
     """Checkpoints beyond a limit: all that were saved under one, but for the ``keep`` completed last.
 
     Removals that were interrupted are named again. What was saved without a limit, or not by this plugin, is never
@@ -276,21 +459,28 @@ def remove_files(folder: Path) -> bool:
     return True
 
 
-def check_resume_path(trainer: DictConfig) -> None:
-    """Refuse to resume from a checkpoint that is known not to be whole.
+def check_resume(trainer: DictConfig, contents: str) -> None:
+    """Refuse to resume from a checkpoint that is known not to be whole, or that holds more than data.
 
     Args:
         trainer: verl's node ``trainer``.
+        contents: what must be in a checkpoint's folder beside the marker.
 
     Raises:
-        ValueError: the one that ``trainer.resume_from_path`` names was not written, or is removed, to its end.
+        ValueError: the checkpoint to resume from was not written, or is removed, to its end; or a file of it on this
+            machine would run as code.
     """
     path = OmegaConf.select(trainer, "resume_from_path")
-    if trainer.resume_mode != "resume_path" or not isinstance(path, str) or not path.strip("/"):
-        return
-    folder = Path(path).absolute()
-    if is_incomplete(folder):
-        raise ValueError(
-            f"trainer.resume_from_path={path}: this checkpoint is not whole, its saving or removal was interrupted; "
-            f"choose one whose folder holds a file named {COMPLETE}"
-        )
+    if trainer.resume_mode == "resume_path" and isinstance(path, str) and path.strip("/"):
+        folder = Path(path).absolute()
+        if is_incomplete(folder):
+            raise ValueError(
+                f"trainer.resume_from_path={path}: this checkpoint is not whole, its saving or removal was "
+                f"interrupted; choose one whose folder holds a file named {COMPLETE}"
+            )
+        check_pickles(folder, f"trainer.resume_from_path={path}")
+    elif trainer.resume_mode == "auto" and OmegaConf.select(trainer, "default_local_dir"):
+        root = Path(trainer.default_local_dir).absolute()
+        found = checkpoint_to_resume(root, contents, says=False) if root.is_dir() else None
+        if found is not None:
+            check_pickles(found, f"trainer.default_local_dir={trainer.default_local_dir}")

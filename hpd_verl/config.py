@@ -120,6 +120,11 @@ class HPDConfig(HPDParameters):
     """The run's seed: order of the rows (data.seed, if set, replaces it there), LoRA's first weights, dropout, the
     student's draws, choice of rows to roll out and, with vLLM, each rollout's tokens."""
 
+    check_saved_model: bool = True
+    """After the first checkpoint of a run with ``hf_model`` among its contents, rank 0 loads what was saved by plain
+    transformers, on the CPU in float32, and compares its log-probs with the trained model's. Another model ends the
+    run."""
+
     token_chunk_size: int | None = Field(None, ge=1)
     """Tokens whose logits exist at once; memory only, never the result. null: 1024, and 8192 in one_pass off the CPU,
     where the logits of a chunk stay in the student's dtype."""

@@ -8,37 +8,52 @@ CHECKPOINT is a run's folder, of which the checkpoint is taken that the run woul
 
 import argparse
 import contextlib
+import copy
 import glob
-import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 from verl.model_merger.fsdp_model_merger import merge_non_dtensor_shards
 
 from hpd_verl import checkpoint
 from hpd_verl.checks.models import check_weights
 from hpd_verl.data.chat_template import ChatTemplate
 from hpd_verl.data.files import as_list, one_line
+from hpd_verl.engine.saved_model import (
+    ADAPTER,
+    LOG_PROBS,
+    LogProbs,
+    SavedModelError,
+    adapter_settings,
+    as_loaded,
+    check_adapter,
+    check_written,
+    end_tokens,
+    is_adapter,
+    load_written,
+    plain_model,
+    write_adapter,
+    write_model,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _HUGGINGFACE = "huggingface"
-_PEFT_PREFIX = "base_model.model."
-_OF_TRAINING = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_name_or_path")
-"""What a saved configuration may hold that is the training's alone."""
+_LORA_META = "lora_train_meta.json"
+"""verl's file of an adapter's rank and alpha."""
+_MAX_RANKS = 10**6
 
 
 # ------------------------------ the checkpoint ------------------------------
@@ -54,6 +69,11 @@ def _reading(folder: Path, file: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of transformers, tokenizers, Jinja or the model's own code
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"CHECKPOINT={folder}: its {file} names code of the model's own, which runs only by "
+                "--trust-remote-code; read it first"
+            ) from error
         raise ValueError(
             f"CHECKPOINT={folder}: its {file} cannot be read ({one_line(error)[:200]}); copy the checkpoint again, or "
             "take another"
@@ -101,8 +121,10 @@ def _shard_files(folder: Path) -> list[Path]:
     if not any(folder.glob("model_world_size_*_rank_*.pt")):
         return []
     try:
-        ranks = int(json.loads((folder / "fsdp_config.json").read_text())["world_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        ranks = checkpoint.read_json(folder / "fsdp_config.json").get("world_size")
+        if type(ranks) is not int or not 1 <= ranks <= _MAX_RANKS:
+            raise ValueError(f"world_size is {ranks!r}")
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"CHECKPOINT={folder}: fsdp_config.json does not tell the number of ranks ({one_line(error)}); copy the "
             "checkpoint again"
@@ -133,20 +155,17 @@ def load_shards(folder: Path, files: list[Path]) -> dict[str, Tensor]:
     """The student's parameters, as they were trained, of verl's sharded files.
 
     Raises:
-        ValueError: a file is torn.
+        ValueError: a file is torn, or holds more than data.
     """
     shards = []
     for file in files:
         try:
-            # Files of the user's own training: they hold DTensors, which torch reads by pickle only.
-            shards.append(torch.load(file, map_location="cpu", weights_only=False, mmap=True))
-        except Exception as error:  # of zip, pickle or torch
-            raise ValueError(
-                f"CHECKPOINT={folder}: {file.name} cannot be read ({one_line(error)[:120]}); it is cut short or "
-                "damaged: copy it again, or take another checkpoint"
-            ) from error
+            shards.append(checkpoint.load_data(file))
+        except ValueError as error:
+            raise ValueError(f"CHECKPOINT={folder}: {error}") from error
     for file, shard in zip(files, shards, strict=True):
-        if not isinstance(shard, dict) or shard.keys() != shards[0].keys():
+        tensors = isinstance(shard, dict) and all(isinstance(value, Tensor) for value in shard.values())
+        if not tensors or shard.keys() != shards[0].keys():
             raise ValueError(
                 f"CHECKPOINT={folder}: {file.name}: no parameters, or others than those of {files[0].name}; copy the "
                 "checkpoint again, or take another"
@@ -157,115 +176,103 @@ def load_shards(folder: Path, files: list[Path]) -> dict[str, Tensor]:
 # ------------------------------ LoRA ------------------------------
 
 
-def _split_lora(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Base weights under their names in the plain model, and the adapter's under those of peft's files."""
-    base = {
-        name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", "."): tensor
-        for name, tensor in state.items()
-        if ".lora_" not in name
-    }
-    adapter = {name.replace(".default.", "."): tensor for name, tensor in state.items() if ".lora_" in name}
-    return base, adapter
+def _adapter_settings(folder: Path, names: Collection[str], base_model: str) -> LoraConfig | None:
+    """The settings of the run's adapter; None for a run without one.
 
-
-def _lora_settings(folder: Path) -> tuple[int, float]:
-    """Rank and alpha of the adapter.
+    Args:
+        folder: of ``find_checkpoint``.
+        names: of the parameters, of which the adapted modules are read where verl alone saved them.
+        base_model: of the adapter.
 
     Raises:
-        ValueError: verl did not leave them.
+        ValueError: they are damaged, or missing where the parameters are an adapter's.
     """
-    for file in (folder / "lora_train_meta.json", folder.parent / "lora_train_meta.json"):
-        try:
-            meta = json.loads(file.read_text())
-            rank, alpha = int(meta["r"]), float(meta["lora_alpha"])
-        except FileNotFoundError:
-            continue
-        except (ValueError, KeyError, TypeError):
-            break
-        if rank > 0 and alpha > 0:
-            return rank, alpha
-    raise ValueError(
-        f"CHECKPOINT={folder}: lora_train_meta.json, with the adapter's r and lora_alpha, is missing or damaged; copy "
-        "the checkpoint again"
-    )
-
-
-def _merge_lora(base: dict[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> None:
-    """Add the adapter to its base weights, in float32 and in place."""
-    for name, down in adapter.items():
-        if ".lora_A." in name:
-            up = adapter[name.replace(".lora_A.", ".lora_B.")]
-            key = name.removeprefix(_PEFT_PREFIX).replace(".lora_A.", ".")
-            base[key] = base[key].float() + scale * (up.float() @ down.float())
+    file = folder / ADAPTER
+    try:
+        if file.is_file():
+            return adapter_settings(checkpoint.read_json(file), base_model)
+        for file in (folder / _LORA_META, folder.parent / _LORA_META):  # verl's own, of a run without this package
+            if file.is_file():
+                targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names if ".lora_" in name})
+                meta = checkpoint.read_json(file)
+                alpha: Any = meta.get("lora_alpha")
+                if type(alpha) not in (int, float) or not alpha > 0:
+                    raise ValueError(f"lora_alpha is {alpha!r}, no number above 0")
+                return adapter_settings(
+                    {"r": meta.get("r"), "lora_alpha": alpha, "target_modules": targets}, base_model
+                )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"CHECKPOINT={folder}: {file.name} does not tell the adapter's settings ({one_line(error)[:200]}); copy "
+            "the checkpoint again"
+        ) from error
+    if any(map(is_adapter, names)):
+        raise ValueError(
+            f"CHECKPOINT={folder}: {ADAPTER}, with the adapter's settings, is missing; copy the checkpoint again"
+        )
+    return None
 
 
 # ------------------------------ what is written ------------------------------
 
 
-def _with_parameters(state: Mapping[str, Tensor], source: Path, dtype: torch.dtype, trusts_code: bool) -> Any:
-    """A model of transformers with these parameters.
+@contextlib.contextmanager
+def _parameters(source: Path) -> Iterator[None]:
+    """Parameters that do not fit their model become a line.
 
     Raises:
         ValueError: they are not those of the model in ``source``.
     """
-    with _reading(source.parent, f"{_HUGGINGFACE}/config.json"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts_code)
     try:
-        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+        yield
     except RuntimeError as error:
         raise ValueError(
             f"CHECKPOINT={source.parent}: its weights are not those of its {_HUGGINGFACE}/config.json "
             f"({one_line(error)[:200]}); copy the checkpoint again"
         ) from error
-    model.tie_weights()
-    return model
 
 
-def _save_model(model: Any, source: Path, out: Path, end_token: int | None) -> None:
-    """Write a model, whose generation stops at the token that ends an answer in its chat template."""
-    generation = model.generation_config
+def _generation_settings(source: Path, config: PretrainedConfig, end_token: int | None) -> GenerationConfig:
+    """Those of the checkpoint, ending at all its end tokens and the one that ends an answer in its chat template."""
     if (source / "generation_config.json").is_file():
-        with _reading(source.parent, f"{_HUGGINGFACE}/generation_config.json"):
-            generation = GenerationConfig.from_pretrained(source)
-    found = generation.eos_token_id
-    ends = found if isinstance(found, list) else [] if found is None else [found]
-    if end_token is not None and end_token not in ends:
-        generation.eos_token_id = [end_token, *ends] if ends else end_token
-    model.generation_config = generation
-    model.save_pretrained(out)
-    file = out / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({k: v for k, v in config.items() if k not in _OF_TRAINING}, indent=2) + "\n")
+        generation = GenerationConfig.from_pretrained(source)
+    else:
+        generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = end_tokens(end_token, generation.eos_token_id, config.eos_token_id)
+    return generation
 
 
-def _end_token(tokenizer: Any, settings: DictConfig | None) -> int | None:
+def _end_token(tokenizer: Any, settings: Mapping[str, Any] | None) -> int | None:
     """The token that ended an answer in training; None without a chat template."""
     if not tokenizer.chat_template:
         return None
-    template_kwargs = {} if settings is None else settings.data.get("apply_chat_template_kwargs") or {}
+    template_kwargs = {} if settings is None else settings["data"].get("apply_chat_template_kwargs") or {}
     return ChatTemplate(tokenizer, template_kwargs).turn_end([{"role": "user", "content": "question"}]).token
 
 
-def _save_adapter(adapter: dict[str, Tensor], folder: Path, out: Path, dtype: torch.dtype, base_model: str) -> None:
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
-    rank, alpha = _lora_settings(folder)
-    targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in adapter})
-    LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type] # peft divides it, whatever its type
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    ).save_pretrained(str(out))
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in adapter.items()}
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+def _base_model(
+    config: PretrainedConfig, state: Mapping[str, Tensor], folder: str, trusts_code: bool
+) -> PreTrainedModel | None:
+    """The model that an adapter belongs to, in float32: of the checkpoint, or of its folder; None without both."""
+    base = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in state.items()
+        if not is_adapter(name)
+    }
+    if base:
+        return as_loaded(plain_model(copy.deepcopy(config), base, trusts_code=trusts_code))
+    return load_written(Path(folder), trusts_code) if Path(folder).is_dir() else None
 
 
-def write_model(folder: Path, out: Path, dtype: torch.dtype, lora: str, settings: DictConfig | None) -> str:
+def write_checkpoint(
+    folder: Path,
+    out: Path,
+    dtype: torch.dtype,
+    lora: str,
+    settings: Mapping[str, Any] | None,
+    trusts_code: bool = False,
+    checks: bool = True,
+) -> tuple[str, str]:
     """Write weights, configuration and tokenizer.
 
     Args:
@@ -274,80 +281,107 @@ def write_model(folder: Path, out: Path, dtype: torch.dtype, lora: str, settings
         dtype: of the written weights.
         lora: ``merge`` or ``adapter``.
         settings: of the run.
+        trusts_code: the model may bring code of its own.
+        checks: load what was written, and compare it with the trained model.
 
     Returns:
-        What was written, for the reader.
+        What was written, and what the comparison found, for the reader.
 
     Raises:
         ValueError: the checkpoint is torn, or does not hold what is asked for.
+        SavedModelError: what was written is not the trained model.
     """
     source, files = folder / _HUGGINGFACE, _shard_files(folder)
-    trusts_code = bool(settings is not None and _student(settings).get("trust_remote_code", False))
+    with _reading(folder, f"{_HUGGINGFACE}/config.json"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code)
     with _reading(folder, f"tokenizer or chat template in {_HUGGINGFACE}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusts_code)
         end_token = _end_token(tokenizer, settings)
+    with _reading(folder, f"{_HUGGINGFACE}/generation_config.json"):
+        generation = _generation_settings(source, config, end_token)
+    with _reading(folder, LOG_PROBS):
+        trained = LogProbs.read(folder / LOG_PROBS)
     state = load_shards(folder, files) if files else {}
-    base, adapter = _split_lora(state)
-    is_lora = bool(adapter) or any((place / "lora_train_meta.json").is_file() for place in (folder, folder.parent))
-    if lora == "adapter" and not is_lora:
+    base_model = "" if settings is None else str(_student(settings)["path"])
+    base_model = "" if "${" in base_model else base_model  # of an environment that is not known here
+    adapter = _adapter_settings(folder, state, base_model)
+    if lora == "adapter" and adapter is None:
         raise ValueError(f"--lora=adapter: CHECKPOINT={folder} was trained without LoRA; leave --lora out")
-    if is_lora and not adapter:  # verl's `hf_model` of such a run has names that transformers does not know
+    merged = adapter is not None and not files and (folder / ADAPTER).is_file() and lora == "merge"
+    if adapter is not None and not any(map(is_adapter, state)) and not merged:
         raise ValueError(
             f"CHECKPOINT={folder}: a LoRA run whose adapter was not saved; train with `model` in "
             "checkpoint.save_contents"
         )
-    written = "whole model"
     if lora == "adapter":
-        _save_adapter(adapter, folder, out, dtype, "" if settings is None else str(_student(settings).path))
-        written = "LoRA adapter"
-    elif files:
-        if adapter:
-            if not base:
-                raise ValueError(
-                    f"--lora=merge: CHECKPOINT={folder} holds the adapter alone (save_lora_only); use --lora adapter"
-                )
-            rank, alpha = _lora_settings(folder)
-            _merge_lora(base, adapter, alpha / rank)
-            written = "whole model, LoRA merged"
-        _save_model(_with_parameters(base, source, dtype, trusts_code), source, out, end_token)
+        assert adapter is not None
+        with _parameters(source):
+            write_adapter(config, state, adapter, out, dtype, trusts_code)
+            written = "LoRA adapter"
+            base = _base_model(config, state, base_model, trusts_code) if checks and trained is not None else None
+        tokenizer.save_pretrained(out)
+        if not checks or trained is None or base is None:
+            return written, _unchecked(checks, trained, f"{base_model}, its base model, is not a folder here")
+        return written, check_adapter(out, base, trained, dtype)
+    if files:
+        if adapter is not None and all(map(is_adapter, state)):
+            raise ValueError(
+                f"--lora=merge: CHECKPOINT={folder} holds the adapter alone (save_lora_only); use --lora adapter"
+            )
+        written = "whole model" if adapter is None else "whole model, LoRA merged"
+        with _parameters(source):
+            model = plain_model(config, state, adapter, dtype, trusts_code)
     else:
         try:
             check_weights("CHECKPOINT", source)
         except ValueError as error:
             raise ValueError(f"{error} (checkpoint.save_contents needs `model` or `hf_model`)") from error
         with _reading(folder, _HUGGINGFACE):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trusts_code)
-        _save_model(model, source, out, end_token)
+            loaded = load_written(source, trusts_code)
+        written = "whole model, LoRA merged" if merged else "whole model"
+        model = plain_model(config, loaded.state_dict(), None, dtype, trusts_code)
+    write_model(model, out, generation, f"CHECKPOINT={folder}")
+    del model, state
     tokenizer.save_pretrained(out)
-    return written
+    if not checks or trained is None:
+        return written, _unchecked(checks, trained)
+    return written, check_written(out, trained, dtype, trusts_code)
+
+
+def _unchecked(checks: bool, trained: LogProbs | None, otherwise: str = "") -> str:
+    """Why the written model was not compared with the trained one."""
+    if not checks:
+        return "not compared with the trained model (--no-check)"
+    if trained is None:
+        return f"not compared with the trained model (no {LOG_PROBS} in the checkpoint)"
+    return f"not compared with the trained model ({otherwise})"
 
 
 # ------------------------------ the model card ------------------------------
 
 
-def _student(settings: DictConfig) -> DictConfig:
-    node = settings.actor_rollout_ref.model if "actor_rollout_ref" in settings else settings.model
-    assert isinstance(node, DictConfig)
+def _student(settings: Mapping[str, Any]) -> dict[str, Any]:
+    node = settings["actor_rollout_ref"]["model"] if "actor_rollout_ref" in settings else settings["model"]
+    assert isinstance(node, dict)
     return node
 
 
-def read_settings(folder: Path) -> DictConfig | None:
+def read_settings(folder: Path) -> dict[str, Any] | None:
     """The settings that the trainer left in the checkpoint, None where it was not one of this package.
 
     Raises:
         ValueError: they are damaged.
     """
     step_folder = folder.parent if folder.name == "actor" else folder
-    found = "no settings of a run"
     try:
-        settings = OmegaConf.load(step_folder / checkpoint.SETTINGS)
-        if isinstance(settings, DictConfig) and settings:
+        settings = checkpoint.read_settings(step_folder)
+        if settings is not None:
             _training_rows(settings)
-            return settings
-    except FileNotFoundError:
-        return None
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        return settings
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:
         found = one_line(error)[:120]
+    except KeyError as error:
+        found = f"Missing key {error.args[0]}"
     raise ValueError(f"CHECKPOINT={folder}: {checkpoint.SETTINGS} is damaged ({found}); copy the checkpoint again")
 
 
@@ -358,7 +392,7 @@ def read_scores(file: Path) -> dict[str, float]:
         ValueError: it is no JSON object, or holds no number.
     """
     try:
-        content = json.loads(file.read_text())
+        content = checkpoint.read_json(file)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--score={file}: cannot be read as JSON ({one_line(error)}); give an object of scores"
@@ -382,29 +416,29 @@ def _is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()
 
 
-def _training_rows(settings: DictConfig) -> dict[str, Any]:
+def _training_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the card says of the run."""
     is_ppo = "actor_rollout_ref" in settings
     student = _student(settings)
-    teacher = settings.actor_rollout_ref.ref.model if is_ppo else settings.teacher.model
-    hpd, data = settings.algorithm.hpd, settings.data
-    rows: dict[str, Any] = {"Student": student.path}
-    if teacher.path is not None and hpd.objective != "sft":
-        rows["Teacher"] = teacher.path
-    rows["Objective"] = hpd.objective
-    if hpd.on_policy_objective is not None:
-        rows["Objective of rollouts"] = hpd.on_policy_objective
+    teacher = settings["actor_rollout_ref"]["ref"]["model"] if is_ppo else settings["teacher"]["model"]
+    hpd, data = settings["algorithm"]["hpd"], settings["data"]
+    rows: dict[str, Any] = {"Student": student["path"]}
+    if teacher["path"] is not None and hpd["objective"] != "sft":
+        rows["Teacher"] = teacher["path"]
+    rows["Objective"] = hpd["objective"]
+    if hpd["on_policy_objective"] is not None:
+        rows["Objective of rollouts"] = hpd["on_policy_objective"]
     if is_ppo:
-        rows["Share of rollouts"] = hpd.on_policy_fraction
+        rows["Share of rollouts"] = hpd["on_policy_fraction"]
     rows |= {
-        "Temperature": hpd.temperature,
-        "Data": ", ".join(str(file) for file in as_list(data.train_files)),
-        "Prompt and response tokens": f"at most {data.max_prompt_length} and {data.max_response_length}",
-        "Batch": f"{data.train_batch_size} rows",
-        "Learning rate": (settings.actor_rollout_ref.actor if is_ppo else settings).optim.lr,
+        "Temperature": hpd["temperature"],
+        "Data": ", ".join(str(file) for file in as_list(data["train_files"])),
+        "Prompt and response tokens": f"at most {data['max_prompt_length']} and {data['max_response_length']}",
+        "Batch": f"{data['train_batch_size']} rows",
+        "Learning rate": (settings["actor_rollout_ref"]["actor"] if is_ppo else settings)["optim"]["lr"],
     }
     if student.get("lora_rank", 0):
-        rows["LoRA"] = f"rank {student.lora_rank}, alpha {student.lora_alpha}"
+        rows["LoRA"] = f"rank {student['lora_rank']}, alpha {student['lora_alpha']}"
     return rows
 
 
@@ -413,7 +447,9 @@ def _table(heads: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
     return [f"| {' | '.join(' '.join(str(cell).replace('|', '/').split()) for cell in row)} |" for row in cells]
 
 
-def model_card(name: str, folder: Path, settings: DictConfig | None, scores: Mapping[str, float], written: str) -> str:
+def model_card(
+    name: str, folder: Path, settings: Mapping[str, Any] | None, scores: Mapping[str, float], written: str
+) -> str:
     """README.md of the exported folder.
 
     Args:
@@ -421,7 +457,7 @@ def model_card(name: str, folder: Path, settings: DictConfig | None, scores: Map
         folder: of ``find_checkpoint``.
         settings: of the run; None if the checkpoint does not hold them.
         scores: by the name of the benchmark.
-        written: of ``write_model``.
+        written: of ``write_checkpoint``.
     """
     step_folder = folder.parent if folder.name == "actor" else folder
     step = step_folder.name.removeprefix("global_step_")
@@ -497,6 +533,8 @@ def export(
     lora: str = "merge",
     score: Path | None = None,
     overwrite: bool = False,
+    trusts_code: bool = False,
+    checks: bool = True,
 ) -> str:
     """Write a checkpoint as a folder to use.
 
@@ -507,12 +545,15 @@ def export(
         lora: of a run with LoRA: ``merge`` or ``adapter``.
         score: JSON file of scores for the card.
         overwrite: replace an earlier export.
+        trusts_code: run the code that the model brings, if it does.
+        checks: load what was written by plain transformers, and compare it with the trained model.
 
     Returns:
-        One line on what was written.
+        One line on what was written, and one on the comparison.
 
     Raises:
         ValueError: one line on what is wrong.
+        SavedModelError: what was written is not the trained model; nothing is left of it.
     """
     folder, out = find_checkpoint(source), out.absolute()
     _check_out(out, folder, overwrite)
@@ -524,7 +565,13 @@ def export(
     except OSError as error:
         raise ValueError(f"OUT={out}: cannot be written ({error.strerror}); choose another folder") from error
     try:
-        written = write_model(folder, partial, DTYPES[dtype], lora, settings)
+        try:
+            written, compared = write_checkpoint(folder, partial, DTYPES[dtype], lora, settings, trusts_code, checks)
+        except SavedModelError as error:
+            raise SavedModelError(
+                f"CHECKPOINT={folder}: as transformers load what would be written, {error}; report it, or look away by "
+                "--no-check"
+            ) from error
         card = partial / "README.md"
         card.write_text(model_card(out.name, folder, settings, scores, written))
         for file in partial.iterdir():
@@ -532,7 +579,7 @@ def export(
         _replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return f"{out}: {written}, {dtype}, of {folder}"
+    return f"{out}: {written}, {dtype}, of {folder}\n{out}: {compared}"
 
 
 def main() -> None:
@@ -544,6 +591,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the weights")
     parser.add_argument("--score", type=Path, help="JSON file with scores for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
+    parser.add_argument("--no-check", action="store_true", help="do not load what was written to compare it")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that the model's folder brings; read it first"
+    )
     arguments = parser.parse_args()
     # It warns of meshes that are read without the training's processes, as all are here.
     logging.getLogger("torch.distributed.device_mesh").disabled = True
@@ -556,9 +607,11 @@ def main() -> None:
                 lora=arguments.lora,
                 score=arguments.score,
                 overwrite=arguments.overwrite,
+                trusts_code=arguments.trust_remote_code,
+                checks=not arguments.no_check,
             )
         )
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, SavedModelError) as error:
         sys.exit(f"Error: {one_line(error)}")
 
 

@@ -72,6 +72,12 @@ COLORS = ("#1b87c9", "#e07b00", "#12a173", "#c9549b", "#8f7ce0", "#a58a00", "#c9
 """Of the runs in their order: legible on white and on black."""
 _POINTS = 500
 """Of a curve at most, which keeps the page small; of more steps, the range of values is drawn behind the mean."""
+_FIGURES = 60
+"""On a page at most; the metrics beyond it are in its table."""
+_IN_PICTURE = 24
+"""Figures in the picture at most."""
+_LAST_STEP = 2**53
+"""Beyond all steps; a line with a larger one is damaged."""
 _INK = "#010203"
 """Stands for the page's own colour of text in the figures of the page."""
 
@@ -122,9 +128,15 @@ def _entry(line: str) -> tuple[int, dict[str, Any]] | None:
     """Step and metrics of a line; None if it is not one of verl's logger."""
     try:
         content = json.loads(line)
-        return int(content["step"]), dict(content["data"])
+        step = int(content["step"])
+        return (step, dict(content["data"])) if 0 <= step < _LAST_STEP else None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _trains(metrics: Mapping[str, float]) -> bool:
+    """Whether these are of a training step, and not of a validation alone."""
+    return any(not name.startswith("val") for name in metrics)
 
 
 def _finite(value: float | None) -> float:
@@ -138,14 +150,16 @@ def _finite(value: float | None) -> float:
 def read_run(path: Path, name: str) -> Run:
     """Read a run's metrics.
 
-    A step that is logged again replaces what was logged from there on, as a resumed run's does. Lines that cannot be
-    read are left out and counted, as a last one that a killed run left.
+    A step before the last one is of a resumed run, and what had been logged after it is given up. A line of validation
+    alone, as of ``trainer.val_before_train``, adds to its step; any other one takes the step's place. Lines that cannot
+    be read are left out and counted, as a last one that a killed run left.
 
     Raises:
         ValueError: there is nothing to show.
     """
     run, files = Run(name), metric_files(path)
-    last, resumed, replaced, torn, gaps = -1, 0, 0, 0, 0
+    steps: dict[int, dict[str, float]] = {}  # in the order of the steps
+    resumed, replaced, torn = 0, 0, 0
     for file in files:
         lines = file.read_bytes().decode(errors="replace").rstrip("\n").split("\n")
         for number, line in enumerate(lines):
@@ -157,20 +171,25 @@ def read_run(path: Path, name: str) -> Run:
                     torn += bool(line.strip())
                 continue
             step, data = entry
+            last = next(reversed(steps), -1)
+            values = {
+                metric: _finite(value)
+                for metric, value in data.items()
+                if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+            }
             if step < last:
                 resumed += 1
-                again = {old for values in run.metrics.values() for old in values if old >= step}
-                replaced += len(again)
-                for values in run.metrics.values():
-                    for old in again & values.keys():
-                        del values[old]
-            last = step
-            for metric, value in data.items():
-                if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-                    number_or_nan = _finite(value)
-                    gaps += math.isnan(number_or_nan)
-                    run.metrics.setdefault(metric, {})[step] = number_or_nan
-    run.metrics = {metric: values for metric, values in run.metrics.items() if values}
+                while last > step:
+                    replaced += _trains(steps.pop(last))
+                    last = next(reversed(steps), -1)
+                if last == step and _trains(values):
+                    replaced += _trains(steps.pop(step))
+            steps.setdefault(step, {}).update(values)
+    gaps = 0
+    for step, values in steps.items():
+        for metric, value in values.items():
+            gaps += math.isnan(value)
+            run.metrics.setdefault(metric, {})[step] = value
     if not run.metrics:
         raise ValueError(f"RUN={path}: no line of verl's file logger in it, {{'step': ..., 'data': {{...}}}}")
     if resumed:
@@ -291,7 +310,7 @@ def draw_picture(
         metrics: patterns of names; None for ``PICTURE``.
         references: horizontal lines by metric and name.
     """
-    shown = logged(runs, metrics or PICTURE) or logged(runs, [".*"])[:12]
+    shown = logged(runs, metrics or PICTURE)[:_IN_PICTURE] or logged(runs, [".*"])[:12]
     columns = len(shown) if len(shown) <= 5 else 4
     rows = math.ceil(len(shown) / columns)
     legend = 0.3 * math.ceil(len(runs) / 4) if len(runs) > 1 else 0.0
@@ -452,9 +471,17 @@ def page(runs: Sequence[Run]) -> str:
     groups = {title: metrics for title, patterns in GROUPS.items() if (metrics := logged(runs, patterns))}
     if not groups:
         groups = {"Metrics": logged(runs, [".*"])}
+    drawn, left = {}, _FIGURES
+    for title, metrics in groups.items():
+        drawn[title], left = metrics[:left], left - len(metrics[:left])
+    total = sum(map(len, groups.values()))
+    if total > _FIGURES:
+        lines.append(f"<p>Figures of {_FIGURES} of {total} metrics; the others are under All numbers.</p>")
     short = logged(runs, PICTURE)
     lines += ["<h2>Summary</h2>", *_table(runs, short)] if short else []
-    for title, metrics in groups.items():
+    for title, metrics in drawn.items():
+        if not metrics:
+            continue
         lines += [f"<h2>{html.escape(title)}</h2>", '<div class="figures">']
         lines += [f"<figure>{_svg(runs, metric)}</figure>" for metric in metrics]
         lines.append("</div>")

@@ -9,6 +9,7 @@ one-pass pipeline.
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ from hpd_verl import checkpoint
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.engine.ranks import seed_rank, sums_of_ranks
+from hpd_verl.engine.saved_model import SavedModelError
+from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.lean import (
     DemonstrationDataset,
@@ -49,9 +52,6 @@ from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.prompt_date import fix_prompt_date
 
 Value = TypeVar("Value")
-
-CONTENTS = "data_0.pt"
-"""A file of every checkpoint, beside the marker."""
 
 
 class HPDSFTTrainer(SFTTrainer):
@@ -116,6 +116,7 @@ class HPDSFTTrainer(SFTTrainer):
     def _init_engine(self) -> None:
         seed_rank(self.hpd.seed)
         super()._init_engine()
+        self.engine.checkpoint_manager = StudentCheckpoints(self.engine, self.hpd.check_saved_model)
         needs_teacher = self.hpd.needs_teacher
         self.one_pass = OnePass(
             self.training_client,
@@ -240,11 +241,14 @@ class HPDSFTTrainer(SFTTrainer):
         handler = self.ckpt_handler
         handler.max_ckpt_to_keep = None
         if handler.resume_mode == "auto" and handler.resume_from_path is None:
-            found = _of_rank_0(lambda: checkpoint.checkpoint_to_resume(self.checkpoint_root, CONTENTS))
+            found = _of_rank_0(lambda: checkpoint.checkpoint_to_resume(self.checkpoint_root, checkpoint.LEAN))
             handler.resume_mode = "disable" if found is None else "resume_path"
             handler.resume_from_path = None if found is None else str(found)
         resumed = None if handler.resume_mode == "disable" else handler.resume_from_path
         self.previous_checkpoint = Path(resumed).absolute() if resumed else None
+        if self.previous_checkpoint is not None:
+            own = f"data_{handler.dp_rank}.pt"
+            checkpoint.check_pickles(self.previous_checkpoint, "trainer.resume_from_path", own)
         if self.previous_checkpoint is not None and torch.distributed.get_rank() == 0:
             checkpoint.say_changed_rows(self.previous_checkpoint, self.train_dataset.rows.fingerprint)
 
@@ -262,7 +266,7 @@ class HPDSFTTrainer(SFTTrainer):
             checkpoint.save_rows(root, step, self.train_dataset.rows.fingerprint)
             checkpoint.mark_complete(root, step, keep)
         self.previous_checkpoint = root / f"global_step_{step}"
-        old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, CONTENTS))
+        old = _of_rank_0(lambda: checkpoint.checkpoints_to_remove(root, keep, checkpoint.LEAN))
         if leads:
             checkpoint.remove(old)
         torch.distributed.barrier()
@@ -287,9 +291,13 @@ def main(config: DictConfig) -> None:
     """Check settings, data and models before anything loads, then train."""
     signals = StopSignals(ask=lambda: False, says=os.environ.get("RANK", "0") == "0")
     signals.install()
+    checkpoint.remember_environment()
     checked(config)
     initialize_global_process_group()
-    HPDSFTTrainer(config).fit(signals)
+    try:
+        HPDSFTTrainer(config).fit(signals)
+    except SavedModelError as error:
+        sys.exit(f"Error: {error}")
     signals.ignore()
     destroy_global_process_group()
 

@@ -80,6 +80,7 @@ _TRAINING_WORKER = "verl.workers.engine_workers:TrainingWorker"
 _ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 _AGENT_LOOP = "verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop"
 _MANAGER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ"
+_CHECKPOINTS = "verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager"
 _DATASET = "verl.utils.dataset.rl_dataset:RLHFDataset"
 _SFT = "verl.trainer.sft_trainer:SFTTrainer"
 
@@ -552,7 +553,60 @@ CONTRACT: tuple[Entry, ...] = (
         {
             "max_ckpt_to_keep": "off: old checkpoints go after the new one is complete",
             "resume_mode resume_from_path": "set to the checkpoint that is chosen here",
+            "dp_rank": "names a rank's file of the data loader",
         },
+    ),
+    # Checkpoints
+    *_methods(
+        _CHECKPOINTS,
+        "engine/student_checkpoints.py",
+        {
+            "__init__(self, model, optimizer, lr_scheduler, processing_class, checkpoint_config, trust_remote_code, "
+            "**kwargs)": "made again in the place of the engine's",
+            "save_checkpoint(self, local_path, hdfs_path, global_step, max_ckpt_to_keep)": "the model is written here",
+            "load_checkpoint(self, local_path, hdfs_path, del_local_after_load)": "files hold data only",
+        },
+    ),
+    *_attributes(
+        _CHECKPOINTS,
+        "engine/student_checkpoints.py",
+        {
+            "model": "the sharded model, of which the state is gathered",
+            "checkpoint_save_contents": "whether the model is to be written",
+            "should_save_hf_model": "set to False: verl does not write the model",
+            "rank world_size": "names of a rank's files",
+            "trust_remote_code": "the run's setting",
+        },
+    ),
+    *_attributes(
+        _ENGINE,
+        "engine/student_checkpoints.py",
+        {
+            "checkpoint_manager": "set: the manager of this package",
+            "module optimizer lr_scheduler model_config checkpoint_config": "what the manager is made of",
+            "_autocast_dtype": "the dtype of the log-probs of the trained model",
+        },
+    ),
+    *_methods(
+        _ENGINE,
+        "engine/student_checkpoints.py",
+        {
+            "infer_batch(self, data, loss_function)": "log-probs of the trained model",
+            "eval_mode(self, **kwargs)": "for the pass that gives them",
+        },
+    ),
+    *_texts(
+        f"{_CHECKPOINTS}.save_checkpoint",
+        "engine/student_checkpoints.py",
+        [
+            ('os.path.join(local_path, "huggingface")', '"huggingface"', "verl's folder, to which this package adds"),
+            ("if self.should_save_hf_model:", "def should_save_hf_model", "the switch of verl's own writing"),
+        ],
+    ),
+    *_texts(
+        f"{_CHECKPOINTS}.load_checkpoint",
+        "engine/student_checkpoints.py",
+        [("weights_only=False", "check_pickles(", "files are looked at before verl runs what they say")],
     ),
     # The process
     *_texts(

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,6 +147,22 @@ def make_nan_model(source: Path, folder: Path) -> Path:
         model.model.norm.weight[0] = float("nan")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def make_awkward_model(source: Path, folder: Path) -> Path:
+    """A copy of a model whose configuration says less than its files, as some on the hub.
+
+    It claims that the output layer is the embeddings, and its generation settings, with two end tokens, have a
+    temperature without do_sample, which transformers refuses to save.
+    """
+    shutil.copytree(source, folder)
+    for name, values in {
+        "config.json": {"tie_word_embeddings": True},
+        "generation_config.json": {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [1, 9]},
+    }.items():
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
     return folder
 
 

@@ -19,9 +19,10 @@ from verl.trainer.ppo.checkpoint_callback import build_checkpoint_callback
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
 from hpd_verl.checkpoint import (
+    ACTOR,
     COMPLETE,
     TRACKER,
-    check_resume_path,
+    check_resume,
     checkpoint_to_resume,
     checkpoints_to_remove,
     mark_complete,
@@ -178,10 +179,10 @@ def test_resuming_by_path_from_what_is_not_whole_is_refused(tmp_path: Path) -> N
     write(tmp_path, 10)
     write(tmp_path, 15)  # by verl alone
     for step in (5, 15):
-        check_resume_path(trainer_node(f"{step_dir(tmp_path, step)}/"))
+        check_resume(trainer_node(f"{step_dir(tmp_path, step)}/"), ACTOR)
     message = f"trainer.resume_from_path={step_dir(tmp_path, 10)}: this checkpoint is not whole, its saving or removal "
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_resume_path(trainer_node(str(step_dir(tmp_path, 10))))
+        check_resume(trainer_node(str(step_dir(tmp_path, 10))), ACTOR)
 
 
 def trainer_node(path: str) -> Any:

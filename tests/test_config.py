@@ -118,7 +118,7 @@ REFUSED = [
     *(("objective", value) for value in ("kl", "HPD", "", None)),
     *(("on_policy_objective", value) for value in ("kl", "")),
     *((f"{name}_coef", value) for name in ("forward", "reverse", "reinforce") for value in (-0.1, *NOT_NUMBERS)),
-    *((name, value) for name in ("student_sampling", "score_rollouts") for value in NOT_BOOLEANS),
+    *((name, value) for name in ("student_sampling", "score_rollouts", "check_saved_model") for value in NOT_BOOLEANS),
     *(("num_student_samples", value) for value in NOT_POSITIVE_INTEGERS),
     *(("token_chunk_size", value) for value in NOT_POSITIVE_INTEGERS if value is not None),
     *(("objective", value) for value in ({}, {"hpd": 0}, {"hpd": -1.0}, {"hpd": True}, {"hpd": "1"}, {"kl": 1.0})),

@@ -1,20 +1,29 @@
 """Checkpoints of all layouts become models; what is torn, missing or in the way is refused in one line."""
 
+import copy
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import Tiny, make_model
 from omegaconf import OmegaConf
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
 from hpd_verl import checkpoint
+from hpd_verl.engine.saved_model import LogProbs, SavedModelError, plain_log_probs
 from hpd_verl.export import export, find_checkpoint, model_card, read_scores
 
 TOKENS = torch.arange(1, 25).view(2, 12)
@@ -187,6 +196,219 @@ def test_a_torn_checkpoint_is_refused(case: str, found: str, tiny: Tiny, tmp_pat
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run"], "something was left behind"
 
 
+# ------------------------------ files of others ------------------------------
+
+
+class Planted:
+    """Unpickled, it calls a function."""
+
+    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self.call = call, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+@pytest.mark.parametrize("place", ["as a parameter", "as the file", "beside parameters", "in legacy form"])
+@pytest.mark.parametrize("kind", ["mkdir", "eval", "import", "numpy"])
+def test_a_planted_pickle_runs_nothing(kind: str, place: str, tiny: Tiny, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "run", tiny.student, 1, actor=True, shards=True, weights=True)
+    ran = tmp_path / "ran"
+    planted = {
+        "mkdir": Planted(os.mkdir, str(ran)),
+        "eval": Planted(eval, f"__import__('os').mkdir({str(ran)!r})"),
+        "import": Planted(importlib.import_module, "antigravity"),
+        "numpy": Planted(np.load, str(ran), None, True),
+    }[kind]
+    shard = folder / "model_world_size_1_rank_0.pt"
+    state = torch.load(shard)
+    content: Any = {"as the file": planted, "as a parameter": state | {"model.norm.weight": planted}}.get(
+        place, state | {"extra": [planted]}
+    )
+    torch.save(content, shard, _use_new_zipfile_serialization=place != "in legacy form")
+    with pytest.raises(ValueError, match=r"^CHECKPOINT=.*rank_0\.pt (holds more than data|cannot be read)") as caught:
+        export(folder, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not ran.exists()
+    with pytest.raises(
+        ValueError, match=r"^trainer\.resume_from_path=.*rank_0\.pt (holds more than data|cannot be read)"
+    ):
+        checkpoint.check_resume(
+            OmegaConf.create({"resume_mode": "resume_path", "resume_from_path": str(folder.parent)}), "actor"
+        )
+    assert not ran.exists()
+    assert "antigravity" not in sys.modules
+
+
+def test_all_that_a_checkpoint_holds_is_data(tmp_path: Path) -> None:
+    """Random states, an optimiser's, a data loader's with workers, and parameters of a mesh are read."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    loader = StatefulDataLoader(list(range(8)), num_workers=1, batch_size=2, shuffle=True)
+    next(iter(loader))
+    content = {
+        "rng": BaseCheckpointManager.get_rng_state(),
+        "generator": np.random.default_rng(0).bit_generator.state,
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "loader": loader.state_dict(),
+        "counts": np.arange(3, dtype=np.int64),
+    }
+    torch.save(content, tmp_path / "all.pt")
+    read = checkpoint.load_data(tmp_path / "all.pt")
+    assert read.keys() == content.keys()
+    assert read["rng"]["random"] == content["rng"]["random"]
+    assert (read["counts"] == content["counts"]).all()
+
+
+def bring_code(folder: Path, ran: Path) -> None:
+    """A model with code of its own, which makes a file."""
+    huggingface = folder / "huggingface"
+    (huggingface / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_of_nobody'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((huggingface / "config.json").read_text())
+    config |= {
+        "model_type": "own_of_nobody",
+        "architectures": ["OwnModel"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (huggingface / "config.json").write_text(json.dumps(config))
+
+
+def test_a_folder_does_not_decide_that_its_code_runs(tiny: Tiny, tmp_path: Path) -> None:
+    """Whatever its settings say; the command's flag does."""
+    folder = save_checkpoint(tmp_path / "run", tiny.student, 1, actor=False, shards=True, weights=False)
+    trusting = LEAN_SETTINGS | {"model": LEAN_SETTINGS["model"] | {"trust_remote_code": True}}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(trusting))
+    bring_code(folder, tmp_path / "ran")
+    with pytest.raises(ValueError, match=r"names code of the model's own, which runs only by --trust-remote-code"):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    export(folder, tmp_path / "out", dtype="fp32", trusts_code=True)
+    assert (tmp_path / "ran").exists()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+TURN = "<turn> {{ m['role'] }} {{ m['content'] }} <end> "
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "found"),
+    [
+        ("huggingface/chat_template.jinja", "{% for i in range(10**9) %}{% endfor %}" + TURN, "Range too big"),
+        (
+            "huggingface/chat_template.jinja",
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}" + TURN,
+            "more than 1 s",
+        ),
+        ("huggingface/config.json", "[" * 100_000, "config.json cannot be read"),
+        ("huggingface/generation_config.json", '{"a":' * 100_000, "generation_config.json cannot be read"),
+        ("huggingface/tokenizer_config.json", "[" * 100_000, "tokenizer or chat template"),
+        ("huggingface/tokenizer.json", "[" * 100_000, "tokenizer or chat template"),
+        ("huggingface/config.json", "\udcff\udcfe{}", "config.json cannot be read"),
+        ("huggingface/generation_config.json", "\udcff", "generation_config.json cannot be read"),
+        ("fsdp_config.json", "[" * 100_000, "does not tell the number of ranks"),
+        ("fsdp_config.json", '{"world_size": 1e999}', "does not tell the number of ranks"),
+        ("fsdp_config.json", '{"world_size": 1000000000000}', "does not tell the number of ranks"),
+        ("adapter_config.json", "[" * 100_000, "adapter_config.json does not tell the adapter's settings"),
+        ("adapter_config.json", '{"r": "8"}', "adapter_config.json does not tell the adapter's settings"),
+        ("log_probs.json", '{"rows": 5}', "log_probs.json cannot be read"),
+        ("settings.yaml", "[" * 10_000, "settings.yaml is damaged"),
+        ("settings.yaml", "a: \udcff", "settings.yaml is damaged"),
+        (
+            "settings.yaml",
+            "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)),
+            "settings.yaml is damaged .it holds more settings than a run has",
+        ),
+    ],
+)
+def test_a_crafted_file_costs_one_line_and_little_time(
+    file: str, content: str, found: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpd_verl.data.chat_template.RENDER_SECONDS", 1.0)
+    folder = save_checkpoint(tmp_path / "run", tiny.student, 1, actor=False, shards=True, weights=True)
+    (folder / file).write_text(content, errors="surrogateescape")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=f"^CHECKPOINT=.*({found})") as caught:
+        export(folder, tmp_path / "out")
+    assert time.monotonic() - start < 10
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_neither_card_nor_settings_tell_the_environment(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was typed, what an interpolation gave before verl resolved it, and what a crafted file asks for."""
+    monkeypatch.setenv("HPD_TEST_PLACE", "/secret/place")
+    monkeypatch.setenv("HPD_TEST_API_KEY", "abcdefgh")
+    checkpoint.remember_environment()
+    config = OmegaConf.create(
+        {
+            **LEAN_SETTINGS,
+            "model": {"path": "${oc.env:HPD_TEST_PLACE}", "lora_rank": 0},
+            "teacher": {"model": {"path": "${model.path}"}},
+            "trainer": {"note": "key abcdefgh", "kept": "${oc.env:HPD_TEST_NOT_THERE,default}", "steps": 7},
+        }
+    )
+    unresolved = copy.deepcopy(config)
+    OmegaConf.resolve(config)
+    for each, name in ((config, "resolved"), (unresolved, "unresolved")):
+        folder = save_checkpoint(tmp_path / name, tiny.student, 1, actor=False, shards=True, weights=False)
+        checkpoint.save_settings(tmp_path / name, 1, each)
+        text = (folder / "settings.yaml").read_text()
+        assert "/secret/place" not in text
+        assert "abcdefgh" not in text
+        assert "note: key ${oc.env:HPD_TEST_API_KEY}" in text
+        assert "steps: 7" in text
+        assert (folder / "settings.yaml").stat().st_mode & 0o777 == 0o600
+        export(folder, tmp_path / f"{name} out")
+        card = (tmp_path / f"{name} out" / "README.md").read_text()
+        assert "| Student | ${oc.env:HPD_TEST_PLACE} |" in card
+        assert "| Teacher | ${oc.env:HPD_TEST_PLACE} |" in card
+        assert "/secret/place" not in card
+
+
+def test_another_model_than_the_trained_one_is_not_exported(tiny: Tiny, tmp_path: Path) -> None:
+    """By the log-probs that the checkpoint holds; without them it says that it did not look."""
+    folder = save_checkpoint(tmp_path / "run", tiny.student, 1, actor=False, shards=True, weights=False)
+    assert "not compared with the trained model (no log_probs.json" in export(folder, tmp_path / "a")
+    rows = [[5, 6, 7, 8, 9], [4, 3]]
+    for name, model in (("right", tiny.student), ("other", tiny.teacher)):
+        values = plain_log_probs(AutoModelForCausalLM.from_pretrained(model), rows)
+        LogProbs(rows, values, "float32").write(folder / "log_probs.json")
+        if name == "right":
+            for dtype in ("fp32", "bf16", "fp16"):
+                said = export(folder, tmp_path / dtype, dtype=dtype)
+                assert "its log-probs are the trained model's, within" in said
+        else:
+            with pytest.raises(SavedModelError, match=r"^CHECKPOINT=.*differ from the trained model's by .*--no-check"):
+                export(folder, tmp_path / "out")
+            assert not (tmp_path / "out").exists()
+            assert "(--no-check)" in export(folder, tmp_path / "out", checks=False)
+
+
+@pytest.mark.parametrize("tracker", ["9" * 5000, "9" * 30, "-1", "1e3", "\udcff", ""])
+@pytest.mark.parametrize(
+    "marker", ['{"number": 1e999, "limited": true}', '{"number": "a"}', "[" * 100_000, '{"number": 1' + "0" * 30 + "}"]
+)
+def test_markers_and_trackers_of_any_content(marker: str, tracker: str, tiny: Tiny, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, tiny.student, 7, actor=False, shards=False, weights=True)
+    (tmp_path / "global_step_007").mkdir()
+    (tmp_path / f"global_step_{'9' * 200}").mkdir()
+    (folder / "complete").write_text(marker)
+    (tmp_path / checkpoint.TRACKER).write_text(tracker, errors="surrogateescape")
+    assert find_checkpoint(tmp_path) == folder
+    checkpoint.mark_incomplete(tmp_path, 8, folder)
+
+
 def test_what_is_in_the_way_stays(tiny: Tiny, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "run", tiny.student, 1, actor=False, shards=False, weights=True)
     mine = tmp_path / "mine"
@@ -229,7 +451,7 @@ def test_the_card_says_teacher_objective_data_and_score(layout: str, tmp_path: P
             "algorithm": {"hpd": LEAN_SETTINGS["algorithm"]["hpd"] | {"on_policy_fraction": 0.25}},
             "data": LEAN_SETTINGS["data"],
         }
-    card = model_card("out", tmp_path / "global_step_7", OmegaConf.create(settings), {"gsm8k": 0.5}, "whole model")
+    card = model_card("out", tmp_path / "global_step_7", settings, {"gsm8k": 0.5}, "whole model")
     assert "base_model: Qwen/Qwen2.5-1.5B\n" in card
     for row in (
         "| Teacher | /models/a/b |",  # no bar ends a cell

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,62 @@ def test_a_torn_last_line_is_left_out_and_said(tmp_path: Path) -> None:
 
 
 def test_what_a_resumed_run_logs_again_counts(tmp_path: Path) -> None:
-    """Steps 3 and 4 are of what was given up; a validation may be logged at the last step again."""
+    """Steps 3 and 4 are of what was given up; a validation before the first step adds to the step gone on from."""
     file = tmp_path / "run.jsonl"
     before = [line(step, hpd__loss=10.0 + step) for step in (1, 2, 3, 4)]
     after = [line(2, val__loss=7.0), line(3, hpd__loss=0.3)]
     file.write_text("".join([*before, "{torn", "\n", line(4, hpd__loss=5.0), *after]))
     run = read_run(file, "run")
-    assert run.metrics["hpd/loss"] == {1: 11.0, 3: 0.3}
+    assert run.metrics["hpd/loss"] == {1: 11.0, 2: 12.0, 3: 0.3}
     assert run.metrics["val/loss"] == {2: 7.0}
     assert run.notes == [
-        "resumed 1 times; 3 steps were logged again, the last counts",
+        "resumed 1 times; 2 steps were logged again, the last counts",
         "1 lines could not be read, left out",
     ]
+
+
+@pytest.mark.parametrize("given_up", [0, 3])
+@pytest.mark.parametrize("validates", [False, True])
+def test_no_step_is_lost_by_a_resume(validates: bool, given_up: int, tmp_path: Path) -> None:
+    """With ``val_before_train`` or without, from the last step that was logged or from one before it."""
+    file = tmp_path / "run.jsonl"
+    lines = [line(0, **{"val-core__a": 0.1})] if validates else []
+    lines += [line(step, hpd__loss=float(step), **{"val-core__a": 0.2}) for step in range(1, 5 + given_up)]
+    lines += [line(4, **{"val-core__a": 0.3})] if validates else []
+    lines += [line(step, hpd__loss=step + 0.5) for step in range(5, 9)]
+    file.write_text("".join(lines))
+    run = read_run(file, "run")
+    assert run.metrics["hpd/loss"] == {step: step + 0.5 * (step > 4) for step in range(1, 9)}
+    assert run.metrics["val-core/a"][4] == (0.3 if validates else 0.2)
+    said = f"resumed 1 times; {given_up} steps were logged again, the last counts"
+    assert run.notes == ([said] if given_up else [])
+
+
+def test_a_step_that_is_trained_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "run.jsonl"
+    lines = [line(1, hpd__loss=1.0), line(2, hpd__loss=2.0, actor__entropy=0.5), line(3, hpd__loss=3.0)]
+    file.write_text("".join([*lines, line(2, hpd__loss=2.5)]))
+    run = read_run(file, "run")
+    assert run.metrics == {"hpd/loss": {1: 1.0, 2: 2.5}}
+    assert run.notes == ["resumed 1 times; 2 steps were logged again, the last counts"]
+
+
+def test_many_metrics_and_many_resumes_take_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 300 metrics a page draws some and says so; going back and forth costs no more than the lines."""
+    file = tmp_path / "run.jsonl"
+    lines = [json.dumps({"step": step, "data": {f"a/{name}": step for name in range(300)}}) for step in range(1, 1001)]
+    lines += [line(1000 - number % 2, hpd__loss=1.0).strip() for number in range(20_000)]
+    file.write_text("\n".join(lines))
+    start = time.monotonic()
+    run = read_run(file, "run")
+    assert time.monotonic() - start < 20
+    many = Run("many", {f"val-core/{name}": {1: 1.0, 2: 0.5} for name in range(300)})
+    monkeypatch.setattr("hpd_verl.report._FIGURES", 4)
+    text = page([many])
+    assert text.count("<figure>") == 4
+    assert "Figures of 4 of 300 metrics; the others are under All numbers." in text
+    assert "<td>val-core/299</td>" in text
+    assert run.steps == 999
 
 
 def test_parts_of_one_run_are_joined_in_order(tmp_path: Path) -> None:
@@ -94,13 +139,14 @@ def test_what_is_not_finite_is_a_gap(tmp_path: Path) -> None:
 def test_strange_lines_cost_themselves_alone(tmp_path: Path) -> None:
     good = '{"step": 1, "data": {"hpd/loss": 1, "val-core/a\u2028b": 2}}'
     huge = '{"step": 2, "data": {"hpd/loss": 1' + "0" * 400 + "}}"
-    lines = ['{"step": Infinity, "data": {}}', "[" * 100_000, good, huge]
+    far = '{"step": 1' + "0" * 30 + ', "data": {"hpd/loss": 1}}'
+    lines = ['{"step": Infinity, "data": {}}', "[" * 100_000, '{"step": -1, "data": {}}', far, good, huge]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     run = read_run(tmp_path, "run")
     assert run.metrics["hpd/loss"][1] == 1
     assert math.isnan(run.metrics["hpd/loss"][2])
     assert run.metrics["val-core/a\u2028b"] == {1: 2}
-    assert any("2 lines could not be read" in note for note in run.notes)
+    assert any("4 lines could not be read" in note for note in run.notes)
 
 
 def test_best_is_the_most_or_the_least() -> None:

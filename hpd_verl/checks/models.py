@@ -40,7 +40,7 @@ def _safetensors_names(file: Path) -> set[str]:
             header = json.loads(stream.read(length))
             tensors = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
             end = 8 + length + max((int(offsets[1]) for offsets in tensors.values()), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
             raise ValueError("is not a safetensors file") from None
     if end != size:
         raise ValueError(f"has {size} bytes where its header says {end}")
@@ -83,7 +83,7 @@ def check_weights(setting: str, folder: Path) -> None:
             try:
                 for tensor, file in json.loads(found.read_bytes())["weight_map"].items():
                     files.setdefault(file, set()).add(tensor)
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise ValueError(f"{setting}={folder}: {name} is not an index of weights; {remedy}") from None
         for file, names in files.items():
             try:

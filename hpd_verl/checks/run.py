@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from verl.utils.torch_dtypes import PrecisionType
 
-from hpd_verl.checkpoint import check_resume_path
+from hpd_verl.checkpoint import ACTOR, LEAN, check_resume
 from hpd_verl.config import (
     PREFIX,
     HPDConfig,
@@ -461,7 +461,7 @@ def check_config(config: DictConfig) -> HPDConfig:
     )
     check_ranks(config, hpd)
     _refuse_float16(config, "actor_rollout_ref.actor.fsdp_config")
-    check_resume_path(config.trainer)
+    check_resume(config.trainer, ACTOR)
     check_memory_store(hpd.teacher_cache, config.trainer.n_gpus_per_node * config.trainer.nnodes)
     return hpd
 
@@ -510,6 +510,7 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
         require(found in allowed, setting, found, remedy)
     check_sft_ranks(config, ranks, fills_store)
     _refuse_float16(config, "engine")
-    check_resume_path(config.trainer)
+    if not fills_store:
+        check_resume(config.trainer, LEAN)
     check_memory_store(hpd.teacher_cache, ranks)
     return hpd

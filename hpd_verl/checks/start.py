@@ -1,17 +1,20 @@
 """All checks of a command, the cheap ones first, before Ray, ranks or models start."""
 
 import logging
+import os
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from hpd_verl.checks.data import check_prompts_fit, template_kwargs, texts_of_rows
+from hpd_verl.checks.files_of_model import check_student_files
 from hpd_verl.checks.models import can_check_here, check_models, without_copies
 from hpd_verl.checks.row_layouts import Passes, choose_row_layout, model_nodes
 from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
 from hpd_verl.checks.vocabulary import check_embedded
-from hpd_verl.config import HPDConfig, choose_pipeline
+from hpd_verl.config import HPDConfig, choose_pipeline, needs_rollout_server
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ def _check_data_and_models(
     rows_needed: Mapping[str, int],
     passes: Passes,
     validates_on_demonstrations: bool = False,
+    serves_rollouts: bool = False,
 ) -> None:
     """Check files and rows, then models, then both together.
 
@@ -47,6 +51,7 @@ def _check_data_and_models(
         rows_needed: file setting to the rows that must be there at least.
         passes: what is asked of the models.
         validates_on_demonstrations: validation rows need demonstrations, too.
+        serves_rollouts: a server answers with the student's weights.
     """
     data = config.data
     checked = {}
@@ -74,6 +79,7 @@ def _check_data_and_models(
         needed_context=data.max_prompt_length + data.max_response_length,
         template_kwargs=template_kwargs(data),
     )
+    check_student_files(student, settings["student"], serves_rollouts)
     check_embedded(
         f"{settings['student']}={models['student'].path}",
         student.tokenizer,
@@ -130,12 +136,30 @@ def sft_passes(config: DictConfig) -> Passes:
     )
 
 
+def check_temporary_folders(*variables: str) -> None:
+    """Check that the folders for temporary files, which these variables of the environment name, can be written to.
+
+    Raises:
+        ValueError: one cannot, or without any of them there is none.
+    """
+    for variable in variables:
+        folder = os.environ.get(variable)
+        if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+            found = "cannot be written to" if os.path.isdir(folder) else "no such folder"
+            raise ValueError(f"{variable}={folder}: {found}; make it, or unset the variable")
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ValueError(f"TMPDIR=: {error.strerror}; set it to a folder that can be written to") from error
+
+
 def check_main_ppo(config: DictConfig) -> None:
     """Check a run of main_ppo with ``algorithm=hpd`` in the driver, before Ray starts.
 
     Raises:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
+    check_temporary_folders("TMPDIR", "RAY_TMPDIR")
     hpd = check_config(config)
     if config.trainer.save_freq > 0:
         check_checkpoint_folder(config.trainer.default_local_dir)
@@ -153,6 +177,7 @@ def check_main_ppo(config: DictConfig) -> None:
         {"student": "actor_rollout_ref.model.path", "teacher": "actor_rollout_ref.ref.model.path"},
         rows_needed,
         main_ppo_passes(config, choose_pipeline(config, hpd)[0]),
+        serves_rollouts=needs_rollout_server(config, hpd),
     )
 
 
@@ -167,6 +192,7 @@ def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False)
     Raises:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
+    check_temporary_folders("TMPDIR")
     hpd = check_sft_config(config, ranks, fills_store)
     if not fills_store:  # the last step is saved in any case
         check_checkpoint_folder(config.trainer.default_local_dir)

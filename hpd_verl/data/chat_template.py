@@ -4,12 +4,15 @@ import copy
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import jinja2
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +27,9 @@ KWARGS_SETTING = "data.apply_chat_template_kwargs"
 
 _TOKENIZER_KEYS = ("tokenize", "return_dict", "return_tensors")
 """Keys of data.apply_chat_template_kwargs that are no variables of a template; verl leaves them out too."""
+
+RENDER_SECONDS = 10.0
+"""A template that takes longer for one chat is refused."""
 
 _NAMED_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING = re.compile(r"think|thought|reason|<\|channel>|<channel\|>", re.IGNORECASE)
@@ -76,6 +82,31 @@ def _squeezed(text: str) -> str:
 def _closing_tags(tag: str) -> list[str]:
     words = [("START", "END"), ("start", "end"), ("BEGIN", "END"), ("begin", "end")]
     return [f"{tag[0]}/{tag[1:]}", *(tag.replace(start, end) for start, end in words if start in tag)]
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """End what takes longer, where signals are heard: in a process's main thread.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    handler = signal.signal(signal.SIGALRM, end)
+    start, (before, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if before:  # another's timer goes on
+            signal.setitimer(signal.ITIMER_REAL, max(before - (time.monotonic() - start), 1e-3), interval)
 
 
 @dataclass(frozen=True)
@@ -149,8 +180,11 @@ class ChatTemplate:
 
     def _apply(self, messages: Messages, **kwargs: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs, **self.template_kwargs)
-        except (jinja2.TemplateError, TypeError) as error:
+            with _time_limit(RENDER_SECONDS):
+                return self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, **kwargs, **self.template_kwargs
+                )
+        except Exception as error:  # templates are programs
             raise ValueError(f"the student's chat template refuses the chat: {_one_line(error)}") from error
 
     def render(self, messages: Messages, generation_prompt: bool = False) -> str:

@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.demonstration import NO_TEXT, check_tool_calls, demonstration_of, has_demonstration, no_text
+from hpd_verl.data.json_depth import DEEPEST, too_deep
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, tools_of
 
 logger = logging.getLogger(__name__)
@@ -444,6 +445,9 @@ class DataFile:
             raise ValueError(f"{self.name}: no column {DEMONSTRATION!r}, there are {columns}{_WHY_NEEDED}")
 
     def _load_json(self) -> datasets.Dataset:
+        line = too_deep(self.file, _is_json_array(self.file))
+        if line is not None:
+            raise ValueError(f"{self.name}: line {line} is nested more than {DEEPEST} deep; correct or remove it")
         if _may_hold_surrogates(self.file):  # half a character, which `datasets` leaves out of columns of several types
             _check_json(self.file, self.name, self.rules)
         try:

@@ -12,6 +12,13 @@ from hpd_verl.generation.vllm_engines import VLLMGenerator
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 
 
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, and by what it runs."""
     group = parser.add_argument_group("model")
@@ -23,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--served_model", help="the model's name at --endpoint")
     group.add_argument(
         "--chat_template_kwargs",
-        type=json.loads,
+        type=_json,
         default={},
         metavar="JSON",
         help='for the chat template, as {"enable_thinking": false}',
@@ -36,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="share of memory (%(default)s)")
     engine.add_argument(
         "--engine_kwargs",
-        type=json.loads,
+        type=_json,
         default={},
         metavar="JSON",
         help='further arguments of vLLM\'s LLM, as {"max_num_seqs": 64}',

@@ -12,18 +12,19 @@ import os
 import time
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
-from hpd_verl.generation.answers import Answer, Generator, Messages, Sampling
+from hpd_verl.generation.answers import Answer, FinishReason, Generator, Messages, Sampling
 
 FSYNC_SECONDS = 5.0
 """What a power failure can lose; the process's own end loses nothing."""
 
+_ANSWER = {field.name for field in fields(Answer)}
 _START = b'{"journal": 1, '
 
 
@@ -115,7 +116,7 @@ class Journal:
             if not found.startswith(_START):
                 raise ValueError
             old, new = json.loads(found), json.loads(wanted)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{self.path}: no journal of answers; choose another file") from None
         differing = [
             f"{key} {old.get(key)} there, {new.get(key)} now" for key in {**old, **new} if old.get(key) != new.get(key)
@@ -131,7 +132,7 @@ class Journal:
                 raise ValueError(f"{len(answers)} answers, expected {self.n}")
             if not 0 <= position < len(self._offsets) or self._offsets[position] >= 0:
                 raise ValueError(f"prompt {position} is there twice, or not at all in the prompts")
-        except (ValueError, TypeError, KeyError) as error:
+        except ValueError as error:
             raise ValueError(f"{self.path}, line {number}: damaged ({error}); remove the line") from None
         return position
 
@@ -194,11 +195,36 @@ class Journal:
 
 
 def _parse(line: bytes) -> tuple[int, list[Answer]]:
-    entry = json.loads(line)
-    answers = [Answer(**answer) for answer in entry["answers"]]
-    if not isinstance(entry["position"], int):
+    """Position and answers of a line.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        entry = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(entry, dict) or entry.keys() != {"position", "answers"}:
+        raise ValueError("no position with its answers")
+    position, answers = entry["position"], entry["answers"]
+    if type(position) is not int:
         raise ValueError("its position is no number")
-    return entry["position"], answers
+    if not isinstance(answers, list):
+        raise ValueError("its answers are no list")
+    return position, [_answer(answer) for answer in answers]
+
+
+def _answer(found: Any) -> Answer:
+    if not isinstance(found, dict) or found.keys() != _ANSWER:
+        raise ValueError(f"an answer is not {', '.join(sorted(_ANSWER))}")
+    tokens = found["tokens"]
+    if type(found["text"]) is not str:
+        raise ValueError("an answer's text is no text")
+    if tokens is not None and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
+        raise ValueError("an answer's tokens are no list of numbers")
+    if found["finish_reason"] not in (reasons := get_args(FinishReason)):
+        raise ValueError(f"an answer's finish_reason is none of {', '.join(reasons)}")
+    return Answer(**found)
 
 
 def open_journal(generator: Generator, prompts: Sequence[Messages], sampling: Sampling, path: Path) -> Journal:

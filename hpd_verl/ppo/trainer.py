@@ -56,6 +56,7 @@ NO_ROLLOUT = "hpd_no_rollout"
 """``rollout.name`` of a run without a server. verl resolves the name even for an empty list of replicas."""
 
 RolloutReplicaRegistry.register(NO_ROLLOUT, lambda: RolloutReplica)
+checkpoint.remember_environment()  # before verl resolves the configuration, after which it makes the trainer
 
 
 def _key_order(key: str) -> tuple[bool, int, int, int]:
@@ -326,6 +327,8 @@ class HPDTrainer(PPOTrainerSync):
         elif trainer.resume_mode == "resume_path" and trainer.resume_from_path:
             self.previous_checkpoint = Path(trainer.resume_from_path).absolute()
         logger.info("resuming from %s", self.previous_checkpoint or "the beginning")
+        if self.previous_checkpoint is not None:  # the driver may have been on another machine
+            checkpoint.check_pickles(self.previous_checkpoint, "trainer.resume_from_path", "*.pt")
         if self.previous_checkpoint is not None and isinstance(self.train_dataset, HPDDataset):
             checkpoint.say_changed_rows(self.previous_checkpoint, self.train_dataset.fingerprint)
         with _settings(trainer, **chosen):

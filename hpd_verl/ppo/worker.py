@@ -15,6 +15,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from hpd_verl.checkpoint import remove_files
 from hpd_verl.config import HPDConfig
 from hpd_verl.engine.ranks import seed_rank
+from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import teacher_model_config
@@ -39,6 +40,7 @@ class HPDWorker(ActorRolloutRefWorker):
 
         self.actor_worker_cls = student
         super().init_model()
+        self.actor.engine.checkpoint_manager = StudentCheckpoints(self.actor.engine, hpd.check_saved_model)
         self.pipeline = pipeline.rank.of_workers(self.actor, self.ref, hpd, actor=self.loss_fn.keywords["config"])
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))

@@ -202,7 +202,7 @@ class DiskStore(TeacherStore):
         try:
             content = json.loads(_read_whole(file))
             version, stored = content["format_version"], dict(content["identity"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             remedy = "give another folder, or delete this one"
             raise self._error(f"its store.json cannot be read ({error!r})", remedy) from error
         if version != FORMAT_VERSION:

@@ -144,7 +144,7 @@ def model_files(source: str, explicit: str | None = None, commit: str | None = N
 def _shards(source: str, index: Path, commit: str | None) -> dict[str, Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{PATH_SETTING}={source}: its {index.name} cannot be read ({error!r}); get it anew"
         ) from error
@@ -284,7 +284,7 @@ def _read_memory(file: Path) -> dict[str, list[Any]]:
         content = json.loads(file.read_text())
         files = content["files"]
         return files if content["sha256"] == _memory_hash(files) else {}
-    except (OSError, ValueError, KeyError, TypeError):  # a memory that cannot be read is none
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # a memory that cannot be read is none
         return {}
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RunMainPPO, Tiny, make_nan_model, make_rows, write_parquet
+from conftest import RunMainPPO, Tiny, make_awkward_model, make_nan_model, make_rows, write_parquet
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hpd_verl import stopping
 from hpd_verl.export import export
@@ -26,6 +26,8 @@ MIXTURE = (
 
 def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMainPPO, tmp_path: Path) -> None:
     """Pipeline, ranks, micro-batches, packing, recomputation, offload, store: same losses and gradient norms.
+
+    And each saves what it trained.
 
     On demonstrations alone, which need no rollout server. Two epochs on 16 rows: the first run stores the teacher,
     from which the second epoch takes it; the second run does not even load it.
@@ -61,13 +63,17 @@ def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMain
             "actor_rollout_ref.ref.ulysses_sequence_parallel_size=2",
         ),
     }
-    shared = ("data.train_max_samples=16", "trainer.total_training_steps=4", "trainer.resume_mode=disable")
+    shared = (
+        *("data.train_max_samples=16", "trainer.total_training_steps=4", "trainer.resume_mode=disable"),
+        *("trainer.save_freq=4", "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]"),
+    )
     runs = {}
     for name, overrides in variants.items():
         run = runs[name] = run_main_ppo(*shared, *overrides)
         assert run.returncode == 0, (name, run.output[-3000:])
         assert "vLLMHttpServer" not in run.output
         assert len(run.steps) == 4
+        assert "huggingface: its log-probs are the trained model's" in run.output, name
         for step in run.steps:
             assert step["hpd/on_policy_fraction"] == 0
             assert step["hpd/response_tokens"] > 0
@@ -149,17 +155,29 @@ def test_mixed_batches_with_vllm(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path:
     assert "Initial validation metrics" in run.output
 
 
-def test_lora_student_with_an_external_teacher(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
+def test_lora_student_with_an_external_teacher(
+    run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The teacher is the model of its own path, not the student without its adapter: the gap is not zero.
 
     With a mixture of objectives, one of them a user's own, exact divergences in the log, and several updates of one
-    pass, which weighs with the current student. Exported merged and as an adapter, the model is the same, and not what
-    it was.
+    pass, which weighs with the current student. The student's own output layer and generation settings are kept.
+    Saved, exported merged and as an adapter, the model is the same, and not what it was. What the environment gave to
+    the settings is in no file.
     """
+    monkeypatch.setenv("HPD_TEST_PROJECT", "project-of-nobody")
+    own = make_awkward_model(tiny.student, tmp_path / "student")
     document = Path(__file__).parents[2] / "CONTRIBUTING.md"
     (example,) = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
     (tmp_path / "cross_entropy.py").write_text(example)
-    lora = ("actor_rollout_ref.model.lora_rank=4", "trainer.save_freq=2")
+    lora = (
+        f"actor_rollout_ref.model.path={own}",
+        "actor_rollout_ref.model.lora_rank=4",
+        "trainer.save_freq=2",
+        "trainer.project_name=${oc.env:HPD_TEST_PROJECT}",
+        "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
+        "actor_rollout_ref.actor.checkpoint.load_contents=[model,optimizer,extra]",
+    )
     run = run_main_ppo("trainer.resume_mode=disable", *lora, *MIXTURE, *UPDATES)
     assert run.returncode == 0, run.output[-3000:]
     assert abs(run.steps[0]["hpd/reverse_kl_k1"]) > 0.1
@@ -170,15 +188,30 @@ def test_lora_student_with_an_external_teacher(run_main_ppo: RunMainPPO, tiny: T
         assert step["actor/grad_norm"] > 0
 
     merged, adapter = tmp_path / "merged", tmp_path / "adapter"
-    assert "LoRA merged, fp32" in export(tmp_path / "checkpoints", merged, dtype="fp32")
-    export(tmp_path / "checkpoints" / "global_step_2", adapter, dtype="fp32", lora="adapter")
+    saved = tmp_path / "checkpoints" / "global_step_2" / "actor" / "huggingface"
+    assert f"{saved}: its log-probs are the trained model's" in run.output
+    said = export(tmp_path / "checkpoints", merged, dtype="fp32")
+    assert "LoRA merged, fp32" in said
+    assert "its log-probs are the trained model's" in said
+    said = export(tmp_path / "checkpoints" / "global_step_2", adapter, dtype="fp32", lora="adapter")
+    assert "its log-probs are the trained model's" in said
+    assert not (saved / "adapter_config.json").exists()
+    for folder in (saved, merged):
+        generation = GenerationConfig.from_pretrained(folder)
+        assert (generation.eos_token_id, generation.temperature, generation.do_sample) == ([1, 9], 0.9, True)
+    settings = saved.parents[1] / "settings.yaml"
+    assert "project_name: ${oc.env:HPD_TEST_PROJECT}\n" in settings.read_text()
+    assert "project-of-nobody" not in settings.read_text()
+    assert settings.stat().st_mode & 0o777 == 0o600
     tokens = torch.arange(1, 25).view(2, 12)
-    student = AutoModelForCausalLM.from_pretrained(tiny.student)
+    student = AutoModelForCausalLM.from_pretrained(own)
     with torch.no_grad():
         before = student(tokens).logits
         after = AutoModelForCausalLM.from_pretrained(merged)(tokens).logits
+        at_once = AutoModelForCausalLM.from_pretrained(saved)(tokens).logits
         with_adapter = PeftModel.from_pretrained(student, adapter)(tokens).logits
     torch.testing.assert_close(after, with_adapter, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after, at_once, rtol=1e-4, atol=1e-4)
     assert (after - before).abs().max() > 0.01
     card = (merged / "README.md").read_text()
     assert str(tiny.teacher) in card

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
 import pytest
 import torch
 from answers import by_transformers, by_vllm
-from conftest import Run, RunMainPPO, Tiny, make_nan_model, read_steps, run_module
+from conftest import Run, RunMainPPO, Tiny, make_awkward_model, make_nan_model, read_steps, run_module
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -167,10 +169,69 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
     assert by_vllm(exported) == by_transformers(exported)
 
 
-def student_nlls(tiny: Tiny, rows: int) -> list[list[float]]:
+def test_an_adapter_goes_on(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None:
+    """On two ranks, with its own scaling, upon a student whose configuration says less than its files.
+
+    To transformers alone, what is saved and exported has the validation loss of the last step. A checkpoint with a
+    planted pickle is refused by the next start, and runs nothing.
+    """
+    own = make_awkward_model(tiny.student, tmp_path / "student")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(own)
+    settings = LoraConfig(r=2, lora_alpha=12, use_rslora=True, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(base, settings)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(str(tmp_path / "start"))
+    overrides = (
+        f"model.path={own}",
+        f"++model.lora_adapter_path={tmp_path / 'start'}",
+        "model.lora_rank=2",
+        "model.lora_alpha=12",
+        "trainer.save_freq=2",
+        f"data.val_files={tiny.validation}",
+        "data.val_max_samples=5",
+        "trainer.test_freq=4",
+        "engine.dtype=float32",
+        "checkpoint.save_contents=[model,optimizer,extra,hf_model]",
+        "checkpoint.load_contents=[model,optimizer,extra]",
+    )
+    run = run_sft(*overrides, ranks=2)
+    assert run.returncode == 0, run.output[-3000:]
+    root = tmp_path / "checkpoints"
+    assert run.output.count("its log-probs are the trained model's") == 1, "of the first checkpoint alone"
+    for lora in ("merge", "adapter"):
+        said = export(root / "global_step_4", tmp_path / lora, dtype="fp32", lora=lora)
+        assert "its log-probs are the trained model's" in said
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(own), str(tmp_path / "adapter"))
+    for folder in (None, root / "global_step_4" / "huggingface", tmp_path / "merge"):
+        rows = student_nlls(tiny, 5, AutoModelForCausalLM.from_pretrained(folder) if folder else adapted)
+        mean = sum(map(sum, rows)) / sum(map(len, rows))
+        assert run.steps[-1]["val/hpd/student_nll"] == pytest.approx(mean, rel=1e-5)
+
+    planted = root / "global_step_4" / "optim_world_size_2_rank_0.pt"
+    torch.save({"state": Planted(tmp_path / "ran")}, planted)
+    refused = run_sft(*overrides, ranks=2)
+    assert refused.returncode != 0
+    line = f"Error: trainer.default_local_dir={root}: global_step_4: {planted.name} holds more than data"
+    assert line in refused.output, refused.output[-3000:]
+    assert not (tmp_path / "ran").exists()
+
+
+class Planted:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
+        return os.mkdir, (str(self.file),)
+
+
+def student_nlls(tiny: Tiny, rows: int, model: Any) -> list[list[float]]:
     """Negative log-likelihoods of the response tokens of the first validation rows, by transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(tiny.student)
-    model = AutoModelForCausalLM.from_pretrained(tiny.student)
     found = []
     for row in pd.read_parquet(tiny.validation).to_dict("records")[:rows]:
         prompt = tokenizer.apply_chat_template(list(row["prompt"]), tokenize=False, add_generation_prompt=True)
@@ -187,7 +248,7 @@ def test_validation_counts_every_row_once(
 ) -> None:
     """5 rows: the same figures on 1 and 2 ranks, for any batch size, packed or not, and with each aggregation."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    rows = student_nlls(tiny, 5)
+    rows = student_nlls(tiny, 5, AutoModelForCausalLM.from_pretrained(tiny.student))
     sums = [sum(row) for row in rows]
     tokens = sum(map(len, rows))
     expected = {

@@ -1,14 +1,17 @@
 """The evaluation's scripts: a real server answers them, and what they write is counted again from its answers."""
 
 import base64
+import itertools
 import json
 import os
+import random
 import re
 import resource
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # examples is no part of the installed package
 
 pytest.importorskip("math_verify", reason="needs hpd-verl[evaluation]")
-pytest.importorskip("rouge_score", reason="needs hpd-verl[evaluation]")
+pytest.importorskip("rapidfuzz", reason="needs hpd-verl[evaluation]")
 
 from examples.evaluation import code, compare, dialogue, divergence, maths, results
 
@@ -282,6 +285,28 @@ def test_rouge_l_is_the_longest_common_subsequence() -> None:
     assert dialogue.rouge_l("我喜欢猫", "我喜欢狗") == 0.75
     assert dialogue.rouge_l("", "a") == 0.0
     assert dialogue.rouge_l("Straße café", "straße CAFÉ") == 1.0
+    draw = random.Random(0)
+    for _ in range(50):
+        first, second = ([draw.choice("abcd") for _ in range(draw.randrange(1, 12))] for _ in range(2))
+        common = longest_common_subsequence(tuple(first), tuple(second))
+        expected = 2 * common / (len(first) + len(second))
+        assert dialogue.rouge_l(" ".join(first), " ".join(second)) == pytest.approx(expected)
+
+
+def longest_common_subsequence(first: tuple[str, ...], second: tuple[str, ...]) -> int:
+    """By its definition: the longest of all subsequences of one that the other has."""
+    for length in range(min(len(first), len(second)), 0, -1):
+        if set(itertools.combinations(first, length)) & set(itertools.combinations(second, length)):
+            return length
+    return 0
+
+
+def test_rouge_l_of_two_long_texts_takes_seconds() -> None:
+    draw = random.Random(0)
+    texts = [" ".join(str(draw.randrange(300)) for _ in range(20_000)) for _ in range(2)]
+    start = time.monotonic()
+    assert 0.05 < dialogue.rouge_l(*texts) < 0.3
+    assert time.monotonic() - start < 20
 
 
 INJECTED = [

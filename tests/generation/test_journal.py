@@ -102,6 +102,22 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
         (b'{"position": 9, "answers": [{"text":"","tokens":[],"finish_reason":"stop"}]}', "1 answers"),
         (b'{"position": "4", "answers": []}', "its position is no number"),
         (b"[1]", "damaged"),
+        (b'{"position": true, "answers": []}', "its position is no number"),
+        (b'{"position": 1.0, "answers": []}', "its position is no number"),
+        (b'{"position": 3, "answers": {}}', "its answers are no list"),
+        (b'{"position": 3, "answers": [1, 2]}', "an answer is not finish_reason, text, tokens"),
+        (b'{"position": 3, "answers": [{"text":5,"tokens":[],"finish_reason":"stop"}]}', "text is no text"),
+        (b'{"position": 3, "answers": [{"text":"","tokens":"ab","finish_reason":"stop"}]}', "no list of numbers"),
+        (b'{"position": 3, "answers": [{"text":"","tokens":[1,true],"finish_reason":"stop"}]}', "no list of numbers"),
+        (b'{"position": 3, "answers": [{"text":"","tokens":[1.5],"finish_reason":"stop"}]}', "no list of numbers"),
+        (
+            b'{"position": 3, "answers": [{"text":"","tokens":null,"finish_reason":"eos"}]}',
+            "is none of stop, length, con",
+        ),
+        (b'{"position": 3, "answers": [{"text":"","tokens":null,"finish_reason":[]}]}', "is none of stop, length, con"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"position": 3, "answers": "\xff\xfe"}', "damaged"),
+        (b'{"position": 1' + b"0" * 5000 + b', "answers": []}', "damaged"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, found: str) -> None:
