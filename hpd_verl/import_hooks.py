@@ -1,15 +1,17 @@
-"""Run a function right after a module is first imported, without importing it ourselves.
+"""Run a function right after a module is first imported, without importing it ourselves; replace a function, once.
 
 verl loads its plugins in every process, most of which (reward workers, vLLM servers) never touch the
 trainer. Registering from here costs those processes nothing.
 """
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _callbacks: dict[str, list[Callable[[], None]]] = {}
 
@@ -59,3 +61,16 @@ def when_imported(module: str, callback: Callable[[], None]) -> None:
     _callbacks.setdefault(module, []).append(callback)
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
+
+
+_MARK = "_hpd_verl_patch"
+
+
+def replace(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace ``owner.name`` by ``make(original)``, once."""
+    original = getattr(owner, name)
+    if getattr(original, _MARK, False):
+        return
+    replacement = functools.wraps(original)(make(original))
+    setattr(replacement, _MARK, True)
+    setattr(owner, name, replacement)

@@ -22,7 +22,8 @@ from verl.utils.ulysses import (
     get_ulysses_sequence_parallel_world_size,
 )
 
-from hpd_verl.cpu.patches import replace
+from hpd_verl.config import Refused
+from hpd_verl.import_hooks import replace
 
 NAME = "packed_sdpa"
 
@@ -62,7 +63,8 @@ def packed_sdpa(
         ``([1, tokens, heads, head size], None)``.
 
     Raises:
-        ValueError: the model's attention does not hand on ``position_ids``, or a padded batch meets Ulysses.
+        Refused: the model's attention does not hand on ``position_ids``.
+        ValueError: a padded batch meets Ulysses.
     """
     ranks = get_ulysses_sequence_parallel_world_size()
     packed = attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]
@@ -72,9 +74,9 @@ def packed_sdpa(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
-        raise ValueError(
-            f"attn_implementation={NAME}: {type(module).__name__} does not hand on position_ids; set "
-            "actor_rollout_ref.model.override_config.attn_implementation=sdpa"
+        raise Refused(  # main_ppo has the same below actor_rollout_ref
+            f"model.override_config.attn_implementation={NAME}: {type(module).__name__} does not hand on position_ids; "
+            "choose sdpa or eager, with model.use_remove_padding=false"
         )
     if ranks > 1:  # all tokens of some heads, in place of some tokens of all heads
         if key.shape[1] < ranks:

@@ -3,7 +3,6 @@
 tests/cpu/test_cpu_patches.py fails when the code under a patch changes or no longer needs it.
 """
 
-import functools
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
@@ -12,17 +11,7 @@ import torch
 import torch.distributed
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-_MARK = "_hpd_verl_patch"
-
-
-def replace(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace ``owner.name`` by ``make(original)``, once."""
-    original = getattr(owner, name)
-    if getattr(original, _MARK, False):
-        return
-    replacement = functools.wraps(original)(make(original))
-    setattr(replacement, _MARK, True)
-    setattr(owner, name, replacement)
+from hpd_verl.import_hooks import replace
 
 
 def _single_gloo_backend(original: Callable[..., Any]) -> Callable[..., Any]:
