@@ -22,7 +22,7 @@ from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.device import get_device_id
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
-from hpd_verl.config import HPDConfig
+from hpd_verl.config import HPDConfig, Refused
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.lean import ALONE, as_batch, checked, lazy_teacher, log_store_size, read_demonstrations
 from hpd_verl.teacher.choice import make_teacher
@@ -99,7 +99,7 @@ def main(config: DictConfig) -> None:
     initialize_global_process_group()
     try:
         metrics = fill(config)
-    except FloatingPointError as error:
+    except (FloatingPointError, Refused) as error:
         sys.exit(f"Error: {error}")
     if torch.distributed.get_rank() == 0:
         print(

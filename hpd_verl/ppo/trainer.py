@@ -31,6 +31,7 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 from hpd_verl import checkpoint
 from hpd_verl.checks.models import check_models
 from hpd_verl.checks.run import check_config
+from hpd_verl.checks.start import main_ppo_uses
 from hpd_verl.config import choose_pipeline, needs_rollout_server, updates_per_batch
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION
@@ -79,8 +80,7 @@ class HPDTrainer(PPOTrainerSync):
         check_models(
             student=config.actor_rollout_ref.model,
             teacher=config.actor_rollout_ref.ref.model,
-            student_setting="actor_rollout_ref.model.path",
-            teacher_setting="actor_rollout_ref.ref.model.path",
+            uses=main_ppo_uses(config, hpd),
             needed_context=config.data.max_prompt_length + config.data.max_response_length,
         )
         self.serves_rollouts = needs_rollout_server(config, self.hpd)

@@ -13,7 +13,7 @@ from verl.workers.config import HFModelConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from hpd_verl.checkpoint import remove_files
-from hpd_verl.config import HPDConfig
+from hpd_verl.config import HPDConfig, with_dtype
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import teacher_model_config
@@ -29,6 +29,8 @@ class HPDWorker(ActorRolloutRefWorker):
         hpd = HPDConfig.from_config(self.config.hpd)
         with open_dict(self.config):
             del self.config.ref.model  # verl's dataclass of the reference does not know it
+            for role in (self.config.actor, self.config.ref):
+                role.fsdp_config = with_dtype(role.fsdp_config)
         pipeline = PIPELINES[hpd.pipeline]
         self.ref_worker_cls = partial(TeacherWorker, model=teacher, lazy=pipeline.teacher_is_lazy)
         self.actor_worker_cls = pipeline.student_worker
