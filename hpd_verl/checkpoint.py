@@ -459,7 +459,7 @@ def remove_files(folder: Path) -> bool:
     return True
 
 
-def check_resume(trainer: DictConfig, contents: str) -> None:
+def check_whole(trainer: DictConfig, contents: str) -> None:
     """Refuse to resume from a checkpoint that is known not to be whole, or that holds more than data.
 
     Args:

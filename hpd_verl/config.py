@@ -25,14 +25,18 @@ from hpd_verl.objectives.token import HPDParameters
 PREFIX = "algorithm.hpd"
 
 
+class Refused(ValueError):
+    """What a run cannot do, in one line ``SETTING=VALUE: what was found; what to do`` that needs no traceback."""
+
+
 def require(condition: bool, setting: str, found: Any, remedy: str) -> None:
     """Refuse a setting's value.
 
     Raises:
-        ValueError: the condition does not hold.
+        Refused: the condition does not hold.
     """
     if not condition:
-        raise ValueError(f"{setting}={found}: {remedy}")
+        raise Refused(f"{setting}={found}: {remedy}")
 
 
 def is_number(value: Any) -> bool:
@@ -409,6 +413,16 @@ def allowed(field: FieldInfo) -> str:
     limits = " and ".join(f"{words[name]} {value:g}" for name, value in bounds.items())
     or_null = ", or null" if NoneType in get_args(field.annotation) else ""
     return f"give {what}{' ' if limits else ''}{limits}{or_null}"
+
+
+def with_dtype(engine: DictConfig) -> DictConfig:
+    """An engine's node with ``dtype`` where verl reads it: in ``mixed_precision``, unless that is set, too."""
+    if engine.get("mixed_precision") is not None or engine.get("dtype") in (None, "bf16", "bfloat16"):  # verl's default
+        return engine
+    copied = OmegaConf.create(OmegaConf.to_container(engine, resolve=True))
+    assert isinstance(copied, DictConfig)
+    copied.mixed_precision = {"param_dtype": engine.dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    return copied
 
 
 def updates_per_batch(config: DictConfig) -> int:

@@ -19,7 +19,7 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
 from hpd_verl.checks.row_layouts import choose_row_layout, model_nodes, write_row_layout
 from hpd_verl.checks.start import check_sft_run, sft_passes
-from hpd_verl.config import HPDConfig
+from hpd_verl.config import HPDConfig, with_dtype
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import SequenceBuilder, demonstration_of
@@ -82,7 +82,8 @@ def teacher_worker_config(config: DictConfig) -> TrainingWorkerConfig:
     student = config.engine.copy()
     OmegaConf.set_struct(student, False)  # the teacher's engine may have keys that the student's has not
     engine = OmegaConf.merge(student, config.teacher.engine, {"forward_only": True})
-    engine_config = omega_conf_to_dataclass(engine)
+    assert isinstance(engine, DictConfig)
+    engine_config = omega_conf_to_dataclass(with_dtype(engine))
     engine_config.use_dynamic_bsz = config.data.use_dynamic_bsz
     engine_config.infer_max_token_len_per_gpu = config.data.max_token_len_per_gpu
     engine_config.infer_micro_batch_size_per_gpu = config.data.micro_batch_size_per_gpu

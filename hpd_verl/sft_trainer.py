@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from verl.trainer.sft_trainer import SFTTrainer
 from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 from verl.utils.metric import Metric, reduce_metrics
 from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 
 from hpd_verl import checkpoint
-from hpd_verl.config import HPDConfig
+from hpd_verl.config import HPDConfig, Refused, with_dtype
 from hpd_verl.data import fields
 from hpd_verl.engine.ranks import seed_rank, sums_of_ranks
 from hpd_verl.engine.saved_model import SavedModelError
@@ -62,6 +63,10 @@ class HPDSFTTrainer(SFTTrainer):
         self.checkpoint_root = Path(config.trainer.default_local_dir).absolute()
         write_row_layouts(config)
         super().__init__(config)
+
+    def _build_config(self) -> None:
+        super()._build_config()
+        self.engine_config = omega_conf_to_dataclass(with_dtype(self.config.engine))
 
     def _build_dataset(self) -> None:
         data = self.config.data
@@ -296,7 +301,7 @@ def main(config: DictConfig) -> None:
     initialize_global_process_group()
     try:
         HPDSFTTrainer(config).fit(signals)
-    except SavedModelError as error:
+    except (Refused, SavedModelError) as error:  # what only the loaded models show
         sys.exit(f"Error: {error}")
     signals.ignore()
     destroy_global_process_group()

@@ -21,7 +21,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
-from hpd_verl.config import HPDConfig
+from hpd_verl.config import HPDConfig, Refused
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.lean import (
     ALONE,
@@ -101,7 +101,7 @@ def main(config: DictConfig) -> None:
     initialize_global_process_group()
     try:
         metrics = fill(config)
-    except FloatingPointError as error:
+    except (FloatingPointError, Refused) as error:
         sys.exit(f"Error: {error}")
     if torch.distributed.get_rank() == 0:
         print(

@@ -524,6 +524,7 @@ CONTRACT: tuple[Entry, ...] = (
         "sft_trainer.py",
         {
             "__init__(self, config)": "settings are read before it",
+            "_build_config(self)": "the engine's dtype",
             "_build_dataset(self)": "rows with demonstrations",
             "_build_engine(self)": "the student's worker with the engine that hands out hidden states",
             "_build_dataloader(self)": "the seed of the order; validation of every row",
@@ -629,7 +630,12 @@ CONTRACT: tuple[Entry, ...] = (
     ),
     *_attributes(
         "transformers:PreTrainedModel",
-        "plan/model_size.py",
+        "engine/families.py",
         {"_no_split_modules": "transformers': the decoder layers, whose weights are gathered one at a time"},
+    ),
+    *_attributes(
+        "transformers:PreTrainedModel",
+        "engine/on_meta.py",
+        {"_supports_flash_attn": "transformers': what a class says of flash attention, installed or not"},
     ),
 )

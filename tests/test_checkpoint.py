@@ -22,7 +22,7 @@ from hpd_verl.checkpoint import (
     ACTOR,
     COMPLETE,
     TRACKER,
-    check_resume,
+    check_whole,
     checkpoint_to_resume,
     checkpoints_to_remove,
     mark_complete,
@@ -179,10 +179,10 @@ def test_resuming_by_path_from_what_is_not_whole_is_refused(tmp_path: Path) -> N
     write(tmp_path, 10)
     write(tmp_path, 15)  # by verl alone
     for step in (5, 15):
-        check_resume(trainer_node(f"{step_dir(tmp_path, step)}/"), ACTOR)
+        check_whole(trainer_node(f"{step_dir(tmp_path, step)}/"), ACTOR)
     message = f"trainer.resume_from_path={step_dir(tmp_path, 10)}: this checkpoint is not whole, its saving or removal "
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_resume(trainer_node(str(step_dir(tmp_path, 10))), ACTOR)
+        check_whole(trainer_node(str(step_dir(tmp_path, 10))), ACTOR)
 
 
 def trainer_node(path: str) -> Any:

@@ -233,7 +233,7 @@ def test_a_planted_pickle_runs_nothing(kind: str, place: str, tiny: Tiny, tmp_pa
     with pytest.raises(
         ValueError, match=r"^trainer\.resume_from_path=.*rank_0\.pt (holds more than data|cannot be read)"
     ):
-        checkpoint.check_resume(
+        checkpoint.check_whole(
             OmegaConf.create({"resume_mode": "resume_path", "resume_from_path": str(folder.parent)}), "actor"
         )
     assert not ran.exists()

@@ -207,8 +207,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        (["/no/such/folder"], "/no/such/folder: no such folder"),
-        (["no-such-owner/no-such-model"], "no-such-owner/no-such-model: no configuration"),
+        (["/no/such/folder"], "STUDENT=/no/such/folder: no such folder"),
+        (["no-such-owner/no-such-model"], "STUDENT=no-such-owner/no-such-model: no configuration"),
         (["STUDENT", "--gpus", "0"], "--gpus=0: give a number above 0"),
         (["STUDENT", "--memory", "nan"], "--memory=nan: give a number above 0"),
         (["STUDENT", "--utilization", "40"], "--utilization=40.0: give a share"),
@@ -238,13 +238,41 @@ def test_a_strange_config_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(SystemExit) as ended:
         main([str(tmp_path)])
-    assert str(ended.value.code).startswith(f"Error: {tmp_path}: ")
+    assert str(ended.value.code).startswith(f"Error: STUDENT={tmp_path}: ")
     assert "\n" not in str(ended.value.code)
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, [], "STUDENT={}: its weights are quantised (gptq), which"),
+        (
+            {"architectures": ["Qwen2ForSequenceClassification"]},
+            [],
+            "STUDENT={}: Qwen2ForSequenceClassification has",
+        ),
+        ({"model_type": "ctrl", "architectures": ["CTRLLMHeadModel"]}, [], "--gradient_checkpointing=True: CTRLLMHead"),
+        ({"model_type": "ctrl", "architectures": ["CTRLLMHeadModel"]}, ["--no-gradient_checkpointing"], None),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, [], None),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_the_trainers_refuse(config: dict[str, Any], arguments: list[str], message: str, tmp_path: Path) -> None:
+    """By their own function; what they take is planned."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "dff": 48, "vocab_size": 40, "hidden_size": 32}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes, **config}))
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path), "--rows", "8", *arguments])
+    if message is None:
+        assert ended.value.code == 0
+    else:
+        assert str(ended.value.code).startswith(f"Error: {message.format(tmp_path)}")
 
 
 @pytest.mark.slow
 def test_the_process(tmp_path: Path) -> None:
-    """With torch and transformers alone: no verl is imported."""
+    """With torch and transformers alone: verl is asked only for the class that a configuration names."""
     student = write_config(tmp_path, AutoConfig.for_model("llama", **shape(64, 96, 2, 2, 2, 128)))
     program = "import sys, runpy; sys.argv = ['plan', sys.argv[1]]\n"
     program += "try: runpy.run_module('hpd_verl.plan', run_name='__main__')\nfinally: print('verl' in sys.modules)"

@@ -1,27 +1,60 @@
 """Student and teacher before their weights load: their files, and whether they fit each other and the data."""
 
+import inspect
 import json
 import logging
+import re
 import struct
 import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 from omegaconf import DictConfig, OmegaConf
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig
 
+from hpd_verl.checks.architecture import check_architecture
 from hpd_verl.checks.vocabulary import check_vocabularies
+from hpd_verl.config import require
 from hpd_verl.data.chat_template import ChatTemplate
 from hpd_verl.data.files import is_remote, one_line
+from hpd_verl.engine import on_meta
+from hpd_verl.engine.families import head_counts, layers_to_wrap
 from hpd_verl.teacher.model_config import teacher_model_config
 
 logger = logging.getLogger(__name__)
 
+_ADAPTER = "adapter_config.json"
 _LFS_POINTER = b"version https://git-lfs"
 _PICKLE = b"\x80"
 """First byte of a file of torch.save before it wrote zip archives."""
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """How a run uses a model, and what its settings are called."""
+
+    setting: str
+    """Of its path, as ``teacher.model.path``."""
+    engine: str
+    """Of its engine's node, as ``teacher.engine``."""
+    one_pass: bool = True
+    """The loss takes the place of its output layer."""
+    ulysses: int = 1
+    """Ranks that share a sequence."""
+    layers: Any = None
+    """Of its engine, wrap_policy.transformer_layer_cls_to_wrap: classes that FSDP wraps."""
+
+    @property
+    def node(self) -> str:
+        return self.setting.removesuffix(".path")
 
 
 def _safetensors_names(file: Path) -> set[str]:
@@ -67,8 +100,11 @@ def _check_weights_file(file: Path, names: set[str]) -> None:
         raise ValueError("is not a whole file of torch.save")
 
 
-def check_weights(setting: str, folder: Path) -> None:
+def check_weights(setting: str, folder: Path) -> list[Path]:
     """Check that the weights in a model's folder are there and whole, by sizes and headers; no tensor is read.
+
+    Returns:
+        The files; none where the configuration names a file of its own.
 
     Raises:
         ValueError: there are none, or a file is missing or cut short.
@@ -90,9 +126,9 @@ def check_weights(setting: str, folder: Path) -> None:
                 _check_weights_file(folder / file, names)
             except ValueError as error:
                 raise ValueError(f"{setting}={folder}: {file} {error}; {remedy}") from error
-        return
-    if (folder / "adapter_config.json").is_file() or _names_its_weights(folder):
-        return
+        return [folder / file for file in files]
+    if _names_its_weights(folder):
+        return []
     raise ValueError(
         f"{setting}={folder}: no weights there; give a folder with {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, "
         "whole or in parts with their index"
@@ -103,6 +139,25 @@ def _names_its_weights(folder: Path) -> bool:
     """Whether the configuration names a file of weights of its own, which transformers then takes."""
     file = folder / "config.json"
     return file.is_file() and json.loads(file.read_bytes()).get("transformers_weights") is not None
+
+
+def _check_no_adapter(use: ModelUse, folder: Path) -> None:
+    """An adapter's folder is no model's: transformers would load the base that it names, verl's tokenizer its own.
+
+    Raises:
+        ValueError: the folder holds an adapter.
+    """
+    if not (folder / _ADAPTER).is_file():
+        return
+    try:
+        settings = dict(json.loads((folder / _ADAPTER).read_bytes()))
+    except (ValueError, TypeError):
+        settings = {}
+    base, rank = settings.get("base_model_name_or_path") or "BASE", settings.get("r") or "RANK"
+    raise ValueError(
+        f"{use.setting}={folder}: an adapter, not a model; give {use.setting}={base}, ++{use.node}.lora_adapter_path="
+        f"{folder} and ++{use.node}.lora_rank={rank}, or merge it into its base"
+    )
 
 
 def load_model_config(node: DictConfig, setting: str) -> HFModelConfig:
@@ -133,6 +188,15 @@ def _check_chat_template(model: HFModelConfig, setting: str, template_kwargs: di
             f"{setting}={model.path}: its tokenizer has no chat template, which prompts and demonstrations are written "
             f"with; choose an instruction-tuned model, or give one by {node}.custom_chat_template"
         )
+    written = str(tokenizer.chat_template)
+    known = {*inspect.signature(tokenizer.apply_chat_template).parameters, *re.findall(r"\w+", written)}
+    for name, value in template_kwargs.items():
+        require(
+            name in known,
+            f"data.apply_chat_template_kwargs.{name}",
+            value,
+            "the student's chat template does not read it; correct the name, or leave it out",
+        )
     try:
         ChatTemplate(tokenizer, template_kwargs).turn_end([{"role": "user", "content": "question"}])
     except Exception as error:  # templates are programs: any error of Jinja or of what they call
@@ -142,11 +206,177 @@ def _check_chat_template(model: HFModelConfig, setting: str, template_kwargs: di
         ) from error
 
 
+def _check_overrides(use: ModelUse, model: HFModelConfig) -> None:
+    """Every name that the run gives other values for is one of the model's configuration.
+
+    Raises:
+        Refused: one is not, and nothing would read it.
+    """
+    own = AutoConfig.from_pretrained(model.local_hf_config_path, trust_remote_code=model.trust_remote_code)
+    overrides = model.override_config.get("model_config") or model.override_config
+
+    def check(part: Any, values: Mapping[str, Any], name: str) -> None:
+        for key, value in values.items():
+            known = hasattr(part, key) or (isinstance(part, dict) and key in part)
+            require(
+                known or key == "attn_implementation",
+                f"{name}.{key}",
+                value,
+                f"the configuration of {use.setting} has no such name; correct it, or leave it out",
+            )
+            inner = getattr(part, key, None)
+            if isinstance(value, Mapping) and isinstance(inner, PretrainedConfig):
+                check(inner, value, f"{name}.{key}")
+
+    check(own, overrides, f"{use.node}.override_config")
+
+
+def _check_build(use: ModelUse, model: HFModelConfig) -> PreTrainedModel:
+    """``check_architecture`` of a run's model, with the wrapping that the run asks for; its attention is chosen later.
+
+    Args:
+        use: how it is used.
+        model: its configuration.
+    """
+    config, checkpointing = model.hf_config, f"{use.node}.enable_gradient_checkpointing"
+    try:
+        built = check_architecture(
+            use.setting,
+            model.path,
+            config,
+            one_pass=use.one_pass,
+            gradient_checkpointing=checkpointing if model.enable_gradient_checkpointing else None,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except on_meta.CannotBuild as error:
+        raise ValueError(
+            f"{use.setting}={model.path}: transformers cannot build it: {one_line(error)}; choose another model"
+        ) from error
+    _check_wrapping(use, built)
+    heads, key_heads = head_counts(config)
+    require(
+        heads % use.ulysses == 0 and (key_heads % use.ulysses == 0 or use.ulysses % key_heads == 0),
+        f"{use.engine.removesuffix('.fsdp_config')}.ulysses_sequence_parallel_size",
+        use.ulysses,
+        f"{use.setting} has {heads} heads, {key_heads} of keys, which it must divide",
+    )
+    return built
+
+
+def _check_wrapping(use: ModelUse, built: PreTrainedModel) -> None:
+    """FSDP wraps layers by their classes' names."""
+    setting, known = f"{use.engine}.wrap_policy.transformer_layer_cls_to_wrap", layers_to_wrap(built)
+    wanted = [use.layers] if isinstance(use.layers, str) else list(use.layers or known)
+    require(
+        {type(module).__name__ for module in built.modules()}.issuperset(wanted),
+        setting,
+        use.layers,
+        f"not all are classes of {use.setting}; choose of {', '.join(known)}, or leave it out",
+    )
+    require(bool(wanted), use.setting, type(built).__name__, "it has no layers; choose a language model")
+
+
+def _check_tensors(use: ModelUse, model: HFModelConfig, built: PreTrainedModel, files: list[Path]) -> None:
+    """The files' tensors are those that the model's configuration asks for.
+
+    Raises:
+        ValueError: some are missing, or have another shape.
+    """
+    remedy = "copy or download the model again, or correct its config.json"
+    try:
+        found = on_meta.match_weights(built, files)
+    except Exception as error:  # whatever transformers' conversion of weights raises
+        raise ValueError(
+            f"{use.setting}={model.path}: its weights cannot be read: {one_line(error)}; {remedy}"
+        ) from error
+    if found.mismatched:
+        name, in_file, by_config = found.mismatched[0]
+        raise ValueError(
+            f"{use.setting}={model.path}: {len(found.mismatched)} tensors of another size than by its config.json, as "
+            f"{name} with {_shape(in_file)} for {_shape(by_config)}; {remedy}"
+        )
+    if found.missing:
+        raise ValueError(
+            f"{use.setting}={model.path}: its files lack {len(found.missing)} tensors, as {found.missing[0]}, which "
+            f"transformers would draw at random; {remedy}"
+        )
+
+
+def _shape(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _check_lora(use: ModelUse, model: HFModelConfig, built: PreTrainedModel) -> None:
+    """An adapter as verl makes or loads it: its modules are there, and are such as FSDP and the loss can take.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    special = {"the embedding": built.get_input_embeddings(), "the output layer": built.get_output_embeddings()}
+    path, folder = f"{use.node}.lora_adapter_path", model.lora_adapter_path
+    if folder is None:
+        setting, value = f"{use.node}.target_modules", model.target_modules
+        config: Any = peft.LoraConfig(
+            task_type=peft.TaskType.CAUSAL_LM,
+            r=model.lora_rank,
+            target_modules=model.target_modules,
+            target_parameters=model.target_parameters,
+            exclude_modules=model.exclude_modules,
+        )
+    else:
+        setting, value = path, folder
+        if is_remote(folder):
+            return
+        if not (Path(folder) / _ADAPTER).is_file():
+            raise ValueError(f"{path}={folder}: no {_ADAPTER} there; give the folder of an adapter that peft saved")
+        try:
+            config = peft.PeftConfig.from_pretrained(folder)
+        except Exception as error:  # whatever peft raises on what the file may hold
+            raise ValueError(f"{path}={folder}: {_ADAPTER} cannot be read: {one_line(error)}") from error
+        if not isinstance(config, peft.LoraConfig) or config.modules_to_save:
+            raise ValueError(
+                f"{path}={folder}: more than LoRA ({config.peft_type}, modules_to_save={config.modules_to_save}), "
+                "which is not supported; merge it into its base"
+            )
+    try:
+        adapted = peft.get_peft_model(built, config)
+    except Exception as error:  # peft has many words for modules that are not there
+        raise ValueError(f"{setting}={value}: peft cannot adapt {type(built).__name__}: {one_line(error)}") from error
+    for module in adapted.modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
+        for name, layer in special.items():
+            require(
+                base is None or base is not layer,
+                setting,
+                value,
+                f"an adapter on {name} is not supported; leave it out, the layers between can be adapted",
+            )
+    if folder is not None:
+        _check_adapter_tensors(path, Path(folder), adapted)
+
+
+def _check_adapter_tensors(setting: str, folder: Path, adapted: Any) -> None:
+    file = next((folder / name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"{setting}={folder}: no weights there; give a folder with {_ADAPTER_FILES[0]}")
+    try:
+        _check_weights_file(file, set())
+    except ValueError as error:
+        raise ValueError(f"{setting}={folder}: {file.name} {error}; copy the adapter again") from error
+    found = {name: tuple(tensor.shape) for name, tensor in load_state_dict(str(file), map_location="meta").items()}
+    for name, tensor in peft.get_peft_model_state_dict(adapted).items():
+        if found.get(name) != tuple(tensor.shape):
+            has = "is missing" if name not in found else f"has {_shape(found[name])} for {_shape(tuple(tensor.shape))}"
+            raise ValueError(f"{setting}={folder}: not an adapter of this model: {name} {has}; choose its base")
+
+
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
 def check_models(
     student: DictConfig,
     teacher: DictConfig,
-    student_setting: str,
-    teacher_setting: str,
+    uses: tuple[ModelUse, ModelUse],
     needed_context: int,
     template_kwargs: dict[str, Any] | None = None,
 ) -> HFModelConfig:
@@ -157,7 +387,7 @@ def check_models(
     Args:
         student, teacher: their model nodes; the teacher's holds what differs from the student's, and no path where
             no objective needs a teacher.
-        student_setting, teacher_setting: names of their path settings, for errors.
+        uses: of student and teacher.
         needed_context: data.max_prompt_length + data.max_response_length, tokens.
         template_kwargs: data.apply_chat_template_kwargs.
 
@@ -167,35 +397,40 @@ def check_models(
     Raises:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
-    models: dict[str, HFModelConfig] = {}
+    nodes = [(uses[0], student)]
     if teacher.get("path"):
-        models[teacher_setting] = teacher_model = load_model_config(
-            teacher_model_config(student, teacher), teacher_setting
+        nodes.append((uses[1], teacher_model_config(student, teacher)))
+    models: dict[str, HFModelConfig] = {}
+    for use, node in nodes:
+        _check_no_adapter(use, Path(str(node.path)))
+        models[use.setting] = model = load_model_config(node, use.setting)
+        require(
+            model.lora_adapter_path is None or model.lora_rank > 0,
+            f"{use.node}.lora_adapter_path",
+            model.lora_adapter_path,
+            "verl loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both",
         )
-        if teacher_model.lora_adapter_path is not None and teacher_model.lora_rank <= 0:
-            raise ValueError(
-                f"{teacher_setting.removesuffix('path')}lora_adapter_path={teacher_model.lora_adapter_path}: verl "
-                "loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both"
-            )
-    models[student_setting] = student_model = load_model_config(student, student_setting)
-    for setting, model in models.items():
-        if Path(model.local_path).is_dir():
-            check_weights(setting, Path(model.local_path))
-        if not isinstance(getattr(model.hf_config, "vocab_size", None), int):
-            raise ValueError(f"{setting}={model.path}: its configuration has no vocab_size; choose a language model")
+        _check_overrides(use, model)
+        files = check_weights(use.setting, Path(model.local_path)) if Path(model.local_path).is_dir() else []
+        built = _check_build(use, model)
+        if files:
+            _check_tensors(use, model, built, files)
+        if model.lora_rank > 0:
+            _check_lora(use, model, built)
         context = getattr(model.hf_config, "max_position_embeddings", None)
         if context is not None and context < needed_context:
             raise ValueError(
-                f"{setting}={model.path}: its context has {context} tokens, but data.max_prompt_length + "
+                f"{use.setting}={model.path}: its context has {context} tokens, but data.max_prompt_length + "
                 f"data.max_response_length = {needed_context}; shorten them or choose another model"
             )
-    _check_chat_template(student_model, student_setting, dict(template_kwargs or {}))
-    if teacher_setting in models:
+    student_model = models[uses[0].setting]
+    _check_chat_template(student_model, uses[0].setting, dict(template_kwargs or {}))
+    if uses[1].setting in models:
+        teacher_model = models[uses[1].setting]
         if student_model.path == teacher_model.path:
             logger.warning(
                 "%s and %s are both %s: the gap between them starts at zero",
-                student_setting,
-                teacher_setting,
+                *models,
                 student_model.path,
             )
         check_vocabularies(
@@ -203,7 +438,7 @@ def check_models(
             teacher_model.tokenizer,
             student_model.hf_config.vocab_size,
             teacher_model.hf_config.vocab_size,
-            f"{teacher_setting}={teacher_model.path}, {student_setting}={student_model.path}",
+            f"{uses[1].setting}={teacher_model.path}, {uses[0].setting}={student_model.path}",
         )
     return student_model
 

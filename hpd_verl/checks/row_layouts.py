@@ -10,6 +10,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig
 
 from hpd_verl.checks.models import without_copies
+from hpd_verl.checks.settings import on_cpu
 from hpd_verl.config import require
 from hpd_verl.data.files import one_line
 from hpd_verl.engine.causal_lm import check_head, offer_head
@@ -88,6 +89,13 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
         f"{model.name}.{PACKING}",
         packing,
         "Ulysses sequence parallelism shares out packed rows; leave it out",
+    )
+    attention = str(model.get(ATTENTION))
+    require(
+        not (on_cpu() and attention.startswith("flash")),
+        f"{model.name}.{ATTENTION}",
+        attention,
+        "flash attention needs a GPU; leave it out",
     )
     config = _hf_config(model)
     _check_rope(config, model, passes)

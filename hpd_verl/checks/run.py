@@ -4,141 +4,208 @@ import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from verl.utils.torch_dtypes import PrecisionType
 
-from hpd_verl.checkpoint import ACTOR, LEAN, check_resume
-from hpd_verl.config import (
-    PREFIX,
-    HPDConfig,
-    choose_pipeline,
-    is_number,
-    needs_rollout_server,
-    require,
+from hpd_verl.checks.settings import (
+    AGGREGATION,
+    ANYTHING,
+    COUNT,
+    COUNT_OR_NULL,
+    FILES_OR_NULL,
+    FREQUENCY,
+    FROM_ZERO,
+    INTEGER,
+    MAPPING,
+    RATE,
+    SAMPLES,
+    SHARE,
+    SWITCH,
+    TEXT,
+    TEXT_OR_NULL,
+    Rule,
+    check_engine,
+    check_known,
+    check_lora,
+    check_optimiser,
+    check_values,
+    checkpoint_rules,
+    engine_rules,
+    is_integer,
+    model_rules,
+    on_cpu,
+    one_of,
+    only,
+    optimiser_rules,
+    takes_hdfs,
 )
+from hpd_verl.config import PREFIX, HPDConfig, Refused, choose_pipeline, needs_rollout_server, require
 from hpd_verl.data.files import as_list
-from hpd_verl.teacher.store import check_memory_store
-
-Rule = tuple[Callable[[Any], bool], str]
-"""What a value must be, and the remedy where it is not."""
-
-
-def _is_integer(value: Any) -> bool:
-    return type(value) is int
-
-
-_COUNT: Rule = (lambda value: _is_integer(value) and value >= 1, "give an integer of at least 1")
-_COUNT_OR_NULL: Rule = (
-    lambda value: value is None or (_is_integer(value) and value >= 1),
-    "give an integer of at least 1, or null",
-)
-_FROM_ZERO: Rule = (lambda value: _is_integer(value) and value >= 0, "give an integer of at least 0")
-_INTEGER: Rule = (_is_integer, "give an integer")
-_INTEGER_OR_NULL: Rule = (lambda value: value is None or _is_integer(value), "give an integer, or null")
-_FREQUENCY: Rule = (
-    lambda value: _is_integer(value) or value == "after_each_epoch",
-    "give a number of steps, -1 for never, or after_each_epoch",
-)
-_RATE: Rule = (lambda value: is_number(value) and value >= 0, "give a number of at least 0")
-_NORM: Rule = (
-    lambda value: value == math.inf or (is_number(value) and value > 0),
-    "give a number above 0, or .inf for no clipping",
-)
-_SHARE: Rule = (lambda value: is_number(value) and 0 <= value <= 1, "give a number from 0 to 1")
-_SHARE_OR_NULL: Rule = (
-    lambda value: value is None or (is_number(value) and 0 <= value <= 1),
-    "give a number from 0 to 1, or null",
-)
-
-
-def _one_of(*choices: Any) -> Rule:
-    return lambda value: value in choices, f"choose {', '.join(map(str, choices[:-1]))} or {choices[-1]}"
-
-
-_AGGREGATION = _one_of(
-    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-)
-
-
-def _optimiser(node: str) -> dict[str, Rule]:
-    return {
-        f"{node}.lr": _RATE,
-        f"{node}.weight_decay": _RATE,
-        f"{node}.clip_grad": _NORM,
-        f"{node}.lr_warmup_steps_ratio": _SHARE,
-        f"{node}.lr_warmup_steps": _INTEGER_OR_NULL,
-        f"{node}.min_lr_ratio": _SHARE_OR_NULL,
-        f"{node}.lr_scheduler_type": _one_of("constant", "cosine"),
-    }
-
+from hpd_verl.teacher.disk_store import check_space
+from hpd_verl.teacher.store import DIR_SETTING, GIB, check_memory_store
 
 _COMMON: dict[str, Rule] = {
-    "data.train_batch_size": _COUNT,
-    "data.max_prompt_length": _COUNT,
-    "data.max_response_length": _COUNT,
-    "data.train_max_samples": _INTEGER,
-    "data.val_max_samples": _INTEGER,
-    "trainer.n_gpus_per_node": _COUNT,
-    "trainer.nnodes": _COUNT,
-    "trainer.total_epochs": _COUNT,
-    "trainer.total_training_steps": _COUNT_OR_NULL,
-    "trainer.resume_mode": _one_of("auto", "disable", "resume_path"),
+    "data.train_batch_size": COUNT,
+    "data.max_prompt_length": COUNT,
+    "data.max_response_length": COUNT,
+    "data.train_files": FILES_OR_NULL,
+    "data.val_files": FILES_OR_NULL,
+    "data.train_max_samples": SAMPLES,
+    "data.val_max_samples": SAMPLES,
+    "data.prompt_key": TEXT,
+    "data.use_shm": SWITCH,
+    "data.filter_overlong_prompts": SWITCH,
+    "data.apply_chat_template_kwargs": MAPPING,
+    "data.apply_chat_template_kwargs.*": ANYTHING,
+    "trainer.n_gpus_per_node": COUNT,
+    "trainer.nnodes": COUNT,
+    "trainer.total_epochs": COUNT,
+    "trainer.total_training_steps": COUNT_OR_NULL,
+    "trainer.resume_mode": one_of("auto", "disable", "resume_path"),
+    "trainer.resume_from_path": TEXT_OR_NULL,
+    "trainer.project_name": TEXT,
+    "trainer.experiment_name": TEXT,
+    "trainer.default_hdfs_dir": (takes_hdfs, "give a folder, null, or an address of hdfs where its command is there"),
 }
+
+_NO_KL = "HPD's loss already holds the teacher"
+_NO_REWARDS = "HPD takes no advantages of rewards"
 
 MAIN_PPO_RULES: dict[str, Rule] = {
     **_COMMON,
-    "data.gen_batch_size": _COUNT_OR_NULL,
-    "data.val_batch_size": _COUNT_OR_NULL,
-    "data.dataloader_num_workers": _FROM_ZERO,
-    "trainer.save_freq": _INTEGER,
-    "trainer.test_freq": _INTEGER,
-    "actor_rollout_ref.actor.ppo_mini_batch_size": _COUNT,
-    "actor_rollout_ref.actor.ppo_epochs": _COUNT,
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": _COUNT_OR_NULL,
-    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": _COUNT,
-    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": _COUNT,
-    "actor_rollout_ref.actor.entropy_coeff": _RATE,
-    "actor_rollout_ref.actor.loss_agg_mode": _AGGREGATION,
-    "actor_rollout_ref.actor.loss_scale_factor": _COUNT_OR_NULL,
-    **_optimiser("actor_rollout_ref.actor.optim"),
-    "actor_rollout_ref.ref.ulysses_sequence_parallel_size": _COUNT,
-    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": _COUNT_OR_NULL,
-    "actor_rollout_ref.rollout.n": _COUNT,
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": _COUNT,
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": _COUNT_OR_NULL,
+    "data.gen_batch_size": COUNT_OR_NULL,
+    "data.val_batch_size": COUNT_OR_NULL,
+    "data.dataloader_num_workers": FROM_ZERO,
+    "data.filter_overlong_prompts_workers": COUNT_OR_NULL,
+    "data.shuffle": SWITCH,
+    "data.validation_shuffle": SWITCH,
+    "data.truncation": one_of("error", "left", "right", "middle"),
+    "trainer.save_freq": INTEGER,
+    "trainer.test_freq": INTEGER,
+    "trainer.val_before_train": SWITCH,
+    "trainer.val_only": SWITCH,
+    "trainer.balance_batch": SWITCH,
+    "trainer.critic_warmup": only(0, "HPD has no critic, and verl would skip the first updates; leave it out"),
+    "trainer.max_actor_ckpt_to_keep": COUNT_OR_NULL,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": COUNT,
+    "actor_rollout_ref.actor.ppo_epochs": COUNT,
+    "actor_rollout_ref.actor.ppo_micro_batch_size": only(None, "set ppo_micro_batch_size_per_gpu instead"),
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": COUNT_OR_NULL,
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": COUNT,
+    "actor_rollout_ref.actor.use_dynamic_bsz": SWITCH,
+    "actor_rollout_ref.actor.shuffle": SWITCH,
+    "actor_rollout_ref.actor.calculate_entropy": SWITCH,
+    "actor_rollout_ref.actor.clip_ratio": RATE,
+    "actor_rollout_ref.actor.clip_ratio_low": RATE,
+    "actor_rollout_ref.actor.clip_ratio_high": RATE,
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": COUNT,
+    "actor_rollout_ref.actor.entropy_coeff": RATE,
+    "actor_rollout_ref.actor.loss_agg_mode": AGGREGATION,
+    "actor_rollout_ref.actor.loss_scale_factor": COUNT_OR_NULL,
+    "actor_rollout_ref.actor.qat.enable": only(False, "quantisation-aware training is not supported; leave it out"),
+    "actor_rollout_ref.actor.kl_loss_coef": only(0.001, f"{_NO_KL}; leave it out"),
+    "actor_rollout_ref.actor.kl_loss_type": only("low_var_kl", f"{_NO_KL}; leave it out"),
+    "algorithm.gamma": only(1.0, f"{_NO_REWARDS}; leave it out"),
+    "algorithm.lam": only(1.0, f"{_NO_REWARDS}; leave it out"),
+    "algorithm.use_pf_ppo": only(False, f"{_NO_REWARDS}; leave it out"),
+    "algorithm.norm_adv_by_std_in_grpo": only(True, f"{_NO_REWARDS}; leave it out"),
+    "algorithm.kl_ctrl.kl_coef": only(0.001, f"{_NO_KL}; leave it out"),
+    **optimiser_rules("actor_rollout_ref.actor.optim"),
+    **checkpoint_rules("actor_rollout_ref.actor.checkpoint"),
+    **model_rules("actor_rollout_ref.model", trained=True, uses_megatron_lora=True),
+    **model_rules("actor_rollout_ref.ref.model", trained=False),
+    "actor_rollout_ref.ref.ulysses_sequence_parallel_size": COUNT,
+    "actor_rollout_ref.ref.log_prob_micro_batch_size": only(None, "set log_prob_micro_batch_size_per_gpu instead"),
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": COUNT_OR_NULL,
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": COUNT,
+    "actor_rollout_ref.ref.log_prob_use_dynamic_bsz": SWITCH,
+    "actor_rollout_ref.rollout.n": COUNT,
+    "actor_rollout_ref.rollout.temperature": RATE,
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": COUNT,
+    "actor_rollout_ref.rollout.gpu_memory_utilization": SHARE,
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size": only(None, "set log_prob_micro_batch_size_per_gpu instead"),
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": COUNT_OR_NULL,
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": COUNT,
+    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": SWITCH,
 }
-"""Of main_ppo: the values that verl checks late, by an assertion, or not at all."""
+"""Of main_ppo. The engines' rules depend on their strategy."""
+
+_MAIN_PPO_NODES = (
+    "actor_rollout_ref.model",
+    "actor_rollout_ref.ref.model",
+    "actor_rollout_ref.actor.optim",
+    "actor_rollout_ref.actor.checkpoint",
+    "actor_rollout_ref.actor.fsdp_config",
+    "actor_rollout_ref.ref.fsdp_config",
+)
+"""Whose every setting has a rule."""
+
+_BY_DATA = "data.{} holds for student and teacher; leave it out"
+_NOT_READ = "this trainer does not read it; leave it out"
 
 SFT_RULES: dict[str, Rule] = {
     **_COMMON,
-    "data.micro_batch_size_per_gpu": _COUNT,
-    "data.max_token_len_per_gpu": _COUNT,
-    "data.num_workers": _FROM_ZERO,
-    "data.seed": (_is_integer, "give an integer, the seed of the order of the rows"),
-    "trainer.save_freq": _FREQUENCY,
-    "trainer.test_freq": _FREQUENCY,
-    "trainer.loss_agg_mode": _AGGREGATION,
-    **_optimiser("optim"),
+    "data.hpd.*": ANYTHING,  # algorithm.hpd
+    "data.use_dynamic_bsz": SWITCH,
+    "data.micro_batch_size_per_gpu": COUNT,
+    "data.max_token_len_per_gpu": COUNT,
+    "data.num_workers": FROM_ZERO,
+    "data.seed": (is_integer, "give an integer, the seed of the order of the rows"),
+    "data.pad_mode": only("no_padding", "keep no_padding"),
+    "data.tools_key": TEXT,
+    "data.messages_key": only("messages", "the prompt's column is data.prompt_key; leave it out"),
+    "data.enable_thinking_key": only("enable_thinking", f"{_NOT_READ}; data.apply_chat_template_kwargs has it"),
+    "data.enable_thinking_default": only("none", f"{_NOT_READ}; data.apply_chat_template_kwargs has it"),
+    "data.max_length": only(1024, "lengths are data.max_prompt_length and data.max_response_length; leave it out"),
+    "data.truncation": only(
+        "error", "algorithm.hpd.overlong_demonstration says what becomes of long rows; leave it out"
+    ),
+    "data.balance_dp_token": only(False, _NOT_READ),
+    "data.custom_cls.path": only(None, "the rows are demonstrations, read by this trainer; leave it out"),
+    "data.custom_cls.name": only(None, "the rows are demonstrations, read by this trainer; leave it out"),
+    "data.ignore_input_ids_mismatch": only(False, _NOT_READ),
+    "trainer.default_local_dir": TEXT,
+    "trainer.save_freq": FREQUENCY,
+    "trainer.test_freq": FREQUENCY,
+    "trainer.max_ckpt_to_keep": COUNT_OR_NULL,
+    "trainer.loss_agg_mode": AGGREGATION,
+    "trainer.logger": ANYTHING,  # check_trackers
+    "trainer.device": TEXT,  # set by the platform
+    "trainer.seed": only(1, f"{PREFIX}.seed is that of the draws, data.seed that of the rows' order; leave it out"),
+    "trainer.balance_batch": only(True, _NOT_READ),
+    "trainer.profile_interval": only([-1, -1], _NOT_READ),
+    "profiler.enable": only(False, _NOT_READ),
+    "profiler.*": ANYTHING,  # nothing without enable
+    "teacher.model.path": TEXT_OR_NULL,
+    "algorithm.hpd.*": ANYTHING,  # HPDConfig
+    **optimiser_rules("optim"),
+    **checkpoint_rules("checkpoint"),
+    **model_rules("model", trained=True),
+    **model_rules("teacher.model", trained=False),
+    **engine_rules("engine", trained=True, strategy="fsdp2"),
+    **engine_rules("teacher.engine", trained=False, strategy="fsdp2"),
+    "engine.strategy": only("fsdp2", "choose fsdp2"),
+    "teacher.engine.strategy": only("fsdp2", "choose fsdp2"),
+    "engine.ulysses_sequence_parallel_size": only(1, "one_pass does not share sequences out; use main_ppo with staged"),
+    "teacher.engine.ulysses_sequence_parallel_size": only(
+        1, "one_pass does not share sequences out; use main_ppo with staged"
+    ),
+    **{
+        f"{node}.{key}": (lambda value: False, _BY_DATA.format(of_data))
+        for node in ("engine", "teacher.engine")
+        for key, of_data in {
+            "infer_max_token_len_per_gpu": "max_token_len_per_gpu",
+            "max_token_len_per_gpu": "max_token_len_per_gpu",
+            "infer_micro_batch_size_per_gpu": "micro_batch_size_per_gpu",
+            "micro_batch_size_per_gpu": "micro_batch_size_per_gpu",
+            "use_dynamic_bsz": "use_dynamic_bsz",
+        }.items()
+    },
 }
-"""Of the lean trainer."""
-
-
-def check_values(config: DictConfig, rules: Mapping[str, Rule]) -> None:
-    """Check values of settings; one that the configuration does not have is passed over.
-
-    Raises:
-        ValueError: the first that its rule refuses.
-    """
-    absent = object()
-    for setting, (accepts, remedy) in rules.items():
-        value = OmegaConf.select(config, setting, default=absent)
-        if value is absent:
-            continue
-        require(accepts(value), setting, value, remedy)
+"""Of the lean trainer: of all its settings."""
 
 
 _TRACKERS = {
@@ -178,14 +245,54 @@ def check_trackers(config: DictConfig) -> None:
 def _check_parallel_sizes(config: DictConfig, ranks: int, counted: str) -> None:
     for role in ("actor", "ref"):
         node = config.actor_rollout_ref[role]
-        sizes = {
-            f"actor_rollout_ref.{role}.ulysses_sequence_parallel_size": node.get("ulysses_sequence_parallel_size", 1),
-            f"actor_rollout_ref.{role}.fsdp_config.fsdp_size": OmegaConf.select(node, "fsdp_config.fsdp_size"),
-        }
-        for setting, size in sizes.items():
-            if size is None or (setting.endswith("fsdp_size") and not 0 <= size < ranks):
-                continue  # one group of all ranks
-            require(size >= 1 and ranks % size == 0, setting, size, f"must divide the ranks, {counted}")
+        size = node.get("ulysses_sequence_parallel_size", 1)
+        setting = f"actor_rollout_ref.{role}.ulysses_sequence_parallel_size"
+        require(ranks % size == 0, setting, size, f"must divide the ranks, {counted}")
+        setting = f"actor_rollout_ref.{role}.fsdp_config.fsdp_size"
+        _check_group(setting, OmegaConf.select(node, "fsdp_config.fsdp_size"), ranks, counted)
+
+
+def _check_group(setting: str, size: Any, ranks: int, counted: str) -> None:
+    """A group of ranks within which weights are sharded."""
+    if size is None or size < 0 or size >= ranks:
+        return  # one group of all ranks
+    require(ranks % size == 0, setting, size, f"must divide the ranks, {counted} ({ranks})")
+
+
+def _check_budget(config: DictConfig, budgets: Mapping[str, tuple[bool, int]]) -> None:
+    """A micro-batch that is packed by tokens must hold the longest row.
+
+    Args:
+        budgets: setting to (batches are packed by tokens, ranks that share a sequence).
+    """
+    data = config.data
+    longest = data.max_prompt_length + data.max_response_length
+    for setting, (is_dynamic, shared) in budgets.items():
+        budget = OmegaConf.select(config, setting)
+        require(
+            not is_dynamic or budget * shared >= longest,
+            setting,
+            budget,
+            f"below data.max_prompt_length + data.max_response_length = {longest}, and a row must fit; raise it",
+        )
+
+
+def check_main_ppo_engines(config: DictConfig) -> None:
+    """Check the settings of main_ppo's two engines, and that the nodes around them have no others than verl knows."""
+    nodes, rules = config.actor_rollout_ref, dict(MAIN_PPO_RULES)
+    for role, trained in (("actor", True), ("ref", False)):
+        node, strategy = f"actor_rollout_ref.{role}.fsdp_config", nodes[role].strategy
+        own = engine_rules(node, trained, strategy)
+        sharing = nodes[role].get("ulysses_sequence_parallel_size", 1)
+        own[f"{node}.strategy"] = one_of("fsdp", strategy)
+        own[f"{node}.ulysses_sequence_parallel_size"] = one_of(*dict.fromkeys((1, sharing)))
+        check_values(config, own)
+        check_engine(config, node)
+        rules |= own
+    check_known(config, _MAIN_PPO_NODES, rules)
+    check_lora(config, "actor_rollout_ref.model", trained=True)
+    check_lora(config, "actor_rollout_ref.ref.model", trained=False)
+    check_optimiser(config, "actor_rollout_ref.actor.optim")
 
 
 def _check_micro_batches(config: DictConfig, rows_by_setting: Mapping[str, tuple[bool, int]]) -> None:
@@ -196,7 +303,8 @@ def _check_micro_batches(config: DictConfig, rows_by_setting: Mapping[str, tuple
     """
     for setting, (is_dynamic, rows) in rows_by_setting.items():
         size = OmegaConf.select(config, setting)
-        if not is_dynamic and size is not None:
+        if not is_dynamic:
+            require(size is not None, setting, size, "micro-batches are not packed by tokens; give their size in rows")
             require(rows % size == 0, setting, size, f"must divide the {rows} sequences that a rank gets at once")
 
 
@@ -246,13 +354,32 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
             bool(rollout.log_prob_use_dynamic_bsz),
             whole,
         )
-        teacher = config.actor_rollout_ref.ref
-        of_teacher = batch * rollout.n * teacher.get("ulysses_sequence_parallel_size", 1) // ranks
-        per_rank["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"] = (
-            bool(teacher.log_prob_use_dynamic_bsz),
-            of_teacher,
-        )
+    ref = config.actor_rollout_ref.ref
+    of_teacher = batch * rollout.n * ref.get("ulysses_sequence_parallel_size", 1) // ranks
+    per_rank["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"] = (
+        bool(ref.log_prob_use_dynamic_bsz),
+        of_teacher,
+    )
     _check_micro_batches(config, per_rank)
+    require(
+        actor.use_dynamic_bsz == rollout.log_prob_use_dynamic_bsz,
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
+        rollout.log_prob_use_dynamic_bsz,
+        f"verl wants what actor_rollout_ref.actor.use_dynamic_bsz={actor.use_dynamic_bsz} is; leave it out",
+    )
+    shared = {
+        role: config.actor_rollout_ref[role].get("ulysses_sequence_parallel_size", 1) for role in ("actor", "ref")
+    }
+    budgets = {
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": (bool(actor.use_dynamic_bsz), shared["actor"]),
+        "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": (bool(ref.log_prob_use_dynamic_bsz), shared["ref"]),
+    }
+    if pipeline == "staged":
+        budgets["actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu"] = (
+            bool(rollout.log_prob_use_dynamic_bsz),
+            shared["actor"],
+        )
+    _check_budget(config, budgets)
     if needs_rollout_server(config, hpd):
         size = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
         require(
@@ -282,28 +409,57 @@ def check_sft_ranks(config: DictConfig, ranks: int, fills_store: bool) -> None:
     _check_micro_batches(config, {"data.micro_batch_size_per_gpu": (bool(config.data.use_dynamic_bsz), batch // ranks)})
 
 
-def check_checkpoint_folder(folder: Any) -> None:
-    """Check that the folder ``trainer.default_local_dir`` can be made and written; nothing is left there.
+def check_folder(setting: str, folder: Any, what: str) -> Path:
+    """Check that a folder can be made and written; nothing is left there.
+
+    Args:
+        setting: its name.
+        folder: its value.
+        what: it is for, in words.
+
+    Returns:
+        The folder itself, or the nearest above it that is there.
 
     Raises:
         ValueError: it cannot.
     """
-    setting = "trainer.default_local_dir"
-    require(isinstance(folder, str) and folder != "", setting, folder, "give a folder for the checkpoints")
-    missing = Path(folder).absolute()
+    require(isinstance(folder, str) and folder != "", setting, folder, f"give a folder for {what}")
+    missing = Path(folder).expanduser().absolute()
     existing = missing
     while not os.path.lexists(existing):
         existing = existing.parent
-    require(existing.is_dir(), setting, folder, f"{existing} is not a folder; choose another place for checkpoints")
+    require(existing.is_dir(), setting, folder, f"{existing} is not a folder; choose another place for {what}")
     try:
         with tempfile.TemporaryDirectory(prefix=".hpd_verl_", dir=existing) as trial:
             inside = Path(trial) / missing.relative_to(existing)
             inside.mkdir(parents=True, exist_ok=True)
             (inside / "trial").write_bytes(b"0")
     except OSError as error:
-        raise ValueError(
-            f"{setting}={folder}: cannot be written ({error.strerror or error}); choose another place for checkpoints"
+        raise Refused(
+            f"{setting}={folder}: cannot be written ({error.strerror or error}); choose another place for {what}"
         ) from error
+    return existing
+
+
+def check_checkpoint_folder(folder: Any) -> None:
+    """Check that the folder ``trainer.default_local_dir`` can be made and written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    check_folder("trainer.default_local_dir", folder, "checkpoints")
+
+
+def check_store(hpd: HPDConfig) -> None:
+    """Check that the teacher's store can be written, and that its disk holds what the limit allows.
+
+    Raises:
+        ValueError: it cannot, or does not.
+    """
+    if hpd.teacher_cache != "disk" or not hpd.needs_teacher:
+        return
+    check_folder(DIR_SETTING, hpd.teacher_cache_dir, "the teacher's store")
+    check_space(Path(str(hpd.teacher_cache_dir)).expanduser(), int(hpd.teacher_cache_max_gib * GIB))
 
 
 def _is_set(config: DictConfig, key: str) -> bool:
@@ -312,14 +468,12 @@ def _is_set(config: DictConfig, key: str) -> bool:
 
 # Settings that would silently do something else than they say, or that HPD's passes cannot serve.
 _UNSUPPORTED = {
-    "actor_rollout_ref.model.use_fused_kernels": "HPD reads the student's logits, which fused kernels do not keep",
     "actor_rollout_ref.actor.use_fused_kernels": "HPD reads the student's logits, which fused kernels do not keep",
     "actor_rollout_ref.actor.use_prefix_grouper": "the prefix grouper has its own loss",
     "actor_rollout_ref.actor.pad_to_length": "verl's logits processor does not know static padding",
     "actor_rollout_ref.ref.pad_to_length": "verl's logits processor does not know static padding",
     "actor_rollout_ref.actor.use_kl_loss": "HPD's loss already holds the teacher",
     "actor_rollout_ref.actor.calculate_sum_pi_squared": "it belongs to a baseline that HPD has no use for",
-    "actor_rollout_ref.model.mtp.enable": "multi-token prediction heads have no teacher",
     "algorithm.use_kl_in_reward": "HPD's loss already holds the teacher",
     "algorithm.filter_groups.enable": "HPD has no rewards to filter groups by",
     "algorithm.rollout_correction.bypass_mode": "HPD always takes log-probs from the student itself",
@@ -328,22 +482,7 @@ _UNSUPPORTED = {
     "distillation.enabled": "verl's own distillation is another algorithm",
     "critic.enable": "HPD has no critic",
     "reward.reward_model.enable": "HPD uses no reward model",
-    "actor_rollout_ref.actor.checkpoint.async_save": "a checkpoint could not be told complete",
 }
-
-
-def _refuse_float16(config: DictConfig, engine: str) -> None:
-    """Gradients of the student's output layer do not survive float16, with verl's factor of 65,536 or without."""
-    for name in ("mixed_precision.param_dtype", "mixed_precision.reduce_dtype", "model_dtype", "dtype"):
-        setting = f"{engine}.{name}"
-        found = OmegaConf.select(config, setting)
-        require(
-            not PrecisionType.is_fp16(found),
-            setting,
-            found,
-            "the student is not trained in float16, whose range its gradients exceed; choose bfloat16 or float32 (the "
-            "teacher may be float16)",
-        )
 
 
 def check_config(config: DictConfig) -> HPDConfig:
@@ -356,6 +495,7 @@ def check_config(config: DictConfig) -> HPDConfig:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
     check_values(config, MAIN_PPO_RULES)
+    check_main_ppo_engines(config)
     check_trackers(config)
     require(
         OmegaConf.select(config, PREFIX) is not None,
@@ -400,8 +540,7 @@ def check_config(config: DictConfig) -> HPDConfig:
             "own part of a sequence alone; unset it",
         )
     require(
-        os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu"
-        or {actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy} == {"fsdp2"},
+        not on_cpu() or {actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy} == {"fsdp2"},
         "actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy",
         f"{actor_rollout_ref.actor.strategy}, {actor_rollout_ref.ref.strategy}",
         "verl's fsdp needs an accelerator; a CPU runs fsdp2",
@@ -460,8 +599,6 @@ def check_config(config: DictConfig) -> HPDConfig:
         f"the staged pipeline ({reason}) runs a teacher with every objective; give one",
     )
     check_ranks(config, hpd)
-    _refuse_float16(config, "actor_rollout_ref.actor.fsdp_config")
-    check_resume(config.trainer, ACTOR)
     check_memory_store(hpd.teacher_cache, config.trainer.n_gpus_per_node * config.trainer.nnodes)
     return hpd
 
@@ -481,6 +618,7 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
         ValueError: one sentence that names the setting, what was found and what to do.
     """
     check_values(config, SFT_RULES)
+    check_known(config, tuple(map(str, config)), SFT_RULES)
     check_trackers(config)
     hpd = HPDConfig.from_config(config.algorithm.hpd)
     require(
@@ -494,23 +632,23 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
     require(
         hpd.missing_demonstration == "error", f"{PREFIX}.missing_demonstration", hpd.missing_demonstration, rollouts
     )
-    required = {
-        f"{PREFIX}.pipeline": (hpd.pipeline, ("auto", "one_pass"), "this trainer is one_pass only"),
-        "engine.strategy": (config.engine.strategy, ("fsdp2",), "choose fsdp2"),
-        "engine.ulysses_sequence_parallel_size": (
-            config.engine.ulysses_sequence_parallel_size,
-            (1,),
-            "one_pass does not share sequences out; use main_ppo with staged",
-        ),
-        "data.pad_mode": (config.data.pad_mode, ("no_padding",), "keep no_padding"),
-        "model.use_fused_kernels": (config.model.use_fused_kernels, (False,), "HPD has its own output layer; unset it"),
-        "engine.pad_to_length": (config.engine.pad_to_length, (False,), "not supported; unset it"),
-    }
-    for setting, (found, allowed, remedy) in required.items():
-        require(found in allowed, setting, found, remedy)
+    require(hpd.pipeline in ("auto", "one_pass"), f"{PREFIX}.pipeline", hpd.pipeline, "this trainer is one_pass only")
+    check_engine(config, "engine")
+    check_engine(config, "teacher.engine", inherited="engine")
+    check_optimiser(config, "optim")
+    check_lora(config, "model", trained=True)
+    check_lora(config, "teacher.model", trained=False)
+    data = config.data
+    _check_budget(config, {"data.max_token_len_per_gpu": (bool(data.use_dynamic_bsz), 1)})
+    for role in ("engine", "teacher.engine"):
+        _check_group(f"{role}.fsdp_size", OmegaConf.select(config, f"{role}.fsdp_size"), ranks, "torchrun's processes")
+    asked = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    require(
+        asked in (1, ranks),
+        "trainer.n_gpus_per_node",
+        config.trainer.n_gpus_per_node,
+        f"torchrun has started {ranks} processes, which decide; leave it out",
+    )
     check_sft_ranks(config, ranks, fills_store)
-    _refuse_float16(config, "engine")
-    if not fills_store:
-        check_resume(config.trainer, LEAN)
     check_memory_store(hpd.teacher_cache, ranks)
     return hpd

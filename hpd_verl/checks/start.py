@@ -7,20 +7,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from verl.workers.config import HFModelConfig
 
+from hpd_verl.checkpoint import ACTOR, LEAN
 from hpd_verl.checks.data import check_prompts_fit, template_kwargs, texts_of_rows
 from hpd_verl.checks.files_of_model import check_student_files
-from hpd_verl.checks.models import can_check_here, check_models, without_copies
+from hpd_verl.checks.models import ModelUse, can_check_here, check_models, without_copies
+from hpd_verl.checks.resume import check_resume
 from hpd_verl.checks.row_layouts import Passes, choose_row_layout, model_nodes
-from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
+from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config, check_store
+from hpd_verl.checks.settings import on_cpu
 from hpd_verl.checks.vocabulary import check_embedded
-from hpd_verl.config import HPDConfig, choose_pipeline, needs_rollout_server
+from hpd_verl.config import HPDConfig, choose_pipeline, needs_rollout_server, require
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote
+from hpd_verl.engine.families import head_size
 
 logger = logging.getLogger(__name__)
 
 DATASET_MODULE = "pkg://hpd_verl.data.dataset"
 """``data.custom_cls.path`` of configs/algorithm/hpd.yaml: the data set whose rows are known here."""
+
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of vLLM's attention on a CPU, which is asked without importing vLLM."""
 
 
 def _has_remote(files: list[Any]) -> bool:
@@ -35,23 +43,26 @@ def _check_data_and_models(
     config: DictConfig,
     hpd: HPDConfig,
     models: Mapping[str, DictConfig],
-    settings: Mapping[str, Any],
+    uses: tuple[ModelUse, ModelUse],
     rows_needed: Mapping[str, int],
     passes: Passes,
     validates_on_demonstrations: bool = False,
     serves_rollouts: bool = False,
-) -> None:
+) -> HFModelConfig | None:
     """Check files and rows, then models, then both together.
 
     Args:
         config: the composed configuration.
         hpd: the algorithm's settings.
         models: the model nodes of ``student`` and ``teacher``.
-        settings: the names of these models' path settings.
+        uses: of student and teacher.
         rows_needed: file setting to the rows that must be there at least.
         passes: what is asked of the models.
         validates_on_demonstrations: validation rows need demonstrations, too.
         serves_rollouts: a server answers with the student's weights.
+
+    Returns:
+        The student's configuration; None where its model would have to be fetched.
     """
     data = config.data
     checked = {}
@@ -70,25 +81,24 @@ def _check_data_and_models(
                 + ", less than one batch; lower it"
             )
     if not can_check_here(models["student"], models["teacher"]):
-        return
+        return None
     student = check_models(
         student=without_copies(models["student"]),
         teacher=without_copies(models["teacher"]),
-        student_setting=settings["student"],
-        teacher_setting=settings["teacher"],
+        uses=uses,
         needed_context=data.max_prompt_length + data.max_response_length,
         template_kwargs=template_kwargs(data),
     )
-    check_student_files(student, settings["student"], serves_rollouts)
+    check_student_files(student, uses[0].setting, serves_rollouts)
     check_embedded(
-        f"{settings['student']}={models['student'].path}",
+        f"{uses[0].setting}={models['student'].path}",
         student.tokenizer,
         student.hf_config.vocab_size,
         template_kwargs(data),
         texts_of_rows([file for found in checked.values() for file in found], data.get("prompt_key", "prompt")),
     )
-    names = [settings[role].removesuffix(".path") for role in ("student", "teacher")]
-    for model in model_nodes(without_copies(models["student"]), without_copies(models["teacher"]), names):
+    nodes = (without_copies(models["student"]), without_copies(models["teacher"]))
+    for model in model_nodes(*nodes, [use.node for use in uses]):
         choose_row_layout(model, passes)
     for setting, found in checked.items():
         if _has_remote(as_list(OmegaConf.select(config, setting))):
@@ -102,6 +112,29 @@ def _check_data_and_models(
             needed_rows=rows_needed[setting],
             max_samples=-1 if data.get("shuffle", False) else _max_samples(config, setting),
         )
+    return student
+
+
+def _wrapped(*engines: DictConfig) -> Any:
+    """The classes that FSDP is to wrap, by the first engine that says so."""
+    found = (OmegaConf.select(engine, "wrap_policy.transformer_layer_cls_to_wrap") for engine in engines)
+    return next((layers for layers in found if layers), None)
+
+
+def main_ppo_uses(config: DictConfig, hpd: HPDConfig) -> tuple[ModelUse, ModelUse]:
+    """Student and teacher of a run of main_ppo."""
+    nodes, (pipeline, _) = config.actor_rollout_ref, choose_pipeline(config, hpd)
+    student, teacher = (
+        ModelUse(
+            f"{path}.path",
+            f"actor_rollout_ref.{role}.fsdp_config",
+            one_pass=pipeline == "one_pass",
+            ulysses=nodes[role].get("ulysses_sequence_parallel_size", 1),
+            layers=_wrapped(nodes[role].fsdp_config),
+        )
+        for role, path in (("actor", "actor_rollout_ref.model"), ("ref", "actor_rollout_ref.ref.model"))
+    )
+    return student, teacher
 
 
 def main_ppo_passes(config: DictConfig, pipeline: str) -> Passes:
@@ -161,8 +194,18 @@ def check_main_ppo(config: DictConfig) -> None:
     """
     check_temporary_folders("TMPDIR", "RAY_TMPDIR")
     hpd = check_config(config)
-    if config.trainer.save_freq > 0:
-        check_checkpoint_folder(config.trainer.default_local_dir)
+    trainer = config.trainer
+    if trainer.save_freq > 0:
+        check_checkpoint_folder(trainer.default_local_dir)
+    check_resume(
+        trainer,
+        config.actor_rollout_ref.actor.checkpoint,
+        ranks=trainer.n_gpus_per_node * trainer.nnodes,
+        counted="trainer.n_gpus_per_node * trainer.nnodes",
+        folder=ACTOR,
+        contents=ACTOR,
+    )
+    check_store(hpd)
     rows_needed = {"data.train_files": config.data.train_batch_size}
     if as_list(config.data.val_files) != as_list(config.data.train_files):
         rows_needed["data.val_files"] = 1  # verl reads them whether or not it validates
@@ -170,15 +213,24 @@ def check_main_ppo(config: DictConfig) -> None:
         logger.info("data files are not checked before the run starts: data.custom_cls.path is not %s", DATASET_MODULE)
         rows_needed = {}
     nodes = config.actor_rollout_ref
-    _check_data_and_models(
+    student = _check_data_and_models(
         config,
         hpd,
         {"student": nodes.model, "teacher": nodes.ref.model},
-        {"student": "actor_rollout_ref.model.path", "teacher": "actor_rollout_ref.ref.model.path"},
+        main_ppo_uses(config, hpd),
         rows_needed,
         main_ppo_passes(config, choose_pipeline(config, hpd)[0]),
         serves_rollouts=needs_rollout_server(config, hpd),
     )
+    if student is not None and nodes.rollout.name == "vllm" and on_cpu() and needs_rollout_server(config, hpd):
+        size = head_size(student.hf_config)
+        require(
+            size in VLLM_CPU_HEAD_SIZES,
+            "actor_rollout_ref.model.path",
+            student.path,
+            f"attention heads of {size}, and vLLM generates on a CPU with {', '.join(map(str, VLLM_CPU_HEAD_SIZES))} "
+            "only; choose another student, or train on demonstrations alone without validation",
+        )
 
 
 def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False) -> None:
@@ -196,6 +248,16 @@ def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False)
     hpd = check_sft_config(config, ranks, fills_store)
     if not fills_store:  # the last step is saved in any case
         check_checkpoint_folder(config.trainer.default_local_dir)
+        check_resume(
+            config.trainer,
+            config.checkpoint,
+            ranks,
+            counted="torchrun's --nproc_per_node times --nnodes",
+            folder="",
+            contents=LEAN,
+            auto_takes_path=True,
+        )
+    check_store(hpd)
     rows_needed = {"data.train_files": 1 if fills_store else config.data.train_batch_size}
     if config.data.val_files:
         rows_needed["data.val_files"] = 1
@@ -203,7 +265,10 @@ def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False)
         config,
         hpd,
         {"student": config.model, "teacher": config.teacher.model},
-        {"student": "model.path", "teacher": "teacher.model.path"},
+        (
+            ModelUse("model.path", "engine", layers=_wrapped(config.engine)),
+            ModelUse("teacher.model.path", "teacher.engine", layers=_wrapped(config.teacher.engine, config.engine)),
+        ),
         rows_needed,
         sft_passes(config),
         validates_on_demonstrations=True,

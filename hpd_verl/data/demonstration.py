@@ -157,6 +157,22 @@ class DemonstrationTokenizer:
         return TokenisedDemonstration(ids[: self.max_length], len(ids) > self.max_length, reopened)
 
 
+def prompt_family(tokenizer: PreTrainedTokenizerBase, model_type: str | None) -> str | None:
+    """The ``model_type`` by which verl is asked for a builder of prompts; None for its builder of any family.
+
+    verl's builders of some families ask for tokens that join later turns, and refuse tokenizers without them, as those
+    of models that took over another family's. Prompts have one turn, which most of these builders write as any other's.
+    """
+    kind = get_continuous_token_builder_class(infer_continuous_token_model_family(hf_model_type=model_type))
+    if kind.build_initial_tokens is not ContinuousTokenBuilder.build_initial_tokens:
+        return model_type
+    try:
+        kind(tokenizer)
+    except ValueError:
+        return None
+    return model_type
+
+
 class PromptTokenizer:
     """Tokenises prompts, for demonstrations and rollouts alike.
 

@@ -6,21 +6,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from hpd_verl.config import Refused
 from hpd_verl.head.output_head import OutputHead
 
 HeadFunction = Callable[[Tensor, OutputHead], Any]
 """``head(hidden [rows, tokens, d], layer)``: takes the place of the output layer; the model returns what it returns."""
 
 _PROBE_LENGTH = 8
-_REMEDY = "main_ppo trains it with algorithm.hpd.pipeline=staged"
 
 
 def _causal_lm(module: nn.Module) -> Any:
     """The model itself, without PEFT's wrapping."""
     unwrap = getattr(module, "get_base_model", None)
     return unwrap() if unwrap is not None else module
+
+
+_STAGED = "main_ppo trains it with algorithm.hpd.pipeline=staged"
+
+
+def body(module: nn.Module) -> nn.Module | None:
+    """The part that makes the hidden states; None where the model does not tell which it is."""
+    model = _causal_lm(module)
+    if model.base_model is not model:
+        return model.base_model
+    parts = [child for child in model.children() if isinstance(child, PreTrainedModel)]  # as Llama 4's
+    return parts[0] if len(parts) == 1 else None
+
+
+def check_one_pass(module: nn.Module) -> None:
+    """Check that a model has a body and an output layer between which the loss can take its place.
+
+    Raises:
+        Refused: it has not.
+    """
+    output_head(module)
+    if body(module) is None:
+        model = _causal_lm(module)
+        raise Refused(
+            f"algorithm.hpd.pipeline=one_pass: {type(model).__name__} has no part named {model.base_model_prefix!r}, "
+            f"which would make the hidden states; {_STAGED}"
+        )
 
 
 def output_head(module: nn.Module, vocabulary_size: int | None = None) -> OutputHead:
@@ -31,15 +58,15 @@ def output_head(module: nn.Module, vocabulary_size: int | None = None) -> Output
         vocabulary_size: number of logits to use; None for all.
 
     Raises:
-        ValueError: the output layer is no linear layer.
+        Refused: the output layer is no linear layer.
     """
     model = _causal_lm(module)
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         found = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        raise ValueError(
-            f"the output layer of {type(model).__name__} is {found}, not a linear layer, which one pass reads; "
-            f"{_REMEDY}"
+        raise Refused(
+            f"algorithm.hpd.pipeline=one_pass: the output layer of {type(model).__name__} is {found}, not a linear "
+            f"layer; {_STAGED}"
         )
     scale, soft_cap = head_scaling(model.config)
     return OutputHead(
@@ -69,16 +96,12 @@ def offer_head(module: nn.Module, vocabulary_size: int | None = None) -> None:
         vocabulary_size: number of logits to use; None for all.
 
     Raises:
-        ValueError: the output layer is no linear layer, or the model does not tell which part precedes it.
+        Refused: the output layer is no linear layer, or the model does not tell which part precedes it.
     """
     model = _causal_lm(module)
-    output_head(model, vocabulary_size)  # refuses what is not understood
-    if model.base_model is model:
-        raise ValueError(
-            f"{type(model).__name__} has no part named {model.base_model_prefix!r}, which would make the hidden states "
-            f"that one pass reads; {_REMEDY}"
-        )
-    layer = model.get_output_embeddings()
+    check_one_pass(model)
+    part, layer = body(model), model.get_output_embeddings()
+    assert part is not None
     plain_model_forward, plain_layer_forward = model.forward, layer.forward
 
     def layer_forward(hidden: Tensor, head: HeadFunction | None = None) -> Any:
@@ -88,7 +111,7 @@ def offer_head(module: nn.Module, vocabulary_size: int | None = None) -> None:
     def model_forward(*args: Any, head: HeadFunction | None = None, **kwargs: Any) -> Any:
         if head is None:
             return plain_model_forward(*args, **kwargs)
-        return layer(model.base_model(*args, **kwargs)[0], head=head)
+        return layer(part(*args, **kwargs)[0], head=head)
 
     model.forward, layer.forward = model_forward, layer_forward
 
@@ -98,7 +121,7 @@ def check_head(module: nn.Module) -> None:
     """Compare the model's own logits of a few tokens with those of its hidden states and ``output_head``.
 
     Raises:
-        ValueError: they differ: the model does more in its output layer than is known here.
+        Refused: they differ: the model does more in its output layer than is known here.
     """
     device = next(module.parameters()).device
     ids = torch.arange(1, _PROBE_LENGTH + 1, device=device).unsqueeze(0)
@@ -123,7 +146,7 @@ def check_head(module: nn.Module) -> None:
     difference = (logits - expected).abs().max().item()
     if not difference <= tolerance * (1 + logits.abs().max().item()):
         name = type(_causal_lm(module)).__name__
-        raise ValueError(
-            f"the output layer of {name} does more than a linear layer, scaling and soft-capping, which one pass knows "
-            f"(logits differ by {difference:.3g}); {_REMEDY}"
+        raise Refused(
+            f"algorithm.hpd.pipeline=one_pass: the output layer of {name} does more than a linear layer, scaling and "
+            f"soft-capping (logits differ by {difference:.3g}); {_STAGED}"
         )

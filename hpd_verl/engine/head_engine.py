@@ -11,9 +11,12 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
 
+from hpd_verl.engine import families
 from hpd_verl.engine.causal_lm import check_head, offer_head
 from hpd_verl.engine.row_engine import RowEngine
 from hpd_verl.head.output_head import OutputHead
+
+families.register()
 
 MODEL_TYPE = "hpd_language_model"
 """``model_type`` of the engine in verl's registry."""

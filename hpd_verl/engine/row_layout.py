@@ -138,6 +138,8 @@ def _try_layouts(
             name = attention.AS_FLASH  # a CPU has no kernel of it; this one is told the same
         try:
             model = replica.model(name)
+            if layout.attention.startswith("flash") and not model._supports_flash_attn:
+                raise ValueError(f"{type(model).__name__} has no flash attention")
             found = [_together(model, rows, layout.packed) if rows_share else _alone(model, rows) for rows in draws]
             off = max(map(_distance, found, expected))
         except Exception as error:  # whatever a model file or an attention raises at what it does not take

@@ -12,8 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
+from hpd_verl.checks.architecture import check_architecture
+from hpd_verl.config import Refused
+from hpd_verl.engine.on_meta import CannotBuild
 from hpd_verl.plan.memory import Memory, complaints, plan_memory, what_helps
-from hpd_verl.plan.model_size import ModelSize, model_size, read_config
+from hpd_verl.plan.model_size import ModelSize, model_size, one_line, read_config
 from hpd_verl.plan.run import GIB, Run
 from hpd_verl.plan.work import Work, plan_work
 
@@ -168,12 +171,37 @@ def as_json(
     }
 
 
+def _size(argument: str, name: str, run: Run) -> ModelSize:
+    """Sizes of a model that the trainers take.
+
+    Raises:
+        ValueError: they would refuse it by its configuration.
+    """
+    checkpointed = argument == "STUDENT" and run.gradient_checkpointing
+    try:
+        config = read_config(name)
+        check_architecture(
+            argument,
+            name,
+            config,
+            one_pass=run.trainer == "lean",
+            gradient_checkpointing="--gradient_checkpointing" if checkpointed else None,
+        )
+        return model_size(name, config)
+    except CannotBuild as error:
+        raise ValueError(f"{argument}={name}: transformers cannot build it: {one_line(error)}") from error
+    except Refused:
+        raise
+    except ValueError as error:  # which begins with the name
+        raise ValueError(f"{argument}={error}") from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     try:
         parsed, run = parse(arguments)
-        student = model_size(parsed.student, read_config(parsed.student))
-        teacher = None if parsed.teacher is None else model_size(parsed.teacher, read_config(parsed.teacher))
+        student = _size("STUDENT", parsed.student, run)
+        teacher = None if parsed.teacher is None else _size("TEACHER", parsed.teacher, run)
     except ValueError as error:
         sys.exit(f"Error: {error}")
     memory, work = plan_memory(student, teacher, run), plan_work(student, teacher, run)

@@ -9,6 +9,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from hpd_verl.engine.families import layers_to_wrap
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -45,7 +47,7 @@ class ModelSize:
         return self.active - self.embedding - (0 if self.tied else self.output)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
@@ -61,7 +63,7 @@ def read_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)  # not left out: it would be asked for
     except Exception as error:  # whatever transformers raises on what a file may hold
         raise ValueError(
-            f"{name}: no configuration of a model can be read ({_one_line(error)}); give a folder with "
+            f"{name}: no configuration of a model can be read ({one_line(error)}); give a folder with "
             "config.json, or a hub name where the hub can be reached"
         ) from error
 
@@ -92,11 +94,11 @@ def model_size(name: str, config: PretrainedConfig) -> ModelSize:
             model: Any = AutoModelForCausalLM.from_config(text)
     except Exception as error:  # whatever a model raises on sizes that cannot be
         raise ValueError(
-            f"{name}: transformers cannot build a causal language model of it ({_one_line(error)})"
+            f"{name}: transformers cannot build a causal language model of it ({one_line(error)})"
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    kinds = set(model._no_split_modules or [])
+    kinds = set(layers_to_wrap(model))
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     if not layers:
         raise ValueError(f"{name}: a model without layers; check its config.json")

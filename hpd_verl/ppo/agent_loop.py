@@ -8,7 +8,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
 from hpd_verl.data.chat_template import ChatTemplate
-from hpd_verl.data.demonstration import PromptTokenizer
+from hpd_verl.data.demonstration import PromptTokenizer, prompt_family
 from hpd_verl.data.fields import ON_POLICY, TRUNCATED_PROMPT
 from hpd_verl.data.row import TOOLS, tools_of
 
@@ -30,8 +30,10 @@ def answer_seed(seed: int, row: Mapping[str, Any]) -> int:
 class HPDAgentLoop(SingleTurnAgentLoop):
     """One answer of the student to one prompt, in training and validation. verl makes one object per answer."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, tokenizer: Any, hf_model_type: str | None = None, **kwargs: Any) -> None:
+        if kwargs.get("processor") is None:
+            hf_model_type = prompt_family(tokenizer, hf_model_type)
+        super().__init__(*args, tokenizer=tokenizer, hf_model_type=hf_model_type, **kwargs)
         self.template = ChatTemplate(self.tokenizer, self.apply_chat_template_kwargs)
         self.prompts = PromptTokenizer(self.template)
         self.tools: list[dict[str, Any]] | None = None

@@ -33,7 +33,7 @@ from hpd_verl import checkpoint
 from hpd_verl.checks.models import check_models
 from hpd_verl.checks.row_layouts import choose_row_layout, model_nodes, write_row_layout
 from hpd_verl.checks.run import check_config
-from hpd_verl.checks.start import main_ppo_passes
+from hpd_verl.checks.start import main_ppo_passes, main_ppo_uses
 from hpd_verl.config import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
@@ -85,8 +85,7 @@ class HPDTrainer(PPOTrainerSync):
         student = check_models(
             student=config.actor_rollout_ref.model,
             teacher=config.actor_rollout_ref.ref.model,
-            student_setting="actor_rollout_ref.model.path",
-            teacher_setting="actor_rollout_ref.ref.model.path",
+            uses=main_ppo_uses(config, hpd),
             needed_context=config.data.max_prompt_length + config.data.max_response_length,
         )
         fix_prompt_date(config.data, self.hpd, student.tokenizer.chat_template)

@@ -13,7 +13,7 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from hpd_verl.checkpoint import remove_files
-from hpd_verl.config import HPDConfig
+from hpd_verl.config import HPDConfig, with_dtype
 from hpd_verl.engine.ranks import seed_rank
 from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.pipelines.choice import PIPELINES
@@ -31,6 +31,8 @@ class HPDWorker(ActorRolloutRefWorker):
         hpd = HPDConfig.from_config(self.config.hpd)
         with open_dict(self.config):
             del self.config.ref.model  # verl's dataclass of the reference does not know it
+            for role in (self.config.actor, self.config.ref):
+                role.fsdp_config = with_dtype(role.fsdp_config)
         pipeline = PIPELINES[hpd.pipeline]
         self.ref_worker_cls = partial(TeacherWorker, model=teacher, lazy=pipeline.teacher_is_lazy)
 

@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpd_verl.config import Refused, require
 from hpd_verl.teacher.records import Record, Schema, StoreIdentity, output_head_hash, teacher_identity
 from hpd_verl.teacher.store import DIR_SETTING, GIB, LIMIT_SETTING, StoreStats, TeacherStore
 
@@ -69,6 +70,28 @@ def estimate_bytes(*, format: str, dtype: str, top_k: int, hidden_size: int, row
         teacher_identity("", "", temperature=1.0, vocabulary_size=top_k, format=format, dtype=dtype, top_k=top_k)
     )
     return rows * _ENTRY.size + schema.size(tokens, hidden_size if format == "hidden" else top_k)
+
+
+def check_space(folder: Path, max_bytes: int) -> None:
+    """Check that the disk of a store has room for what the store may still grow by.
+
+    Args:
+        folder: the store's, which need not be there.
+        max_bytes: limit of all its parts together.
+
+    Raises:
+        Refused: it has not.
+    """
+    folder = folder.absolute()
+    more = max_bytes - sum(file.stat().st_size for file in folder.glob("part-*"))
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    require(
+        free >= more,
+        LIMIT_SETTING,
+        f"{max_bytes / GIB:g}",
+        f"lets {DIR_SETTING}={folder} grow by {more / GIB:.3g} GiB, but its disk has {free / GIB:.3g} GiB free; lower "
+        "the limit, or give a folder on another disk",
+    )
 
 
 class _Part:
@@ -148,12 +171,12 @@ class DiskStore(TeacherStore):
         self._part: _Part | None = None
         self._open_folder()
         self.refresh()
-        self._check_free_space()
+        check_space(self.folder, self.max_bytes)
 
     # Opening
 
-    def _error(self, found: str, remedy: str) -> ValueError:
-        return ValueError(f"{DIR_SETTING}={self.folder}: {found}; {remedy}")
+    def _error(self, found: str, remedy: str) -> Refused:
+        return Refused(f"{DIR_SETTING}={self.folder}: {found}; {remedy}")
 
     def _open_folder(self) -> None:
         try:
@@ -220,16 +243,6 @@ class DiskStore(TeacherStore):
             raise self._error(
                 f"holds features of another teacher or of other settings ({'; '.join(differing)})",
                 "give each its own folder, or delete this one",
-            )
-
-    def _check_free_space(self) -> None:
-        more = self.max_bytes - self._stored
-        free = shutil.disk_usage(self.folder).free
-        if free < more:
-            raise self._error(
-                f"{LIMIT_SETTING}={self.max_bytes / GIB:g} lets it grow by {more / GIB:.3g} GiB, but its disk has "
-                f"{free / GIB:.3g} GiB free",
-                "lower the limit, or give a folder on another disk",
             )
 
     @contextmanager

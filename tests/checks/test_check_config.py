@@ -347,7 +347,7 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
         (["engine.mixed_precision.param_dtype=fp16"], "engine.mixed_precision.param_dtype=fp16: the student is"),
         (["engine.model_dtype=fp16"], "engine.model_dtype=fp16: the student is not trained in float16"),
         (["data.seed=null"], "data.seed=None: give an integer"),
-        (["model.use_fused_kernels=true"], "model.use_fused_kernels=True: HPD has its own output layer"),
+        (["model.use_fused_kernels=true"], "model.use_fused_kernels=True: not supported: HPD reads"),
         (
             ["trainer.logger=[file,vemlp_wandb]"],
             "trainer.logger=vemlp_wandb: its package volcengine_ml_platform is not",

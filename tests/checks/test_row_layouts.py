@@ -77,6 +77,12 @@ def test_what_is_set_is_taken_where_it_is_right(folder: Path) -> None:
             r"model\.override_config\.attn_implementation=nothing: .*; leave it out for packed_attention on packed",
         ),
         (
+            "llama",
+            "llama",
+            ["model.override_config.attn_implementation=flash_attention_2"],
+            r"model\.override_config\.attn_implementation=flash_attention_2: flash attention needs a GPU; leave it out",
+        ),
+        (
             "glm_moe_dsa",
             "llama",
             [],

@@ -6,6 +6,7 @@ import inspect
 import torch.distributed
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from hpd_verl.checks.start import VLLM_CPU_HEAD_SIZES
 from hpd_verl.cpu import patches
 
 
@@ -34,3 +35,9 @@ def test_vllm_still_drops_packed_weights() -> None:
     from vllm.model_executor.layers import utils
 
     assert "remove_weight" in inspect.signature(utils.dispatch_cpu_unquantized_gemm).parameters
+
+
+def test_the_head_sizes_of_vllm() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == VLLM_CPU_HEAD_SIZES

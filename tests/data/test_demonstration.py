@@ -5,11 +5,12 @@ import logging
 import pytest
 from conftest import WORDS, Tiny, make_rows, make_tokenizer, write_parquet
 from omegaconf import OmegaConf
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl.workers.config import HFModelConfig
 
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import HPDDataset
-from hpd_verl.data.demonstration import DemonstrationTokenizer, SequenceBuilder
+from hpd_verl.data.demonstration import DemonstrationTokenizer, SequenceBuilder, prompt_family
 from hpd_verl.lean import DemonstrationDataset
 
 MESSAGES = [{"role": "user", "content": "1 plus 2 ?"}]
@@ -79,3 +80,19 @@ def test_a_token_without_an_embedding_is_named(tiny: Tiny) -> None:
     assert SequenceBuilder(model, {}, 9, 16).build(MESSAGES, "2", "row 7")
     with pytest.raises(ValueError, match=r"^row 7: it holds token 12, and the model's embedding has 12 rows"):
         SequenceBuilder(model, {}, 9, 16).build(MESSAGES, "3", "row 7")
+
+
+def test_a_tokenizer_without_the_tokens_of_later_turns() -> None:
+    """verl's builder of GLM's prompts asks for tokens that join turns; a prompt has one, and is any family's."""
+    tokenizer = make_tokenizer(WORDS)
+    with pytest.raises(ValueError, match="does not define required token"):
+        create_continuous_token_builder(tokenizer, hf_model_type="glm4_moe")
+    assert prompt_family(tokenizer, "glm4_moe") is None
+    assert prompt_family(tokenizer, "deepseek_v4") == "deepseek_v4"  # whose prompts are its own
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<|observation|>", "<|user|>"]})
+    assert prompt_family(tokenizer, "glm4_moe") == "glm4_moe"
+    prompts = [
+        create_continuous_token_builder(tokenizer, hf_model_type=family).build_initial_tokens(MESSAGES)
+        for family in ("glm4_moe", None)
+    ]
+    assert prompts[0] == prompts[1]

@@ -253,8 +253,8 @@ def test_a_model_that_does_more_is_refused(model_class: type[LlamaForCausalLM], 
     model = model_class(LlamaConfig(**SIZES)).eval().to(torch.bfloat16 if how == "bfloat16" else torch.float32)
     offer_head(model, SHARED)
     message = (
-        rf"the output layer of {model_class.__name__} does more than a linear layer, .* \(logits differ by .*\); "
-        r"main_ppo trains it with algorithm\.hpd\.pipeline=staged"
+        rf"algorithm\.hpd\.pipeline=one_pass: the output layer of {model_class.__name__} does more than a linear "
+        r"layer, .* \(logits differ by .*\); main_ppo trains it with algorithm\.hpd\.pipeline=staged"
     )
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), pytest.raises(ValueError, match=message):
         check_head(model)
@@ -271,18 +271,27 @@ def test_a_model_of_nan_is_left_to_the_first_step() -> None:
 def test_another_output_layer_is_refused() -> None:
     model = build(LlamaConfig(**SIZES))
     model.lm_head = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, VOCABULARY))
-    with pytest.raises(ValueError, match=r"of LlamaForCausalLM is torch\.\S+\.Sequential, not a linear layer, which"):
+    with pytest.raises(ValueError, match=r"of LlamaForCausalLM is torch\.\S+\.Sequential, not a linear layer; main"):
         offer_head(model, SHARED)
 
 
 def test_an_adapter_on_the_output_layer_is_refused() -> None:
     model = get_peft_model(build(LlamaConfig(**SIZES)), LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match=r"of LlamaForCausalLM is peft\.\S+\.Linear, not a linear layer, which"):
+    with pytest.raises(ValueError, match=r"of LlamaForCausalLM is peft\.\S+\.Linear, not a linear layer; main_ppo"):
         offer_head(model, SHARED)
 
 
-def test_a_model_without_a_body_of_its_own_is_refused() -> None:
+def test_a_body_that_is_not_named() -> None:
     """transformers names Llama 4's body by a prefix that its text model does not have."""
-    model = Llama4ForCausalLM(Llama4TextConfig(**SIZES, intermediate_size_mlp=48, num_local_experts=2))
-    with pytest.raises(ValueError, match=r"Llama4ForCausalLM has no part named 'language_model', .*pipeline=staged"):
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(Llama4TextConfig(**SIZES, intermediate_size_mlp=48, num_local_experts=2)).eval()
+    assert model.base_model is model
+    offer_head(model, SHARED)
+    check_head(model)
+
+
+def test_a_model_without_a_body_of_its_own_is_refused() -> None:
+    model = build(LlamaConfig(**SIZES))
+    model.base_model_prefix, model.second = "absent", build(LlamaConfig(**SIZES)).model
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no part named 'absent', .*main_ppo trains it with"):
         offer_head(model, SHARED)

@@ -112,9 +112,9 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
         (b'{"position": 3, "answers": [{"text":"","tokens":[1.5],"finish_reason":"stop"}]}', "no list of numbers"),
         (
             b'{"position": 3, "answers": [{"text":"","tokens":null,"finish_reason":"eos"}]}',
-            "is none of stop, length, con",
+            "is none of stop, leng",
         ),
-        (b'{"position": 3, "answers": [{"text":"","tokens":null,"finish_reason":[]}]}', "is none of stop, length, con"),
+        (b'{"position": 3, "answers": [{"text":"","tokens":null,"finish_reason":[]}]}', "is none of stop, leng"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"position": 3, "answers": "\xff\xfe"}', "damaged"),
         (b'{"position": 1' + b"0" * 5000 + b', "answers": []}', "damaged"),

@@ -1,0 +1,462 @@
+"""What verl's settings may be: one table for both trainers, student and teacher.
+
+verl checks most of them late, by an assertion, or not at all; some it never reads. The tables of a node name every key
+that it has; a key without an entry is refused, and so is a value that would change nothing.
+"""
+
+import functools
+import importlib
+import importlib.util
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import verl.trainer.config
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.config.optimizer import build_optimizer
+
+from hpd_verl.config import PREFIX, Refused, is_number, require
+
+Rule = tuple[Callable[[Any], bool], str]
+"""What a value must be, and the remedy where it is not."""
+Rules = Mapping[str, Rule]
+"""By setting; ``a.b.*`` stands for all settings below ``a.b`` that have no rule of their own."""
+
+
+def is_integer(value: Any) -> bool:
+    return type(value) is int
+
+
+def on_cpu() -> bool:
+    """Whether the run is one of ``VERL_PLATFORM=cpu``."""
+    return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
+
+
+def one_of(*choices: Any) -> Rule:
+    named = [{None: "null", True: "true", False: "false"}.get(each, str(each)) for each in choices]
+    words = f"{', '.join(named[:-1])} or {named[-1]}" if len(named) > 1 else named[0]
+    return lambda value: any(type(value) is type(each) and value == each for each in choices), f"choose {words}"
+
+
+def only(value: Any, why: str) -> Rule:
+    """The one value that is not refused."""
+    return lambda found: found == value and type(found) is type(value), why
+
+
+COUNT: Rule = (lambda value: is_integer(value) and value >= 1, "give an integer of at least 1")
+COUNT_OR_NULL: Rule = (
+    lambda value: value is None or (is_integer(value) and value >= 1),
+    "give an integer of at least 1, or null",
+)
+FROM_ZERO: Rule = (lambda value: is_integer(value) and value >= 0, "give an integer of at least 0")
+INTEGER: Rule = (is_integer, "give an integer")
+FREQUENCY: Rule = (
+    lambda value: is_integer(value) or value == "after_each_epoch",
+    "give a number of steps, -1 for never, or after_each_epoch",
+)
+RATE: Rule = (lambda value: is_number(value) and value >= 0, "give a number of at least 0")
+POSITIVE: Rule = (lambda value: is_number(value) and value > 0, "give a number above 0")
+NORM: Rule = (
+    lambda value: value == math.inf or (is_number(value) and value > 0),
+    "give a number above 0, or .inf for no clipping",
+)
+SHARE: Rule = (lambda value: is_number(value) and 0 <= value <= 1, "give a number from 0 to 1")
+SHARE_OR_NULL: Rule = (
+    lambda value: value is None or (is_number(value) and 0 <= value <= 1),
+    "give a number from 0 to 1, or null",
+)
+SWITCH: Rule = (lambda value: isinstance(value, bool), "choose true or false")
+TEXT: Rule = (lambda value: isinstance(value, str) and value.strip() != "", "give a text")
+TEXT_OR_NULL: Rule = (lambda value: value is None or TEXT[0](value), "give a text, or null")
+MAPPING: Rule = (lambda value: isinstance(value, Mapping | DictConfig), "give names and values, {name: value, ...}")
+MAPPING_OR_NULL: Rule = (lambda value: value is None or MAPPING[0](value), f"{MAPPING[1]}, or null")
+AGGREGATION = one_of("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+ANYTHING: Rule = (lambda value: True, "")
+
+
+def _are(value: Any, accepts: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple | ListConfig) and all(map(accepts, value))
+
+
+TEXTS_OR_TEXT: Rule = (
+    lambda value: TEXT[0](value) or (_are(value, TEXT[0]) and len(value) > 0),
+    "give a name or a list of names",
+)
+FILES: Rule = (lambda value: TEXT[0](value) or _are(value, lambda each: True), "give a file's path, or a list of them")
+FILES_OR_NULL: Rule = (lambda value: value is None or FILES[0](value), f"{FILES[1]}, or null")
+SAMPLES: Rule = (
+    lambda value: is_integer(value) and (value == -1 or value >= 1),
+    "give a number of rows, or -1 for all",
+)
+TEXTS_TEXT_OR_NULL: Rule = (lambda value: value is None or TEXTS_OR_TEXT[0](value), f"{TEXTS_OR_TEXT[1]}, or null")
+
+
+def _contents(*names: str) -> Rule:
+    return (
+        lambda value: _are(value, lambda each: each in names),
+        f"give a list of {', '.join(names[:-1])} and {names[-1]}",
+    )
+
+
+_IS_DTYPE: Callable[[Any], bool] = lambda value: (  # noqa: E731
+    PrecisionType.is_bf16(value) or PrecisionType.is_fp32(value) or PrecisionType.is_fp16(value)
+)
+
+
+def _dtype(trained: bool, or_null: bool = False) -> Rule:
+    """A student is not trained in float16: gradients of its output layer exceed its range, scaled or not."""
+    return (
+        lambda value: (
+            (value is None and or_null)
+            or (not isinstance(value, bool) and _IS_DTYPE(value) and not (trained and PrecisionType.is_fp16(value)))
+        ),
+        "the student is not trained in float16, whose range its gradients exceed; choose bfloat16 or float32"
+        if trained
+        else "choose bfloat16, float32 or float16",
+    )
+
+
+def _module(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and importlib.util.find_spec(value) is not None
+    except (ImportError, ValueError, AttributeError):
+        return False
+
+
+@functools.cache
+def _verl_defaults(file: str) -> DictConfig:
+    """A file of verl's own settings."""
+    node = OmegaConf.load(Path(next(iter(verl.trainer.config.__path__))) / file)
+    assert isinstance(node, DictConfig)
+    return node
+
+
+def _unused(file: str, node: str, keys: str, why: str) -> dict[str, Rule]:
+    """Keys that must stay as verl's file has them, by names separated by spaces."""
+    rules: dict[str, Rule] = {}
+    for key in keys.split():
+        default = OmegaConf.select(_verl_defaults(file), key)
+        if isinstance(default, DictConfig):
+            for name, value in leaves(default):
+                rules[f"{node}.{key}.{name}"] = only(value, f"{why}; leave it out")
+        else:
+            plain = OmegaConf.to_container(default) if isinstance(default, ListConfig) else default
+            rules[f"{node}.{key}"] = only(plain, f"{why}; leave it out")
+    return rules
+
+
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values of all settings below a node; lists and empty nodes are values."""
+    plain = OmegaConf.to_container(node, resolve=True)
+
+    def walk(part: Any, name: str) -> Iterator[tuple[str, Any]]:
+        for key, value in part.items():
+            if isinstance(value, dict) and value:
+                yield from walk(value, f"{name}{key}.")
+            elif key != "_target_":
+                yield f"{name}{key}", value
+
+    yield from walk(plain, prefix)
+
+
+_ENGINE_FILE, _MODEL_FILE = "engine/fsdp.yaml", "model/hf_model.yaml"
+
+
+_ENGINE_SWITCHES = (
+    "param_offload",
+    "optimizer_offload",
+    "offload_policy",
+    "reshard_after_forward",
+    "forward_prefetch",
+    "full_determinism",
+    "use_torch_compile",
+    "use_no_sync_for_gradient_accumulation",
+)
+
+
+def engine_rules(node: str, trained: bool, strategy: str) -> dict[str, Rule]:
+    """Of a node of verl's FSDP engine.
+
+    Args:
+        node: its name.
+        trained: the student's, not the teacher's.
+        strategy: with which it runs, fsdp or fsdp2.
+    """
+    no_entropy = "nothing here takes the entropy of logits"
+    fsdp1 = "fsdp2 does not read it"
+    rules: dict[str, Rule] = {
+        **dict.fromkeys([f"{node}.{key}" for key in _ENGINE_SWITCHES], SWITCH),
+        f"{node}.fsdp_size": (
+            lambda value: is_integer(value) and (value == -1 or value >= 1),
+            "give a number of ranks, or -1 for all",
+        ),
+        f"{node}.model_dtype": _dtype(trained, or_null=True),
+        f"{node}.dtype": _dtype(trained),
+        f"{node}.mixed_precision": one_of(None),
+        **{f"{node}.mixed_precision.{key}": _dtype(trained) for key in ("param_dtype", "reduce_dtype", "buffer_dtype")},
+        f"{node}.seed": INTEGER,
+        f"{node}.ulysses_sequence_parallel_size": COUNT,
+        f"{node}.strategy": TEXT,
+        f"{node}.forward_only": only(not trained, f"it is {str(not trained).lower()} here; leave it out"),
+        f"{node}.pad_to_length": only(False, "verl's logits processor does not know static padding; leave it out"),
+        f"{node}.wrap_policy.transformer_layer_cls_to_wrap": TEXTS_TEXT_OR_NULL,
+        f"{node}.wrap_policy.min_num_params": FROM_ZERO,
+        f"{node}.use_orig_params": SWITCH,
+        **_unused(
+            _ENGINE_FILE,
+            node,
+            "entropy_from_logits_with_chunking entropy_from_logits_chunk_size entropy_checkpointing",
+            no_entropy,
+        ),
+        **_unused(_ENGINE_FILE, node, "pad_to_length_bucket", "only static padding reads it"),
+        **_unused(_ENGINE_FILE, node, "qat", "quantisation-aware training is not supported"),
+        **_unused(_ENGINE_FILE, node, "turbo_config", "only fsdp_turbo reads it"),
+    }
+    if strategy == "fsdp2":
+        rules |= _unused(_ENGINE_FILE, node, "use_orig_params wrap_policy.min_num_params", fsdp1)
+    return rules
+
+
+def model_rules(node: str, trained: bool, uses_megatron_lora: bool = False) -> dict[str, Rule]:
+    """Of verl's model node.
+
+    Args:
+        node: its name.
+        trained: the student's, not the teacher's.
+        uses_megatron_lora: verl reads ``lora`` beside ``lora_rank``, as main_ppo does for its rollouts.
+    """
+    rules: dict[str, Rule] = {
+        f"{node}.path": TEXT if trained else TEXT_OR_NULL,
+        **dict.fromkeys(
+            [
+                f"{node}.{key}"
+                for key in ["hf_config_path", "tokenizer_path", "custom_chat_template", "lora_adapter_path"]
+            ],
+            TEXT_OR_NULL,
+        ),
+        **dict.fromkeys(
+            [
+                f"{node}.{key}"
+                for key in ["use_shm", "trust_remote_code", "enable_gradient_checkpointing", "use_remove_padding"]
+            ],
+            SWITCH,
+        ),
+        f"{node}.external_lib": (
+            lambda value: value is None or _module(value) or (_are(value, _module) and len(value) > 0),
+            "give the name of a module that can be imported, or null",
+        ),
+        f"{node}.override_config": MAPPING,
+        f"{node}.override_config.attn_implementation": TEXT_OR_NULL,
+        f"{node}.override_config.*": ANYTHING,  # checked with the model
+        f"{node}.enable_activation_offload": (
+            lambda value: value is False or (value is True and not on_cpu()),
+            "give false; a CPU has no other memory to move activations to" if on_cpu() else "choose true or false",
+        ),
+        f"{node}.lora_rank": FROM_ZERO,
+        f"{node}.lora_alpha": POSITIVE,
+        f"{node}.target_modules": TEXTS_OR_TEXT,
+        f"{node}.target_parameters": TEXTS_TEXT_OR_NULL,
+        f"{node}.exclude_modules": TEXTS_TEXT_OR_NULL,
+        f"{node}.use_liger": (
+            lambda value: value is False or (value is True and _module("liger_kernel")),
+            "its package liger_kernel is not installed; pip install liger-kernel, or give false"
+            if not _module("liger_kernel")
+            else "choose true or false",
+        ),
+        f"{node}.use_fused_kernels": only(
+            False, "not supported: HPD reads the student's logits, which fused kernels do not keep; unset it"
+        ),
+        f"{node}.mtp.enable": only(False, "not supported: multi-token prediction heads have no teacher; unset it"),
+        **_unused(_MODEL_FILE, node, "fused_kernel_options", "only fused kernels read it"),
+        **_unused(_MODEL_FILE, node, "tiled_mlp", "verl's FSDP engine does not read it"),
+        **_unused(
+            _MODEL_FILE,
+            node,
+            "mtp.enable_train mtp.enable_rollout mtp.detach_encoder mtp.mtp_loss_scaling_factor mtp.method "
+            "mtp.speculative_algorithm mtp.speculative_num_steps mtp.speculative_eagle_topk "
+            "mtp.speculative_num_draft_tokens mtp.num_speculative_tokens",
+            "only multi-token prediction reads it",
+        ),
+    }
+    if uses_megatron_lora:
+        rules |= {f"{node}.lora.rank": FROM_ZERO, f"{node}.lora.merge": SWITCH, f"{node}.lora.*": ANYTHING}
+    else:
+        rules |= _unused(_MODEL_FILE, node, "lora", "verl's FSDP engine does not read it; LoRA is set by lora_rank")
+    return rules
+
+
+def optimiser_rules(node: str) -> dict[str, Rule]:
+    """Of the optimiser's node."""
+    return {
+        f"{node}.lr": RATE,
+        f"{node}.weight_decay": RATE,
+        f"{node}.clip_grad": NORM,
+        f"{node}.lr_warmup_steps_ratio": SHARE,
+        f"{node}.lr_warmup_steps": (is_integer, "give a number of steps, or -1 to take lr_warmup_steps_ratio"),
+        f"{node}.min_lr_ratio": SHARE_OR_NULL,
+        f"{node}.lr_scheduler_type": one_of("constant", "cosine"),
+        f"{node}.num_cycles": POSITIVE,
+        f"{node}.zero_indexed_step": SWITCH,
+        f"{node}.betas": (
+            lambda value: _are(value, lambda each: is_number(each) and 0 <= each < 1) and len(value) == 2,
+            "give two numbers from 0 to 1, 1 left out",
+        ),
+        f"{node}.optimizer": TEXT,
+        f"{node}.optimizer_impl": (_module, "give the name of a module that can be imported, as torch.optim"),
+        f"{node}.override_optimizer_config": MAPPING_OR_NULL,
+        **{f"{node}.override_optimizer_config.{key}": one_of(True, False, None) for key in ("fused", "foreach")},
+        f"{node}.override_optimizer_config.*": ANYTHING,  # checked by building the optimiser
+        f"{node}.warmup_style": only(None, "set lr_scheduler_type instead"),
+        f"{node}.total_training_steps": only(-1, "it follows from the data; set trainer.total_training_steps instead"),
+    }
+
+
+def checkpoint_rules(node: str) -> dict[str, Rule]:
+    """Of the checkpoints' node."""
+    return {
+        f"{node}.save_contents": _contents("model", "optimizer", "extra", "hf_model"),
+        f"{node}.load_contents": _contents("model", "optimizer", "extra", "hf_model"),
+        f"{node}.async_save": only(False, "not supported: a checkpoint could not be told complete; unset it"),
+        f"{node}.strict": SWITCH,
+        f"{node}.save_lora_only": SWITCH,
+    }
+
+
+def check_values(config: DictConfig, rules: Rules) -> None:
+    """Check values of settings; one that the configuration does not have is passed over.
+
+    Raises:
+        Refused: the first that its rule refuses.
+    """
+    absent = object()
+    for setting, (accepts, remedy) in rules.items():
+        value = OmegaConf.select(config, setting, default=absent)
+        if value is absent or (isinstance(value, DictConfig) and any(name.startswith(f"{setting}.") for name in rules)):
+            continue  # its parts have rules
+        if isinstance(value, ListConfig):
+            value = OmegaConf.to_container(value, resolve=True)
+        require(accepts(value), setting, value, remedy)
+
+
+def check_known(config: DictConfig, nodes: tuple[str, ...], rules: Rules) -> None:
+    """Check that every setting below some nodes has a rule.
+
+    Raises:
+        Refused: one has none, which nothing would read.
+    """
+    for node in nodes:
+        found = OmegaConf.select(config, node)
+        if not isinstance(found, DictConfig):
+            require(found is None or node in rules, node, found, "no such setting; settings stand in its nodes")
+            continue
+        for setting, value in leaves(found, f"{node}."):
+            parts = setting.split(".")
+            parents = [".".join(parts[:end]) + ".*" for end in range(len(parts) - 1, 0, -1)]
+            known = setting in rules or any(parent in rules for parent in parents)
+            # An empty node stands for its parts.
+            known = known or (value == {} and any(name.startswith(f"{setting}.") for name in rules))
+            if not known:
+                raise Refused(
+                    f"{setting}={value}: no such setting; there are {', '.join(_beside(setting, rules)) or 'none'}"
+                )
+
+
+def _beside(setting: str, rules: Rules) -> list[str]:
+    """Names that the setting's node has."""
+    node = setting.rpartition(".")[0]
+    return sorted(
+        name for rule in rules for parent, _, name in [rule.rpartition(".")] if parent == node and name != "*"
+    )
+
+
+def check_optimiser(config: DictConfig, node: str) -> None:
+    """Check that the optimiser can be built.
+
+    Raises:
+        Refused: it cannot.
+    """
+    settings = OmegaConf.select(config, node)
+    try:
+        build_optimizer([torch.nn.Parameter(torch.zeros(1))], omega_conf_to_dataclass(settings))
+    except Exception as error:  # whatever an optimiser raises on its arguments
+        given = {
+            key: settings.get(key)
+            for key in ("optimizer_impl", "optimizer", "override_optimizer_config")
+            if settings.get(key) is not None
+        }
+        first = "optimizer" if isinstance(error, AttributeError) else "override_optimizer_config"
+        words = " ".join(str(error).split())[:160]
+        require(False, f"{node}.{first}", given.get(first), f"the optimiser cannot be built ({words}); change it")
+
+
+def check_lora(config: DictConfig, node: str, trained: bool) -> None:
+    """Check that settings of LoRA stand beside a rank, and a teacher's rank beside the adapter that it is for.
+
+    Raises:
+        Refused: they would change nothing.
+    """
+    model = OmegaConf.select(config, node)
+    if model is None or not model.get("path"):
+        return
+    rank, adapter = model.get("lora_rank", 0), model.get("lora_adapter_path")
+    require(
+        adapter is None or rank > 0,
+        f"{node}.lora_adapter_path",
+        adapter,
+        "verl loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both",
+    )
+    require(
+        trained or rank == 0 or adapter is not None,
+        f"{node}.lora_rank",
+        rank,
+        "a teacher is not trained; give its adapter by lora_adapter_path, or leave it out",
+    )
+    for key in ("lora_alpha", "target_modules", "target_parameters", "exclude_modules"):
+        default = OmegaConf.select(_verl_defaults(_MODEL_FILE), key)
+        value = model.get(key, default)
+        value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+        off = rank == 0 and not (OmegaConf.select(model, "lora.rank") or 0)
+        require(value == default or not off, f"{node}.{key}", value, "LoRA is off; set lora_rank, or leave it out")
+
+
+def check_engine(config: DictConfig, node: str, inherited: str | None = None) -> None:
+    """Check that ``dtype``, where it is set, is what ``mixed_precision`` says, which verl reads, and the seed's use.
+
+    Args:
+        config: the configuration.
+        node: the engine's.
+        inherited: a node whose ``mixed_precision`` holds where this one has none.
+
+    Raises:
+        Refused: they differ, or nothing reads the seed.
+    """
+    seed = OmegaConf.select(config, f"{node}.seed")
+    require(
+        seed in (None, _verl_defaults(_ENGINE_FILE).seed) or bool(OmegaConf.select(config, f"{node}.full_determinism")),
+        f"{node}.seed",
+        seed,
+        f"only full_determinism reads it; {PREFIX}.seed is that of the draws",
+    )
+    wanted = OmegaConf.select(config, f"{node}.dtype")
+    nodes = [node] if inherited is None else [node, inherited]
+    found = next((value for each in nodes if (value := OmegaConf.select(config, f"{each}.mixed_precision"))), None)
+    if wanted is None or PrecisionType.is_bf16(wanted) or found is None:
+        return
+    param_dtype = found.get("param_dtype", "bfloat16")
+    require(
+        PrecisionType.to_dtype(param_dtype) == PrecisionType.to_dtype(wanted),
+        f"{node}.dtype",
+        wanted,
+        f"mixed_precision.param_dtype={param_dtype} says otherwise; set them alike, or one of them",
+    )
+
+
+def takes_hdfs(value: Any) -> bool:
+    """Whether a second place of checkpoints can be written."""
+    return value is None or (TEXT[0](value) and (not value.startswith("hdfs://") or shutil.which("hdfs") is not None))
