@@ -9,6 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from verl.utils.tokenizer.continuous_token import ContinuousTokenBuilder
+from verl.utils.tokenizer.continuous_token_wiring import (
+    get_continuous_token_builder_class,
+    infer_continuous_token_model_family,
+)
 from verl.workers.config import HFModelConfig
 
 from hpd_verl.data import fields
