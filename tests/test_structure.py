@@ -27,7 +27,7 @@ ORDER = [
 ]
 """From the bottom: a room may import those below it; of a level with several rooms, a room may import the others."""
 
-KERNELS = {"objectives": {"torch", "pydantic"}, "head": {"torch"}, "rewards": {"math_verify"}}
+KERNELS = {"objectives": {"torch", "pydantic"}, "head": {"torch"}, "rewards": {"math_verify", "numpy"}}
 """Rooms and all that they may import beside the standard library and what is below them here."""
 
 
