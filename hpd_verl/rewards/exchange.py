@@ -717,6 +717,7 @@ async def _step(iterator: Any) -> list[Any]:
         return []
 
 
+_SAFE = _ALWAYS.keys() - {"__signature__", "__dir__"}
 _REACHING = ("gi_", "cr_", "ag_", "f_", "tb_", "co_", "func_")
 """How attributes begin by which an object leads to the code and the variables around it."""
 
@@ -823,12 +824,12 @@ class TestsPort(Port):
         """What a candidate may do with an object of its tests: use it, not look behind it."""
         name = args[0] if args else ""
         if op in ("get", "set", "delete") and (
-            type(name) is not str or name.startswith(("__", *_REACHING)) or isinstance(target, types.FunctionType)
+            type(name) is not str or name.startswith(("__", *_REACHING)) or isinstance(target, _FUNCTIONS)
         ):  # fmt: skip
             raise AttributeError(f"{str(name)[:40]!r} of an object of the tests")
         if op in ("set", "delete") and isinstance(target, type):
             raise AttributeError(f"{name!r} of a class of the tests")
-        if op == "special" and name not in _ALWAYS and (name not in SPECIAL or not hasattr(type(target), name)):
+        if op == "special" and name not in _SAFE and (name not in SPECIAL or not hasattr(type(target), name)):
             raise TypeError(f"{str(name)[:40]!r} of an object of the tests")
         if op not in ("call", "get", "set", "delete", "special", "next"):
             raise TypeError("an object of the tests")
