@@ -467,6 +467,91 @@ HONEST = {
         "def f(c): return c(3)\ndef g(o): return isinstance(o,list)",
         "class K:\n def __init__(s,v): s.v=v\nassert f(K).v==3 and f(str)=='3' and g([])",
     ),
+    # In the manner of LiveCodeBench and of classes to complete.
+    "a class Solution": (
+        "from typing import *\nclass Solution:\n    def twoSum(self, nums: List[int], target: int) -> List[int]:\n        d={}\n        for i,x in enumerate(nums):\n            if target-x in d: return [d[target-x],i]\n            d[x]=i",
+        "assert Solution().twoSum([2,7,11,15],9)==[0,1]\ns=Solution()\nassert s.twoSum(nums=[3,3],target=6)==[0,1]",
+    ),
+    "a cache by its operations": (
+        "class LRUCache:\n    def __init__(self,c):\n        from collections import OrderedDict\n        self.c=c; self.d=OrderedDict()\n    def get(self,k):\n        if k not in self.d: return -1\n        self.d.move_to_end(k); return self.d[k]\n    def put(self,k,v):\n        self.d[k]=v; self.d.move_to_end(k)\n        if len(self.d)>self.c: self.d.popitem(last=False)",
+        "ops=['put','put','get','put','get']\nargs=[[1,1],[2,2],[1],[3,3],[2]]\nobj=LRUCache(2)\nout=[getattr(obj,o)(*a) for o,a in zip(ops,args)]\nassert out==[None,None,1,None,-1], out\nassert obj.d",
+    ),
+    "unittest": (
+        "def f(x): return x",
+        "import unittest\nclass T(unittest.TestCase):\n    def test_a(self): self.assertEqual(f(1),1)\n    def test_b(self):\n        with self.assertRaises(TypeError): f()\nr=unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(T))\nassert r.wasSuccessful()",
+    ),
+    "functions test_*": (
+        "def f(x): return x",
+        "def test_a():\n    assert f(1)==1\ndef test_b():\n    assert f('a')=='a'\nfor n,t in list(globals().items()):\n    if n.startswith('test_'): t()",
+    ),
+    "a matrix in place": (
+        "def rotate(m):\n    m[:]=[list(r) for r in zip(*m[::-1])]",
+        "m=[[1,2],[3,4]]\nrotate(m)\nassert m==[[3,1],[4,2]]",
+    ),
+    "a tree by its breadth": (
+        "class TreeNode:\n    def __init__(self,val=0,left=None,right=None): self.val,self.left,self.right=val,left,right\ndef build(xs):\n    return TreeNode(xs[0],TreeNode(xs[1]),TreeNode(xs[2]))",
+        "t=build([1,2,3])\nassert t.left.val==2 and t.right.left is None\nfrom collections import deque\nq=deque([t]); out=[]\nwhile q:\n    n=q.popleft()\n    if n:\n        out.append(n.val); q.append(n.left); q.append(n.right)\nassert out==[1,2,3]",
+    ),
+    "a dictionary as JSON": (
+        "def f(n):\n    return {i:[j for j in range(i)] for i in range(n)}",
+        'r=f(3)\nfor k,v in r.items(): assert len(v)==k\nassert sorted(r)==[0,1,2]\nimport json\nassert json.dumps(r)==\'{"0": [], "1": [0], "2": [0, 1]}\'',
+    ),
+    "permutations": (
+        "from itertools import permutations\ndef f(x): return permutations(x)",
+        "assert list(f([1,2]))==[(1,2),(2,1)] and set(f('ab'))=={('a','b'),('b','a')} and len(list(f([1,2,3])))==6",
+    ),
+    "lazy results": (
+        "def f(x): return map(str,x)\ndef g(x): return filter(None,x)\ndef h(x): return reversed(x)\ndef z(a,b): return zip(a,b)",
+        "assert list(f([1]))==['1'] and list(g([0,1]))==[1] and ''.join(h('ab'))=='ba' and dict(z('ab',[1,2]))=={'a':1,'b':2} and next(f([5]))=='5'",
+    ),
+    "random numbers": (
+        "import random\nrandom.seed(3)\ndef f(n): return [random.random() for _ in range(n)]",
+        "r=f(5)\nassert len(r)==5 and all(0<=x<1 for x in r) and isinstance(r[0],float)",
+    ),
+    "None for a result": (
+        "def f(a,b):\n    try: return a/b\n    except ZeroDivisionError: return None",
+        "assert f(1,0) is None and f(1,2)==0.5",
+    ),
+    "a type is checked": (
+        "def f(x):\n    if not isinstance(x,int): raise TypeError('int wanted')\n    return x",
+        "try:\n    f('a')\nexcept TypeError as e:\n    assert 'int' in str(e)\nelse:\n    raise AssertionError('no error')\nimport pickle\nassert f(3)==3",
+    ),
+    "constants": (
+        "import string\ndef f(s): return s.translate(str.maketrans('','',string.punctuation))\nPI=3.14\nNAMES=('a','b')",
+        "assert f('a,b!')=='ab' and PI==3.14 and NAMES[0]=='a' and len(NAMES)==2",
+    ),
+    "lists as matrices": (
+        "def f(m): return [[sum(a*b for a,b in zip(r,c)) for c in zip(*m)] for r in m]",
+        "import numpy as np\nm=[[1,2],[3,4]]\nassert np.array_equal(f(m),np.array(m)@np.array(m)) and np.allclose(f(m),np.matmul(m,m))\nnp.testing.assert_array_equal(f(m),[[7,10],[15,22]])\nassert np.mean(f(m))==13.5",
+    ),
+    "close floats": (
+        "def f(x): return x**0.5",
+        "import math\nassert math.isclose(f(2),1.41421356,rel_tol=1e-6) and round(f(2),2)==1.41 and abs(f(4)-2)<1e-9 and f(4).is_integer()",
+    ),
+    "a matrix class": (
+        "class Matrix:\n    def __init__(s,r): s.r=r\n    def __getitem__(s,ij): return s.r[ij[0]][ij[1]]\n    def __matmul__(s,o): return Matrix([[sum(a*b for a,b in zip(r,c)) for c in zip(*o.r)] for r in s.r])\n    def __eq__(s,o): return s.r==o.r\n    @property\n    def T(s): return Matrix([list(c) for c in zip(*s.r)])",
+        "m=Matrix([[1,2],[3,4]])\nassert m[0,1]==2 and (m@m).r==[[7,10],[15,22]] and m.T.r==[[1,3],[2,4]] and m==Matrix([[1,2],[3,4]])",
+    ),
+    "a list by links": (
+        "class Node:\n    __slots__=('v','n')\n    def __init__(s,v,n=None): s.v=v;s.n=n\nclass LL:\n    def __init__(s): s.head=None\n    def push(s,v): s.head=Node(v,s.head)\n    def __iter__(s):\n        c=s.head\n        while c: yield c.v; c=c.n\n    def __len__(s): return sum(1 for _ in s)\n    def __reversed__(s): return iter(list(s)[::-1])",
+        "l=LL()\nfor i in range(3): l.push(i)\nassert list(l)==[2,1,0] and len(l)==3 and list(reversed(l))==[0,1,2] and 1 in l and l.head.n.v==1 and max(l)==2 and sorted(l)==[0,1,2] and [*l]==[2,1,0]",
+    ),
+    "a context manager's value": (
+        "from contextlib import contextmanager\nimport time\n@contextmanager\ndef timer():\n    r={}\n    t=time.perf_counter()\n    yield r\n    r['t']=time.perf_counter()-t",
+        "with timer() as r: pass\nassert 't' in r or r=={} ",
+    ),
+    "observers": (
+        "class Obs:\n    def __init__(s): s.h=[]\n    def on(s,f): s.h.append(f)\n    def emit(s,*a,**k): return [f(*a,**k) for f in s.h]",
+        "o=Obs()\ngot=[]\no.on(got.append)\no.on(lambda x:x*2)\nassert o.emit(3)==[None,6] and got==[3]",
+    ),
+    "abstract, single": (
+        "import abc\nclass A(abc.ABC):\n    @property\n    @abc.abstractmethod\n    def n(self): ...\nclass B(A):\n    n=5\nSINGLE=B()\nclass S:\n    _i=None\n    def __new__(c):\n        if c._i is None: c._i=super().__new__(c)\n        return c._i",
+        "assert B().n==5 and SINGLE.n==5 and S() is S() and isinstance(SINGLE,A)\ntry:\n    A()\n    assert False\nexcept TypeError: pass",
+    ),
+    "printed lines": (
+        "def fizz(n):\n    for i in range(1,n+1): print('Fizz' if i%3==0 else i)",
+        "import io\nfrom contextlib import redirect_stdout\nf=io.StringIO()\nwith redirect_stdout(f): fizz(3)\nassert f.getvalue().split()==['1','2','Fizz']",
+    ),
 }
 
 HELPED = {
@@ -540,3 +625,38 @@ LISTED = {
     ),
 }
 """Right programs that fail: docs/evaluation.md lists them."""
+
+SCRIPTS = [
+    ("import sys\ninput=sys.stdin.readline\nn=int(input())\nprint(sum(map(int,input().split())))", "2\n1 2\n", "3"),
+    ("import sys\ndata=sys.stdin.buffer.read().split()\nsys.stdout.write(str(len(data)))", "a b c", "3"),
+    ("print(open(0).read().upper())", "ab", "AB"),
+    (
+        "import sys,threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**27)\ndef main():\n def f(n): return 0 if n==0 else 1+f(n-1)\n print(f(50000))\nt=threading.Thread(target=main)\nt.start()\nt.join()",
+        "",
+        "50000",
+    ),
+    ("import os\nos.write(1,b'hi')", "", "hi"),
+    ("def main():\n  print(input())\nif __name__=='__main__':\n  main()", "x", "x"),
+    ("import resource,sys\nresource.setrlimit(resource.RLIMIT_STACK,(2**26,2**26))\nprint(1)", "", "1"),
+    (
+        "from multiprocessing import Pool\ndef f(x): return x*x\nif __name__=='__main__':\n  with Pool(2) as p: print(p.map(f,[1,2]))",
+        "",
+        "[1, 4]",
+    ),
+    ("import asyncio\nasync def m(): print('a')\nasyncio.run(m())", "", "a"),
+    (
+        "from functools import lru_cache\nimport heapq,bisect,itertools,collections,math,string,re\nprint(math.comb(5,2))",
+        "",
+        "10",
+    ),
+    ("import numpy as np\nprint(np.array(input().split(),dtype=int).sum())", "1 2 3", "6"),
+    ("print(*sorted(map(int,__import__('sys').stdin.read().split())))", "3 1 2", "1 2 3"),
+    ("import sys\nprint('x',file=sys.stderr)\nprint('y')\nsys.exit()", "", "y"),
+    ("import time,datetime\nprint(datetime.date(2024,1,1).strftime('%A'))", "", "Monday"),
+    (
+        "import sys\nfrom typing import *\nclass Solution:\n def f(self,x:List[int])->int: return sum(x)\nprint(Solution().f(eval(input())))",
+        "[1,2]",
+        "3",
+    ),
+]
+"""Programs that read standard input, what they read and what they print."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import hostile
 import pytest
-from honest import HELPED, HONEST, LISTED
+from honest import HELPED, HONEST, LISTED, SCRIPTS
 
 from hpd_verl.rewards import confine, guest, sandbox
 from hpd_verl.rewards.code import compute_score, outcome_of
@@ -187,6 +187,13 @@ def test_a_script_by_its_output() -> None:
     assert (closed.status, len(closed.message) < 100) == ("timeout", True)
     assert run("import os\nos.kill(os.getpid(), 9)").status == "failed"
     assert run("\0").status == "failed"
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(lambda each: run(each[0], stdin=each[1]), SCRIPTS))
+    found = [
+        (program, outcome.status, outcome.output.strip())
+        for (program, *_), outcome in zip(SCRIPTS, outcomes, strict=True)
+    ]
+    assert found == [(program, "passed", printed) for program, _, printed in SCRIPTS]
 
 
 @needs_bubblewrap
