@@ -56,7 +56,8 @@ def asked_names(tests: str, function: str = "", tree: ast.Module | None = None) 
     """The candidate's names that tests use, and modules that they use without an import of their own.
 
     A name of Python's own (``abs``, ``len``) is the candidate's only if it is ``function``, or if the tests use no
-    other and call this one alone, inside whatever they compare with: a candidate must not replace that.
+    other and call this one alone, inside whatever they compare with, and with arguments that Python's own does not take
+    (``judge`` tries): a candidate must not replace what it is compared with.
 
     Raises:
         SyntaxError, ValueError, RecursionError, MemoryError: they are no Python program.
@@ -144,6 +145,8 @@ def judge(tests: str, helper: str, function: str, requests: int, replies: int, r
             name, text = ended if isinstance(ended, list) and len(ended) == 2 else ("nothing", "")
             return say("failed", f"the program ends with {name}: {text}".rstrip(": "))
         asked = [name for name in names if name not in own or name == function]
+        if any(hasattr(builtins, name) and name != function for name in asked) and _can_do_without(code, scope):
+            asked = []
         values, imported = Port.ask(port, "call", 0, ([*asked, *modules],))
         for name in modules:
             if name in imported and name not in own:
@@ -161,6 +164,17 @@ def judge(tests: str, helper: str, function: str, requests: int, replies: int, r
     if not port.calls:
         return say("failed", "the tests have called nothing of the candidate")
     say("passed")
+
+
+def _can_do_without(code: types.CodeType, scope: dict[str, Any]) -> bool:
+    """Whether tests that use Python's own names alone mean Python's own: that takes their arguments."""
+    try:
+        exec(code, dict(scope))
+    except TypeError:
+        return False
+    except BaseException:
+        return True
+    return True
 
 
 def before(helper: str, scope: dict[str, Any]) -> dict[str, Any]:

@@ -649,6 +649,8 @@ def _tests_of_their_own() -> dict[str, str | Hostile]:
             "assert abs(sum(10, 15) - 25) < 1",
             function="sum",
         ),
+        "own_abs_alone": Hostile("def abs(x):\n    return 0.0", "assert abs(2 - 4) < 1e-6"),
+        "own_all_alone": Hostile("def all(x):\n    return True", "assert all([1 == 2])"),
         "own_abs_for_abs": Hostile("def abs(x):\n    return 0", "assert abs(abs(-3) - 3) < 1e-6"),
         "own_len_where_tests_ask_for_sorted": Hostile(
             "def len(x):\n    return 3\n\ndef sorted(x):\n    return []", "assert len(sorted([3, 1, 2])) == 3"
