@@ -30,7 +30,7 @@ ORDER = [
 KERNELS = {
     "objectives": {"torch", "pydantic"},
     "head": {"torch"},
-    "rewards": {"math_verify", "latex2sympy2_extended", "sympy"},
+    "rewards": {"math_verify", "latex2sympy2_extended", "numpy", "sympy"},
 }
 """Rooms and all that they may import beside the standard library and what is below them here."""
 

@@ -4,11 +4,12 @@
 
 The ground truth is what ``data_prep/humaneval.py`` and ``data_prep/mbpp.py`` write, statements that use the answer's
 names and raise where it is wrong; or JSON, ``{"inputs": [...], "outputs": [...]}``, of a script's standard input and
-output. ``HPD_SANDBOX_SECONDS`` is the time that one answer may take.
+output. ``HPD_SANDBOX_SECONDS`` is the time that one answer may take, all its inputs together.
 """
 
 import json
 import os
+from dataclasses import replace
 from typing import Any
 
 from hpd_verl.rewards.answers import code_of
@@ -39,7 +40,9 @@ def outcome_of(answer: str, ground_truth: str, extra_info: dict[str, Any] | None
         return Outcome("failed", "the answer holds no code")
     if ground_truth.lstrip().startswith("{"):
         return _by_output(code, ground_truth, limits)
-    return check(f"{info.get('preamble') or ''}\n{code}", ground_truth, limits=limits)
+    preamble, function = str(info.get("preamble") or ""), str(info.get("entry_point") or "")
+    # The answer may take the problem's helpers for given; what the tests use of them is a copy of their own.
+    return check(f"{preamble}\n{code}", ground_truth, helper=preamble, function=function, limits=limits)
 
 
 def compute_score(
@@ -83,8 +86,12 @@ def _by_output(code: str, ground_truth: str, limits: Limits) -> Outcome:
         ) from None
     if not pairs:
         raise SandboxError("ground_truth: no inputs; leave the row out")
+    left = limits.seconds
     for number, (given, wanted) in enumerate(pairs, start=1):
-        outcome = run(code, stdin=given, limits=limits)
+        if left <= 0:
+            return Outcome("timeout", f"input {number}: the time of the answer is over")
+        outcome = run(code, stdin=given, limits=replace(limits, seconds=left))
+        left -= outcome.seconds
         if not outcome.passed:
             return outcome
         if _lines(outcome.output) != _lines(wanted):

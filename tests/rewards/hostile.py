@@ -19,6 +19,8 @@ class Hostile:
 
     program: str
     tests: str = TESTS
+    helper: str = ""
+    function: str = ""
 
     @property
     def whole(self) -> str:
@@ -104,6 +106,14 @@ def _memory() -> dict[str, str | Hostile]:
         "fills_anonymous_files": "import os\nfiles = []\ntry:\n    for number in range(50):\n"
         "        files.append(os.memfd_create('x'))\n        os.ftruncate(files[-1], 1 << 30)\n"
         "except OSError:\n    pass\nwon = len(files) == 50 and os.fstat(files[-1]).st_size == 1 << 30",
+        "shared_by_processes": "import mmap, os, time\nfor _ in range(12):\n    if os.fork() == 0:\n"
+        "        memory = mmap.mmap(-1, 100 << 20)\n        for page in range(0, 100 << 20, 4096):\n"
+        f"            memory[page] = 1\n        time.sleep(1e6)\ntime.sleep(1e6){RIGHT}",
+        "fills_shared_memory": "written = 0\ntry:\n    for number in range(200):\n"
+        "        with open(f'/dev/shm/{number}', 'wb') as file:\n            written += file.write(bytes(1 << 20))\n"
+        "except OSError:\n    pass\nwon = written > 32 << 20",
+        "files_without_content": "import os\nnumber = 0\nwhile True:\n    os.mkdir(f'/tmp/{number}')\n    number += 1\n"
+        f"{RIGHT}",
         "file_beyond_the_limit": "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "with open('/tmp/x', 'wb') as file:\n    file.write(bytes(64 << 20))\nwon = True",
         "sparse_file": "import os\nos.truncate(os.open('/tmp/x', os.O_CREAT | os.O_RDWR), 1 << 40)\nwon = True",
@@ -179,7 +189,11 @@ def _reading() -> dict[str, str | Hostile]:
         "memory_of_the_machine": "won = bool(open('/dev/mem', 'rb').read(1))",
         "disk": "import os\nwon = any(name.startswith(('sd', 'vd', 'nvme')) for name in os.listdir('/dev'))",
         "graphics_card": "import os\nwon = os.path.exists('/dev/nvidia0') or os.path.exists('/dev/nvidiactl')",
-        "shared_memory": "import os\nwon = os.path.isdir('/dev/shm')",
+        "shared_memory": "import os\nwon = bool(os.listdir('/dev/shm'))",
+        "note_of_the_last_one": "import os\nnotes = '/tmp/note', '/dev/shm/note'\nwon = any(map(os.path.exists, notes))\n"
+        "for note in notes:\n    open(note, 'w').close()",
+        "note_of_the_last_one_again": "import os\nnotes = '/tmp/note', '/dev/shm/note'\n"
+        "won = any(map(os.path.exists, notes))",
         "shared_memory_segments": "import ctypes\nlibc = ctypes.CDLL(None)\n"
         "won = any(libc.shmat(number, None, 0) != -1 for number in range(100))",
         "kernel_settings": "import os\nwon = bool(os.listdir('/sys'))",
@@ -235,6 +249,94 @@ def _writing() -> dict[str, str | Hostile]:
         "sets_the_clock": "import time\ntime.clock_settime(time.CLOCK_REALTIME, 0)\nwon = True",
         "restarts_the_machine": "import ctypes\nwon = ctypes.CDLL(None).reboot(0x1234567) == 0",
         "loads_a_module": "import ctypes\nwon = ctypes.CDLL(None).syscall(175, b'', 0, b'') == 0",
+    }
+
+
+_CALLS = """
+import ctypes, mmap, os, platform, socket
+libc = ctypes.CDLL(None, use_errno=True)
+column = ['x86_64', 'aarch64'].index(platform.machine())
+some = ctypes.create_string_buffer(4096)
+
+def call(numbers, *args):
+    number = numbers[column] if isinstance(numbers, tuple) else numbers
+    return libc.syscall(ctypes.c_long(number), *(ctypes.c_long(a) if isinstance(a, int) else a for a in args)) != -1
+
+def opened(make, *args):
+    try:
+        make(*args)
+    except (OSError, ValueError):
+        return False
+    return True
+
+"""
+
+
+def _kernel() -> dict[str, str | Hostile]:
+    """Each tries several ways, and has won if one is not refused."""
+
+    def tried(*ways: str) -> str:
+        return f"{_CALLS}won = any([{', '.join(ways)}])"
+
+    families = "[opened(socket.socket, family, kind) for family in range(2, 46) for kind in (1, 2, 3, 5)]"
+    return {
+        "keyrings": tried(
+            "call((250, 219), 0, -3, 1)",
+            "call((250, 219), 1, 0)",
+            "call((250, 219), 7, -3)",
+            "call((250, 219), 11, -4, some, 4096)",
+            "call((248, 217), b'user', b'note', b'x', 1, -3)",
+            "call((248, 217), b'user', b'note', b'x', 1, -4)",
+            "call((249, 218), b'user', b'note', None, -3)",
+        ),
+        "segments_and_queues": tried(
+            "call((29, 194), 0, 1 << 20, 0o1666)",
+            "call((68, 186), 0, 0o1666)",
+            "call((64, 190), 0, 1, 0o1666)",
+            "call((240, 180), b'queue', 0o102, 0o666, 0)",
+        ),
+        "memory_of_no_process": tried(
+            "call((319, 279), b'x', 0)", "call(447, 0)", "call((278, 75), 1, some, 1, 0)", "call((323, 282), 0)"
+        ),
+        "rings": tried("call(425, 8, some)", "call(426, 0, 0, 0, 0, 0)", "call(427, 0, 0, 0, 0)"),
+        "namespaces": tried(
+            *(f"call((272, 97), {flag})" for flag in (0x10000000, 0x20000000, 0x40000000, 0x20000, 0x8000000)),
+            "call((308, 268), 0, 0)",
+            "call((56, 220), 0x10000000 | 17, 0, 0, 0, 0)",
+            "call((56, 220), 0x20000000 | 17, 0, 0, 0, 0)",
+            "call(435, some, 88)",
+        ),
+        "other_processes_memory": tried(
+            "call((101, 117), 16, 1, 0, 0)",
+            "call((310, 270), os.getpid(), some, 1, some, 1, 0)",
+            "call(438, 0, 0, 0)",
+            "call((312, 272), os.getpid(), os.getpid(), 0, 0, 0)",
+        ),
+        "programs_in_the_kernel": tried(
+            "call((321, 280), 0, some, 72)", "call((298, 241), some, 0, -1, -1, 0)", "call((300, 262), 0, 0)"
+        ),
+        "kernel_log_by_its_size": tried("call((103, 116), 10, 0, 0)", "call((103, 116), 3, some, 4096)"),
+        "handles_of_files": tried("call((303, 264), -100, b'/tmp', some, some, 0)", "call((304, 265), -100, some, 0)"),
+        "every_family_of_sockets": tried(f"*{families}"),
+        "family_in_the_lower_half": tried(
+            "call((41, 198), (1 << 32) + 2, 1, 0)", "call((41, 198), (1 << 32) + 40, 1, 0)"
+        ),
+        "calls_of_another_abi": tried(
+            *(f"column == 0 and call(0x40000000 + {number}{args})" for number, args in ((250, ", 0, -3, 1"), (39, ""))),
+            "column == 0 and call(0x40000000 + 41, 2, 1, 0)",
+        ),
+        "calls_of_another_processor": f"{_CALLS}won = False\nif column == 0:\n    code = mmap.mmap(-1, 4096, prot=7)\n"
+        "    code.write(bytes.fromhex('b814000000cd80c3'))\n"
+        "    won = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))() > 0",
+        "calls_of_later_kernels": tried("*[call(number, 0, 0, 0) for number in range(451, 480)]"),
+        "types_into_the_terminal": f"{_CALLS}import fcntl\n"
+        "won = any(opened(fcntl.ioctl, each, 0x5412, b'x') for each in range(3))",
+        "hidden_by_threads": f"{_CALLS}import threading\nfound = []\n"
+        "thread = threading.Thread(target=lambda: found.append(call((250, 219), 0, -3, 1)))\n"
+        "thread.start()\nthread.join()\nwon = any(found)",
+        "hidden_by_another_program": f"{_CALLS}import subprocess, sys\n"
+        "code = 'import ctypes, sys; sys.exit(ctypes.CDLL(None).syscall(%d, 0, -3, 1) != -1)' % (250, 219)[column]\n"
+        "won = subprocess.run([sys.executable, '-c', code]).returncode == 1",
     }
 
 
@@ -418,12 +520,220 @@ def _forgeries() -> dict[str, str | Hostile]:
     }
 
 
+def _objects() -> dict[str, str | Hostile]:
+    """Objects in place of results."""
+
+    def of(methods: str, tests: str) -> Hostile:
+        return Hostile(f"class O:\n    {methods}\n\ndef solve(x):\n    return O()", tests)
+
+    near = "assert abs(solve(2) - 4) < 1e-6"
+    return {
+        "difference_of_nothing": of("def __sub__(self, other): return 0.0", near),
+        "difference_from_the_right": of("def __rsub__(self, other): return 0.0", "assert abs(4 - solve(2)) < 1e-6"),
+        "difference_of_itself": of("def __sub__(self, other): return self\n    def __abs__(self): return 0.0", near),
+        "difference_of_another": of("def __sub__(self, other): return O()\n    def __abs__(self): return 0.0", near),
+        "difference_in_place": of(
+            "def __isub__(self, other): return self\n    def __abs__(self): return 0.0",
+            "x = solve(2)\nx -= 4\nassert abs(x) < 1e-6",
+        ),
+        "difference_as_a_number": of(
+            "def __sub__(self, other): return self\n    def __float__(self): return 0.0",
+            "import math\nassert math.isclose(solve(2) - 4, 0.0)",
+        ),
+        "difference_as_an_index": of(
+            "def __sub__(self, other): return self\n    def __index__(self): return 0",
+            "assert [True, False][solve(2) - 4]",
+        ),
+        "rest_of_nothing": of("def __mod__(self, other): return 0", "assert solve(2) % 4 == 0"),
+        "less_than_everything": of(
+            "def __lt__(self, other): return True\n    __gt__ = __lt__", "assert 3 < solve(2) < 5"
+        ),
+        "at_least_everything": of("def __ge__(self, other): return True", "assert solve(2) >= 4"),
+        "holds_whatever_it_is_asked": of("def __contains__(self, item): return True", "assert 4 in solve(2)"),
+        "truth_of_a_length": of("def __len__(self): return 1", "assert solve(2)"),
+        "length_of_nothing": of(
+            "def __len__(self): return 0\n    def __getitem__(self, index): raise IndexError",
+            "assert all(a == b for a, b in zip(solve(2), [4]))",
+        ),
+        "class_that_is_near": Hostile(
+            "class solve:\n    def __init__(self, x): pass\n    def __sub__(self, other): return self\n"
+            "    def __abs__(self): return 0.0",
+            near,
+        ),
+        "class_that_holds_everything": Hostile(
+            "class solve:\n    def __init__(self, x): pass\n    def __contains__(self, item): return True",
+            "assert 4 in solve(2)",
+        ),
+        "list_of_its_own_that_holds_everything": Hostile(
+            "class L(list):\n    def __contains__(self, item): return True\n    def __eq__(self, other): return True\n"
+            "    def __len__(self): return 1\n\ndef solve(x):\n    return L()",
+            "x = solve(2)\nassert 4 in x or x == [4]",
+        ),
+        "dict_of_its_own_that_equals": Hostile(
+            "class D(dict):\n    def __eq__(self, other): return True\n\ndef solve(x):\n    return D()",
+            "assert {1: 4} == solve(2)",
+        ),
+        "counter_of_its_own_that_equals": Hostile(
+            "from collections import Counter\nclass C(Counter):\n    def __eq__(self, other): return True\n\n"
+            "def solve(x):\n    return C()",
+            "from collections import Counter\nassert solve(2) == Counter('ab')",
+        ),
+        "named_tuple_that_equals": Hostile(
+            "from collections import namedtuple\nclass P(namedtuple('P', 'x')):\n    def __eq__(self, other): return True\n"
+            "    __hash__ = tuple.__hash__\n\ndef solve(x):\n    return P(1)",
+            "assert solve(2) == (4,)",
+        ),
+        "text_that_shows_itself_otherwise": Hostile(
+            "class S(str):\n    def __str__(self): return 'four'\n    __repr__ = __str__\n\ndef solve(x):\n    return S('x')",
+            "assert solve(2) == 'four'",
+        ),
+        "exception_that_equals": Hostile(
+            "class solve(Exception):\n    def __eq__(self, other): return True\n    __hash__ = Exception.__hash__"
+        ),
+        "exception_for_a_result": Hostile(
+            "class E(Exception):\n    def __eq__(self, other): return True\n    __hash__ = Exception.__hash__\n\n"
+            "def solve(x):\n    return E()"
+        ),
+        "says_that_it_is_an_int": Hostile(
+            "class O:\n    __class__ = int\nO.__name__ = O.__qualname__ = 'int'\n\ndef solve(x):\n    return O()",
+            "assert isinstance(solve(2), int) or type(solve(2)) == int",
+        ),
+        "class_of_a_library_for_a_function": Hostile("from unittest.mock import MagicMock as solve"),
+        "member_that_equals": Hostile(
+            "from enum import Enum\nclass R(Enum):\n    A = 1\n    B = 2\n    def __eq__(self, other): return True\n"
+            "    __hash__ = None\n\ndef solve(x):\n    return R.B",
+            "assert solve(2) == R.A",
+        ),
+    }
+
+
+def _tests_of_their_own() -> dict[str, str | Hostile]:
+    """Names that are the tests', and what tests hand over."""
+    wrong = "\n\ndef solve(x):\n    return 1"
+    return {
+        "redefines_the_helper": Hostile(
+            "def poly(xs, x):\n    return 0.0\n\ndef solve(xs):\n    return 0.0",
+            "for xs in ([1, 2], [3, 5]):\n    assert abs(poly(xs, solve(xs))) < 1e-6",
+            "def poly(xs, x):\n    return sum(c * x ** i for i, c in enumerate(xs))\n",
+            "solve",
+        ),
+        "redefines_the_helper_that_encodes": Hostile(
+            "def encode(s):\n    return s\n\ndef decode(s):\n    return s",
+            "for s in ('abc', 'xyz'):\n    assert decode(encode(s)) == s",
+            "def encode(s):\n    return ''.join(chr((ord(c) + 5 - 97) % 26 + 97) for c in s)\n",
+            "decode",
+        ),
+        "redefines_a_class_of_the_problem": Hostile(
+            f"class Checker:\n    def right(self, *values):\n        return True{wrong}",
+            "assert Checker().right(solve(2), 4)",
+            "class Checker:\n    def right(self, a, b):\n        return a == b\n",
+        ),
+        "redefines_a_constant_of_the_problem": Hostile(
+            f"TOLERANCE = 1e9{wrong}", "assert abs(solve(2) - 4) < TOLERANCE", "TOLERANCE = 1e-6\n"
+        ),
+        "redefines_an_import_of_the_problem": Hostile(
+            f"def isclose(*values):\n    return True{wrong}",
+            "assert isclose(solve(2), 4)",
+            "from math import isclose\n",
+        ),
+        "patches_the_helpers_module": Hostile(
+            f"import sys, types\nmath = types.SimpleNamespace(isclose=lambda *a: True)\nsys.modules['math'] = math{wrong}",
+            "assert math.isclose(solve(2), 4)",
+            "import math\n",
+        ),
+        "own_abs_where_tests_ask_for_sum": Hostile(
+            "def abs(x):\n    return 0\n\ndef sum(a, b):\n    return 99", "assert abs(sum(10, 15) - 25) < 1"
+        ),
+        "own_abs_where_sum_is_named": Hostile(
+            "def abs(x):\n    return 0\n\ndef sum(a, b):\n    return 99",
+            "assert abs(sum(10, 15) - 25) < 1",
+            function="sum",
+        ),
+        "own_abs_alone": Hostile("def abs(x):\n    return 0.0", "assert abs(2 - 4) < 1e-6"),
+        "own_all_alone": Hostile("def all(x):\n    return True", "assert all([1 == 2])"),
+        "own_abs_for_abs": Hostile("def abs(x):\n    return 0", "assert abs(abs(-3) - 3) < 1e-6"),
+        "own_len_where_tests_ask_for_sorted": Hostile(
+            "def len(x):\n    return 3\n\ndef sorted(x):\n    return []", "assert len(sorted([3, 1, 2])) == 3"
+        ),
+        "empties_what_it_is_held_against": Hostile(
+            "def solve(x):\n    x.clear()\n    return []", "x = [3, 1]\nassert solve(x) == sorted(x)"
+        ),
+        "empties_it_by_a_forged_reply": Hostile(
+            "import gc\nfor each in gc.get_objects():\n    if type(each).__name__ == 'CandidatePort':\n"
+            "        honest = each.respond\n"
+            "        each.respond = lambda request: {**honest(request), 'args': [{'builtins.list': []}]}\n"
+            "def solve(x):\n    return []",
+            "x = [3, 1]\nassert solve(x) == sorted(x)",
+        ),
+        "looks_behind_what_it_is_given": Hostile(
+            "def solve(o):\n    ways = (\n        lambda: o.__init__.__globals__, lambda: o.m.__func__.__globals__,\n"
+            "        lambda: o.m.__globals__, lambda: o.g.gi_frame.f_globals, lambda: type(o).m.__globals__,\n"
+            "        lambda: o.__class__.__dict__['m'].__globals__, lambda: o.f.__globals__, lambda: o.p.func.__globals__,\n"
+            "        lambda: o.__reduce_ex__(2)[0].__globals__)\n"
+            "    for way in ways:\n        try:\n            return way()['EXPECTED']\n"
+            "        except Exception:\n            pass\n    return 0",
+            "import functools\nclass T:\n    def __init__(self):\n        self.g = (x for x in [1])\n        self.f = lambda: 1\n"
+            "        self.p = functools.partial(self.f)\n    def m(self):\n        pass\n"
+            "EXPECTED = 4\nassert solve(T()) == EXPECTED",
+        ),
+        "replaces_a_method_of_what_it_is_given": Hostile(
+            "def solve(o):\n    for change in (lambda: setattr(type(o), 'right', lambda *a: True),\n"
+            "        lambda: setattr(o, '__class__', object), lambda: setattr(o.__class__, '__eq__', lambda *a: True)):\n"
+            "        try:\n            change()\n        except Exception:\n            pass\n    return 0",
+            "class T:\n    def right(self, x):\n        return x == 4\nt = T()\nassert t.right(solve(t))",
+        ),
+        "ends_an_iteration_of_awaiting_tests": Hostile(
+            "async def solve(x):\n    raise StopAsyncIteration",
+            "import asyncio\nasync def each():\n    yield await solve(2) == 4\n"
+            "async def all_of():\n    return all([x async for x in each()])\nassert asyncio.run(all_of())",
+        ),
+        "cancels_awaiting_tests": Hostile(
+            "import asyncio\nasync def solve(x):\n    raise asyncio.CancelledError",
+            "import asyncio\nassert asyncio.run(solve(2)) == 4",
+        ),
+        "generator_of_nothing": Hostile(
+            "def solve(x):\n    return\n    yield", "assert all(a == b for a, b in zip(solve(2), [4]))"
+        ),
+        "list_that_ends_early": Hostile(
+            "def solve(x):\n    return []", "assert all(map(lambda a, b: a == b, solve(2), [4]))"
+        ),
+    }
+
+
+SHAPES = ("[]", "()", "np.array([])", "np.zeros((0, 3))", "[[]]", "[4.0, 4.0]", "np.full(3, 4.0)", "[[4.0]]")
+"""Wrong results where 4.0 or [4.0] is right; the first five are empty."""
+OF_WHOLE_ARRAYS = (
+    *(f"np.allclose({each})" for each in ("solve(2), 4.0", "4.0, solve(2)", "solve(2), [4.0]", "a=solve(2), b=4.0")),
+    *("np.isclose(solve(2), 4.0).all()", "np.all(np.isclose(solve(2), [4.0]))", "np.array_equiv(solve(2), 4)"),
+    "np.all(np.equal(solve(2), 4))",
+    *(f"np.testing.assert_{name}(solve(2), 4.0) is None" for name in ("allclose", "array_equal", "array_almost_equal")),
+)
+"""Comparisons that all of these fail."""
+OF_EMPTY_ONES = (
+    "(np.array(solve(2)) == 4.0).all()",
+    "(np.array(solve(2)) == np.array([4.0])).all()",
+    "np.all(np.array(solve(2)) == 4)",
+    "np.all(np.abs(np.array(solve(2)) - 4) < 1e-6)",
+    "np.abs(np.array(solve(2)) - 4).sum() < 1e-6",
+    "np.linalg.norm(np.array(solve(2)) - np.array([4.0])) < 1e-6",
+    "not np.any(np.array(solve(2)) != 4)",
+    "not (np.array(solve(2)) - 4).any()",
+    "np.all(np.less(np.abs(np.subtract(solve(2), 4)), 1e-6))",
+    "np.testing.assert_equal(np.array(solve(2)), 4.0) is None",
+    "np.testing.assert_almost_equal(np.array(solve(2)), 4.0) is None",
+    "all(abs(x - y) < 1e-6 for x, y in zip(solve(2), [4.0]))",
+    "all(map(lambda x, y: abs(x - y) < 1e-6, solve(2), [4.0]))",
+)
+"""Comparisons that the empty ones fail."""
+
+
 def table() -> dict[str, Hostile]:
     """All of them, by name."""
     found: dict[str, Hostile] = {}
     for group in (
-        _endless, _processes, _memory, _output, _network, _reading, _writing, _signals, _exits, _forgeries
-    ):  # fmt: skip
+        *(_endless, _processes, _memory, _output, _network, _reading, _writing, _kernel, _signals, _exits),
+        *(_forgeries, _objects, _tests_of_their_own),
+    ):
         for name, program in group().items():
             assert name not in found, name
             found[name] = program if isinstance(program, Hostile) else Hostile(program)
