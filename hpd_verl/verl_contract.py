@@ -635,7 +635,7 @@ CONTRACT: tuple[Entry, ...] = (
     ),
     *_attributes(
         "transformers:PreTrainedModel",
-        "engine/on_meta.py",
+        "engine/row_layout.py",
         {"_supports_flash_attn": "transformers': what a class says of flash attention, installed or not"},
     ),
 )

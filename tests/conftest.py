@@ -34,6 +34,8 @@ if DEVICE != "cuda":
     os.environ["VERL_PLATFORM"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A package of vLLM's sets the root logger, and pytest's handlers, to this at its import; to ERROR without it.
+os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", "WARNING")
 # torch, loaded above, has read it already; several processes share the cores.
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

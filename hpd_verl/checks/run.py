@@ -347,6 +347,7 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
         "number; leave it false: data.shuffle shuffles the rows",
     )
     pipeline, _ = choose_pipeline(config, hpd)
+    ref = config.actor_rollout_ref.ref
     updated, whole = mini_batch * rollout.n // data_parallel, batch * rollout.n // data_parallel
     per_rank = {"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": (bool(actor.use_dynamic_bsz), updated)}
     if pipeline == "staged":
@@ -354,12 +355,11 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
             bool(rollout.log_prob_use_dynamic_bsz),
             whole,
         )
-    ref = config.actor_rollout_ref.ref
-    of_teacher = batch * rollout.n * ref.get("ulysses_sequence_parallel_size", 1) // ranks
-    per_rank["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"] = (
-        bool(ref.log_prob_use_dynamic_bsz),
-        of_teacher,
-    )
+        of_teacher = batch * rollout.n * ref.get("ulysses_sequence_parallel_size", 1) // ranks
+        per_rank["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"] = (
+            bool(ref.log_prob_use_dynamic_bsz),
+            of_teacher,
+        )
     _check_micro_batches(config, per_rank)
     require(
         actor.use_dynamic_bsz == rollout.log_prob_use_dynamic_bsz,

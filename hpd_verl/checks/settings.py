@@ -241,10 +241,7 @@ def model_rules(node: str, trained: bool, uses_megatron_lora: bool = False) -> d
             TEXT_OR_NULL,
         ),
         **dict.fromkeys(
-            [
-                f"{node}.{key}"
-                for key in ["use_shm", "trust_remote_code", "enable_gradient_checkpointing", "use_remove_padding"]
-            ],
+            [f"{node}.{key}" for key in ["use_shm", "trust_remote_code", "enable_gradient_checkpointing"]],
             SWITCH,
         ),
         f"{node}.external_lib": (
@@ -253,6 +250,7 @@ def model_rules(node: str, trained: bool, uses_megatron_lora: bool = False) -> d
         ),
         f"{node}.override_config": MAPPING,
         f"{node}.override_config.attn_implementation": TEXT_OR_NULL,
+        f"{node}.use_remove_padding": one_of(True, False, "auto"),
         f"{node}.override_config.*": ANYTHING,  # checked with the model
         f"{node}.enable_activation_offload": (
             lambda value: value is False or (value is True and not on_cpu()),

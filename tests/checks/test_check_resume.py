@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from hpd_verl.checkpoint import mark_complete
@@ -16,13 +17,13 @@ from hpd_verl.config import HPDConfig, Refused
 def checkpoint(
     root: Path, ranks: int, step: int = 2, contents: tuple[str, ...] = ("model", "optim", "extra_state")
 ) -> Path:
-    """A complete checkpoint of the lean trainer, its files empty."""
+    """A complete checkpoint of the lean trainer, of which its files hold nothing."""
     folder = root / f"global_step_{step}"
     folder.mkdir(parents=True)
     for name in contents:
         for rank in range(ranks):
-            (folder / f"{name}_world_size_{ranks}_rank_{rank}.pt").touch()
-    (folder / "data_0.pt").touch()
+            torch.save({}, folder / f"{name}_world_size_{ranks}_rank_{rank}.pt")
+    torch.save({}, folder / "data_0.pt")
     mark_complete(root, step)
     return folder
 
