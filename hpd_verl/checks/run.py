@@ -355,11 +355,11 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
             bool(rollout.log_prob_use_dynamic_bsz),
             whole,
         )
-        of_teacher = batch * rollout.n * ref.get("ulysses_sequence_parallel_size", 1) // ranks
-        per_rank["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"] = (
-            bool(ref.log_prob_use_dynamic_bsz),
-            of_teacher,
-        )
+    of_teacher = batch * rollout.n * ref.get("ulysses_sequence_parallel_size", 1) // ranks
+    per_rank["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"] = (
+        bool(ref.log_prob_use_dynamic_bsz),
+        of_teacher if pipeline == "staged" else 0,  # in one pass the teacher's rows are filled up
+    )
     _check_micro_batches(config, per_rank)
     require(
         actor.use_dynamic_bsz == rollout.log_prob_use_dynamic_bsz,

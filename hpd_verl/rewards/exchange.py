@@ -636,7 +636,7 @@ def _plain_or_none(value: Any) -> Any:
 def _signature(parameters: list[Any]) -> Any:
     import inspect
 
-    kinds = list(type(inspect.Parameter.POSITIONAL_ONLY))
+    kinds: list[Any] = list(type(inspect.Parameter.POSITIONAL_ONLY))  # type: ignore[call-overload]
     return inspect.Signature([
         inspect.Parameter(name, kinds[kind], default=inspect.Parameter.empty if none else default)
         for name, kind, none, default in parameters
