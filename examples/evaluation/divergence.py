@@ -190,7 +190,7 @@ def main() -> None:
     add("--max_response_length", type=int, default=16384, help="tokens of an answer that are read (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of both models (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
-    add("--attn_implementation", default="sdpa", help="transformers' attention (%(default)s)")
+    add("--attn_implementation", default="eager", help="transformers' attention (%(default)s, right for every family)")
     add("--token_chunk_size", type=int, help="tokens whose logits exist at once")
     add("--trust_remote_code", action="store_true", help="run code that a model brings")
     script.run(evaluate)

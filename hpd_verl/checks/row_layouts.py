@@ -1,5 +1,6 @@
 """Which attention each model takes and whether its rows are packed: chosen where nothing is set, else checked."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,11 +111,17 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
     if tried.right is None:
         raise ValueError(_refusal(config, model, passes, tried))
     if tried.wrong:
-        logger.info("%s: %s", _called(model), _explained(tried))
+        _say(f"{_called(model)}: {_explained(tried)}")
     if passes.one_pass:
         _check_output_layer(config, model, passes)
     _check_offload(model, tried.right)
     return tried.right
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Log a line once in a process: what is checked at its start is chosen again where the models load."""
+    logger.info("%s", line)
 
 
 def write_row_layout(model: ModelNode, layout: RowLayout) -> None:

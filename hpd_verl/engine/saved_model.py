@@ -29,6 +29,9 @@ LOG_PROBS = "log_probs.json"
 ADAPTER = "adapter_config.json"
 """File of a LoRA run's checkpoint with the adapter's settings, as peft writes it."""
 
+_ATTENTION = "eager"
+"""Right for every family: transformers' default drops the soft caps of Gemma 2."""
+
 _OF_TRAINING = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_name_or_path")
 """What a configuration may hold that is the training's alone."""
 _ADAPTER_SETTINGS = (
@@ -356,13 +359,17 @@ def write_adapter(
 
 def as_loaded(model: Any) -> Any:
     """A model of ``plain_model`` as if it had been written and loaded, in float32, with what no file holds."""
-    return type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=torch.float32)
+    return type(model).from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), dtype=torch.float32, attn_implementation=_ATTENTION
+    )
 
 
 def load_written(folder: Path, trusts_code: bool = False) -> Any:
     """The model in a folder as transformers load it, in float32."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code)
-    return _auto_class(config).from_pretrained(folder, dtype=torch.float32, trust_remote_code=trusts_code)
+    return _auto_class(config).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=_ATTENTION, trust_remote_code=trusts_code
+    )
 
 
 def check_written(folder: Path, trained: LogProbs, written: torch.dtype, trusts_code: bool = False) -> str:
