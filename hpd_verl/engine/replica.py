@@ -44,11 +44,15 @@ _EXPERTS: Mapping[str, int] = {
 }
 _STATES: Mapping[str, int] = {
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32),
+    **dict.fromkeys(("linear_num_value_heads", "mamba_num_heads"), 4),
+    "linear_num_key_heads": 2,
+    **dict.fromkeys(("n_groups", "mamba_n_groups"), 1),
 }
 _HIDDEN, _HEADS, _HEAD_SIZE = 256, 4, 64
 _STATE_HEADS = (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"))
 """Their product is the hidden size times ``mamba_expand``."""
-_GAIN = 1.2
+_GAIN = 1.7
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -154,11 +158,10 @@ def _smaller(config: PretrainedConfig, whole: nn.Module) -> Iterator[PretrainedC
     """Configurations of the same kind, the smallest first; not every one can be made, nor run."""
     tokens = {name: 0 for name, value in vars(config).items() if name.endswith("_token_id") and isinstance(value, int)}
     layers = _kinds_of_layers(whole)
-    for few_layers in (layers, None):
-        for values in ({**_WIDTHS, **_EXPERTS}, _EXPERTS, _WIDTHS, {}):
-            narrow = _first_layers(_lowered(config, {**tokens, **_TOKENS, **_STATES, **values}), few_layers)
-            yield _few_heads(narrow)
-            yield narrow
+    for values in ({**_STATES, **_WIDTHS, **_EXPERTS}, {**_STATES, **_EXPERTS}, {}):
+        narrow = _first_layers(_lowered(config, {**tokens, **_TOKENS, **values}), layers)
+        yield _few_heads(narrow)
+        yield narrow
 
 
 def _few_heads(config: PretrainedConfig) -> PretrainedConfig:
@@ -176,6 +179,8 @@ def _few_heads(config: PretrainedConfig) -> PretrainedConfig:
     for count, size in _STATE_HEADS:
         if isinstance(getattr(few, count, None), int) and isinstance(getattr(few, size, None), int):
             setattr(few, count, max(1, inner // getattr(few, size)))
+    if getattr(few, "mamba_d_ssm", None) is not None:
+        few.mamba_d_ssm = few.mamba_n_heads * few.mamba_d_head
     if getattr(few, "attention_hidden_size", None) is not None:  # Zamba2: hidden states beside the embeddings
         few.attention_hidden_size, few.attention_head_dim = 2 * _HIDDEN, 2 * _HIDDEN // _HEADS
     return few
