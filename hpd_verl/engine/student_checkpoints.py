@@ -97,6 +97,9 @@ class StudentCheckpoints(FSDPCheckpointManager):
         model = self.engine.model_config
         context = getattr(model.hf_config.get_text_config(), "max_position_embeddings", None)
         rows = token_rows(model.hf_config, model.tokenizer.all_special_ids, context or 2**20)
+        # As training does: not together where the model or the run wants each row alone, nor across a rope's switch.
+        switch = self.engine.rope_switch
+        together = self.engine.rows_share and (switch is None or max(map(len, rows)) <= switch)
         ids = [torch.tensor(row) for row in rows]
         nested = {
             "input_ids": ids,
@@ -109,7 +112,7 @@ class StudentCheckpoints(FSDPCheckpointManager):
                 "temperature": 1.0,
                 "use_remove_padding": model.use_remove_padding,
                 "use_dynamic_bsz": False,
-                "micro_batch_size_per_gpu": len(rows),
+                "micro_batch_size_per_gpu": len(rows) if together else 1,
                 "pad_token_id": model.tokenizer.pad_token_id or 0,
             },
         )
