@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 from families import LONGEST, byte_tokenizer, lean_config, tiny_config, tiny_model
+from transformers import CONFIG_MAPPING
 
 from hpd_verl.checks.row_layouts import Passes, choose_row_layout, model_nodes, write_row_layout
 from hpd_verl.checks.start import sft_passes
 from hpd_verl.engine import replica
+from hpd_verl.engine.replica import Replica
 from hpd_verl.engine.row_layout import RowLayout, default_attentions, layouts, try_layouts
 
 PACKED, PADDED = RowLayout("packed_attention", True), RowLayout("packed_attention", False)
@@ -138,8 +140,12 @@ def test_a_model_that_has_no_small_replica_is_padded(
 ) -> None:
     monkeypatch.setattr(replica, "AFFORDABLE", 10)
     # A length of its own, since trials are kept.
-    assert chosen(folder / "llama", folder / "llama", longest_row=77) == [PADDED, PADDED]
-    assert "packed_attention on padded rows, without a trial before it loads: no replica of Llama" in caplog.text
+    models, length = (folder / "llama", folder / "llama"), {"longest_row": 77}
+    assert chosen(*models, **length) == [RowLayout("eager", False)] * 2
+    assert chosen(*models, "model.use_remove_padding=true", **length)[0].packed
+    sdpa = "model.override_config.attn_implementation=sdpa"
+    assert chosen(*models, sdpa, **length)[0] == RowLayout("sdpa", False)
+    assert "eager on padded rows, without a trial before it loads: no replica of Llama" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "deepseek_v3", "bamba", "qwen3_next", "gpt_oss", "jamba"])
@@ -182,3 +188,17 @@ def test_the_table_says_what_is_found() -> None:
         right = try_layouts(tiny_config(family), candidates, LONGEST).right
         found = ("one row", "-") if right is None else ("packed" if right.packed else "padded", right.attention)
         assert written[family] == found, family
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 8, "num_attention_heads": 64}),
+        ("falcon", {}),
+        ("falcon_h1", {}),
+        ("gemma3n_text", {}),
+        ("zamba2", {}),
+    ],
+)
+def test_large_models_have_small_replicas(family: str, sizes: dict[str, Any]) -> None:
+    assert Replica(CONFIG_MAPPING[family](**sizes), LONGEST).weights
