@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -289,8 +290,14 @@ def gradient_of(model: Any) -> dict[str, Tensor]:
     }
 
 
-def checked_config(family: str, folder: Path, *overrides: str) -> Any:
+def checked_config(family: str, folder: Path, *overrides: str, change: Callable[[Path], None] | None = None) -> Any:
     """The configuration of a run of the lean trainer on tiny models and a few rows, which it accepts.
+
+    Args:
+        family: of both models.
+        folder: for models, rows and run.
+        overrides: of the configuration.
+        change: is given the student's folder before it is checked.
 
     Raises:
         ValueError: the trainer refuses the family.
@@ -302,6 +309,8 @@ def checked_config(family: str, folder: Path, *overrides: str) -> Any:
     for name, seed in (("student", 1), ("teacher", 2)):
         tiny_model(family, seed).save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
+    if change is not None:
+        change(folder / "student")
     write_rows(folder / "rows.parquet")
     config = lean_config(folder, *overrides)
     auto_set_device(config)

@@ -5,6 +5,7 @@ at generation settings that transformers refuses to save. Its loading runs what 
 """
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,11 @@ class StudentCheckpoints(FSDPCheckpointManager):
         model = self.engine.model_config
         out = folder / HUGGINGFACE
         clean_configuration(out)
-        config = AutoConfig.from_pretrained(out, trust_remote_code=self.trust_remote_code)
         source = AutoConfig.from_pretrained(model.local_hf_config_path, trust_remote_code=self.trust_remote_code)
+        if self.trust_remote_code:  # verl copies the code of FSDP's class, which has taken the model's place
+            for file in Path(model.local_hf_config_path).glob("*.py"):
+                shutil.copyfile(file, out / file.name)
+        config = AutoConfig.from_pretrained(out, trust_remote_code=self.trust_remote_code)
         # verl lets the configuration end at the tokenizer's token alone.
         config.eos_token_id = end_tokens(config.eos_token_id, source.eos_token_id)
         generation = model.generation_config or GenerationConfig.from_model_config(source)
