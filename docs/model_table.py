@@ -14,6 +14,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from families import FAMILIES, LONGEST, tiny_config  # noqa: E402
 
+from hpd_verl.config import Refused  # noqa: E402
+from hpd_verl.engine.causal_lm import check_head, check_one_pass, offer_head  # noqa: E402
+from hpd_verl.engine.on_meta import build  # noqa: E402
+from hpd_verl.engine.replica import Replica  # noqa: E402
 from hpd_verl.engine.row_layout import RowLayout, Tried, default_attentions, layouts, try_layouts  # noqa: E402
 
 START, END = "<!-- Written by docs/model_table.py -->", "<!-- end -->"
@@ -47,11 +51,29 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def refused() -> str:
+    """A line a reason, of families that the trainers refuse for something else."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for family in FAMILIES:
+        config = tiny_config(family)
+        if not build(config).supports_gradient_checkpointing:
+            reasons["`enable_gradient_checkpointing` is not supported: set it to false"].append(family)
+        try:
+            check_one_pass(model := Replica(config, LONGEST).model("eager"))
+            offer_head(model)
+            check_head(model)
+        except Refused:
+            reasons[
+                "the output layer does more than one pass knows: main_ppo with `algorithm.hpd.pipeline=staged`"
+            ].append(family)
+    return "\n".join(f"- {', '.join(f'`{name}`' for name in names)}: {reason}." for reason, names in reasons.items())
+
+
 def main() -> None:
     page = ROOT / "docs" / "models.md"
     text = page.read_text()
     before, after = text.split(START)[0], text.split(END)[1]
-    page.write_text(f"{before}{START}\n{table()}\n{END}{after}")
+    page.write_text(f"{before}{START}\n{table()}\n\nRefused for something else:\n\n{refused()}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,34 @@ def gradient_of(model: Any) -> dict[str, Tensor]:
     }
 
 
+def checked_config(family: str, folder: Path, *overrides: str, change: Callable[[Path], None] | None = None) -> Any:
+    """The configuration of a run of the lean trainer on tiny models and a few rows, which it accepts.
+
+    Args:
+        family: of both models.
+        folder: for models, rows and run.
+        overrides: of the configuration.
+        change: is given the student's folder before it is checked.
+
+    Raises:
+        ValueError: the trainer refuses the family.
+    """
+    from verl.utils.device import auto_set_device
+
+    from hpd_verl.checks.start import check_sft_run
+
+    for name, seed in (("student", 1), ("teacher", 2)):
+        tiny_model(family, seed).save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    if change is not None:
+        change(folder / "student")
+    write_rows(folder / "rows.parquet")
+    config = lean_config(folder, *overrides)
+    auto_set_device(config)
+    check_sft_run(config)
+    return config
+
+
 def off_by(family: str, folder: Path, *overrides: str) -> float:
     """How far loss and gradient of one step of the lean trainer are from the reference, relative, the larger of both.
 
@@ -298,19 +327,11 @@ def off_by(family: str, folder: Path, *overrides: str) -> float:
         ValueError: the trainer refuses the family.
     """
     from verl.utils.config import omega_conf_to_dataclass
-    from verl.utils.device import auto_set_device
 
-    from hpd_verl.checks.start import check_sft_run
     from hpd_verl.lean import read_demonstrations
     from hpd_verl.sft_trainer import HPDSFTTrainer
 
-    for name, seed in (("student", 1), ("teacher", 2)):
-        tiny_model(family, seed).save_pretrained(folder / name)
-        byte_tokenizer().save_pretrained(folder / name)
-    write_rows(folder / "rows.parquet")
-    config = lean_config(folder, *overrides)
-    auto_set_device(config)
-    check_sft_run(config)
+    config = checked_config(family, folder, *overrides)
     rows = read_demonstrations(config, omega_conf_to_dataclass(config.model), config.data.train_files)
     loss, expected = reference(folder, [rows[index] for index in range(len(rows))])
     trainer, seen = HPDSFTTrainer(config), {}

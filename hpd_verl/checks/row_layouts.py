@@ -104,7 +104,8 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
     try:
         tried = _tried(config, candidates, model, passes)
     except Exception as error:  # a replica that is large too, or whatever a model file raises at sizes of its own
-        layout = candidates[0] if len(candidates) == 1 else next(each for each in candidates if not each.packed)
+        # Eager attention, the last, is the one that no family computes wrongly or ignores.
+        layout = next((each for each in reversed(candidates) if not each.packed), candidates[-1])
         logger.warning("%s: %s, without a trial before it loads: %s", _called(model), layout, one_line(error))
         _check_offload(model, layout)
         return layout

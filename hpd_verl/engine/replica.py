@@ -52,7 +52,7 @@ _STATES: Mapping[str, int] = {
 _HIDDEN, _HEADS, _HEAD_SIZE = 256, 4, 64
 _STATE_HEADS = (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"))
 """Their product is the hidden size times ``mamba_expand``."""
-_GAIN = 1.7
+_GAIN = 1.2
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -149,7 +149,9 @@ def _lowered(config: PretrainedConfig, values: Mapping[str, Any]) -> PretrainedC
     changed = copy.deepcopy(config)
     for name, value in values.items():
         found = getattr(changed, name, None)
-        if isinstance(found, int | float) and not isinstance(found, bool) and found > value:
+        if isinstance(found, list | tuple) and all(isinstance(each, int | float) for each in found):  # by layer
+            setattr(changed, name, [min(each, value) for each in found])
+        elif isinstance(found, int | float) and not isinstance(found, bool) and found > value:
             setattr(changed, name, value)
     return changed
 
@@ -170,17 +172,19 @@ def _few_heads(config: PretrainedConfig) -> PretrainedConfig:
     heads = getattr(few, "num_attention_heads", None)
     if not isinstance(heads, int) or heads <= _HEADS:
         return few
-    sharing = heads // (getattr(few, "num_key_value_heads", None) or heads)
     few.hidden_size, few.num_attention_heads = _HIDDEN, _HEADS
-    for name, value in (("num_key_value_heads", max(1, _HEADS // sharing)), ("head_dim", _HEAD_SIZE)):
+    for name in ("num_key_value_heads", "num_kv_heads"):  # Falcon's
         if getattr(few, name, None) is not None:
-            setattr(few, name, value)
+            setattr(few, name, max(1, _HEADS * getattr(few, name) // heads))
+    if getattr(few, "head_dim", None) is not None and "head_dim" in vars(few):  # Falcon's follows from the others
+        few.head_dim = _HEAD_SIZE
     inner = _HIDDEN * int(getattr(few, "mamba_expand", None) or 1)
+    if getattr(few, "mamba_d_ssm", None) is not None:  # Falcon-H1's name of it
+        few.mamba_d_ssm = inner
     for count, size in _STATE_HEADS:
         if isinstance(getattr(few, count, None), int) and isinstance(getattr(few, size, None), int):
-            setattr(few, count, max(1, inner // getattr(few, size)))
-    if getattr(few, "mamba_d_ssm", None) is not None:
-        few.mamba_d_ssm = few.mamba_n_heads * few.mamba_d_head
+            setattr(few, size, min(inner, getattr(few, size)))
+            setattr(few, count, inner // getattr(few, size))
     if getattr(few, "attention_hidden_size", None) is not None:  # Zamba2: hidden states beside the embeddings
         few.attention_hidden_size, few.attention_head_dim = 2 * _HIDDEN, 2 * _HIDDEN // _HEADS
     return few
@@ -205,7 +209,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
             *(
                 (key, value)
                 for key, value in sorted(vars(part).items())
-                if isinstance(value, bool | int | float | str | None) and key != "layer_idx"
+                if isinstance(value, bool | int | float | str | None) and key not in ("layer_idx", "layer_id")
             ),
         )
         for name, part in layer.named_modules()
@@ -226,9 +230,10 @@ def _first_layers(config: PretrainedConfig, layers: int | None) -> PretrainedCon
 
 @torch.no_grad()
 def _strengthen(model: nn.Module) -> None:
-    """Draw matrices so large that a layer passes on more than it gets; move what starts where it does nothing."""
+    """Draw matrices so large, at least, that a layer passes on more than it gets; move what starts doing nothing."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(torch.randn_like(parameter) * 0.1)
         else:
-            parameter.copy_(torch.randn_like(parameter) * (_GAIN * parameter.shape[-1] ** -0.5))
+            strength = max(parameter.std().item(), _GAIN * parameter.shape[-1] ** -0.5)
+            parameter.copy_(torch.randn_like(parameter) * strength)

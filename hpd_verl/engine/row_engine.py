@@ -42,12 +42,16 @@ class RowEngine(FSDPEngineWithLMHead):
             ValueError: a row's logits depend on the row beside it.
         """
         super().initialize()
-        config = self.engine_config
-        sizes = (config.micro_batch_size_per_gpu, config.infer_micro_batch_size_per_gpu)
-        rows_share = config.use_dynamic_bsz or any(size not in (None, 1) for size in sizes)
-        if rows_share and not self.use_ulysses_sp:  # whose ranks hold a part of the rows each
+        if self.rows_share and not self.use_ulysses_sp:  # whose ranks hold a part of the rows each
             with self.eval_mode(), self._autocast():
                 self._check_rows()
+
+    @property
+    def rows_share(self) -> bool:
+        """Whether a micro-batch may hold more than one row."""
+        config = self.engine_config
+        sizes = (config.micro_batch_size_per_gpu, config.infer_micro_batch_size_per_gpu)
+        return config.use_dynamic_bsz or any(size not in (None, 1) for size in sizes)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -64,7 +68,9 @@ class RowEngine(FSDPEngineWithLMHead):
         """Change one row: the others must stay. The model is the real one, on its device, in its dtype."""
         make = packed_inputs if self.use_remove_padding else padded_inputs
         vocabulary = self.model_config.hf_config.get_text_config().vocab_size
-        rows, other = (trial_rows(_LENGTHS, vocabulary, seed) for seed in (0, 1))
+        context = getattr(self.model_config.hf_config.get_text_config(), "max_position_embeddings", None) or 2**20
+        lengths = [min(length, context) for length in _LENGTHS]
+        rows, other = (trial_rows(lengths, vocabulary, seed) for seed in (0, 1))
         before, after = (self._trial(make, [first, *rows[1:]]) for first in (rows[0], other[0]))
         moved = ((after - before).norm(dim=-1) / before.norm(dim=-1)).max().item()
         limit = _MOVES_AT_MOST.get(self.compute_dtype, _MOVES_AT_MOST_ROUNDED)

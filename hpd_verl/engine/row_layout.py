@@ -18,8 +18,9 @@ from hpd_verl.engine.replica import Replica, rope_switch
 LENGTHS = (9, 150, 6, 70)
 """Tokens of the rows that a replica is tried with: above its windows and chunks, and not their multiples."""
 
-TOLERANCE = 1e-4
-"""Relative difference of a token's logits. Right ones differ by rounding, wrong ones by 2e-2 and more."""
+TOLERANCE = 3e-4
+"""Relative difference of a token's logits. Right ones differ by rounding (Gemma 4, of which 30 layers are tried, by
+1.5e-4), wrong ones by 2e-2 and more."""
 
 FLASH = "flash_attention_2"
 

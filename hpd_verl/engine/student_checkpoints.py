@@ -5,6 +5,7 @@ at generation settings that transformers refuses to save. Its loading runs what 
 """
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,9 @@ class StudentCheckpoints(FSDPCheckpointManager):
         model = self.engine.model_config
         context = getattr(model.hf_config.get_text_config(), "max_position_embeddings", None)
         rows = token_rows(model.hf_config, model.tokenizer.all_special_ids, context or 2**20)
+        # As training does: not together where the model or the run wants each row alone, nor across a rope's switch.
+        switch = self.engine.rope_switch
+        together = self.engine.rows_share and (switch is None or max(map(len, rows)) <= switch)
         ids = [torch.tensor(row) for row in rows]
         nested = {
             "input_ids": ids,
@@ -109,7 +113,7 @@ class StudentCheckpoints(FSDPCheckpointManager):
                 "temperature": 1.0,
                 "use_remove_padding": model.use_remove_padding,
                 "use_dynamic_bsz": False,
-                "micro_batch_size_per_gpu": len(rows),
+                "micro_batch_size_per_gpu": len(rows) if together else 1,
                 "pad_token_id": model.tokenizer.pad_token_id or 0,
             },
         )
@@ -131,8 +135,11 @@ class StudentCheckpoints(FSDPCheckpointManager):
         model = self.engine.model_config
         out = folder / HUGGINGFACE
         clean_configuration(out)
-        config = AutoConfig.from_pretrained(out, trust_remote_code=self.trust_remote_code)
         source = AutoConfig.from_pretrained(model.local_hf_config_path, trust_remote_code=self.trust_remote_code)
+        if self.trust_remote_code:  # verl copies the code of FSDP's class, which has taken the model's place
+            for file in Path(model.local_hf_config_path).glob("*.py"):
+                shutil.copyfile(file, out / file.name)
+        config = AutoConfig.from_pretrained(out, trust_remote_code=self.trust_remote_code)
         # verl lets the configuration end at the tokenizer's token alone.
         config.eos_token_id = end_tokens(config.eos_token_id, source.eos_token_id)
         generation = model.generation_config or GenerationConfig.from_model_config(source)

@@ -1,6 +1,5 @@
 """Attention and packing of a run's models: chosen by a trial, and what is set is taken or refused."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +137,12 @@ def test_a_model_that_has_no_small_replica_is_padded(
 ) -> None:
     monkeypatch.setattr(replica, "AFFORDABLE", 10)
     # A length of its own, since trials are kept.
-    assert chosen(folder / "llama", folder / "llama", longest_row=77) == [PADDED, PADDED]
-    assert "packed_attention on padded rows, without a trial before it loads: no replica of Llama" in caplog.text
+    models, length = (folder / "llama", folder / "llama"), {"longest_row": 77}
+    assert chosen(*models, **length) == [RowLayout("eager", False)] * 2
+    assert chosen(*models, "model.use_remove_padding=true", **length)[0].packed
+    sdpa = "model.override_config.attn_implementation=sdpa"
+    assert chosen(*models, sdpa, **length)[0] == RowLayout("sdpa", False)
+    assert "eager on padded rows, without a trial before it loads: no replica of Llama" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "deepseek_v3", "bamba", "qwen3_next", "gpt_oss", "jamba"])
@@ -170,15 +173,10 @@ def _as_if_above(size: int) -> Any:
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
-def test_the_table_says_what_is_found() -> None:
-    """docs/models.md, of each family in this test's list."""
-    from families import FAMILIES
+def test_the_table_says_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/models.md holds what its script writes."""
+    monkeypatch.syspath_prepend(str(TABLE.parent))
+    import model_table
 
-    rows = re.findall(r"^\| (packed|padded|one row) \| `?(\w+|-)`? \| (.*?) \|", TABLE.read_text(), re.MULTILINE)
-    written = {family: (how, attention) for how, attention, names in rows for family in re.findall(r"`(\S+?)`", names)}
-    assert set(written) == set(FAMILIES)
-    candidates = list(layouts(default_attentions(False), None))
-    for family in FAMILIES:
-        right = try_layouts(tiny_config(family), candidates, LONGEST).right
-        found = ("one row", "-") if right is None else ("packed" if right.packed else "padded", right.attention)
-        assert written[family] == found, family
+    for part in (model_table.table(), model_table.refused()):
+        assert part in TABLE.read_text(), part
