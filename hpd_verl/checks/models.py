@@ -213,7 +213,22 @@ def _check_overrides(use: ModelUse, model: HFModelConfig) -> None:
         Refused: one is not, and nothing would read it.
     """
     own = AutoConfig.from_pretrained(model.local_hf_config_path, trust_remote_code=model.trust_remote_code)
-    overrides = model.override_config.get("model_config") or model.override_config
+    node, overrides = f"{use.node}.override_config", model.override_config
+    if "model_config" in overrides:  # verl reads nothing beside it, but for the attention
+        for key, value in overrides.items():
+            require(
+                key in ("model_config", "attn_implementation"),
+                f"{node}.{key}",
+                value,
+                f"nothing reads it beside {node}.model_config; write it there, or leave model_config out",
+            )
+        node, overrides = f"{node}.model_config", dict(overrides["model_config"] or {})
+        require(
+            "attn_implementation" not in overrides,
+            f"{node}.attn_implementation",
+            overrides.get("attn_implementation"),
+            f"nothing reads it there; give {use.node}.override_config.attn_implementation",
+        )
 
     def check(part: Any, values: Mapping[str, Any], name: str) -> None:
         for key, value in values.items():
@@ -228,7 +243,7 @@ def _check_overrides(use: ModelUse, model: HFModelConfig) -> None:
             if isinstance(value, Mapping) and isinstance(inner, PretrainedConfig):
                 check(inner, value, f"{name}.{key}")
 
-    check(own, overrides, f"{use.node}.override_config")
+    check(own, overrides, node)
 
 
 def _check_build(use: ModelUse, model: HFModelConfig) -> PreTrainedModel:

@@ -144,15 +144,22 @@ def main_ppo_passes(config: DictConfig, pipeline: str) -> Passes:
         config: the composed configuration.
         pipeline: one_pass or staged.
     """
-    nodes, setting = config.actor_rollout_ref, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
-    rows = None if nodes.actor.use_dynamic_bsz else OmegaConf.select(config, setting)
+    nodes, own = config.actor_rollout_ref, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    by_tokens = {
+        own: nodes.actor.use_dynamic_bsz,
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": nodes.ref.log_prob_use_dynamic_bsz,
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": nodes.rollout.log_prob_use_dynamic_bsz,
+    }
+    rows = {setting: None if tokens else OmegaConf.select(config, setting) for setting, tokens in by_tokens.items()}
+    shared = [f"{setting}={size}" for setting, size in rows.items() if size not in (None, 1)]
     return Passes(
         longest_row=config.data.max_prompt_length + config.data.max_response_length,
         one_pass=pipeline == "one_pass",
         ulysses=max(nodes[role].get("ulysses_sequence_parallel_size", 1) for role in ("actor", "ref")) > 1,
-        one_row=f"{setting}=1",
-        fixed_rows=f"{setting}={rows}" if rows is not None else None,
-        rows_share=rows != 1,
+        # The others follow the actor's where they are not set.
+        one_row=" ".join(f"{setting}=1" for setting, size in rows.items() if setting == own or size != rows[own]),
+        fixed_rows=shared[0] if shared else None,
+        rows_share=None in rows.values() or bool(shared),
     )
 
 

@@ -302,6 +302,14 @@ LORA = "^actor_rollout_ref.model."
             {"override_config": {"atn_implementation": "sdpa"}},
             f"{LORA}override_config.atn_implementation=sdpa: the c",
         ),
+        (
+            {"override_config": {"model_config": {"attn_implementation": "sdpa"}}},
+            f"{LORA}override_config.model_config.attn_implementation=sdpa: nothing reads it there; give ",
+        ),
+        (
+            {"override_config": {"model_config": {}, "attention_bias": True}},
+            f"{LORA}override_config.attention_bias=True: nothing reads it beside ",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

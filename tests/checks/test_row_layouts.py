@@ -137,11 +137,11 @@ def test_a_model_that_has_no_small_replica_is_padded(
 ) -> None:
     monkeypatch.setattr(replica, "AFFORDABLE", 10)
     # A length of its own, since trials are kept.
-    models, length = (folder / "llama", folder / "llama"), {"longest_row": 77}
-    assert chosen(*models, **length) == [RowLayout("eager", False)] * 2
-    assert chosen(*models, "model.use_remove_padding=true", **length)[0].packed
+    models = (folder / "llama", folder / "llama")
+    assert chosen(*models, longest_row=77) == [RowLayout("eager", False)] * 2
+    assert chosen(*models, "model.use_remove_padding=true", longest_row=77)[0].packed
     sdpa = "model.override_config.attn_implementation=sdpa"
-    assert chosen(*models, sdpa, **length)[0] == RowLayout("sdpa", False)
+    assert chosen(*models, sdpa, longest_row=77)[0] == RowLayout("sdpa", False)
     assert "eager on padded rows, without a trial before it loads: no replica of Llama" in caplog.text
 
 
