@@ -315,7 +315,7 @@ class _Comparison:
             if re.fullmatch(r"\s*-?0,\d+\s*", self.answer):  # a decimal comma
                 return self.same(wanted, read(self.answer.replace(",", "."), self.numeric))
             if not given.opening and re.search(r"\bor\b|或", self.answer):  # one value, said again
-                return all(self.same(wanted, item) for item in given.items)
+                return all(self.same(wanted, item) and self.same(given.items[0], item) for item in given.items)
             again = read(self.truth, self.numeric, thousands=False)
             return isinstance(again, Many) and not given.opening and self._same_many(again, given)
         return False

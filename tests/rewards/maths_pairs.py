@@ -809,6 +809,7 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
         ("May 5", "March 5"),
         ("2020-05-05", "2010"),
         ("text:The probability is 3/4, or 76%.", "3/4"),
+        ("0.5 or 50", r"50\%"),
         (r"\mathbb{R}\setminus\{0\}", r"(-\infty,1)\cup(1,\infty)"),
         (r"\mathbb{R}\setminus\{0\}", r"\mathbb{R}"),
         (r"x\ne2", r"(-\infty,2]\cup(2,\infty)"),
