@@ -192,7 +192,7 @@ def guard_unittest() -> None:
                 wrong = [why.strip().rpartition("\n")[2] for _, why in (*self.result.failures, *self.result.errors)]
                 raise AssertionError("; ".join(wrong) or "unittest finds no test")
 
-    unittest.main = Program  # type: ignore[misc, assignment]
+    unittest.main = Program
 
 
 def _can_do_without(code: types.CodeType, scope: dict[str, Any]) -> bool:

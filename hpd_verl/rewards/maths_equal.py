@@ -187,7 +187,7 @@ class _Comparison:
                 return self._same_matrices()
             case (Union(), Relation(("!=",))) | (Relation(("!=",)), Union()):
                 return self.same(_without_points(wanted), _without_points(given))
-            case (Union(), Value()) | (Value(), Union()):
+            case (Value(), Relation(("!=",))) | (Relation(("!=",)), Value()) | (Union(), Value()) | (Value(), Union()):
                 wanted, given = _without_points(wanted), _without_points(given)
                 return isinstance(wanted, Union) and isinstance(given, Union) and self.same(wanted, given)
             case (Relation(), _) | (_, Relation()):

@@ -466,6 +466,7 @@ EQUAL: dict[str, list[tuple[str, str]]] = {
         (r"x \neq 2", r"(-\infty,2)\cup(2,\infty)"),
         (r"\mathbb{R}\setminus\{0\}", r"(-\infty,0)\cup(0,\infty)"),
         (r"(-\infty,-1)\cup(-1,1)\cup(1,\infty)", r"\mathbb{R} \setminus \{1, -1\}"),
+        (r"\mathbb{R}\setminus\{2\}", r"x \ne 2"),
         ("[[1,2],[3,4]]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
         ("五", "5"),
         ("二十五个", "25"),
