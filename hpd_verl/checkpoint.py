@@ -120,6 +120,18 @@ def load_data(file: Path) -> Any:
         ) from error
 
 
+def _folders_in(folder: Path) -> list[Path]:
+    """A folder and all below it, also behind links, by which ``glob`` passes; each once."""
+    found: set[Path] = set()
+    left = [folder.resolve()] if folder.is_dir() else []
+    while left:
+        each = left.pop()
+        if each not in found:
+            found.add(each)
+            left += [below.resolve() for below in each.iterdir() if below.is_dir()]
+    return sorted(found)
+
+
 def check_pickles(folder: Path, setting: str, pattern: str = "**/*.pt") -> None:
     """Refuse a checkpoint whose files, which verl unpickles without a question, hold more than data.
 
@@ -131,7 +143,8 @@ def check_pickles(folder: Path, setting: str, pattern: str = "**/*.pt") -> None:
     Raises:
         ValueError: the first such file, or one that is damaged.
     """
-    for file in sorted(folder.glob(pattern)):
+    folders = _folders_in(folder) if pattern.startswith("**/") else [folder]
+    for file in sorted(file for each in folders for file in each.glob(pattern.removeprefix("**/"))):
         try:
             load_data(file)
         except ValueError as error:
@@ -247,7 +260,7 @@ def save_settings(root: Path, step: int, config: DictConfig) -> None:
 
 _from_environment: dict[str, str] = {}
 """What interpolations took from the environment, and the interpolation that did."""
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_SECRET = re.compile(r"KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 """Names of variables whose values are secrets, however they came into the settings."""
 _SHORT = 6
 """Of fewer characters a value is masked where it is the whole setting only."""

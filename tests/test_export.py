@@ -349,13 +349,19 @@ def test_neither_card_nor_settings_tell_the_environment(
     """What was typed, what an interpolation gave before verl resolved it, and what a crafted file asks for."""
     monkeypatch.setenv("HPD_TEST_PLACE", "/secret/place")
     monkeypatch.setenv("HPD_TEST_API_KEY", "abcdefgh")
+    monkeypatch.setenv("TOKENIZER_PATH", "/models/student")  # no secret, whatever its name begins with
     checkpoint.remember_environment()
     config = OmegaConf.create(
         {
             **LEAN_SETTINGS,
             "model": {"path": "${oc.env:HPD_TEST_PLACE}", "lora_rank": 0},
             "teacher": {"model": {"path": "${model.path}"}},
-            "trainer": {"note": "key abcdefgh", "kept": "${oc.env:HPD_TEST_NOT_THERE,default}", "steps": 7},
+            "trainer": {
+                "note": "key abcdefgh",
+                "kept": "${oc.env:HPD_TEST_NOT_THERE,default}",
+                "steps": 7,
+                "from": "/models/student",
+            },
         }
     )
     unresolved = copy.deepcopy(config)
@@ -368,6 +374,7 @@ def test_neither_card_nor_settings_tell_the_environment(
         assert "abcdefgh" not in text
         assert "note: key ${oc.env:HPD_TEST_API_KEY}" in text
         assert "steps: 7" in text
+        assert "from: /models/student" in text
         assert (folder / "settings.yaml").stat().st_mode & 0o777 == 0o600
         export(folder, tmp_path / f"{name} out")
         card = (tmp_path / f"{name} out" / "README.md").read_text()

@@ -310,7 +310,10 @@ def _is_beyond_context(reply: _Reply) -> bool:
 
 
 _POLICY = re.compile(
-    r"content[_ ]?filter|content[_ ]policy|content management policy|ResponsibleAIPolicy|data_inspection_failed", re.I
+    r"content[_ ]?filter|content[_ ]policy|content management policy|ResponsibleAIPolicy|data_inspection_failed"
+    r"|usage polic|content exists risk|considered high risk|prohibited_content|content_moderation|requires moderation"
+    r"|\bflagged\b|敏感内容|\\u654f\\u611f\\u5185\\u5bb9",
+    re.I,
 )
 
 

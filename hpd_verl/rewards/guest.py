@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import json
 import os
+import re
 import symtable
 import sys
 import types
@@ -75,7 +76,8 @@ def asked_names(tests: str, function: str = "", tree: ast.Module | None = None) 
     called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
     bases = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
     modules = used & (sys.stdlib_module_names | {"np", "numpy"}) - (called - bases)  # a module cannot be called
-    foreign = {name for name in used - modules if not hasattr(builtins, name)} | used & {function}
+    named = _in_texts(nodes) - own - sys.stdlib_module_names if used & _BY_NAME else set()
+    foreign = {name for name in (used - modules) | named if not hasattr(builtins, name)} | used & {function}
     return sorted(foreign or _only_call(calls, used - modules)), sorted(modules - foreign)
 
 
@@ -85,6 +87,17 @@ def _nodes(tree: ast.AST) -> list[ast.AST]:
     for node in found:
         found += [each for each in ast.iter_child_nodes(node) if type(each) is not ast.Constant]
     return found
+
+
+_BY_NAME = {"globals", "locals", "vars", "eval", "exec"}
+"""What finds a name by a text."""
+
+
+def _in_texts(nodes: list[ast.AST]) -> set[str]:
+    """Words of short texts."""
+    texts = (each for node in nodes for each in ast.iter_child_nodes(node) if isinstance(each, ast.Constant))
+    short = (each.value for each in texts if isinstance(each.value, str) and len(each.value) < 500)
+    return {word for text in short for word in re.findall(r"[^\W\d]\w*", text)}
 
 
 def _is_bound(symbol: symtable.Symbol) -> bool:
@@ -120,7 +133,7 @@ def judge(tests: str, helper: str, function: str, requests: int, replies: int, r
         os.close(report)
 
     os.write(report, b"started\n")
-    scope = module_of("tests")
+    scope = module_of("__main__")
     port = TestsPort(replies, requests, scope)
     scope.update(helpers(port.results, Proxy))
     own: dict[str, Any] = {}
@@ -138,6 +151,8 @@ def judge(tests: str, helper: str, function: str, requests: int, replies: int, r
     try:
         if "numpy" in tests or "np" in modules:
             guard_numpy(port.results)
+        if "unittest" in tests:
+            guard_unittest()
         own = before(helper, scope)
         reply = port.receive()
         if "ready" not in reply:
@@ -164,6 +179,20 @@ def judge(tests: str, helper: str, function: str, requests: int, replies: int, r
     if not port.calls:
         return say("failed", "the tests have called nothing of the candidate")
     say("passed")
+
+
+def guard_unittest() -> None:
+    """Let ``unittest.main`` raise where a test fails, or there is none, instead of ending the process or going on."""
+    import unittest
+
+    class Program(unittest.TestProgram):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "exit": False})
+            if not self.result.testsRun or not self.result.wasSuccessful():
+                wrong = [why.strip().rpartition("\n")[2] for _, why in (*self.result.failures, *self.result.errors)]
+                raise AssertionError("; ".join(wrong) or "unittest finds no test")
+
+    unittest.main = Program
 
 
 def _can_do_without(code: types.CodeType, scope: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ it decides only about inequalities that are no interval.
 
 # ruff: noqa: RUF001 (answers hold such characters)
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -78,10 +79,10 @@ def _variables(tex: str) -> bool:
 _MARKER = re.compile(
     r"(?:answer|result|答案|答え|正解|정답|ответ|réponse|respuesta|antwort|resposta|risposta)\**\s*"
     r"(?:(?:is|was|are|equals|to be|would be|es|est|ist|é|è)\b|[是为為は은는:：=]|(?=\d|\$|\\|\())"
-    r"|答\s*[:：]|答案",
+    r"|答\s*[:：]|答案】?",
     re.I,
 )
-_END = re.compile(r"\n|(?<=[^\d\s])[.!?。](?=\s|$|\*)|(?<=\d)[.!?。](?=\s|$|\*)|。")
+_END = re.compile(r"\n|(?<=[^\d\s])[.!?。](?=\s|$|\*)|(?<=\d)[.!?。](?=\s|$|\*)|。|,?\s+(?:which|i\.e\.)\s")
 _NUMBER = (
     r"(?:[-−+]\s?)?(?:\\?[$€£¥]\s?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?"
     r"(?:\s?\\?%|\s(?:hundred|thousand|million|billion)\b)?"
@@ -179,8 +180,16 @@ class _Comparison:
                         for one, other in zip(row, others, strict=True)
                     )
                 )
+            case (Matrix(), Many()) | (Many(), Matrix()):
+                rows = [_rows(each) if isinstance(each, Many) else each for each in (wanted, given)]
+                return all(isinstance(each, Matrix) for each in rows) and self.same(rows[0], rows[1])
             case (Matrix(), Value()) | (Value(), Matrix()):
                 return self._same_matrices()
+            case (Union(), Relation(("!=",))) | (Relation(("!=",)), Union()):
+                return self.same(_without_points(wanted), _without_points(given))
+            case (Value(), Relation(("!=",))) | (Relation(("!=",)), Value()) | (Union(), Value()) | (Value(), Union()):
+                wanted, given = _without_points(wanted), _without_points(given)
+                return isinstance(wanted, Union) and isinstance(given, Union) and self.same(wanted, given)
             case (Relation(), _) | (_, Relation()):
                 return self._same_relations(wanted, given)
             case (Value(), Value()):
@@ -227,6 +236,8 @@ class _Comparison:
 
     def numbers(self, wanted: str, given: str, factor: Fraction = Fraction(1)) -> bool:
         """Whether ``wanted`` is ``factor`` times ``given``."""
+        if any(re.fullmatch(r"\d{4}-\d\d-\d\d", each) for each in (wanted, given)):  # a date, no difference
+            return wanted == given
         one, other = rational(wanted), rational(given)
         if one is not None and other is not None:
             return abs(one - factor * other) <= self.tolerance
@@ -303,6 +314,8 @@ class _Comparison:
                 return self._same_relations(wanted, given)
             if re.fullmatch(r"\s*-?0,\d+\s*", self.answer):  # a decimal comma
                 return self.same(wanted, read(self.answer.replace(",", "."), self.numeric))
+            if not given.opening and re.search(r"\bor\b|或", self.answer):  # one value, said again
+                return all(self.same(wanted, item) and self.same(given.items[0], item) for item in given.items)
             again = read(self.truth, self.numeric, thousands=False)
             return isinstance(again, Many) and not given.opening and self._same_many(again, given)
         return False
@@ -392,6 +405,30 @@ class _Comparison:
 
 def _covers(comparison: _Comparison, ones: tuple[Form, ...], others: tuple[Form, ...]) -> bool:
     return all(any(comparison.same(one, other) for other in others) for one in ones)
+
+
+def _rows(form: Many) -> Form:
+    """A list of lists of one length as a matrix."""
+    rows = [each.items for each in form.items if isinstance(each, Many) and each.opening == "["]
+    alike = form.opening == "[" and len(rows) == len(form.items) and len({*map(len, rows)}) == 1
+    return Matrix(tuple(rows), False) if alike else form
+
+
+def _without_points(form: Form) -> Form:
+    r"""``x \ne 2`` or ``\mathbb{R} \setminus \{2\}`` as a union of intervals."""
+    points: tuple[Form, ...] = ()
+    if isinstance(form, Relation) and form.operators == ("!=",) and _is_name(form.sides[0]):
+        points = form.sides[1:]
+    elif isinstance(form, Value) and (
+        found := re.fullmatch(r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-)\s*⦃(.*)⦄", form.tex)
+    ):
+        inside = read(found[1], True, thousands=False)
+        points = inside.items if isinstance(inside, Many) else (inside,)
+    known = [(value, point) for point in points if (value := _decimal(point)) is not None]
+    if not known or len(known) < len(points):
+        return form
+    ends = (Value("-\\infty"), *(point for _, point in sorted(known, key=lambda each: each[0])), Value("\\infty"))
+    return Union(tuple(Many(pair, "(", ")") for pair in itertools.pairwise(ends)))
 
 
 _REALS = Value("\\mathbb{R}")

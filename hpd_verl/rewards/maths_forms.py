@@ -60,6 +60,7 @@ _BASES = {
     for base, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), start=2)
 } | {"sixteen": "_{16}"}
 _SHORT_WORDS = frozenset("yes no odd any all one two six ten day new old red dne nan way car dog cat men boy".split())
+_DATES = frozenset("Jan Feb Mar Apr May Jun Jul Aug Sep Sept Oct Nov Dec Mon Tue Wed Thu Fri Sat Sun".split())
 _SHORT_UNITS = frozenset(
     "cm mm km ft in kg mg gm lb lbs oz sec min hr hrs ml mi yd mph kmh kph cc am pm usd pct rs".split()
 )
@@ -88,6 +89,7 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("≥⩾", "\\ge "),
         **dict.fromkeys("∅", "\\emptyset "),
         **dict.fromkeys("\u00a0\u2009\u202f\u3000\t\r\n", " "),
+        **dict.fromkeys("【】", " "),
         **dict.fromkeys('\u200b\u200e\u200f\u202a\u202c\u202e\ufeff\0“”"`', ""),
         **dict.fromkeys("‘’′", "'"),
         **dict.fromkeys("、", ","),
@@ -201,8 +203,14 @@ def clean(text: str) -> str:
         text = re.sub(r"\\\\(?=[a-zA-Z{}%$,])", r"\\", text).replace("\\\\", " ")
     text = re.sub(r"\\n(?:eq?)(?![a-zA-Z])|\\not\s*=|!=", r"\\ne ", text)
     text = re.sub(r"\\not\s*\\in(?![a-z])", r"\\notin ", text)
+    text = re.sub(r"\\\s*$", "", text)  # of a space at the end
+    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text)
+    text = re.sub(r"^\s*\*([^*]+)\*\s*$", r"\1", text)
+    text = re.sub(r"\\degrees?(?![a-zA-Z])", r"^\\circ ", text)
     text = text.replace(r"\$", "¤").replace(r"\%", "%").replace(r"\&", "&").replace(r"\#", " ")
     text = re.sub(r"\\(?:pounds|euro|yen|textdollar)(?![a-zA-Z])", "¤", text)
+    if len(re.findall(r"(?<!\\)\$", text)) % 2:  # one alone is money
+        text = re.sub(r"(?<!\\)\$(?=\s?\.?\d)", "¤", text, count=1)
     text = _NOTHING.sub("", text)
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3}(?!\d))", "_", text).replace("{,}", ",")
     text = re.sub(r"\\pmod\s*(\{[^{}]*\}|\d)|\(\s*\\?b?mod\s+(\d+)\s*\)", "«modulo»", text)
@@ -255,7 +263,7 @@ def mark_words(text: str, numeric: bool) -> str:
         if run[0] in "\\«":
             return run
         lower = run.lower()
-        if lower in _JOINING or not run.isascii():
+        if lower in _JOINING or run in _DATES or not run.isascii():
             return f"«{run}»"
         if run in FUNCTIONS:
             return f"\\{run} "
@@ -291,8 +299,9 @@ def mark_words(text: str, numeric: bool) -> str:
 _TOKEN = re.compile(r"«[^»]*»|\\(?:begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+|\\.|.", re.S)
 _OPENING, _CLOSING = "([{⦃⟨", ")]}⦄⟩"
 _SEPARATOR = re.compile(r"\s*(?:[,;]\s*)?«(?i:and|or|或|或者|和|及|以及|与|и|или|und|oder|et|ou)»[\s,]*|\s*[,;]\s*")
+_OUTWARD = re.compile(r"(?=\]|.*\[$)([\[\]])([^\[\]]*[,;][^\[\]]*)([\[\]])", re.S)
 _COMMA = re.compile(r"\s*[,;]\s*")
-_UNION = re.compile(r"\\cup(?![a-zA-Z])")
+_UNION = re.compile(r"\\(?:big)?cup(?![a-zA-Z])")
 _SIGNS = {
     "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "<=": "<=", "\\ge": ">=", "\\geq": ">=", "\\geqslant": ">=",
     ">=": ">=", "<": "<", "\\lt": "<", ">": ">", "\\gt": ">", "=": "=", "\\equiv": "=", "\\ne": "!=",
@@ -339,8 +348,8 @@ def enclosed(text: str) -> tuple[str, str, str] | None:
 
 _LEAD_IN = re.compile(
     r"^\s*(?:«?(?:so|thus|therefore|hence|the|my|our|correct|final|solution|result|answer|answers|option|choice|is|are|would|be|it|最终"
-    r"|答案|答|选项|选|正确|是|为|因此|所以|故|ответ|réponse|respuesta|antwort|resposta|risposta|정답|답|答え)»?[\s:,=]+)+"
-    r"|^\s*«?(?:答案|答|选项|选|故选|应选)»?(?:«?[是为]»?)?\s*:?\s*",
+    r"|答案|答|选项|选择|选|正确|是|为|因此|所以|故|ответ|réponse|respuesta|antwort|resposta|risposta|정답|답|答え)»?[\s:,=]+)+"
+    r"|^\s*«?(?:答案|答|选项|选择|选|故选|应选|故选择|应选择)»?(?:«?[是为]»?)?\s*:?\s*",
     re.I,
 )
 _CHOSEN = re.compile(
@@ -362,8 +371,11 @@ def read(text: str, numeric: bool, thousands: bool = True) -> Form:
     """
     text = clean(text)
     plain = re.sub(r"[«»]", "", text).strip().strip(".").strip()
-    if numeric and (spelled := _spelled(_LEAD_IN.sub("", plain))) is not None:
-        return Value(spelled)
+    if numeric:
+        number = _LEAD_IN.sub("", plain)
+        spelled = _spelled(number) if number.isascii() else _spelled_in_chinese(number)
+        if spelled is not None:
+            return Value(spelled)
     if found := _chosen(plain, numeric):
         return found
     return _read(mark_words(text, numeric), numeric, thousands)
@@ -408,6 +420,30 @@ def _spelled(text: str) -> str | None:
     return str(total + current) if part is None else f"{total + current if position else 1}/{part}"
 
 
+_DIGITS = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9), strict=True))
+_CHINESE = re.compile(r"([零〇一二两三四五六七八九十百千万亿]+)[个只元人天年月岁米种次条本张块页名位倍厘]{0,3}")
+
+
+def _spelled_in_chinese(text: str) -> str | None:
+    """The digits of a number in Chinese, before what it counts; None for other text."""
+    match = _CHINESE.fullmatch(text)
+    if match is None:
+        return None
+    if set(match[1]) <= set(_DIGITS):
+        return "".join(str(_DIGITS[each]) for each in match[1])
+    total = section = digit = 0
+    for each in match[1]:
+        if each in _DIGITS:
+            if digit:
+                return None
+            digit = _DIGITS[each]
+        elif each in "万亿":
+            total, section, digit = (total + section + digit) * _SCALES[each], 0, 0
+        else:
+            section, digit = section + (digit or 1) * {"十": 10, "百": 100, "千": 1000}[each], 0
+    return str(total + section + digit)
+
+
 def _chosen(plain: str, numeric: bool) -> Choice | None:
     """A choice's letter, which may have a lead-in and the choice's content beside it."""
     rest = _LEAD_IN.sub("", plain).strip()
@@ -434,6 +470,8 @@ def _read(text: str, numeric: bool, thousands: bool) -> Form:
         return Dots()
     if thousands:
         text = _join_thousands(text)
+    if found := _OUTWARD.fullmatch(text):  # ]1,2[, as some countries write an open interval
+        text = f"{'(' if found[1] == ']' else '['}{found[2]}{')' if found[3] == '[' else ']'}"
     parts, _ = split(text, _UNION)
     if len(parts) > 1:
         return Union(tuple(_read(part, numeric, False) for part in parts))
@@ -540,7 +578,7 @@ def _value(text: str, numeric: bool) -> Form:
     # Words part numbers from one another: 3 apples 4 is no number, and neither is "12 of 20".
     text = _UNIT.sub("«»", text)
     text = re.sub(r"\\frac\s*\{[\s«»]*\}\s*\{[\s«»]*\}", "«»", text)
-    text = re.sub(r"\(\s*«»\s*\)|«»(?=\s*(?:[+*/)}-]|\\times|\\cdot))|(?<=[+*({-])\s*«»", " ", text)
+    text = re.sub(r"\(\s*(?:«»\s*)+\)|«»(?=\s*(?:[+*/)}-]|\\times|\\cdot))|(?<=[+*({-])\s*«»", " ", text)
     text = re.sub(r"^(?:\s|«»|\.(?!\d))+|(?:\s|«»|/|\\cdot(?![a-z]))+$", "", text)
     if "\\circ" in text and not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])", text):
         text, degrees = re.subn(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))\s*", " ", text)

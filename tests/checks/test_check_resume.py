@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from hpd_verl.checkpoint import mark_complete
+from hpd_verl.checkpoint import check_whole, mark_complete
 from hpd_verl.checks.resume import check_resume
 from hpd_verl.checks.run import check_store
 from hpd_verl.config import HPDConfig, Refused
@@ -46,6 +46,29 @@ def test_a_checkpoint_of_as_many_ranks(tmp_path: Path) -> None:
     resume(tmp_path, 2)
     resume(tmp_path, 2, resume_mode="resume_path", resume_from_path=str(folder))
     resume(tmp_path, 4, resume_mode="disable")
+
+
+class Planted:
+    """What a pickle must not do."""
+
+    def __reduce__(self) -> Any:
+        return print, ("planted",)
+
+
+@pytest.mark.parametrize("mode", ["auto", "resume_path"])
+def test_a_file_behind_a_link_is_looked_at(tmp_path: Path, mode: str, capfd: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "run"
+    folder = checkpoint(root, ranks=1)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "actor").symlink_to("../../elsewhere")
+    (folder / "round").symlink_to(".")
+    by_path = str(folder) if mode == "resume_path" else None
+    trainer = {"default_local_dir": str(root), "resume_mode": mode, "resume_from_path": by_path}
+    check_whole(OmegaConf.create(trainer), "data_0.pt")
+    torch.save(Planted(), tmp_path / "elsewhere" / "model_world_size_1_rank_0.pt")
+    with pytest.raises(ValueError, match=r"model_world_size_1_rank_0.pt holds more than data .*print"):
+        check_whole(OmegaConf.create(trainer), "data_0.pt")
+    assert "planted" not in capfd.readouterr().out
 
 
 def test_a_checkpoint_of_other_ranks(tmp_path: Path) -> None:

@@ -449,6 +449,11 @@ AZURE = {"error": {"code": "content_filter", "message": "The response was filter
     [
         replies(AZURE, 400),
         replies({"error": {"code": "content_policy_violation"}}, 400),
+        replies({"error": {"code": "invalid_prompt", "message": "Your prompt may violate our usage policy."}}, 400),
+        replies({"error": {"message": "Content Exists Risk", "code": "invalid_request_error"}}, 400),
+        replies({"error": {"message": "The request was rejected because it was considered high risk"}}, 400),
+        replies({"error": {"message": "Your input was flagged", "metadata": {"reasons": ["violence"]}}}, 403),
+        replies({"error": {"code": "1301", "message": "输入或生成内容可能包含敏感内容"}}, 400),
         one_choice(finish_reason="content_filter", message={"content": "half a sen"}),
     ],
 )

@@ -2,8 +2,22 @@
 
 # ruff: noqa: E501 (programs in one line)
 
+_CASE = "import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n        self.assertEqual(f(2), 4)\n"
+
 HONEST = {
     "prints": ("def f(x):\n    print('working', x)\n    return x * 2\nprint(f(1))", "assert f(2) == 4"),
+    "unittest.main": ("def f(x):\n    return x * 2", _CASE + "if __name__ == '__main__':\n    unittest.main()"),
+    "unittest.main that goes on": ("def f(x):\n    return x * 2", _CASE + "unittest.main(argv=[''], exit=False)"),
+    "main program of the tests": (
+        "def f(x):\n    return x * 2",
+        "def check(f):\n    assert f(2) == 4\nif __name__ == '__main__':\n    check(f)",
+    ),
+    "a class by its name in a text": (
+        "class Box:\n    def put(self, x):\n        self.x = x\n    def get(self):\n        return self.x",
+        "box = globals()['Box']()\nout = [getattr(box, name)(*args) for name, args in (('put', [1]), ('get', []))]\n"
+        "assert out == [None, 1]",
+    ),
+    "eval in tests": ("def f(x):\n    return x * 2", "assert eval('f(2)') == 4"),
     "recursion": ("def f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)", "assert f(15) == 610"),
     "deep recursion": ("def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)", "assert f(900) == 900"),
     "floats": (

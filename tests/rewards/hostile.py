@@ -694,6 +694,14 @@ def _tests_of_their_own() -> dict[str, str | Hostile]:
         "generator_of_nothing": Hostile(
             "def solve(x):\n    return\n    yield", "assert all(a == b for a, b in zip(solve(2), [4]))"
         ),
+        "fails_in_unittest": Hostile(
+            "def solve(x):\n    return 5",
+            "import unittest\nclass T(unittest.TestCase):\n    def test_solve(self):\n        self.assertEqual(solve(2), 4)\nunittest.main(argv=[''], exit=False)",
+        ),
+        "ends_unittest": Hostile(
+            "def solve(x):\n    raise SystemExit(0)",
+            "import unittest\nclass T(unittest.TestCase):\n    def test_solve(self):\n        self.assertEqual(solve(2), 4)\nunittest.main(argv=[''], exit=False)",
+        ),
         "list_that_ends_early": Hostile(
             "def solve(x):\n    return []", "assert all(map(lambda a, b: a == b, solve(2), [4]))"
         ),

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import hostile
 import pytest
@@ -228,6 +230,60 @@ def test_reward_of_code() -> None:
     assert compute_score("humaneval", deceit, "assert twice(f(2)) == twice(2)\nassert twice(f(3)) == 6", row) == 0.0
 
 
+SOLUTION = "class Solution:\n    def f(self, a: List[int], b: int) -> List[int]:\n        return %s"
+CALLED = [
+    (
+        SOLUTION % "[x + b for x in a]",
+        {"inputs": ["[1, 2]\n3", "[]\n1\n"], "outputs": ["[4, 5]", "[]"], "fn_name": "f"},
+    ),
+    (SOLUTION % "tuple(x + b for x in a)", {"inputs": [[[1, 2], 3]], "outputs": [[4, 5]], "fn_name": "f"}),
+    (
+        "def f(a):\n    return {'x': None, 'y': a}",
+        {"inputs": ["true"], "outputs": ['{"x": null, "y": true}'], "fn_name": "f"},
+    ),
+    ("def sum(a):\n    return 7", {"inputs": ["1"], "outputs": ["7"], "fn_name": "sum"}),
+    ("print(input(), input())", {"inputs": ["1\n2", ["1", "2"]], "outputs": ["1 2", ["1 2"]]}),
+    ("print(input())\nprint(2)", {"inputs": ["1"], "outputs": [["1", "2"]]}),
+]
+"""Answers, and inputs and outputs that they are right for."""
+NOT_CALLED = [
+    SOLUTION % "[x - b for x in a]",
+    SOLUTION % "None",
+    SOLUTION % "print([x + b for x in a])",
+    "def g(a, b):\n    return [4, 5]",
+    "class Own(list):\n    def __eq__(self, other):\n        return True\ndef f(a, b):\n    return Own()",
+]
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+def test_inputs_and_outputs_of_functions_and_scripts() -> None:
+    for answer, cases in CALLED:
+        assert outcome_of(f"```python\n{answer}\n```", json.dumps(cases)).passed, answer
+    cases = CALLED[0][1]
+    for answer in NOT_CALLED:
+        assert outcome_of(f"```python\n{answer}\n```", json.dumps(cases)).status == "failed", answer
+    later = '"""Doc."""\nfrom __future__ import annotations\ndef f(a: int | None):\n    return a'
+    assert outcome_of(later, "assert f(1) == 1", {"preamble": "import math\n"}).passed
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        {"inputs": ["x"], "outputs": ["1"], "fn_name": "f"},
+        {"inputs": [1], "outputs": ["1"], "fn_name": "f"},
+        {"inputs": ["1"], "outputs": ["1"], "fn_name": "f()"},
+        {"inputs": "1", "outputs": "1"},
+        {"inputs": [{"a": 1}], "outputs": ["1"]},
+        {"inputs": [[[1, 2]]], "outputs": ["1"]},
+    ],
+)
+def test_inputs_and_outputs_of_other_forms_are_refused(cases: dict[str, Any]) -> None:
+    with pytest.raises(SandboxError, match=r"^ground_truth: .*") as caught:
+        outcome_of("def f(a):\n    return a", json.dumps(cases))
+    assert "\n" not in str(caught.value)
+
+
 @needs_bubblewrap
 @pytest.mark.slow
 def test_the_time_is_that_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +314,7 @@ def test_bad_ground_truth_is_an_error_and_no_score(tests: str) -> None:
         ("assert queue(1, 2) == 3", (["queue"], [])),
         ("assert len(f(1)) == sum([1])", (["f"], [])),
         ("assert math.isclose(f(1), 1)", (["f"], ["math"])),
+        ("assert globals()['P'](1).x == eval('f(len([1]))')", (["P", "f"], [])),
         ("x = f(1)\nassert x == [y for y in x]", (["f"], [])),
         ("assert set(f(1)) == set([1])", (["f"], [])),
         ("assert abs(sum(1, 2) - 3) < 1", (["sum"], [])),
