@@ -359,7 +359,7 @@ def write_report(results: Results, out: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=FOLDER)
-    parser.add_argument("--out", type=Path, help="a folder for a page of the tables alone")
+    parser.add_argument("--out", type=Path, help="write one page of all tables to this folder instead")
     arguments = parser.parse_args()
     write_report(Results(arguments.results), arguments.out)
 
