@@ -63,7 +63,7 @@ def sample(top: psutil.Process, begin: float, found: dict[tuple[int, float], Sam
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "startup.csv")
-    parser.add_argument("--name", default="", help="what the rows are called")
+    parser.add_argument("--name", default="", help="name of the rows")
     parser.add_argument("command", nargs="+", help="after --")
     arguments = parser.parse_args()
     begin = time.time()

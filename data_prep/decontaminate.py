@@ -342,7 +342,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", type=Path, required=True, help="parquet file of rows")
     parser.add_argument("--test", type=Path, nargs="+", required=True, help="parquet or jsonl files of test rows")
     parser.add_argument("--local_save_dir", type=Path, required=True, help="folder for the rows and the report")
-    parser.add_argument("--ngram", type=int, default=13, help="words of a run that is an overlap (%(default)s)")
+    parser.add_argument("--ngram", type=int, default=13, help="consecutive words that count as overlap (%(default)s)")
     parser.add_argument("--columns", default="prompt", help="prompt, or prompt,demonstration (%(default)s)")
     parser.add_argument("--report_only", action="store_true", help="write no rows")
     return parser

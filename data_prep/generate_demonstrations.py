@@ -287,12 +287,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_rows", type=int, help="the first rows only")
     parser.add_argument("--reward", default="none", help="maths, code, none or a file with compute_score (%(default)s)")
     parser.add_argument("--keep", choices=("best", "all", "first"), default="first", help="good answers (%(default)s)")
-    parser.add_argument("--min_reward", type=float, default=1.0, help="the least that is good (%(default)s)")
+    parser.add_argument("--min_reward", type=float, default=1.0, help="least reward that is kept (%(default)s)")
     parser.add_argument(
         "--keep_cut", action="store_true", help="keep answers cut at --max_tokens, as if they had ended"
     )
-    parser.add_argument("--tokenizer", help="the student's, where its tokens or chat template are not --model's")
-    parser.add_argument("--processes", type=int, help="that judge answers; one a core")
+    parser.add_argument("--tokenizer", help="the student's, if its tokens or chat template differ from --model's")
+    parser.add_argument("--processes", type=int, help="processes that score answers (default: one per core)")
     add_arguments(parser)
     add_sampling_arguments(parser)
     return parser

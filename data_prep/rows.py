@@ -375,9 +375,9 @@ def _parser(description: str, source: Source) -> argparse.ArgumentParser:
     parser.add_argument("--local_save_dir", type=Path, required=True, help="folder for the parquet files")
     parser.add_argument("--data_source", help="column data_source, by which verl chooses the reward function")
     parser.add_argument("--max_rows", type=int, help="rows a split: the first ones, or drawn with --seed")
-    parser.add_argument("--seed", type=int, help="draw --max_rows rows, and --test_fraction, by this seed")
-    parser.add_argument("--test_fraction", type=float, help="share of the training rows to write as test instead")
-    parser.add_argument("--skip_bad_rows", action="store_true", help="count the rows that cannot be read, and go on")
+    parser.add_argument("--seed", type=int, help="seed of the draw of --max_rows and --test_fraction")
+    parser.add_argument("--test_fraction", type=float, help="share of the training rows to split off as test")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="count unreadable rows and continue")
     parser.add_argument("--tokenizer", help="count lengths in its tokens instead of characters")
     return parser
 

@@ -41,9 +41,9 @@ NOT_SETTINGS = {"objective_parameters"}
 
 SETTINGS = """# Settings
 
-All stand under `algorithm.hpd`, with the same names and meaning in main_ppo and in the lean trainer
-(`configs/settings/hpd.yaml`). A wrong name or value ends the run before anything loads, with one line. What is set for
-verl's own keys is in `configs/algorithm/hpd.yaml` and `configs/sft_trainer.yaml`, with comments.
+All are under `algorithm.hpd`, with the same names and meaning in main_ppo and the lean trainer
+(`configs/settings/hpd.yaml`). A wrong name or value ends the run with one line before anything loads. Values for verl's
+own keys are in `configs/algorithm/hpd.yaml` and `configs/sft_trainer.yaml`, with comments.
 
     python -m verl.trainer.main_ppo algorithm=hpd algorithm.hpd.temperature=2 \\
         'algorithm.hpd.objective={hpd: 1.0, sft: 0.1}' \\
@@ -51,47 +51,46 @@ verl's own keys is in `configs/algorithm/hpd.yaml` and `configs/sft_trainer.yaml
         actor_rollout_ref.model.path=STUDENT actor_rollout_ref.ref.model.path=TEACHER data.train_files=train.parquet
 """
 
-REPRODUCIBLE = """## Two runs of one command
+REPRODUCIBLE = """## Reproducibility
 
-They are equal on one machine; another `seed` changes everything that is drawn. Limits:
+Two runs of one command on one machine give equal numbers; another `seed` changes all random draws. Limits:
 
-- vLLM: each answer has a seed of its own. Log-probs depend in their last bits on which requests share a batch, so a
-  token may differ, rarely in float32, more often in bfloat16. `VLLM_BATCH_INVARIANT=1` removes that on the GPUs that it
-  supports; it costs speed.
+- vLLM: each answer has its own seed, but log-probs depend in their last bits on which requests share a batch. A token
+  may differ, rarely in float32, more often in bfloat16. `VLLM_BATCH_INVARIANT=1` prevents that on GPUs that support it,
+  at a cost in speed.
 - sglang: rollouts have no seed.
-- GPU kernels that add in any order differ in the last bits.
-  `actor_rollout_ref.actor.fsdp_config.full_determinism=true` (lean trainer: `engine.full_determinism=true`) is verl's
-  switch against that.
+- GPU kernels that add in any order differ in the last bits. verl's switch against that is
+  `actor_rollout_ref.actor.fsdp_config.full_determinism=true` (lean trainer: `engine.full_determinism=true`).
 """
 
 OBJECTIVES_PAGE = """# Objectives
 
-`algorithm.hpd.objective` says what the student learns from a demonstration, `algorithm.hpd.on_policy_objective` what it
-learns from a rollout of its own (by default the same). Each is the name of an objective, or a mixture: objectives on
-the same tokens, whose gradients are added up with factors, at one pass.
+`algorithm.hpd.objective` is the objective on demonstrations, `algorithm.hpd.on_policy_objective` on rollouts (default:
+the same). Each is a name or a mixture; a mixture adds up the objectives' gradients with factors, in one pass.
 
     algorithm.hpd.objective=fkl
     'algorithm.hpd.objective={hpd: 1.0, sft: 0.1}'
     algorithm.hpd.objective=skew_fkl algorithm.hpd.skew_fkl.skew=0.2
     algorithm.hpd.objective=path/file.py:my_objective     # or package.module:my_objective
 
-An objective gives weights to the student's log-likelihood: `loss = -sum w log q`, the weights without gradient. `q` is
-the student, `p` the teacher, `y` the label, `a` the token that the student samples, and
-`gap(v) = q(v) (log p(v) - log q(v))`.
-Parameters stand under the objective's name, `algorithm.hpd.<name>.<parameter>`, those of `hpd` and `hpd_exact` beside
-`algorithm.hpd.objective` itself. A parameter that no objective in use has is refused.
+Which one to take: [choosing.md](choosing.md). Your own is a function with a decorator:
+[CONTRIBUTING.md](../CONTRIBUTING.md#add-an-objective).
 
-Which one to take, by what was measured, is in [choosing.md](choosing.md). Your own is a function with a decorator;
-CONTRIBUTING.md shows one.
+An objective weighs the student's log-likelihood: `loss = -sum w log q`, with detached weights. `q` is the student, `p`
+the teacher, `y` the label, `a` the token that the student samples, `gap(v) = q(v) (log p(v) - log q(v))`.
 
-**Over tokens**: a weight for the label, and for `hpd` one for the sampled token. In one pass the teacher costs one dot
-product a token beside its forward; they also run staged, over several updates a batch and with Ulysses.
+Parameters are under the objective's name, `algorithm.hpd.<name>.<parameter>`; those of `hpd` and `hpd_exact` are beside
+`algorithm.hpd.objective`. Parameters of objectives not in use are rejected.
 
-**Over the vocabulary**: a weight for every token, so that nothing is sampled. They cost a product with the teacher's
-output layer and run in one pass. `algorithm.hpd.teacher_temperature` gives the teacher a temperature of its own.
+| | over tokens | over the vocabulary |
+|---|---|---|
+| weights | the label, for `hpd` also the sampled token | every token; nothing is sampled |
+| the teacher costs | its forward and one dot product a token | its forward and a product with its output layer |
+| pipelines | one pass; staged, with several updates a batch and Ulysses | one pass |
+| the teacher's own temperature | no | `algorithm.hpd.teacher_temperature` |
 
-In value and gradient those of other papers were compared with their authors' published code and agree to 1e-13, but
-for `akl`, which says below where it differs, and `symmetric_kl` and `tvd`, which were written from their definitions.
+Objectives of other papers agree with their authors' published code to 1e-13 in value and gradient, except `akl` (its
+entry says where it differs) and `symmetric_kl` and `tvd`, written from their definitions.
 """
 
 

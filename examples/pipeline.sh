@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a data set and a teacher to a student with a score; math/pipeline.sh and code/pipeline.sh give the defaults.
 #
-# Stages, each done once in RUN_DIR: prepare, answers, train, export, evaluate, report. The same command goes on where
-# it was stopped, within a stage too; what is done is not repeated when variables change: use another RUN_DIR then.
+# Stages: prepare, answers, train, export, evaluate, report. The same command continues after a stop, within a stage too.
+# Stages don't track variables; after changing one, use a new RUN_DIR.
 set -euo pipefail
 
 # Sets are named as the scripts of data_prep; all are read from the hub, or from DATA_DIR/NAME or DATA_DIR/NAME.*.

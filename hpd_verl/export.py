@@ -586,12 +586,17 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its global_step_N")
-    parser.add_argument("out", type=Path, help="folder to write; not there yet, or empty")
-    parser.add_argument("--lora", choices=["merge", "adapter"], default="merge", help="of a run with LoRA")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the weights")
+    parser.add_argument("out", type=Path, help="folder to write, new or empty")
+    parser.add_argument(
+        "--lora",
+        choices=["merge", "adapter"],
+        default="merge",
+        help="for LoRA runs: merged model, or adapter alone (%(default)s)",
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="dtype of the weights (%(default)s)")
     parser.add_argument("--score", type=Path, help="JSON file with scores for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
-    parser.add_argument("--no-check", action="store_true", help="do not load what was written to compare it")
+    parser.add_argument("--no-check", action="store_true", help="skip the comparison with the trained model")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that the model's folder brings; read it first"
     )

@@ -510,8 +510,8 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m hpd_verl.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="metrics.jsonl, or a folder with it")
-    parser.add_argument("--names", nargs="+", help="of the runs, in their order")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="names the files: OUT.png and OUT.html")
+    parser.add_argument("--names", nargs="+", help="names of the runs, in order")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="path without suffix of OUT.png and OUT.html")
     parsed = parser.parse_args(arguments)
     picture, whole_page = (parsed.out.with_name(parsed.out.name + end) for end in (".png", ".html"))
     try:

@@ -43,7 +43,7 @@ def resolve(extra: str, python: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
 def test_gpu_extra_resolves(python: str) -> None:
-    """To the versions that the README names, and without a package that has to be built."""
+    """To the versions that docs/install.md names, and without a package that has to be built."""
     try:
         run = resolve("gpu", python)
     except subprocess.TimeoutExpired:

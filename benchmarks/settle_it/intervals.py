@@ -60,7 +60,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "no difference seen"
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "within noise"
 
 
 def compare(first: np.ndarray, second: np.ndarray) -> Comparison:

@@ -1,9 +1,9 @@
-"""Tables and pictures of ``docs/evidence.md`` from stored results.
+"""Tables and pictures of ``docs/evidence.md`` and ``docs/evidence_tables.md`` from stored results.
 
     python benchmarks/settle_it/report.py [--results DIR] [--out DIR]
 
-Each table goes between the two comments that hold its place in the page, ``<!-- table NAME -->`` and ``<!-- end -->``;
-the words around them are written by hand. With ``--out`` the tables go into a page of their own there.
+A table fills the place between ``<!-- table NAME -->`` and ``<!-- end -->`` of a page; the words around it are written
+by hand. ``--out DIR`` writes one page of all tables to DIR instead.
 """
 
 import argparse
@@ -34,7 +34,8 @@ FOLLOWED = ("sft", "hpd", "hpd_no_sampling", "fkl", "rkl_exact", "jsd_exact", "f
 REAL_MODEL = FOLDER / "real_model.json"
 EARLIER = FOLDER / "earlier"
 """Of a run of "warm" whose students had other weights."""
-PAGE = ROOT / "docs" / "evidence.md"
+PAGES = (ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence_tables.md")
+PICTURES = ROOT / "docs" / "evidence"
 AT_EACH_TEMPERATURE = {
     name: (name, f"{name} T1.5", f"{name} T2") for name, method in grid.AT_TEMPERATURE_1.items() if method.needs_teacher
 }
@@ -91,6 +92,17 @@ def scores(found: Found) -> str:
             row[1] = ""
             row += ["", ""]
         rows.append((-value.mean, row))
+    return table(head, [row for _, row in sorted(rows)])
+
+
+def summary(found: Found, reference: str) -> str:
+    """A row a method, the best first: accuracy, the same at the tuned decode temperature, and the difference to one."""
+    rows = []
+    for name, results in found.items():
+        value, tuned = estimate(accuracy(results)), 100 * accuracy(results, "tuned").mean()
+        less = "" if name == reference else points(compare(accuracy(results), accuracy(found[reference])))
+        rows.append((-value.mean, [f"`{name}`", percent(value), f"{tuned:.1f}", less]))
+    head = ["method", "avg@8 [95%]", "tuned decode", f"less `{reference}`, points [95%]"]
     return table(head, [row for _, row in sorted(rows)])
 
 
@@ -285,6 +297,8 @@ def tables(results: Results) -> dict[str, str]:
         if plain:
             before = {name: each for name, each in found.items() if name == grid.BEFORE}
             out[f"scores {regime}"] = scores(plain | before)
+            if regime == "warm" and "hpd" in plain:
+                out[f"summary {regime}"] = summary(plain | before, "hpd")
             compared = grid.ROLLOUTS_COMPARED if regime == grid.ROLLOUTS else grid.COMPARED
             out[f"comparisons {regime}"] = named_comparisons(plain, compared)
         fresh = results.of("fresh", regime)
@@ -293,7 +307,7 @@ def tables(results: Results) -> dict[str, str]:
             for role, name in (("candidate", CANDIDATE), ("beside", BESIDE[0])):
                 pairs = [(name, other) for other in BEST_OF]
                 out[f"confirmation of the {role} {regime}"] = named_comparisons(fresh, pairs)
-    for reference in ("hpd", "fkl", "fkl T2"):
+    for reference in ("hpd", "fkl"):
         out[f"against {reference}"] = verdicts(results, reference)
     if REAL_MODEL.exists():
         out["real model"] = real_model(json.loads(REAL_MODEL.read_text()))
@@ -324,28 +338,28 @@ def filled(page: str, made: Mapping[str, str]) -> str:
 
 
 def write_report(results: Results, out: Path | None) -> None:
-    """Fill ``docs/evidence.md``, or write a page of all tables into ``out``; pictures beside it."""
+    """Fill the pages of ``docs/``, or write a page of all tables into ``out``; pictures beside it."""
     made = tables(results)
-    pictures = PAGE.with_suffix("") if out is None else out
+    pictures = PICTURES if out is None else out
     pictures.mkdir(parents=True, exist_ok=True)
     for regime in grid.REGIMES:
         if found := results.of("test", regime):
             draw_regime(found, regime, pictures / f"{regime}.png")
     draw_sensitivity(results, pictures / "sensitivity.png")
     if out is None:
-        page, text = PAGE, filled(PAGE.read_text(), made)
+        pages = {page: filled(page.read_text(), made) for page in PAGES}
     else:
-        page = out / "evidence.md"
         parts = [f"## {name}\n\n<!-- table {name} -->\n\n{each}\n\n<!-- end -->\n\n" for name, each in made.items()]
-        text = "".join(parts)
-    page.write_text(text)
-    print(f"Report: {page}")
+        pages = {out / "evidence.md": "".join(parts)}
+    for page, text in pages.items():
+        page.write_text(text)
+        print(f"Report: {page}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=FOLDER)
-    parser.add_argument("--out", type=Path, help="a folder for a page of the tables alone")
+    parser.add_argument("--out", type=Path, help="write one page of all tables to this folder instead")
     arguments = parser.parse_args()
     write_report(Results(arguments.results), arguments.out)
 

@@ -12,7 +12,7 @@
 # Hardware: one machine with 8 GPUs of 80 GB assumed. By the planner, answers of 400 tokens on average: 14 GiB a GPU,
 # 15 min (docs/recipes.md).
 # Expected, the paper's AlpacaEval 2 (length-controlled) / Arena-Hard: SFT 12.74 / 18.1, HPD 13.75 / 21.8.
-# Not run on a GPU by us: two steps of tiny models on a CPU are tested, the results are the paper's.
+# Tested: two steps of tiny models on a CPU; not on a GPU.
 set -euo pipefail
 
 STUDENT=${STUDENT:-Qwen/Qwen2.5-1.5B}

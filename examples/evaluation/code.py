@@ -37,9 +37,9 @@ def main() -> None:
     script = Script(__doc__ or "", "code")
     script.add_generation_arguments(temperature=0.0, max_tokens=2048)
     scored.add_arguments(script.parser)
-    script.parser.add_argument("--program_seconds", type=float, default=10, help="an answer's time (%(default)s)")
+    script.parser.add_argument("--program_seconds", type=float, default=10, help="seconds per answer (%(default)s)")
     script.parser.add_argument(
-        "--unsandboxed", action="store_true", help="where bubblewrap does not work, run programs with limits alone"
+        "--unsandboxed", action="store_true", help="run programs without bubblewrap, with limits only"
     )
     script.run(evaluate)
 

@@ -185,12 +185,10 @@ def _cut(text: str, length: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "results", type=Path, nargs="+", help="results of this folder's scripts; the first is compared with"
-    )
+    parser.add_argument("results", type=Path, nargs="+", help="result files; the first of a kind is the baseline")
     parser.add_argument("--html", type=Path, help="write a page")
     parser.add_argument("--png", type=Path, help="write its picture")
-    parser.add_argument("--bootstrap_seed", type=int, default=0, help="of intervals (%(default)s)")
+    parser.add_argument("--bootstrap_seed", type=int, default=0, help="seed of the confidence intervals (%(default)s)")
     args = parser.parse_args()
     try:
         results = [read_result(path) for path in args.results]

@@ -232,7 +232,7 @@ def main() -> None:
     group = script.parser.add_argument_group("judge")
     group.add_argument("--judge_endpoint", help="URL of an OpenAI-compatible server, as http://host:8000/v1")
     group.add_argument("--judge_model", help="the judge's name there")
-    group.add_argument("--judge_max_tokens", type=int, default=1024, help="of a judgement (%(default)s)")
+    group.add_argument("--judge_max_tokens", type=int, default=1024, help="token limit of a judgement (%(default)s)")
     group.add_argument("--against", default=DEMONSTRATIONS, help="a result of this script (%(default)s)")
     script.run(evaluate)
 

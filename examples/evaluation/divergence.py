@@ -185,13 +185,18 @@ def main() -> None:
     script = Script(__doc__ or "", "divergence")
     add = script.parser.add_argument
     add("--student", required=True, help="folder or hub name")
-    add("--teacher", required=True, help="folder or hub name, of the same vocabulary")
-    add("--answers", type=Path, help="a result of maths, code or dialogue: its answers instead of demonstrations")
-    add("--max_response_length", type=int, default=16384, help="tokens of an answer that are read (%(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of both models (%(default)s)")
+    add("--teacher", required=True, help="folder or hub name; same vocabulary")
+    add("--answers", type=Path, help="use the answers of this result instead of demonstrations")
+    add("--max_response_length", type=int, default=16384, help="read at most these tokens of an answer (%(default)s)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="dtype of both models (%(default)s)",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
     add("--attn_implementation", default="eager", help="transformers' attention (%(default)s, right for every family)")
-    add("--token_chunk_size", type=int, help="tokens whose logits exist at once")
+    add("--token_chunk_size", type=int, help="tokens per chunk of logits")
     add("--trust_remote_code", action="store_true", help="run code that a model brings")
     script.run(evaluate)
 

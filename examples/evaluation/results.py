@@ -65,9 +65,11 @@ class Script:
         )
         self.parser.add_argument("--data", type=Path, nargs="+", required=True, help="parquet files of data_prep")
         self.parser.add_argument("--out", type=Path, required=True, help="the result, a .json file")
-        self.parser.add_argument("--name", help="of the run in tables; the model's last part")
-        self.parser.add_argument("--max_rows", type=int, help="take the first so many rows of each file")
-        self.parser.add_argument("--bootstrap_seed", type=int, default=0, help="of confidence intervals (%(default)s)")
+        self.parser.add_argument("--name", help="the run's name in tables (default: last part of the model's path)")
+        self.parser.add_argument("--max_rows", type=int, help="only the first rows of each file")
+        self.parser.add_argument(
+            "--bootstrap_seed", type=int, default=0, help="seed of the confidence intervals (%(default)s)"
+        )
 
     def add_generation_arguments(self, **defaults: Any) -> None:
         """Flags of the model and its sampling."""

@@ -17,7 +17,7 @@
 # Expected, the paper's average over AIME24, AIME25, AMC, MATH, Olympiad and GPQA: 1.5B base 18.46, SFT 22.80,
 # SeqKD 26.27, RKLD 26.15, JSD 26.43, HPD 30.24; 3B: SFT 32.67, JSD 36.61, HPD 39.83; Llama 1B: SFT 13.88, HPD 18.01.
 # Evaluated at temperature 0.7, top-p 0.95, avg@32 for AIME and AMC, avg@8 for the others.
-# Not run on a GPU by us: two steps of tiny models on a CPU are tested, the results are the paper's.
+# Tested: two steps of tiny models on a CPU; not on a GPU.
 set -euo pipefail
 
 PAIR=${PAIR:-qwen2.5-1.5b}

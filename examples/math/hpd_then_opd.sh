@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# HPD, then on-policy distillation, as one run: the student answers a growing share of each batch itself.
+# HPD, then on-policy distillation, in one run: a growing share of each batch is rollouts.
 #
 #   bash examples/math/hpd_then_opd.sh [key=value ...]
 #
@@ -8,9 +8,9 @@
 # A step has 256 sequences; once all are rollouts, they are the paper's 64 prompts x 4 rollouts. hpd.sh, then opd.sh, is
 # the same in two runs.
 # Hardware: 8 GPUs of 80 GB assumed. By the planner: 46 GiB a GPU, 10.0 h (docs/recipes.md).
-# Expected: nobody's score. The paper's two stages one after the other: HPD 30.24, then 33.41 (SFT, then 29.56).
+# Expected score: none for one run. The paper's two separate stages: HPD 30.24, then 33.41 (after SFT 29.56).
 # Ours: the schedule, learning rate 1e-5 as a compromise of the two stages.
-# Not run on a GPU by us: two steps of tiny models on a CPU are tested.
+# Tested: two steps of tiny models on a CPU; not on a GPU.
 set -euo pipefail
 
 MIX_STEPS=${MIX_STEPS:-2000}

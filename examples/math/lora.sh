@@ -9,8 +9,8 @@
 # `python -m hpd_verl.export` makes a model or an adapter folder of a checkpoint. main_ppo takes the same settings as
 # actor_rollout_ref.model.lora_rank and so on, and wants actor_rollout_ref.rollout.load_format=safetensors to generate.
 # Hardware: one GPU of 24 GB assumed. By the planner: 14 GiB a GPU, 1.1 h (docs/recipes.md).
-# Expected: nobody's score. By Qwen's report GSM8K is 73.2 for the student before, 91.6 for the teacher.
-# Not run on a GPU by us: two steps of tiny models on a CPU are tested.
+# Expected score: none. Qwen reports GSM8K 73.2 for the student before training, 91.6 for the teacher.
+# Tested: two steps of tiny models on a CPU; not on a GPU.
 set -euo pipefail
 
 LORA_RANK=${LORA_RANK:-64}

@@ -8,7 +8,7 @@
 # rate 5e-6, rollouts at temperature 1.
 # Hardware: 8 GPUs of 80 GB assumed. By the planner: 46 GiB a GPU, 1.0 h (docs/recipes.md).
 # Expected, the paper's averages (see hpd.sh), Qwen2.5 7B -> 1.5B: HPD 30.24, then 33.41; SFT 22.80, then 29.56.
-# Not run on a GPU by us: two steps of tiny models on a CPU are tested, the results are the paper's.
+# Tested: two steps of tiny models on a CPU; not on a GPU.
 set -euo pipefail
 
 ROLLOUTS=${ROLLOUTS:-4} # a prompt

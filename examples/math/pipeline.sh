@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole way for maths: GSM8K, a teacher's answers to its problems, HPD, export, evaluation and report.
+# GSM8K from data set to score: a teacher's answers, HPD, export, evaluation and report.
 #
 #   bash examples/math/pipeline.sh [key=value ...]
 #
-# Arguments are overrides of the recipe's training. Variables beside those here: examples/pipeline.sh, and those of the
-# recipe (STEPS, BATCH_SIZE, LR, NGPUS_PER_NODE, ...). docs/tutorial.md goes through it step by step.
+# Arguments override training settings. More variables: examples/pipeline.sh and the recipe (STEPS, BATCH_SIZE, LR,
+# NGPUS_PER_NODE, ...). docs/tutorial.md explains each stage.
 # Hardware: one GPU of 24 GB assumed for the default pair; docs/recipes.md has time and memory by the planner.
-# Expected: nobody's score. Not run on a GPU by us: the miniature (examples/quickstart/pipeline.sh) is tested.
+# Expected score: none. Tested: the miniature (examples/quickstart/pipeline.sh) on a CPU; not on a GPU.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The teacher's features of all rows into a store, for strong_teacher.sh: run it first, on GPUs that hold the teacher.
+# Stores the teacher's features of all rows for strong_teacher.sh. Run it first, on GPUs that hold the teacher.
 #
 #   bash examples/math/store_teacher.sh [key=value ...]
 #
@@ -7,7 +7,7 @@
 # and GiB. Variables as strong_teacher.sh; those of the data, the teacher and the store must be the same there.
 # Hardware: 8 GPUs of 80 GB assumed. By the planner, 40,000 answers of 6,000 tokens: 12 GiB a GPU, 21 min,
 # 918 GiB on disk (docs/recipes.md).
-# Not run on a GPU by us: tiny models on a CPU are tested.
+# Tested: tiny models on a CPU; not on a GPU.
 set -euo pipefail
 
 STUDENT=${STUDENT:-Qwen/Qwen3-0.6B}

@@ -11,8 +11,8 @@
 # Validation is the loss and the KL to the teacher on held-out answers (val/hpd/...; val_kwargs.n is main_ppo's).
 # All settings are ours. Hardware: 8 GPUs of 80 GB assumed for either. By the planner, 40,000 answers of 6,000 tokens:
 # 11 GiB a GPU, 28 min, and the store 918 GiB on disk (docs/recipes.md).
-# Expected: nobody's score.
-# Not run on a GPU by us: two steps of tiny models on a CPU are tested.
+# Expected score: none.
+# Tested: two steps of tiny models on a CPU; not on a GPU.
 set -euo pipefail
 
 STUDENT=${STUDENT:-Qwen/Qwen3-0.6B}

@@ -434,9 +434,10 @@ def check_engine(config: DictConfig, node: str, inherited: str | None = None) ->
     Raises:
         Refused: they differ, or nothing reads the seed.
     """
-    seed = OmegaConf.select(config, f"{node}.seed")
+    seed, of_run = OmegaConf.select(config, f"{node}.seed"), OmegaConf.select(config, f"{PREFIX}.seed")
     require(
-        seed in (None, _verl_defaults(_ENGINE_FILE).seed) or bool(OmegaConf.select(config, f"{node}.full_determinism")),
+        seed in (None, of_run, _verl_defaults(_ENGINE_FILE).seed)
+        or bool(OmegaConf.select(config, f"{node}.full_determinism")),
         f"{node}.seed",
         seed,
         f"only full_determinism reads it; {PREFIX}.seed is that of the draws",

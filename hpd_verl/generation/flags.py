@@ -36,10 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='for the chat template, as {"enable_thinking": false}',
     )
     engine = parser.add_argument_group("vLLM")
-    engine.add_argument("--tensor_parallel_size", type=int, default=1, help="devices an engine (%(default)s)")
+    engine.add_argument("--tensor_parallel_size", type=int, default=1, help="devices per engine (%(default)s)")
     engine.add_argument("--data_parallel_size", type=int, default=1, help="engines (%(default)s)")
-    engine.add_argument("--dtype", default="auto", help="bfloat16, float16, float32 or the model's (%(default)s)")
-    engine.add_argument("--max_model_len", type=int, help="tokens of prompt and answer together; the model's context")
+    engine.add_argument(
+        "--dtype", default="auto", help="bfloat16, float16, float32, or auto: the model's (%(default)s)"
+    )
+    engine.add_argument(
+        "--max_model_len", type=int, help="tokens of prompt and answer together (default: the model's context)"
+    )
     engine.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="share of memory (%(default)s)")
     engine.add_argument(
         "--engine_kwargs",
@@ -51,15 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
     endpoint = parser.add_argument_group("endpoint")
     endpoint.add_argument("--concurrency", type=int, default=64, help="requests at a time (%(default)s)")
-    endpoint.add_argument("--request_timeout", type=float, default=600, help="seconds a request (%(default)s)")
-    endpoint.add_argument("--retries", type=int, default=5, help="of a request that fails (%(default)s)")
+    endpoint.add_argument("--request_timeout", type=float, default=600, help="seconds per request (%(default)s)")
+    endpoint.add_argument("--retries", type=int, default=5, help="retries of a failed request (%(default)s)")
     endpoint.add_argument(
         "--max_refused",
         type=float,
         default=MAX_REFUSED,
         help="share of prompts that its content filter may refuse; above it the run stops (%(default)s)",
     )
-    endpoint.add_argument("--token_ids", action="store_true", help="ask for the tokens, which vLLM's server knows")
+    endpoint.add_argument("--token_ids", action="store_true", help="request token ids (vLLM servers)")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:

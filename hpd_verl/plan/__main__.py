@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Run]:
         prog="python -m hpd_verl.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("student", help="folder with config.json, or hub name")
-    parser.add_argument("teacher", nargs="?", help="the same; without one, plain supervised fine-tuning is planned")
+    parser.add_argument("teacher", nargs="?", help="the same; without it, supervised fine-tuning is planned")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     types = get_type_hints(Run)
     for field in dataclasses.fields(Run):
