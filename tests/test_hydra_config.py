@@ -50,7 +50,7 @@ def test_command_line_wins_over_the_algorithm_and_the_platform(tmp_path: Path, p
         "    strategy: fsdp\n",
         "  num_workers: 3\n",
         "    forward_coef: 0.5\n",
-        "      enable_sleep_mode: false\n",
+        "    enable_sleep_mode: false\n",
     ):
         assert line in output
 
