@@ -577,7 +577,9 @@ def test_refuses_a_limit_that_would_fill_the_disk(tmp_path: Path) -> None:
     """What is stored already needs no more space."""
     make_small_store(tmp_path, HIDDEN)
     too_much = shutil.disk_usage(tmp_path).total
-    found = rf"^algorithm\.hpd\.teacher_cache_max_gib={too_much / (1 << 30):g}: lets .* grow by [\d.]+ GiB, .*GiB free; "
+    found = (
+        rf"^algorithm\.hpd\.teacher_cache_max_gib={too_much / (1 << 30):g}: lets .* grow by [\d.]+ GiB, .*GiB free; "
+    )
     with pytest.raises(ValueError, match=found):
         DiskStore(tmp_path, HIDDEN, too_much)
     assert DiskStore(tmp_path, HIDDEN, 0).stats.rows == 3  # full, and served
