@@ -49,6 +49,7 @@ class PackedMask:
         self.device = device
         self._starts: Tensor | None = None
         self._blocks: dict[tuple[int, int], Tensor | None] = {}
+        self._is_causal: bool | None = None
 
     def _sees(self, query: Tensor, key: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -62,6 +63,14 @@ class PackedMask:
             seen = self._sees(later, later - 1).expand(later.shape)
             self._starts = torch.cat([torch.ones(1, dtype=torch.bool, device=self.device), ~seen])
         return self._starts
+
+    def is_causal(self, lengths: list[int]) -> bool:
+        """Whether every token sees its sequence from the first one on: no window or chunk cuts any."""
+        if self._is_causal is None:
+            sizes = torch.tensor(lengths, device=self.device)
+            first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+            self._is_causal = bool(self._sees(torch.arange(self.length, device=self.device), first).all())
+        return self._is_causal
 
     def block(self, start: int, length: int) -> Tensor | None:
         """bool [length, length], the mask within one sequence; None where it is causal and no more."""
@@ -144,11 +153,12 @@ def packed_attention(
         position_ids = torch.cat(parts, dim=-1)
 
     lengths = _lengths(mask, position_ids)
+    cuts = mask is not None and not mask.is_causal(lengths)
     outputs, start = [], 0
     for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
         length = q.shape[2]
         window = _window_mask(length, kwargs.get("sliding_window"), q.device) if mask is None else None
-        block = window if mask is None else mask.block(start, length)
+        block = mask.block(start, length) if mask is not None and cuts else window
         outputs.append(_attend(q, k, v, block, kwargs))
         start += length
     output = torch.cat(outputs, dim=1)
