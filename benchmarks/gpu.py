@@ -246,7 +246,7 @@ class Stages:
     def lean(self) -> dict[str, Any]:
         student, teacher, rows = self.models()
         overrides = [f"model.path={student}", f"teacher.model.path={teacher}", f"data.train_files={rows}"]
-        module = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "hpd_verl.sft_trainer"]
+        module = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "hpd_verl.sft.trainer"]
         return self.steps_of(module, overrides, seconds=150)
 
     def main_ppo(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python benchmarks/memory.py
 
 Random Llama models, trained for two steps by the lean trainer on a CPU; the largest resident memory of a rank beyond
-that of a run of the smallest models, against ``python -m hpd_verl.plan --platform cpu`` for the same settings. Rows go
+that of a run of the smallest models, against ``hpd-verl plan --platform cpu`` for the same settings. Rows go
 to benchmarks/results/memory.csv. One thing at a time differs from the first point.
 """
 
@@ -24,10 +24,10 @@ from results import append_rows, machine
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hpd_verl.lean import ALONE
-from hpd_verl.plan.memory import plan_memory
-from hpd_verl.plan.model_size import model_size, read_config
-from hpd_verl.plan.run import Run
+from hpd_verl.sft.start import ALONE
+from hpd_verl.tools.plan.memory import plan_memory
+from hpd_verl.tools.plan.model_size import model_size, read_config
+from hpd_verl.tools.plan.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["<pad>", "<end>", "<turn>", "user", "assistant", *map(str, range(100))]
@@ -151,7 +151,7 @@ def measure(point: Point, folder: Path, data: Path) -> tuple[int, Path, Path | N
     teacher = None if point.teacher is None else make_model(folder, *point.teacher)
     ranks = ("torch.distributed.run", "--standalone", f"--nproc_per_node={point.gpus}", "-m") if point.gpus > 1 else ()
     command = [
-        *(sys.executable, "-m", *ranks, "hpd_verl.sft_trainer", f"model.path={student}", f"data.train_files={data}"),
+        *(sys.executable, "-m", *ranks, "hpd_verl.sft.trainer", f"model.path={student}", f"data.train_files={data}"),
         "algorithm.hpd.objective=sft" if teacher is None else f"teacher.model.path={teacher}",
         f"data.train_batch_size={point.rows}",
         f"data.max_token_len_per_gpu={point.tokens}",

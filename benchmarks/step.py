@@ -52,17 +52,11 @@ from verl.workers.utils.losses import sft_loss  # noqa: E402
 
 from hpd_verl.config import HPDConfig  # noqa: E402
 from hpd_verl.hydra_config import config_dir  # noqa: E402
-from hpd_verl.lean import (  # noqa: E402
-    ALONE,
-    DemonstrationDataset,
-    as_batch,
-    lazy_teacher,
-    read_demonstrations,
-    write_row_layouts,
-)
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker  # noqa: E402
 from hpd_verl.pipelines.pipeline import Batch  # noqa: E402
 from hpd_verl.pipelines.staged import STAGED  # noqa: E402
+from hpd_verl.sft.demonstrations import DemonstrationDataset, as_batch, read_demonstrations  # noqa: E402
+from hpd_verl.sft.start import ALONE, lazy_teacher, write_row_layouts  # noqa: E402
 from hpd_verl.teacher.choice import make_teacher  # noqa: E402
 from hpd_verl.teacher.colocated import TeacherWorker  # noqa: E402
 

@@ -29,7 +29,7 @@ from data_prep.judging import Case, Judge, Judges, Verdict
 from data_prep.rows import percentiles, unfinished
 from hpd_verl.data.files import DataFile, RowRules
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, as_written, tools_of
-from hpd_verl.generation import (
+from hpd_verl.tools.generation import (
     GenerationError,
     Generator,
     Journal,
@@ -42,7 +42,7 @@ from hpd_verl.generation import (
     open_journal,
     sampling_of,
 )
-from hpd_verl.generation.endpoint import check_refused
+from hpd_verl.tools.generation.endpoint import check_refused
 
 logger = logging.getLogger("data_prep")
 

@@ -11,9 +11,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from hpd_verl.generation import Answer, Messages
+from hpd_verl.tools.generation import Answer, Messages
 
-REWARDS = {"maths": "hpd_verl.rewards.maths", "code": "hpd_verl.rewards.code"}
+REWARDS = {"maths": "hpd_verl.tools.rewards.maths", "code": "hpd_verl.tools.rewards.code"}
 
 Fate = Literal["kept", "filtered", "cut", "empty", "refused", "rejected"]
 """What becomes of an answer: refused by the server's content filter, cut by the length, empty, no response by the chat
@@ -111,7 +111,7 @@ class Bench:
         self._tokenizer = None
         if judge.tokenizer is not None:
             from hpd_verl.data.demonstration import DemonstrationTokenizer
-            from hpd_verl.generation.vllm_engines import load_template
+            from hpd_verl.tools.generation.vllm_engines import load_template
 
             tokenizer = load_template(
                 judge.tokenizer, judge.template_kwargs, setting="--tokenizer", weights=False
@@ -180,7 +180,7 @@ _bench: Bench | None = None
 
 
 def _start(judge: Judge) -> None:
-    from hpd_verl.generation.vllm_engines import end_with_parent
+    from hpd_verl.tools.generation.vllm_engines import end_with_parent
 
     global _bench
     end_with_parent()

@@ -3,8 +3,8 @@
 Columns read: task_id, text (prompt in the sanitized set), code, test_list, test_setup_code or test_imports. A file that
 holds all tasks, mbpp.jsonl, is split as the authors do: tasks 601 to 974 to train on, 11 to 510 to test on. The ground
 truth is the test program. verl has no reward function for it:
-``reward.custom_reward_function.path=pkg://hpd_verl.rewards.code`` runs programs in a sandbox. Files of EvalPlus's set,
-evalplus/mbppplus, are read too, with their column test as ground truth.
+``reward.custom_reward_function.path=pkg://hpd_verl.tools.rewards.code`` runs programs in a sandbox. Files of EvalPlus's
+set, evalplus/mbppplus, are read too, with their column test as ground truth.
 
     python -m data_prep.mbpp --local_dataset_path ~/data/mbpp.jsonl --local_save_dir ~/data/mbpp
 """

@@ -14,11 +14,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from families import FAMILIES, LONGEST, tiny_config  # noqa: E402
 
-from hpd_verl.config import Refused  # noqa: E402
 from hpd_verl.engine.causal_lm import check_head, check_one_pass, offer_head  # noqa: E402
 from hpd_verl.engine.on_meta import build  # noqa: E402
 from hpd_verl.engine.replica import Replica  # noqa: E402
 from hpd_verl.engine.row_layout import RowLayout, Tried, default_attentions, layouts, try_layouts  # noqa: E402
+from hpd_verl.errors import Refused  # noqa: E402
 
 START, END = "<!-- Written by docs/model_table.py -->", "<!-- end -->"
 

@@ -86,7 +86,7 @@ stage train env STUDENT="$STUDENT" TEACHER="$TEACHER" TRAIN_FILE="$RUN_DIR/answe
     OUT_DIR="$RUN_DIR/train" bash "$RECIPE" "$@"
 
 # Killed after the folder was there but before the stage was marked as done, it is written again.
-stage export python -m hpd_verl.export "$RUN_DIR/train" "$RUN_DIR/student" --overwrite
+stage export hpd-verl export "$RUN_DIR/train" "$RUN_DIR/student" --overwrite
 
 # The teacher first: the others are held against its answers, word by word.
 declare -A models=([teacher]=$TEACHER [before]=$STUDENT [after]=$RUN_DIR/student)
@@ -99,7 +99,7 @@ done
 
 # What is shown is made anew each time.
 mkdir -p "$RUN_DIR/report" "$RUN_DIR/scores"
-python -m hpd_verl.report "$RUN_DIR/train" --out "$RUN_DIR/report/training"
+hpd-verl report "$RUN_DIR/train" --out "$RUN_DIR/report/training"
 for set in $TEST_SETS; do
     mapfile -t files < <(results "$set")
     [[ ${#files[@]} -gt 0 ]] || continue

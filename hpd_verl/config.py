@@ -19,24 +19,11 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from hpd_verl.errors import require
 from hpd_verl.objectives import OBJECTIVES, Mixture, Objective, ObjectiveParameters, RowObjectives, find_objective
 from hpd_verl.objectives.token import HPDParameters
 
 PREFIX = "algorithm.hpd"
-
-
-class Refused(ValueError):
-    """What a run cannot do, in one line ``SETTING=VALUE: what was found; what to do`` that needs no traceback."""
-
-
-def require(condition: bool, setting: str, found: Any, remedy: str) -> None:
-    """Refuse a setting's value.
-
-    Raises:
-        Refused: the condition does not hold.
-    """
-    if not condition:
-        raise Refused(f"{setting}={found}: {remedy}")
 
 
 def is_number(value: Any) -> bool:

@@ -8,7 +8,7 @@ import logging
 import os
 import traceback
 
-from hpd_verl.import_hooks import when_imported
+from hpd_verl.run.import_hooks import when_imported
 
 VERL_VERSION = "0.9.1"
 

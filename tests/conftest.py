@@ -245,7 +245,7 @@ RunMainPPO = Callable[..., Run]
 def processes() -> Iterator[ForkServerContext]:
     """Processes that start quickly: forked from one that has imported verl, the trainers and the store."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd_verl.teacher_cache", "hpd_verl.sft_trainer", "verl.trainer.main_ppo"])
+    context.set_forkserver_preload(["hpd_verl.sft.fill_store", "hpd_verl.sft.trainer", "verl.trainer.main_ppo"])
     first = context.Process(target=int)
     first.start()
     first.join()  # the imports are nobody's waiting time

@@ -328,8 +328,8 @@ def off_by(family: str, folder: Path, *overrides: str) -> float:
     """
     from verl.utils.config import omega_conf_to_dataclass
 
-    from hpd_verl.lean import read_demonstrations
-    from hpd_verl.sft_trainer import HPDSFTTrainer
+    from hpd_verl.sft.demonstrations import read_demonstrations
+    from hpd_verl.sft.trainer import HPDSFTTrainer
 
     config = checked_config(family, folder, *overrides)
     rows = read_demonstrations(config, omega_conf_to_dataclass(config.model), config.data.train_files)
@@ -348,7 +348,7 @@ def main() -> None:
     """Each family in this process, one after the other."""
     from verl.utils.distributed import initialize_global_process_group
 
-    from hpd_verl.lean import ALONE
+    from hpd_verl.sft.start import ALONE
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=FAMILIES)

@@ -24,7 +24,7 @@ DOCUMENTS = [file for folder in FOLDERS for file in sorted((ROOT / folder).glob(
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 
 MAIN_PPO = "verl.trainer.main_ppo"
-LEAN_COMMANDS = ("hpd_verl.sft_trainer", "hpd_verl.teacher_cache")
+LEAN_COMMANDS = ("hpd_verl.sft.trainer", "hpd_verl.sft.fill_store")
 MODELS = {
     "main_ppo": ["actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x"],
     "lean": ["model.path=S", "teacher.model.path=T", "data.train_files=x"],
@@ -121,13 +121,13 @@ def test_commands_pass_the_check(module: str, overrides: list[str]) -> None:
     if module == MAIN_PPO:
         check_config(composed("main_ppo", *overrides))
     else:
-        cache = ["algorithm.hpd.teacher_cache=disk"] if module == "hpd_verl.teacher_cache" else []
+        cache = ["algorithm.hpd.teacher_cache=disk"] if module == "hpd_verl.sft.fill_store" else []
         check_sft_config(composed("lean", *overrides, *cache), fills_store=bool(cache))
 
 
 def test_the_readme_has_the_commands() -> None:
     modules = [module for module, _ in run_commands(ROOT / "README.md")]
-    assert modules == [MAIN_PPO, MAIN_PPO, "hpd_verl.sft_trainer"]
+    assert modules == [MAIN_PPO, MAIN_PPO, "hpd_verl.sft.trainer"]
 
 
 @each_document

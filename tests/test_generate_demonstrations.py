@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # data_prep is no part of the installed package
 
 from data_prep import generate_demonstrations, judging  # noqa: E402
-from hpd_verl.generation import Answer  # noqa: E402
+from hpd_verl.tools.generation import Answer  # noqa: E402
 
 WORDS = ["<pad>", "<end>", "<turn>", "user", "assistant", "is", "plus", "?", ".", *map(str, range(20))]
 

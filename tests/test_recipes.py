@@ -59,7 +59,7 @@ MATH = RECIPE | {
     "actor_rollout_ref.rollout.val_kwargs.do_sample": True,
     "actor_rollout_ref.rollout.val_kwargs.temperature": 0.7,
     "actor_rollout_ref.rollout.val_kwargs.top_p": 0.95,
-    "reward.custom_reward_function.path": "pkg://hpd_verl.rewards.maths",
+    "reward.custom_reward_function.path": "pkg://hpd_verl.tools.rewards.maths",
     "data.max_prompt_length": 2048,
     "data.max_response_length": 8192,
     "trainer.total_training_steps": 2000,
@@ -71,7 +71,7 @@ CODE = RECIPE | {
     "actor_rollout_ref.actor.optim.lr": 5e-6,
     "actor_rollout_ref.rollout.val_kwargs.n": 1,
     "actor_rollout_ref.rollout.val_kwargs.do_sample": False,
-    "reward.custom_reward_function.path": "pkg://hpd_verl.rewards.code",
+    "reward.custom_reward_function.path": "pkg://hpd_verl.tools.rewards.code",
     "data.max_prompt_length": 1024,
     "data.max_response_length": 3072,
     "trainer.total_epochs": 3,
@@ -225,7 +225,7 @@ def composed(command: list[str]) -> DictConfig:
         check_config(config)
         return config
     (ranks,) = (int(word.split("=")[1]) for word in command if word.startswith("--nproc_per_node="))
-    fills_store = module == "hpd_verl.teacher_cache"
+    fills_store = module == "hpd_verl.sft.fill_store"
     with initialize_config_dir(str(config_dir()), version_base=None):
         config = compose("sft_trainer", overrides=overrides)
     check_sft_config(config, ranks, fills_store)

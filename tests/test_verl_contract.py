@@ -14,9 +14,9 @@ import hydra  # noqa: F401 - before hpd_verl.hydra_config, which registers with 
 import pytest
 import verl  # noqa: F401 - loads the plugin
 from verl.plugin.platform.platform_base import PlatformBase
+from verl_contract import CONTRACT, Attribute, Entry, Method, Text
 
 import hpd_verl
-from hpd_verl.verl_contract import CONTRACT, Attribute, Entry, Method, Text
 
 ROOT = Path(hpd_verl.__file__).parent
 

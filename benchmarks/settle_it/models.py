@@ -1,4 +1,4 @@
-"""The teacher and the students, and the trainer that makes both: ``hpd_verl.sft_trainer``, in this process.
+"""The teacher and the students, and the trainer that makes both: ``hpd_verl.sft.trainer``, in this process.
 
 Importing verl costs more than a short run of it, so that one process runs many jobs through the same trainer class.
 """
@@ -81,7 +81,7 @@ def _ranks() -> None:
     """One rank, this process."""
     from verl.utils.distributed import initialize_global_process_group
 
-    from hpd_verl.lean import ALONE
+    from hpd_verl.sft.start import ALONE
 
     os.environ.update(ALONE)
     initialize_global_process_group()
@@ -167,9 +167,9 @@ def train(
     from hydra import compose, initialize_config_dir
 
     from hpd_verl.hydra_config import config_dir
-    from hpd_verl.lean import checked
-    from hpd_verl.sft_trainer import HPDSFTTrainer
-    from hpd_verl.stopping import StopSignals
+    from hpd_verl.run.stopping import StopSignals
+    from hpd_verl.sft.start import checked
+    from hpd_verl.sft.trainer import HPDSFTTrainer
 
     class Trainer(HPDSFTTrainer):
         def _read(self, files: Any, max_samples: int) -> Any:

@@ -80,7 +80,7 @@ def train(folder: Path, models: Path, rows: Path, method: str, steps: int, rate:
         "algorithm.hpd.teacher_cache_dir": folder.parent / f"store_{settings.get('temperature', 1)}",
         "algorithm.hpd.teacher_cache_max_gib": 4,
     }
-    command = ["torchrun", "--standalone", "--nproc_per_node=1", "-m", "hpd_verl.sft_trainer"]
+    command = ["torchrun", "--standalone", "--nproc_per_node=1", "-m", "hpd_verl.sft.trainer"]
     command += [f"{name}={value}" for name, value in overrides.items()]
     command += [f"++algorithm.hpd.{name}={value}" for name, value in settings.items()]
     folder.mkdir(parents=True, exist_ok=True)

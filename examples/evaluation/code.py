@@ -13,9 +13,9 @@ from typing import Any
 
 from examples.evaluation import scored
 from examples.evaluation.results import Row, Script
-from hpd_verl.generation import Answer
-from hpd_verl.rewards.code import SECONDS, outcome_of
-from hpd_verl.rewards.sandbox import UNSANDBOXED, check
+from hpd_verl.tools.generation import Answer
+from hpd_verl.tools.rewards.code import SECONDS, outcome_of
+from hpd_verl.tools.rewards.sandbox import UNSANDBOXED, check
 
 
 def score(row: Row, answer: Answer) -> tuple[float, str]:

@@ -36,9 +36,9 @@ from examples.evaluation.results import (
     write_file,
 )
 from examples.evaluation.statistics import bootstrap
-from hpd_verl.generation import Messages, Sampling, generate_all
-from hpd_verl.generation.endpoint import EndpointGenerator
-from hpd_verl.rewards.answers import without_reasoning
+from hpd_verl.tools.generation import Messages, Sampling, generate_all
+from hpd_verl.tools.generation.endpoint import EndpointGenerator
+from hpd_verl.tools.rewards.answers import without_reasoning
 
 DEMONSTRATIONS = "demonstrations"
 JUDGE_KEY = "JUDGE_API_KEY"

@@ -9,8 +9,8 @@ Greedy, and 8 answers a problem:
 
 from examples.evaluation import scored
 from examples.evaluation.results import Row, Script
-from hpd_verl.generation import Answer
-from hpd_verl.rewards.maths import compute_score, final_answer
+from hpd_verl.tools.generation import Answer
+from hpd_verl.tools.rewards.maths import compute_score, final_answer
 
 
 def score(row: Row, answer: Answer) -> tuple[float, str]:

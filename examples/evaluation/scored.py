@@ -18,7 +18,7 @@ from examples.evaluation.results import (
     truncated_share,
 )
 from examples.evaluation.statistics import avg_at_k, bootstrap, pass_at_k
-from hpd_verl.generation import Answer
+from hpd_verl.tools.generation import Answer
 
 Score = Callable[[Row, Answer], tuple[float, str]]
 """From a problem and an answer to its score, and a line that says why."""

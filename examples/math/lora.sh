@@ -6,7 +6,7 @@
 #
 # Variables and data: one_gpu.sh. The student's own weights stay as they are; gradients and the optimiser's
 # states are the adapter's only. Ours: rank 64, alpha 128, all linear layers, learning rate 2e-4.
-# `python -m hpd_verl.export` makes a model or an adapter folder of a checkpoint. main_ppo takes the same settings as
+# `hpd-verl export` makes a model or an adapter folder of a checkpoint. main_ppo takes the same settings as
 # actor_rollout_ref.model.lora_rank and so on, and wants actor_rollout_ref.rollout.load_format=safetensors to generate.
 # Hardware: one GPU of 24 GB assumed. By the planner: 14 GiB a GPU, 1.1 h (docs/recipes.md).
 # Expected score: none. Qwen reports GSM8K 73.2 for the student before training, 91.6 for the teacher.

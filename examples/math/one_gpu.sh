@@ -67,5 +67,5 @@ TRAINER=(
 )
 
 mkdir -p "$(dirname "$VERL_FILE_LOGGER_PATH")"
-exec python -m hpd_verl.torchrun --standalone --nproc_per_node="$NGPUS_PER_NODE" -m hpd_verl.sft_trainer \
+exec python -m hpd_verl.run.torchrun --standalone --nproc_per_node="$NGPUS_PER_NODE" -m hpd_verl.sft.trainer \
     "${DATA[@]}" "${MODEL[@]}" "${OPTIM[@]}" "${TRAINER[@]}" "$@"

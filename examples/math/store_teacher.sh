@@ -40,5 +40,5 @@ MODEL=(
     teacher.model.path="$TEACHER"
 )
 
-exec python -m hpd_verl.torchrun --standalone --nproc_per_node="$NGPUS_PER_NODE" -m hpd_verl.teacher_cache \
+exec python -m hpd_verl.run.torchrun --standalone --nproc_per_node="$NGPUS_PER_NODE" -m hpd_verl.sft.fill_store \
     "${DATA[@]}" "${STORE[@]}" "${MODEL[@]}" "$@"

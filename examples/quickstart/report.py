@@ -14,7 +14,7 @@ import transformers
 from reward import compute_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpd_verl.report import draw_picture, logged, read_run
+from hpd_verl.tools.report import draw_picture, logged, read_run
 
 CURVES = ("val-core/.*mean@1", "hpd/loss", "hpd/reverse_kl_k1", "hpd/student_nll", "actor/grad_norm")
 

@@ -2,9 +2,9 @@
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hpd_verl.config import Refused, require
 from hpd_verl.engine import on_meta
 from hpd_verl.engine.causal_lm import check_one_pass
+from hpd_verl.errors import Refused, require
 
 
 def check_architecture(

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.chat_template import begins_answer
 from hpd_verl.data.demonstration import DemonstrationTokenizer, PromptTokenizer, demonstration_of, has_demonstration
-from hpd_verl.data.files import DataFile, one_line
+from hpd_verl.data.files import DataFile
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, as_written, tools_of
+from hpd_verl.errors import one_line
 
 _TOKENISED_DEMONSTRATIONS = 64
 """So many of the first rows' demonstrations are tokenised, unless more are needed to count those that fit."""

@@ -8,9 +8,9 @@ from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from verl.workers.config import HFModelConfig
 
-from hpd_verl.checkpoint import read_json
-from hpd_verl.config import require
 from hpd_verl.engine.saved_model import ADAPTER, weight_names
+from hpd_verl.errors import require
+from hpd_verl.run.checkpoint import read_json
 
 _ROWS = 4096
 

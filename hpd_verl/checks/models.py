@@ -22,11 +22,11 @@ from verl.workers.config import HFModelConfig
 
 from hpd_verl.checks.architecture import check_architecture
 from hpd_verl.checks.vocabulary import check_vocabularies
-from hpd_verl.config import require
 from hpd_verl.data.chat_template import ChatTemplate
-from hpd_verl.data.files import is_remote, one_line
+from hpd_verl.data.files import is_remote
 from hpd_verl.engine import on_meta
 from hpd_verl.engine.families import head_counts, layers_to_wrap
+from hpd_verl.errors import one_line, require
 from hpd_verl.teacher.model_config import teacher_model_config
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from hpd_verl.checkpoint import check_whole, checkpoint_to_resume
-from hpd_verl.config import require
+from hpd_verl.errors import require
+from hpd_verl.run.checkpoint import check_whole, checkpoint_to_resume
 
 _KINDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 """Contents of a checkpoint, and how verl's files of each begin."""
@@ -78,7 +78,7 @@ def check_resume(
         setting,
         value,
         f"{found} was saved by {_ranks(saved_by[0])}, and this run has {ranks}; start it with {saved_by[0]} "
-        f"({counted}), or export the checkpoint (python -m hpd_verl.export) and train that model with another "
+        f"({counted}), or export the checkpoint (hpd-verl export) and train that model with another "
         "trainer.default_local_dir",
     )
     for content in map(str, checkpoint.load_contents):

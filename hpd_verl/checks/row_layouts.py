@@ -12,11 +12,10 @@ from verl.workers.config import HFModelConfig
 
 from hpd_verl.checks.models import without_copies
 from hpd_verl.checks.settings import on_cpu
-from hpd_verl.config import require
-from hpd_verl.data.files import one_line
 from hpd_verl.engine.causal_lm import check_head, offer_head
 from hpd_verl.engine.replica import Replica, rope_switch
 from hpd_verl.engine.row_layout import RowLayout, Tried, default_attentions, layouts, try_layouts
+from hpd_verl.errors import one_line, require
 from hpd_verl.teacher.model_config import teacher_model_config
 
 logger = logging.getLogger(__name__)

@@ -42,10 +42,11 @@ from hpd_verl.checks.settings import (
     optimiser_rules,
     takes_hdfs,
 )
-from hpd_verl.config import PREFIX, HPDConfig, Refused, choose_pipeline, needs_rollout_server, require
+from hpd_verl.config import PREFIX, HPDConfig, choose_pipeline, needs_rollout_server
 from hpd_verl.data.files import as_list
-from hpd_verl.teacher.disk_store import check_space
-from hpd_verl.teacher.store import DIR_SETTING, GIB, check_memory_store
+from hpd_verl.errors import Refused, require
+from hpd_verl.teacher.store.disk import check_space
+from hpd_verl.teacher.store.store import DIR_SETTING, GIB, check_memory_store
 
 _COMMON: dict[str, Rule] = {
     "data.train_batch_size": COUNT,

@@ -21,7 +21,8 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config.optimizer import build_optimizer
 
-from hpd_verl.config import PREFIX, Refused, is_number, require
+from hpd_verl.config import PREFIX, is_number
+from hpd_verl.errors import Refused, require
 
 Rule = tuple[Callable[[Any], bool], str]
 """What a value must be, and the remedy where it is not."""

@@ -9,7 +9,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from verl.workers.config import HFModelConfig
 
-from hpd_verl.checkpoint import ACTOR, LEAN
 from hpd_verl.checks.data import check_prompts_fit, template_kwargs, texts_of_rows
 from hpd_verl.checks.files_of_model import check_student_files
 from hpd_verl.checks.models import ModelUse, can_check_here, check_models, without_copies
@@ -18,9 +17,11 @@ from hpd_verl.checks.row_layouts import Passes, choose_row_layout, model_nodes
 from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config, check_store
 from hpd_verl.checks.settings import on_cpu
 from hpd_verl.checks.vocabulary import check_embedded
-from hpd_verl.config import HPDConfig, choose_pipeline, needs_rollout_server, require
+from hpd_verl.config import HPDConfig, choose_pipeline, needs_rollout_server
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote
 from hpd_verl.engine.families import head_size
+from hpd_verl.errors import require
+from hpd_verl.run.checkpoint import ACTOR, LEAN
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from hpd_verl.errors import one_line
+
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
 
@@ -185,7 +187,7 @@ class ChatTemplate:
                     list(messages), tokenize=False, **kwargs, **self.template_kwargs
                 )
         except Exception as error:  # templates are programs
-            raise ValueError(f"the student's chat template refuses the chat: {_one_line(error)}") from error
+            raise ValueError(f"the student's chat template refuses the chat: {one_line(error)}") from error
 
     def render(self, messages: Messages, generation_prompt: bool = False) -> str:
         """The template's text; a refusal stands, where verl would try again behind a made-up user message."""
@@ -539,10 +541,6 @@ def parse_date(value: str) -> datetime:
         return datetime.fromisoformat(value)
     except ValueError:
         raise ValueError(f"{KWARGS_SETTING}.{DATE_KWARG}={value}: not a date; write it as 2026-01-31") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _texts(value: Any) -> list[str]:

@@ -26,6 +26,7 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.data.demonstration import NO_TEXT, check_tool_calls, demonstration_of, has_demonstration, no_text
 from hpd_verl.data.json_depth import DEEPEST, too_deep
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, tools_of
+from hpd_verl.errors import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +80,6 @@ _WHY_NEEDED = (
 def is_remote(path: str) -> bool:
     """Whether verl or datasets would have to fetch the path, as from hdfs:// or s3://."""
     return "://" in path
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_content(content: Any, where: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hpd_verl.config import Refused
+from hpd_verl.errors import Refused
 from hpd_verl.head.output_head import OutputHead
 
 HeadFunction = Callable[[Tensor, OutputHead], Any]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from hpd_verl.import_hooks import replace, when_imported
+from hpd_verl.run.import_hooks import replace, when_imported
 
 _ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 _CHECKPOINTS = "verl.utils.checkpoint.fsdp_checkpoint_manager"

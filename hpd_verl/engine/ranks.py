@@ -8,6 +8,8 @@ import torch
 import torch.distributed
 from verl.utils.device import get_device_id
 
+from hpd_verl.errors import typed_line
+
 T = TypeVar("T")
 
 
@@ -35,7 +37,7 @@ def on_rank_zero(step: Callable[[], T], interval: float = 30.0) -> T:
         while report[0] is None:
             if future is not None and wait([future], timeout=interval).done:
                 error = future.exception()
-                report = [(None, future.result()) if error is None else (_one_line(error), None)]
+                report = [(None, future.result()) if error is None else (typed_line(error), None)]
             torch.distributed.broadcast_object_list(report, src=0)
     if future is not None:
         return future.result()
@@ -60,7 +62,7 @@ def on_every_rank(step: Callable[[], T]) -> T:
         future = pool.submit(step)
         error = future.exception()
     messages: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(messages, None if error is None else _one_line(error))
+    torch.distributed.all_gather_object(messages, None if error is None else typed_line(error))
     if error is None:
         for rank, message in enumerate(messages):
             if message is not None:
@@ -89,7 +91,3 @@ def seed_rank(seed: int) -> None:
     verl takes parameters from rank 0, so that they start alike on any number of ranks.
     """
     torch.manual_seed((seed + torch.distributed.get_rank()) % 2**63)
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

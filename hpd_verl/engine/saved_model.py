@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from verl.utils.model import get_hf_auto_model_class
 
-from hpd_verl.checkpoint import read_json
+from hpd_verl.run.checkpoint import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.fsdp_utils import get_fsdp_full_state_dict
 
-from hpd_verl.checkpoint import check_pickles
 from hpd_verl.engine.ranks import on_rank_zero
 from hpd_verl.engine.saved_model import (
     LOG_PROBS,
@@ -30,6 +29,7 @@ from hpd_verl.engine.saved_model import (
     token_rows,
     write_model,
 )
+from hpd_verl.run.checkpoint import check_pickles
 
 logger = logging.getLogger(__name__)
 

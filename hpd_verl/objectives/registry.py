@@ -27,6 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from hpd_verl.errors import typed_line
 from hpd_verl.objectives.log_probs import TokenLogProbs, TokenWeights, VocabularyLogProbs, VocabularyWeights
 
 Over = Literal["token", "vocabulary"]
@@ -165,12 +166,12 @@ def _import(place: str) -> Any:
         try:
             return importlib.import_module(place)
         except (Exception, SystemExit) as error:  # of the user's code
-            found = f"cannot import {place} ({_one_line(error)})"
+            found = f"cannot import {place} ({typed_line(error)})"
             raise ValueError(f"{found}; give a module that Python finds, or file.py:name") from error
     try:
         file = Path(place).expanduser().resolve()
     except RuntimeError as error:  # of ~ and no such user
-        raise ValueError(f"{place}: {_one_line(error)}; give the whole path") from error
+        raise ValueError(f"{place}: {typed_line(error)}; give the whole path") from error
     if not file.is_file():
         raise ValueError(f"there is no file {file}; give a file that every machine has")
     name = f"hpd_verl_objective_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
@@ -187,13 +188,9 @@ def _import(place: str) -> Any:
         for registered in [each for each in OBJECTIVES.values() if each.function.__module__ == name]:
             del OBJECTIVES[registered.name]
         if isinstance(error, Exception | SystemExit):
-            raise ValueError(f"{file} fails when it is imported ({_one_line(error)})") from error
+            raise ValueError(f"{file} fails when it is imported ({typed_line(error)})") from error
         raise
     return module
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def check_objective(checked: Objective) -> None:
@@ -222,7 +219,7 @@ def check_objective(checked: Objective) -> None:
         result = checked(log_probs)
         of_one = checked(type(log_probs)(**{name: value[:1] for name, value in given.items()}))
     except (Exception, SystemExit) as error:  # of the user's code
-        raise ValueError(f"objective {checked.name!r} fails on {rows} random tokens ({_one_line(error)})") from error
+        raise ValueError(f"objective {checked.name!r} fails on {rows} random tokens ({typed_line(error)})") from error
     if not isinstance(result, kind):
         raise ValueError(f"objective {checked.name!r} returns {type(result).__name__}, not {kind.__name__}")
     for name, value in vars(log_probs).items():

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
-from hpd_verl.stopping import StopSignals
+from hpd_verl.run.stopping import StopSignals
 
 _BEGUN, _ASKED, _STOPPED = "begun", "asked", "stopped"
 

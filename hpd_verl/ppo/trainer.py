@@ -29,7 +29,6 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from hpd_verl import checkpoint
 from hpd_verl.checks.models import check_models
 from hpd_verl.checks.row_layouts import choose_row_layout, model_nodes, write_row_layout
 from hpd_verl.checks.run import check_config
@@ -44,8 +43,9 @@ from hpd_verl.pipelines.updates import rows_of_ranks
 from hpd_verl.ppo import stop_request
 from hpd_verl.ppo.queue_batch import QueueBatch
 from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
+from hpd_verl.run import checkpoint
 from hpd_verl.teacher.prompt_date import fix_prompt_date
-from hpd_verl.teacher.size import log_size
+from hpd_verl.teacher.store.size import log_size
 
 logger = logging.getLogger(__name__)
 

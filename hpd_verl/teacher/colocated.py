@@ -25,7 +25,7 @@ from hpd_verl.engine.ranks import highest_of_ranks
 from hpd_verl.engine.row_engine import ROWS_MODEL_TYPE
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
 from hpd_verl.head.output_head import OutputHead
-from hpd_verl.teacher.records import DTYPES
+from hpd_verl.teacher.store.records import DTYPES
 from hpd_verl.teacher.teacher import Teacher
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.chat_template import DATE_KWARG, KWARGS_SETTING, parse_date
 from hpd_verl.engine.ranks import on_rank_zero
-from hpd_verl.teacher.store import DIR_SETTING
+from hpd_verl.teacher.store.store import DIR_SETTING
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from hpd_verl.data.response_tokens import column, row_numbers
 from hpd_verl.engine.ranks import highest_of_ranks, sums_of_ranks
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TopKFeatures
 from hpd_verl.head.output_head import OutputHead
-from hpd_verl.teacher.disk_store import DiskStore
-from hpd_verl.teacher.records import Record, row_key
-from hpd_verl.teacher.store import GIB, TeacherStore
+from hpd_verl.teacher.store.disk import DiskStore
+from hpd_verl.teacher.store.records import Record, row_key
+from hpd_verl.teacher.store.store import GIB, TeacherStore
 from hpd_verl.teacher.teacher import Teacher
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from hpd_verl.checkpoint import check_whole, mark_complete
 from hpd_verl.checks.resume import check_resume
 from hpd_verl.checks.run import check_store
-from hpd_verl.config import HPDConfig, Refused
+from hpd_verl.config import HPDConfig
+from hpd_verl.errors import Refused
+from hpd_verl.run.checkpoint import check_whole, mark_complete
 
 
 def checkpoint(

@@ -11,7 +11,7 @@ from verl.workers.config import HFModelConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import HPDDataset
 from hpd_verl.data.demonstration import DemonstrationTokenizer, SequenceBuilder, prompt_family
-from hpd_verl.lean import DemonstrationDataset
+from hpd_verl.sft.demonstrations import DemonstrationDataset
 
 MESSAGES = [{"role": "user", "content": "1 plus 2 ?"}]
 

@@ -5,7 +5,7 @@ import signal
 import sys
 from typing import Any
 
-from hpd_verl.sft_trainer import main
+from hpd_verl.sft.trainer import main
 
 
 def kill(event: str, arguments: tuple[Any, ...]) -> None:

@@ -11,8 +11,8 @@ from conftest import RunMainPPO, Tiny, make_awkward_model, make_nan_model, make_
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hpd_verl import stopping
-from hpd_verl.export import export
+from hpd_verl.run import stopping
+from hpd_verl.tools.export import export
 
 UPDATES = ("actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.ppo_epochs=2")
 """Four of each batch: two mini-batches, two epochs."""

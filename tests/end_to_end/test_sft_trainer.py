@@ -20,17 +20,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpd_verl import stopping
-from hpd_verl.export import export
-from hpd_verl.teacher.disk_store import DiskStore
-from hpd_verl.teacher.records import StoreIdentity
+from hpd_verl.run import stopping
+from hpd_verl.teacher.store.disk import DiskStore
+from hpd_verl.teacher.store.records import StoreIdentity
+from hpd_verl.tools.export import export
 
 RunSFT = Callable[..., Run]
 
 
 @pytest.fixture
 def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
-    """Run ``hpd_verl.sft_trainer``, or another module, on the tiny models, with overrides.
+    """Run ``hpd_verl.sft.trainer``, or another module, on the tiny models, with overrides.
 
     Each rank is a process of ``processes``, as torchrun starts them; all are killed after so many steps, or once one
     fails. A run that is sent SIGTERM is started by the package's torchrun itself.
@@ -41,7 +41,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
         ranks: int = 1,
         kill_after_step: int | None = None,
         terminate_after_step: int | None = None,
-        module: str = "hpd_verl.sft_trainer",
+        module: str = "hpd_verl.sft.trainer",
     ) -> Run:
         log, output = tmp_path / "metrics.jsonl", tmp_path / "output.txt"
         log.unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
         ]
         environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(log)}
         if terminate_after_step is not None:
-            command = [sys.executable, "-m", "hpd_verl.torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+            command = [sys.executable, "-m", "hpd_verl.run.torchrun", "--standalone", f"--nproc_per_node={ranks}"]
             command += ["-m", module, *arguments]
             with open(output, "w") as stream:
                 launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=stream, stderr=stream)
@@ -131,7 +131,7 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
         "algorithm.hpd.teacher_cache_max_gib=0.01",
     )
     plain = run_sft(*overrides)
-    filling = run_sft(*overrides, *cache, module="hpd_verl.teacher_cache")
+    filling = run_sft(*overrides, *cache, module="hpd_verl.sft.fill_store")
     saved = ("trainer.save_freq=4", "checkpoint.save_contents=[model,hf_model]")
     full = run_sft(*overrides, *cache, *saved, ranks=2)
     for run in (plain, filling, full):

@@ -10,7 +10,7 @@ from verl.utils.device import auto_set_device
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.sft_trainer import HPDSFTTrainer
+from hpd_verl.sft.trainer import HPDSFTTrainer
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 

@@ -24,8 +24,9 @@ from hpd_verl.engine.head_engine import HeadLoss
 from hpd_verl.head.features import HiddenFeatures
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.lean import ALONE, as_batch, lazy_teacher, read_demonstrations, write_row_layouts
 from hpd_verl.pipelines.one_pass import StudentWorker
+from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
+from hpd_verl.sft.start import ALONE, lazy_teacher, write_row_layouts
 from hpd_verl.teacher import colocated
 from hpd_verl.teacher.colocated import ColocatedTeacher
 

@@ -12,8 +12,8 @@ from verl.utils.device import auto_set_device
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.lean import ALONE, teacher_worker_config
-from hpd_verl.sft_trainer import HPDSFTTrainer
+from hpd_verl.sft.start import ALONE, teacher_worker_config
+from hpd_verl.sft.trainer import HPDSFTTrainer
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.engine.saved_model import plain_log_probs
-from hpd_verl.export import export
-from hpd_verl.lean import ALONE
-from hpd_verl.sft_trainer import HPDSFTTrainer
+from hpd_verl.sft.start import ALONE
+from hpd_verl.sft.trainer import HPDSFTTrainer
+from hpd_verl.tools.export import export
 
 ONE_ROW = ("data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1")
 

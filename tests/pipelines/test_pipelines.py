@@ -14,10 +14,10 @@ from verl.utils.distributed import destroy_global_process_group, initialize_glob
 from verl.utils.metric import reduce_metrics
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.lean import ALONE
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.pipelines.one_pass import OnePassDriver
 from hpd_verl.pipelines.staged import StagedDriver
+from hpd_verl.sft.start import ALONE
 
 ROOT = Path(__file__).resolve().parents[2]
 Take = Callable[..., dict[str, float]]

@@ -21,10 +21,11 @@ from verl.workers.config import ActorConfig, TrainingWorkerConfig
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.lean import ALONE, as_batch, lazy_teacher, read_demonstrations
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
 from hpd_verl.pipelines.updates import batch_metrics, rows_of_ranks
+from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
+from hpd_verl.sft.start import ALONE, lazy_teacher
 from hpd_verl.teacher.choice import make_teacher
 
 ROOT = Path(__file__).resolve().parents[2]

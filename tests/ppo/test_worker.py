@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.lean import ALONE
 from hpd_verl.ppo.worker import HPDWorkerWithoutRollout
-from hpd_verl.sft_trainer import HPDSFTTrainer
+from hpd_verl.sft.start import ALONE
+from hpd_verl.sft.trainer import HPDSFTTrainer
 
 
 @pytest.fixture(autouse=True, scope="module")

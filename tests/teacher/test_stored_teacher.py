@@ -16,10 +16,10 @@ from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import response_tokens
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
 from hpd_verl.head.output_head import OutputHead
-from hpd_verl.lean import ALONE
-from hpd_verl.teacher.disk_store import DiskStore
-from hpd_verl.teacher.records import StoreIdentity, teacher_identity
-from hpd_verl.teacher.store import MemoryStore, TeacherStore
+from hpd_verl.sft.start import ALONE
+from hpd_verl.teacher.store.disk import DiskStore
+from hpd_verl.teacher.store.records import StoreIdentity, teacher_identity
+from hpd_verl.teacher.store.store import MemoryStore, TeacherStore
 from hpd_verl.teacher.stored import StoredTeacher
 from hpd_verl.teacher.teacher import Teacher
 

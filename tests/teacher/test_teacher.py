@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.hydra_config import config_dir
-from hpd_verl.lean import ALONE, checked
 from hpd_verl.ppo.trainer import HPDTrainer
-from hpd_verl.teacher_cache import fill
+from hpd_verl.sft.fill_store import fill
+from hpd_verl.sft.start import ALONE, checked
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,0 +1,1 @@
+"""Around any run: which checkpoint is complete, stopping by signal, torchrun, functions that wait for an import."""

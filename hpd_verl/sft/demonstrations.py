@@ -1,0 +1,91 @@
+"""Rows of demonstrations as token sequences, and batches of them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
+from torch import Tensor
+from torch.utils.data import Dataset
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import HFModelConfig
+
+from hpd_verl.data import fields
+from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
+from hpd_verl.data.demonstration import SequenceBuilder, demonstration_of
+from hpd_verl.data.row import TOOLS, tools_of
+
+
+class DemonstrationDataset(Dataset[dict[str, Tensor]]):
+    """Demonstrations as token sequences.
+
+    Args:
+        rows: the checked rows.
+        sequences: how a row becomes tokens.
+    """
+
+    def __init__(self, rows: HPDDataset, sequences: SequenceBuilder) -> None:
+        self.rows = rows
+        self.sequences = sequences
+
+    def __len__(self) -> int:
+        return len(self.rows.dataframe)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.rows.row(index)
+        where = f"row {index}"
+        answer = demonstration_of(row.get(DEMONSTRATION), where)
+        tensors, flags = self.sequences.build(row[self.rows.prompt_key], answer, where, tools_of(row.get(TOOLS)))
+        columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, **flags}
+        return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()}
+
+
+class PaddedRows(Dataset[dict[str, Tensor]]):
+    """Rows filled up to a multiple, by copies that ``fields.IS_PADDING`` marks and that have row numbers of their own.
+
+    Args:
+        rows: the rows.
+        multiple: of what the length becomes a multiple.
+    """
+
+    def __init__(self, rows: DemonstrationDataset, multiple: int) -> None:
+        self.rows = rows
+        self.length = math.ceil(len(rows) / multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        flags = {fields.ROW: index, fields.IS_PADDING: int(index >= len(self.rows))}
+        return self.rows[index % len(self.rows)] | {name: torch.tensor([value]) for name, value in flags.items()}
+
+
+def read_demonstrations(
+    config: DictConfig, model: HFModelConfig, files: Any, max_samples: int = -1
+) -> DemonstrationDataset:
+    """The rows of ``files`` (a path or a list of them), checked, as sequences of the student's tokens."""
+    data = OmegaConf.merge(config.data, {"train_files": files})  # validation rows need demonstrations too
+    files = [files] if isinstance(files, str) else list(files)
+    rows = HPDDataset(files, model.tokenizer, data, max_samples=max_samples)
+    sequences = SequenceBuilder(
+        model, data.apply_chat_template_kwargs, data.max_prompt_length, data.max_response_length
+    )
+    return DemonstrationDataset(rows, sequences)
+
+
+def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int) -> TensorDict:
+    """Collated rows with the settings that verl's passes read."""
+    data = config.data
+    settings = {
+        "use_dynamic_bsz": data.use_dynamic_bsz,
+        "max_token_len_per_gpu": data.max_token_len_per_gpu,
+        "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
+        "temperature": config.algorithm.hpd.temperature,
+        "global_batch_size": data.train_batch_size,
+        "pad_mode": data.pad_mode,
+        "pad_token_id": model.tokenizer.pad_token_id,
+        fields.STEP: step,
+    }
+    return tu.get_tensordict(tensor_dict=dict(tensors), non_tensor_dict=settings)

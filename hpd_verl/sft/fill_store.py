@@ -1,0 +1,109 @@
+"""Fill the teacher's store ahead of training, so that training never runs the teacher.
+
+    torchrun --standalone --nproc_per_node=8 -m hpd_verl.sft.fill_store \
+        model.path=STUDENT teacher.model.path=TEACHER data.train_files=train.parquet \
+        algorithm.hpd.teacher_cache_dir=DIR
+
+With one process, ``hpd-verl fill-store``. Settings are those of the lean trainer
+(configs/sft_trainer.yaml); data.* and algorithm.hpd.temperature must be those of the training. ``data.val_files`` are
+stored too, if given. Rows that are stored already are skipped.
+"""
+
+import os
+import sys
+
+import hydra
+import torch.distributed
+from omegaconf import DictConfig, open_dict
+from torch.utils.data import DataLoader, DistributedSampler
+from tqdm import tqdm
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.dataset.dataset_utils import SFTTensorCollator
+from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
+
+from hpd_verl.config import HPDConfig
+from hpd_verl.errors import Refused
+from hpd_verl.hydra_config import config_dir
+from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
+from hpd_verl.sft.start import ALONE, checked, lazy_teacher, log_store_size, write_row_layouts
+from hpd_verl.teacher.choice import make_teacher
+from hpd_verl.teacher.prompt_date import fix_prompt_date
+from hpd_verl.teacher.stored import StoredTeacher
+
+
+def fill(config: DictConfig) -> dict[str, float]:
+    """Take the features of every row and store them.
+
+    Returns:
+        The store's metrics; counts of rows that were not stored are those of all ranks.
+
+    Raises:
+        FloatingPointError: the teacher's logits of some rows are not finite. The other rows are stored.
+    """
+    hpd = HPDConfig.from_config(config.algorithm.hpd)
+    write_row_layouts(config)
+    model = omega_conf_to_dataclass(config.model)
+    data = config.data
+    fix_prompt_date(data, hpd, model.tokenizer.chat_template)
+    sources = ((data.train_files, data.train_max_samples), (data.val_files, data.val_max_samples))
+    datasets = [
+        (str(files), read_demonstrations(config, model, files, max_samples)) for files, max_samples in sources if files
+    ]
+    if torch.distributed.get_rank() == 0:
+        log_store_size(config, hpd, [rows for _, rows in datasets])
+    teacher = make_teacher(lazy_teacher(config), hpd, model)
+    assert isinstance(teacher, StoredTeacher)  # main sets teacher_cache=disk
+    broken: list[str] = []
+    for name, rows in datasets:
+        loader = DataLoader(
+            rows,
+            batch_size=config.data.train_batch_size // torch.distributed.get_world_size(),
+            sampler=DistributedSampler(rows, shuffle=False),  # pads, so that ranks take equally many batches
+            collate_fn=SFTTensorCollator(config.data.pad_mode),
+            num_workers=config.data.num_workers,
+        )
+        for batch in tqdm(loader, desc=name, unit="batch", disable=torch.distributed.get_rank() != 0):
+            features = teacher.features(as_batch(config, model, batch, step=0))
+            broken += [
+                f"{name} row {row}"
+                for row, each in features.items()
+                if not each.tensors["label_log_probs"].isfinite().all()
+            ]
+    torch.distributed.barrier()
+    teacher.store.refresh()  # what the other ranks stored last
+    metrics = teacher.metrics()
+    if metrics["hpd/teacher_cache_non_finite_rows"]:
+        everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(everywhere, broken)
+        named = sorted({row for rank in everywhere for row in rank})
+        raise FloatingPointError(
+            f"NaN or infinity in the teacher's features of {metrics['hpd/teacher_cache_non_finite_rows']:.0f} rows "
+            f"({', '.join(named[:8])}); they are not stored, and training would stop at them: check the teacher and "
+            "its dtype"
+        )
+    return metrics
+
+
+@hydra.main(config_path=str(config_dir()), config_name="sft_trainer", version_base=None)
+def main(config: DictConfig) -> None:
+    """Fill the store and report what it holds."""
+    with open_dict(config):
+        config.algorithm.hpd.teacher_cache = "disk"
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
+    checked(config, fills_store=True)
+    initialize_global_process_group()
+    try:
+        metrics = fill(config)
+    except (FloatingPointError, Refused) as error:
+        sys.exit(f"Error: {error}")
+    if torch.distributed.get_rank() == 0:
+        print(
+            f"{config.algorithm.hpd.teacher_cache_dir}: {metrics['hpd/teacher_cache_rows']:.0f} distinct rows, "
+            f"{metrics['hpd/teacher_cache_gib']:.3f} GiB, {metrics['hpd/teacher_cache_refused_rows']:.0f} not stored"
+        )
+    destroy_global_process_group()
+
+
+if __name__ == "__main__":
+    main()

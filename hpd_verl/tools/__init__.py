@@ -1,0 +1,1 @@
+"""Commands around a run, which the method never imports: generation, rewards, export, plan, report."""

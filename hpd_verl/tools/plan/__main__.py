@@ -1,0 +1,217 @@
+"""What a run needs, from the models' config.json alone: memory of a GPU, hours, disk; and what would make it fit.
+
+    hpd-verl plan STUDENT TEACHER --gpus 8 --memory 80 --tokens 16384
+
+Ends with 1 where the run does not fit. docs/planner.md says how it counts and how near that is.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
+
+from hpd_verl.checks.architecture import check_architecture
+from hpd_verl.engine.on_meta import CannotBuild
+from hpd_verl.errors import Refused, one_line
+from hpd_verl.tools.plan.memory import Memory, complaints, plan_memory, what_helps
+from hpd_verl.tools.plan.model_size import ModelSize, model_size, read_config
+from hpd_verl.tools.plan.run import GIB, Run
+from hpd_verl.tools.plan.work import Work, plan_work
+
+CHOICES = {
+    "trainer": ("main_ppo", "lean"),
+    "attention": ("flash_attention_2", "sdpa"),
+    "teacher_dtype": ("bf16", "fp32"),
+    "teacher_cache": ("off", "memory", "disk"),
+    "teacher_cache_format": ("hidden", "topk"),
+    "teacher_cache_dtype": ("bf16", "float32"),
+    "platform": ("gpu", "cpu"),
+}
+HELP = {
+    "gpus": "of all machines together",
+    "memory": "of a GPU, GiB",
+    "tokens": "of a micro-batch: ppo_max_token_len_per_gpu, or data.max_token_len_per_gpu",
+    "rows": "of the data set",
+    "prompt_tokens": "of a row, on average",
+    "response_tokens": "of a row, on average",
+    "batch_size": "rows of a step: data.train_batch_size",
+    "offload_policy": "FSDP2 keeps student and optimiser in the machine's memory",
+    "optimizer_offload": "with param_offload: both leave the GPU while the rollout server runs",
+    "store_is_full": "the teacher's store was filled ahead; the teacher is not loaded",
+    "utilization": "share of peak_tflops that training reaches, recomputation included",
+    "rollout_utilization": "the same of generation",
+    "peak_tflops": "of a GPU, bfloat16, dense; 989 is an H100 SXM",
+    "platform": "cpu: as VERL_PLATFORM=cpu runs",
+}
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Run]:
+    """The command line.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hpd-verl plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("student", help="folder with config.json, or hub name")
+    parser.add_argument("teacher", nargs="?", help="the same; without it, supervised fine-tuning is planned")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    types = get_type_hints(Run)
+    for field in dataclasses.fields(Run):
+        kind: Any = types[field.name]
+        options: dict[str, Any] = {"help": HELP.get(field.name, ""), "default": field.default}
+        if kind is bool:
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
+            continue
+        kind = next(iter(get_args(kind)), kind)
+        options["help"] = f"{options['help']} ({field.default})".strip()
+        parser.add_argument(f"--{field.name}", type=kind, choices=CHOICES.get(field.name), **options)
+    parsed = parser.parse_args(arguments)
+    run = Run(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Run)})
+    _check(run)
+    return parsed, run
+
+
+def _check(run: Run) -> None:
+    may_be_zero = {"prompt_tokens", "lora_rank", "on_policy_fraction"}
+    shares = {"on_policy_fraction", "gpu_memory_utilization", "utilization", "rollout_utilization"}
+    for name, value in dataclasses.asdict(run).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not (value > 0 or (value == 0 and name in may_be_zero)) or value == float("inf"):
+            raise ValueError(f"--{name}={value}: give a number above 0")
+        if name in shares and value > 1:
+            raise ValueError(f"--{name}={value}: give a share, at most 1")
+    if run.tokens < run.row_tokens:
+        raise ValueError(
+            f"--tokens={run.tokens}: a row has {run.row_tokens} on average; a micro-batch holds whole rows"
+        )
+    if run.trainer == "lean" and run.serves_rollouts:
+        raise ValueError("--trainer=lean: it has no rollouts; use main_ppo, or --on_policy_fraction 0")
+    if run.store_is_full and run.teacher_cache == "off":
+        raise ValueError("--store_is_full: there is no store; add --teacher_cache disk")
+    if run.store_is_full and run.serves_rollouts:
+        raise ValueError("--store_is_full: rollouts need the teacher itself; leave it out")
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def _model_line(role: str, model: ModelSize) -> str:
+    active = "" if model.active == model.parameters else f", {model.active:,} of them active"
+    return f"{role} {model.name}: {model.parameters:,} parameters{active}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+
+
+def describe(
+    student: ModelSize, teacher: ModelSize | None, run: Run, memory: Memory, work: Work, why: list[str]
+) -> list[str]:
+    """The plan for a reader, line by line."""
+    lines = [_model_line("student", student)] + ([] if teacher is None else [_model_line("teacher", teacher)])
+    parts = list(dict.fromkeys(part for phase in memory.phases.values() for part in phase))
+    cells = [(f"GiB on each of {run.gpus} GPUs, by phase", *memory.phases)]
+    for part in parts:
+        shown = [phase.get(part) for phase in memory.phases.values()]
+        cells.append((part, *("" if value is None else f"{value / GIB:.2f}" for value in shown)))
+    cells.append(("together", *(f"{sum(phase.values()) / GIB:.2f}" for phase in memory.phases.values())))
+    lines += ["", *_table(cells)]
+    for name, value in memory.machine.items():
+        lines.append(f"in the machines' memory: {name} {value / GIB:.1f} GiB")
+    if memory.cache_tokens is not None:
+        lines.append(f"the rollout server's cache holds {memory.cache_tokens:,} tokens")
+    work_rows = [("", "10^18 operations", "time")]
+    for name, count in work.operations.items():
+        work_rows.append((name, f"{count / 1e18:,.2f}", _hours(work.hours[name])))
+    work_rows.append(("together", f"{sum(work.operations.values()) / 1e18:,.2f}", _hours(sum(work.hours.values()))))
+    lines += ["", f"{work.steps:,} steps, {work.tokens / 1e9:,.3f} billion tokens:", *_table(work_rows)]
+    lines.append(
+        f"at {run.utilization:g} of {run.peak_tflops:g} TFLOP/s a GPU"
+        + (f", rollouts at {run.rollout_utilization:g}" if run.serves_rollouts else "")
+    )
+    if work.store_bytes:
+        lines.append(f"the teacher's store takes {work.store_bytes / GIB:,.1f} GiB")
+    lines.append("")
+    if not why:
+        lines.append(f"fits: at most {memory.peak / GIB:.1f} of {run.memory:g} GiB, in phase '{memory.peak_phase}'")
+        return lines
+    lines.append(f"does not fit: {'; '.join(why)}")
+    for name, saved in what_helps(student, teacher, run):
+        enough = " (fits)" if memory.peak - saved <= run.memory * GIB else ""
+        lines.append(f"  {name}: {saved / GIB:.1f} GiB less{enough}")
+    return lines
+
+
+def as_json(
+    student: ModelSize, teacher: ModelSize | None, run: Run, memory: Memory, work: Work, why: list[str]
+) -> dict[str, Any]:
+    """The plan for a program; memory in bytes."""
+    return {
+        "fits": not why,
+        "why": why,
+        "peak_bytes": round(memory.peak),
+        "peak_phase": memory.peak_phase,
+        "phases": {name: {part: round(value) for part, value in each.items()} for name, each in memory.phases.items()},
+        "machine_bytes": {name: round(value) for name, value in memory.machine.items()},
+        "what_helps": {name: round(saved) for name, saved in what_helps(student, teacher, run)} if why else {},
+        "steps": work.steps,
+        "operations": work.operations,
+        "hours": work.hours,
+        "store_bytes": work.store_bytes,
+        "student": dataclasses.asdict(student),
+        "teacher": None if teacher is None else dataclasses.asdict(teacher),
+        "run": dataclasses.asdict(run),
+    }
+
+
+def _size(argument: str, name: str, run: Run) -> ModelSize:
+    """Sizes of a model that the trainers take.
+
+    Raises:
+        ValueError: they would refuse it by its configuration.
+    """
+    checkpointed = argument == "STUDENT" and run.gradient_checkpointing
+    try:
+        config = read_config(name)
+        check_architecture(
+            argument,
+            name,
+            config,
+            one_pass=run.trainer == "lean",
+            gradient_checkpointing="--gradient_checkpointing" if checkpointed else None,
+        )
+        return model_size(name, config)
+    except CannotBuild as error:
+        raise ValueError(f"{argument}={name}: transformers cannot build it: {one_line(error)[:160]}") from error
+    except Refused:
+        raise
+    except ValueError as error:  # which begins with the name
+        raise ValueError(f"{argument}={error}") from error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    try:
+        parsed, run = parse(arguments)
+        student = _size("STUDENT", parsed.student, run)
+        teacher = None if parsed.teacher is None else _size("TEACHER", parsed.teacher, run)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    memory, work = plan_memory(student, teacher, run), plan_work(student, teacher, run)
+    why = complaints(memory, student, run)
+    if parsed.json:
+        print(json.dumps(as_json(student, teacher, run, memory, work, why), indent=2))
+    else:
+        print(*describe(student, teacher, run, memory, work, why), sep="\n")
+    sys.exit(1 if why else 0)
+
+
+if __name__ == "__main__":
+    main()

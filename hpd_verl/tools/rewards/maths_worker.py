@@ -1,0 +1,48 @@
+"""Compares maths answers in a process of its own, a line of JSON for a line of JSON: ``maths.py`` ends it if it hangs.
+
+A time limit by a signal would neither work in a thread nor end a product of huge numbers.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+MEMORY = 1 << 32  # bytes of address space
+ALARM = 60  # seconds after which a worker ends by itself, should whoever asked it have been killed meanwhile
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    # What sympy and its parsers print is not the protocol.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    # Beside this file lies a module with a name of the standard library's; the package is found as its asker found it.
+    sys.path[0] = str(Path(__file__).parents[3])
+    sys.set_int_max_str_digits(0)  # numbers are compared exactly, and in bounded time
+    import latex2sympy2_extended  # noqa: F401
+    import math_verify  # noqa: F401 (before the first question, whose time does not count this)
+
+    from hpd_verl.tools.rewards.maths_equal import equal
+
+    replies.write("ready\n")
+    replies.flush()
+    for line in sys.stdin:
+        signal.alarm(ALARM)
+        try:
+            truth, answer, in_box, tolerance = json.loads(line)
+            found = equal(truth, answer, in_box, Fraction(tolerance))
+        # What the parsers raise on odd LaTeX is of every kind; none of it is an equal answer.
+        except Exception:
+            found = False
+        signal.alarm(0)
+        replies.write(f"{json.dumps(found)}\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()
