@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd_verl.run import stopping
 from hpd_verl.teacher.store.disk import DiskStore
-from hpd_verl.teacher.store.records import StoreIdentity
+from hpd_verl.teacher.store.identity import StoreIdentity
 from hpd_verl.tools.export import export
 
 RunSFT = Callable[..., Run]

@@ -17,7 +17,6 @@ from hpd_verl.data.demonstration import DemonstrationTokenizer, demonstration_of
 from hpd_verl.data.row import TOOLS, tools_of
 from hpd_verl.teacher.model_config import teacher_model_config
 from hpd_verl.teacher.store.disk import estimate_bytes
-from hpd_verl.teacher.store.records import FORMAT_SETTING
 from hpd_verl.teacher.store.store import GIB, LIMIT_SETTING
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,7 @@ def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[Response
         held = sum(file.stat().st_size for file in folder.glob("part-*"))
         parts.append(f"{folder} holds {_gib(held)}, its disk has {_gib(shutil.disk_usage(place).free)} free")
     if share < 1.0:
-        smaller = f" or set {FORMAT_SETTING}=topk" if config.teacher_cache_format == "hidden" else ""
+        smaller = " or set algorithm.hpd.teacher_cache_format=topk" if config.teacher_cache_format == "hidden" else ""
         parts.append(f"for the others the teacher runs in every epoch: raise the limit{smaller} to keep more")
     return "; ".join(parts), share
 

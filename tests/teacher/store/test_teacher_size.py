@@ -11,7 +11,8 @@ from torch.utils.data import TensorDataset
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.dataset import HPDDataset
 from hpd_verl.teacher.store.disk import DiskStore, estimate_bytes
-from hpd_verl.teacher.store.records import row_key, teacher_identity
+from hpd_verl.teacher.store.identity import teacher_identity
+from hpd_verl.teacher.store.records import row_key
 from hpd_verl.teacher.store.size import ResponseTokens, count_response_tokens, describe_size
 
 GIB = 1 << 30
