@@ -120,9 +120,9 @@ class CheckConfig(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         from hpd_verl.checks.start import check_main_ppo
-        from hpd_verl.ppo.stop_request import Driver
+        from hpd_verl.ppo.stop_request import DriverSignals
 
-        self.driver = Driver()
+        self.driver = DriverSignals()
 
         try:
             check_main_ppo(config)

@@ -54,7 +54,7 @@ def say_stopped(stopped: Stopped) -> None:
     _put(_STOPPED, json.dumps(asdict(stopped)))
 
 
-class Driver:
+class DriverSignals:
     """The driver's side, from before Ray starts until the trainer has ended."""
 
     def __init__(self) -> None:

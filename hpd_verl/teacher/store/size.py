@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ResponseTokens:
+class TokenCount:
     """Rows with a demonstration, and their response tokens."""
 
     rows: int
@@ -32,7 +32,7 @@ class ResponseTokens:
     """Where ``tokens`` comes from, for the reader."""
 
 
-def count_response_tokens(dataset: Dataset[Any], max_response_length: int, sample: int = 256) -> ResponseTokens:
+def count_response_tokens(dataset: Dataset[Any], max_response_length: int, sample: int = 256) -> TokenCount:
     """Count the demonstrations' response tokens: exactly in a small data set, else from rows spread evenly over it.
 
     Args:
@@ -42,7 +42,7 @@ def count_response_tokens(dataset: Dataset[Any], max_response_length: int, sampl
     """
     if not isinstance(dataset, HPDDataset):
         rows = len(dataset)  # type: ignore[arg-type]
-        return ResponseTokens(rows, rows * max_response_length, f"at most {max_response_length:,} each")
+        return TokenCount(rows, rows * max_response_length, f"at most {max_response_length:,} each")
     total = len(dataset)
     looked_at = min(sample, total)
     tokenizer = DemonstrationTokenizer(
@@ -57,12 +57,12 @@ def count_response_tokens(dataset: Dataset[Any], max_response_length: int, sampl
             length = tokenizer.length(row[dataset.prompt_key], answer, tools_of(row.get(TOOLS)))
             lengths.append(min(length, max_response_length))
     if looked_at == total:
-        return ResponseTokens(len(lengths), sum(lengths), "counted")
+        return TokenCount(len(lengths), sum(lengths), "counted")
     rows, tokens = (round(count * total / looked_at) for count in (len(lengths), sum(lengths)))
-    return ResponseTokens(rows, tokens, f"from the lengths of {looked_at} rows")
+    return TokenCount(rows, tokens, f"from the lengths of {looked_at} rows")
 
 
-def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[ResponseTokens]) -> tuple[str, float]:
+def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[TokenCount]) -> tuple[str, float]:
     """What the rows need, what the limit keeps of it and, for a store on disk, what is there and free.
 
     Args:
