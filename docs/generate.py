@@ -103,7 +103,7 @@ def _default(field: FieldInfo) -> str:
 def _row(name: str, field: FieldInfo) -> str:
     described: Mapping[str, Any] = field.json_schema_extra if isinstance(field.json_schema_extra, Mapping) else {}
     if name in ("objective", "on_policy_objective"):
-        what = "a name, module:name, file.py:name, or {name: factor, ...}"
+        what = "name, module:name, file.py:name or {name: factor, ...}"
     else:
         what = str(described.get("remedy") or allowed(field))
     what = what.removeprefix("give ").removeprefix("choose ")
