@@ -99,7 +99,7 @@ done
 
 # What is shown is made anew each time.
 mkdir -p "$RUN_DIR/report" "$RUN_DIR/scores"
-hpd-verl report "$RUN_DIR/train" --out "$RUN_DIR/report/training"
+hpd-verl report "$RUN_DIR/train" --out "$RUN_DIR/report/training.png"
 for set in $TEST_SETS; do
     mapfile -t files < <(results "$set")
     [[ ${#files[@]} -gt 0 ]] || continue
