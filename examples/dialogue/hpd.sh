@@ -5,7 +5,7 @@
 #       bash examples/dialogue/hpd.sh [key=value ...]
 #
 # Data: UltraFeedback prompts (python -m data_prep.ultrafeedback) answered by the teacher
-# (python -m data_prep.generate_demonstrations). There is no reward function for a dialogue: validation is the loss and
+# (hpd-verl generate). There is no reward function for a dialogue: validation is the loss and
 # the KL to the teacher on held-out answers (val/hpd/..., val_kwargs.n has no meaning); examples/evaluation has a judge.
 # Settings from the paper: learning rate 5e-6, 4,096 tokens (split here into 2,048 + 2,048). Ours: 3 epochs, and batch
 # 256 with a cosine to a tenth, which are those of the paper's maths setting.

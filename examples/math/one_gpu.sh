@@ -5,7 +5,7 @@
 #       bash examples/math/one_gpu.sh [key=value ...]
 #
 # Data: GSM8K (python -m data_prep.gsm8k), its problems answered by the teacher
-# (python -m data_prep.generate_demonstrations). pipeline.sh does all of that, and the evaluation, in one command.
+# (hpd-verl generate). pipeline.sh does all of that, and the evaluation, in one command.
 # Validation is the loss and the KL to the teacher on held-out answers (val/hpd/...; val_kwargs.n is main_ppo's).
 # All settings are ours. By the planner, on the default pair and GSM8K: 13 GiB a GPU, 18 min (docs/recipes.md).
 # Other pairs: STUDENT, TEACHER, and LR, as hpd.sh of any task has them; NGPUS_PER_NODE for more GPUs of one machine.
