@@ -29,8 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_prep.rows import ROWS_PER_GROUP, unfinished
+from data_prep.rows import ROWS_PER_GROUP
 from data_prep.sources import PIECE, Source, read
+from hpd_verl.tools.rows import unfinished
 
 logger = logging.getLogger("data_prep")
 

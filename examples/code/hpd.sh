@@ -7,7 +7,7 @@
 # Pairs: qwen2.5-coder, deepseek-coder; or your own STUDENT and TEACHER. The student needs a chat template;
 # DeepSeek-Coder's Instruct models have one.
 # Data: WizardCoder prompts (python -m data_prep.wizardcoder) answered by the teacher
-# (python -m data_prep.generate_demonstrations); validation on MBPP (python -m data_prep.mbpp).
+# (hpd-verl generate); validation on MBPP (python -m data_prep.mbpp).
 # Settings from the paper: learning rate 5e-6, 4,096 tokens (split here into 1,024 + 3,072). Ours: 3 epochs;
 # batch 256 and cosine to a tenth as in the paper's maths setting.
 # Hardware: 8 GPUs of 80 GB assumed. By the planner, answers of 500 tokens on average: Qwen2.5-Coder

@@ -5,7 +5,7 @@
 #       bash examples/dialogue/hpd.sh [key=value ...]
 #
 # Data: UltraFeedback prompts (python -m data_prep.ultrafeedback) answered by the teacher
-# (python -m data_prep.generate_demonstrations). Validation is the loss and
+# (hpd-verl generate). Validation is the loss and
 # the KL to the teacher on held-out answers (val/hpd/...); examples/evaluation has a judge.
 # Settings from the paper: learning rate 5e-6, 4,096 tokens (split here into 2,048 + 2,048). Ours: 3 epochs;
 # batch 256 and cosine to a tenth as in the paper's maths setting.

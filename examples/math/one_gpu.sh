@@ -5,7 +5,7 @@
 #       bash examples/math/one_gpu.sh [key=value ...]
 #
 # Data: GSM8K (python -m data_prep.gsm8k), its problems answered by the teacher
-# (python -m data_prep.generate_demonstrations). pipeline.sh does this and the evaluation in one command.
+# (hpd-verl generate). pipeline.sh does this and the evaluation in one command.
 # Validation: loss and KL to the teacher on held-out answers (val/hpd/...).
 # All settings are ours. By the planner, on the default pair and GSM8K: 13 GiB a GPU, 18 min (docs/recipes.md).
 # Other pairs: STUDENT, TEACHER and LR. More GPUs of one machine: NGPUS_PER_NODE.

@@ -7,7 +7,7 @@
 #
 # Both take the same variables and need the teacher's folder, which identifies the store.
 # Data: OpenR1-Math's problems (python -m data_prep.openr1_math) answered by the teacher
-# (python -m data_prep.generate_demonstrations). A token's features take 2 x 2,048 + 8 bytes.
+# (hpd-verl generate). A token's features take 2 x 2,048 + 8 bytes.
 # Validation: loss and KL to the teacher on held-out answers (val/hpd/...).
 # All settings are ours. Hardware: 8 GPUs of 80 GB assumed. By the planner, 40,000 answers of 6,000 tokens:
 # 11 GiB a GPU, 28 min, and the store 918 GiB on disk (docs/recipes.md).
