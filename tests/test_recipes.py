@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir, initialize_config_module
+from conftest import sft_config
+from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hpd_verl.checks.run import check_config, check_sft_config
-from hpd_verl.hydra_config import config_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -226,8 +226,7 @@ def composed(command: list[str]) -> DictConfig:
         return config
     (ranks,) = (int(word.split("=")[1]) for word in command if word.startswith("--nproc_per_node="))
     fills_store = module == "hpd_verl.sft.fill_store"
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        config = compose("sft_trainer", overrides=overrides)
+    config = sft_config(*overrides)
     check_sft_config(config, ranks, fills_store)
     return config
 
