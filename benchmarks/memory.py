@@ -1,4 +1,4 @@
-"""How near the planner is to the memory that runs take.
+"""The planner's memory estimate against measured runs.
 
     python benchmarks/memory.py
 

@@ -1,7 +1,7 @@
-"""What the scripts of this folder share: records in, rows of verl's columns plus ``demonstration`` out, as a stream.
+"""Shared by the scripts of this folder: records in, rows of verl's columns plus ``demonstration`` out, as a stream.
 
-A script is a function from one record to one row. It raises ValueError on a record that it cannot use, and returns None
-for one that is no row of this split::
+A script is a function from a record to a row. It raises ValueError on an unusable record and returns None for a record
+of another split::
 
     def convert(record: dict[str, Any], split: str, index: int) -> dict[str, Any] | None:
         return build_row(...)
@@ -11,11 +11,9 @@ for one that is no row of this split::
 """
 
 import argparse
-import bisect
 import contextlib
 import functools
 import heapq
-import itertools
 import json
 import logging
 import random
@@ -30,6 +28,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_prep.sources import Place, Source, find_files, read
+from hpd_verl.tools.rows import percentiles, unfinished
 
 logger = logging.getLogger("data_prep")
 
@@ -310,19 +309,6 @@ def _names(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be written: {said}; make room and give the same command again") from error
     except (pa.ArrowException, TypeError) as error:
         raise ValueError(f"{path.name}: a row does not fit the rows before it: {error}") from error
-
-
-def unfinished(path: Path) -> Path:
-    """The name of a file that is being written."""
-    return path.with_suffix(".unfinished")
-
-
-def percentiles(lengths: Mapping[int, int]) -> str:
-    """The 50th, 90th, 99th percentile and the longest, of lengths with how many rows have each."""
-    ordered = sorted(lengths)
-    ranks = list(itertools.accumulate(lengths[length] for length in ordered))
-    names = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    return ", ".join(f"{name} {ordered[bisect.bisect_left(ranks, share * ranks[-1])]}" for name, share in names.items())
 
 
 class Lengths:

@@ -13,8 +13,9 @@ COMMANDS = {
         "hpd_verl.sft.fill_store",
         "fill the teacher's store ahead of training (several ranks: torchrun)",
     ),
+    "generate": ("hpd_verl.tools.demonstrations.__main__", "a teacher's answers to the prompts of a file become rows"),
     "plan": ("hpd_verl.tools.plan.__main__", "memory, time and disk that a run takes, from the models' config.json"),
-    "report": ("hpd_verl.tools.report", "curves of one or several runs, from their logs"),
+    "report": ("hpd_verl.tools.report", "curves of one or several runs in one picture, from their logs"),
 }
 """Name of each command: its module, whose ``main`` reads ``sys.argv``, and what it does."""
 

@@ -1,7 +1,6 @@
 """Means over seeds and problems with intervals, and paired comparisons.
 
-The unit of resampling is a seed and a problem: an interval is of the mean over both, and a comparison is paired, the
-same seeds and problems on both sides.
+The bootstrap resamples seeds and problems. Comparisons are paired: the same seeds and problems on both sides.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Estimates over problems, their confidence intervals, and the comparison of two runs on the same problems.
+"""Means over problems, their CIs, and the comparison of two runs on the same problems.
 
-Problems are what is drawn again: answers to one problem are no independent evidence.
+The bootstrap resamples problems, because answers to one problem are not independent.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,8 @@
-"""data_prep.generate_demonstrations: which answers become demonstrations, from a server in the test's process."""
+"""hpd-verl generate: which answers become demonstrations, from a server in the test's process."""
 
 import json
 import re
 import resource
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,11 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Tiny, make_model, make_rows, make_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # data_prep is no part of the installed package
-
-from data_prep import generate_demonstrations, judging  # noqa: E402
-from hpd_verl.tools.generation import Answer  # noqa: E402
+from hpd_verl.tools.demonstrations import __main__ as generate_demonstrations
+from hpd_verl.tools.demonstrations import judging
+from hpd_verl.tools.generation import Answer
 
 WORDS = ["<pad>", "<end>", "<turn>", "user", "assistant", "is", "plus", "?", ".", *map(str, range(20))]
 
@@ -139,14 +136,12 @@ def test_which_answers_are_kept(
 
 
 def test_counts_and_another_choice_from_the_same_answers(
-    tmp_path: Path, teacher: Teacher, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher.answers = ANSWERS
     reward = str(tmp_path / "reward.py")
-    with caplog.at_level("INFO"):
-        run(tmp_path, teacher, "--n", "3", "--reward", reward, "--min_reward", "0.5", "--keep", "first")
-    said = [record.message for record in caplog.records if record.name == "data_prep"]
-    assert said == [
+    run(tmp_path, teacher, "--n", "3", "--reward", reward, "--min_reward", "0.5", "--keep", "first")
+    assert capsys.readouterr().out.splitlines() == [
         f"3 prompts, 9 answers: 2 rows -> {tmp_path / 'out' / 'train.parquet'}",
         "  answers good, but not chosen by --keep: 1",
         "  answers rejected by the reward function: 2",
