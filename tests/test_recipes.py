@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hpd_verl.checks.run import check_config, check_sft_config
+from hpd_verl.command import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -197,11 +198,12 @@ def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
 
 
 def command_of(script: str, tmp_path: Path, *overrides: str, **variables: str) -> list[str]:
-    """The words of the command that a script ends in; another program stands in for python."""
+    """The words of the command that a script ends in; another program stands in for python and hpd-verl."""
     programs, file = tmp_path / "programs", tmp_path / "command"
     programs.mkdir(exist_ok=True)
-    (programs / "python").write_text(COMMAND)
-    (programs / "python").chmod(0o755)
+    for name in ("python", "hpd-verl"):
+        (programs / name).write_text(COMMAND)
+        (programs / name).chmod(0o755)
     path = f"{programs}{os.pathsep}{PATH}"
     result = subprocess.run(
         ["bash", EXAMPLES / script, *overrides],
@@ -325,6 +327,8 @@ def test_stages_of_a_pipeline(script: str, tmp_path: Path) -> None:
     for words in by_name.values():
         if words[:2] == ["python", "-m"]:
             assert importlib.util.find_spec(words[2]) is not None
+        elif words[0] == "hpd-verl":
+            assert words[1] in COMMANDS
 
 
 def test_a_set_that_is_not_there(tmp_path: Path) -> None:
