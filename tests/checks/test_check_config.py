@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir, initialize_config_module
+from conftest import main_ppo_config, sft_config
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from verl.utils.tracking import Tracking
@@ -16,7 +16,6 @@ from hpd_verl.checks import run
 from hpd_verl.checks.folders import check_checkpoint_folder
 from hpd_verl.checks.run import check_config, check_sft_config
 from hpd_verl.config import HPDConfig
-from hpd_verl.hydra_config import config_dir
 from hpd_verl.run.choices import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 
 MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x")
@@ -24,8 +23,8 @@ MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T"
 
 @functools.cache
 def base() -> DictConfig:
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=["algorithm=hpd", *MODELS])
+    config: DictConfig = main_ppo_config(*MODELS)
+    return config
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -247,8 +246,7 @@ def test_one_seed() -> None:
     config = composed("algorithm.hpd.seed=7")
     models = config.actor_rollout_ref
     assert [config.data.seed, models.actor.data_loader_seed, models.actor.fsdp_config.seed] == [7, 7, 7]
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        config = lean("algorithm.hpd.seed=7")
+    config = lean("algorithm.hpd.seed=7")
     assert [config.data.seed, config.engine.seed] == [7, 7]
 
 
@@ -367,25 +365,22 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_the_lean_trainer_refuses(overrides: list[str], message: str) -> None:
-    with (
-        initialize_config_dir(str(config_dir()), version_base=None),
-        pytest.raises(ValueError, match=re.escape(message)),
-    ):
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_sft_config(lean(*overrides), ranks=2)
 
 
 def lean(*overrides: str) -> DictConfig:
-    return compose("sft_trainer", overrides=["model.path=S", "teacher.model.path=T", *overrides])
+    config: DictConfig = sft_config("model.path=S", "teacher.model.path=T", *overrides)
+    return config
 
 
 def test_what_works_in_the_lean_trainer() -> None:
     """Its defaults; no teacher where none is needed; to fill the store, any batch of at least a row a rank."""
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        check_sft_config(lean())
-        check_sft_config(lean("trainer.save_freq=after_each_epoch"), ranks=8)
-        check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"))
-        check_sft_config(lean("data.train_batch_size=7"), ranks=2, fills_store=True)
-        with pytest.raises(ValueError, match=r"^data\.train_batch_size=7: less than a row for each of 8 ranks"):
-            check_sft_config(lean("data.train_batch_size=7"), ranks=8, fills_store=True)
-        with pytest.raises(ValueError, match=r"^teacher\.model\.path=None: give the teacher's folder or hub name"):
-            check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"), fills_store=True)
+    check_sft_config(lean())
+    check_sft_config(lean("trainer.save_freq=after_each_epoch"), ranks=8)
+    check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"))
+    check_sft_config(lean("data.train_batch_size=7"), ranks=2, fills_store=True)
+    with pytest.raises(ValueError, match=r"^data\.train_batch_size=7: less than a row for each of 8 ranks"):
+        check_sft_config(lean("data.train_batch_size=7"), ranks=8, fills_store=True)
+    with pytest.raises(ValueError, match=r"^teacher\.model\.path=None: give the teacher's folder or hub name"):
+        check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"), fills_store=True)

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WORDS, Tiny, make_rows, make_tokenizer, write_parquet
+from conftest import WORDS, Tiny, make_rows, make_tokenizer, sft_config, write_parquet
 from omegaconf import OmegaConf
 
 from hpd_verl.checks.data import check_prompts_fit
@@ -306,16 +306,10 @@ def test_a_prompt_that_the_chat_template_refuses(tmp_path: Path) -> None:
 
 def test_the_files_of_a_whole_run(tiny: Tiny, tmp_path: Path) -> None:
     """Data, models and checkpoints' folder together, in the lean trainer."""
-    from hydra import compose, initialize_config_dir
-
-    from hpd_verl.hydra_config import config_dir
 
     def check_run(*overrides: str, **settings: Any) -> None:
-        base = [f"model.path={tiny.student}", f"teacher.model.path={tiny.teacher}", f"data.train_files={tiny.train}"]
-        base += ["data.train_batch_size=8", "data.max_prompt_length=16", "data.max_response_length=16"]
-        base += [f"trainer.default_local_dir={tmp_path / 'checkpoints'}"]
-        with initialize_config_dir(str(config_dir()), version_base=None):
-            check_sft_run(compose("sft_trainer", overrides=[*base, *overrides]), **settings)
+        folder = f"trainer.default_local_dir={tmp_path / 'checkpoints'}"
+        check_sft_run(sft_config(*tiny.sft, folder, *overrides), **settings)
 
     check_run()
     assert list(tmp_path.iterdir()) == []

@@ -264,11 +264,7 @@ def family(folder: Path, kind: type[PretrainedConfig], **config: Any) -> Path:
 
 
 WIDER = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 2}
 CTRL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "dff": 48}
-OSS = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
-OSS |= {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
-FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def check_student(student: Path, **node: Any) -> None:

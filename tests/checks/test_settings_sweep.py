@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir, initialize_config_module
+from conftest import main_ppo_config, sft_config
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from hpd_verl.checks import run
 from hpd_verl.checks.run import check_config, check_sft_config
 from hpd_verl.checks.settings import Rule, check_values, leaves
 from hpd_verl.errors import Refused
-from hpd_verl.hydra_config import config_dir
 from hpd_verl.run.choices import with_dtype
 
 ELSEWHERE = ("algorithm.", "data.hpd.", "profiler.", "trainer.logger")
@@ -69,19 +68,20 @@ ACCEPTED: list[tuple[Any, set[str]]] = [
     ([], {"checkpoint.save_contents", "checkpoint.load_contents", "data.train_files", "data.val_files"}),
 ]
 """An odd value, and all settings that it is not too odd for."""
+PATHS = ("model.path=S", "teacher.model.path=T", "data.train_files=x")
 
 
 @pytest.fixture(scope="module")
 def base() -> DictConfig:
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        return compose("sft_trainer", ["model.path=S", "teacher.model.path=T", "data.train_files=x"])
+    config: DictConfig = sft_config(*PATHS)
+    return config
 
 
 @pytest.fixture(scope="module")
 def main_ppo() -> DictConfig:
     models = ["actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x"]
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", ["algorithm=hpd", *models])
+    config: DictConfig = main_ppo_config(*models)
+    return config
 
 
 def changed(config: DictConfig, **values: Any) -> DictConfig:
@@ -129,8 +129,7 @@ def test_odd_values_of_the_lean_trainer(base: DictConfig, value: Any, settings: 
 def test_defaults_pass_on_both_platforms(base: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     check_sft_config(base)
     monkeypatch.delenv("VERL_PLATFORM")
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        check_sft_config(compose("sft_trainer", ["model.path=S", "teacher.model.path=T", "data.train_files=x"]))
+    check_sft_config(sft_config(*PATHS))
 
 
 @pytest.mark.parametrize(

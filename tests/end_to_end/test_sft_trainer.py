@@ -47,12 +47,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
         log.unlink(missing_ok=True)
         output.write_text("")
         arguments = [
-            f"model.path={tiny.student}",
-            f"teacher.model.path={tiny.teacher}",
-            f"data.train_files={tiny.train}",
-            "data.train_batch_size=8",
-            "data.max_prompt_length=16",
-            "data.max_response_length=16",
+            *tiny.sft,
             "optim.lr=1e-2",
             "trainer.logger=[console,file]",
             "trainer.total_training_steps=4",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from conftest import main_ppo_config
 from omegaconf import DictConfig, OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.trainer.ppo.checkpoint_callback import build_checkpoint_callback
@@ -213,8 +213,7 @@ class Workers:
 @functools.cache
 def composed() -> DictConfig:
     """What a save reads of main_ppo's settings: it writes all that are there, which takes longer than the rest."""
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=["algorithm=hpd"])
+    config = main_ppo_config()
     actor = OmegaConf.masked_copy(config.actor_rollout_ref.actor, ["checkpoint"])
     node = OmegaConf.create({"trainer": config.trainer, "actor_rollout_ref": {"actor": actor}})
     OmegaConf.resolve(node)
