@@ -28,9 +28,7 @@ def test_help_lists_the_commands(
     assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
 
 
-def test_what_is_no_command_ends_in_a_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_no_command_ends_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     known = "choose export, fill-store, generate, plan, report"
     for words, found in (
         ([], "hpd-verl: no command"),
