@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
-# Everything worth knowing of a GPU, in one command and at most ten minutes:
+# Checks and measures the package on a GPU in at most ten minutes:
 #
 #   bash benchmarks/gpu.sh                       # on CUDA
-#   bash benchmarks/gpu.sh --device cpu --small  # the same on a CPU, in a small form
+#   bash benchmarks/gpu.sh --device cpu --small  # a small form on a CPU
 #
-# Unit tests on the device, the output layer against its bare products, plain logits and TRL's fused loss, ten steps of
-# the lean trainer and ten of main_ppo. A stage that fails or is skipped leaves the others be. All of it is written to
-# one JSON file (--json, by default benchmarks/results/gpu.json), with the machine and the versions.
+# Unit tests on the device; the output layer against its matrix products, plain logits and TRL's fused loss; ten steps
+# of the lean trainer and of main_ppo. A stage that fails or is skipped does not stop the others. Results, machine and
+# versions go to one JSON file (--json, default benchmarks/results/gpu.json).
 #
-# An environment with torch is enough for the tests of the output layer and its benchmark; trainers need `.[gpu]`, the
-# lean trainer's part without vLLM too. PYTHON names the environment's Python, TRL_PYTHON that of another one with TRL,
-# which does not go into verl's.
+# Tests and benchmark of the output layer need torch only; the trainers need `.[gpu]`, the lean trainer not vLLM. PYTHON
+# names the environment's Python, TRL_PYTHON that of another environment with TRL.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

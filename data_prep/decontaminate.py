@@ -1,17 +1,16 @@
-"""Takes the rows out of a training file that overlap with test sets, and reports every one of them.
+"""Removes training rows that overlap with test sets, and reports each of them.
 
-A row overlaps where its problem is a test problem, word for word, or shares a run of --ngram words with one, half of
-which hold letters; problems of fewer words are compared whole. From the root of the checkout:
+A row overlaps if its problem equals a test problem or shares --ngram consecutive words with one, half of them with
+letters; shorter problems are compared whole. From the root of the checkout:
 
     python -m data_prep.decontaminate --train data/train.parquet --test aime24/test.parquet math500/test.parquet \\
         --local_save_dir data/clean
 
-The problem is extra_info.question where that is there, else the messages of the prompt but the system's. Words are
-compared without case, punctuation, and forms of the same character. What many prompts of a file share, such as an
-instruction, does not count: runs of 5 words that a tenth of a file's prompts have.
+The problem is extra_info.question, if present, else the prompt without its system message. Case, punctuation and
+variants of a character are ignored, and so are instructions: runs of 5 words in a tenth of a file's prompts.
 
-Writes the file's other rows under its name, and NAME.overlap.json: counts, and for each row that is left out both rows'
-numbers, from 0, and the words they share.
+Writes the remaining rows under the file's name, and NAME.overlap.json: counts, and for each removed row both row
+numbers, from 0, and the shared words.
 """
 
 import argparse

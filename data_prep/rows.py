@@ -1,7 +1,7 @@
-"""What the scripts of this folder share: records in, rows of verl's columns plus ``demonstration`` out, as a stream.
+"""Shared by the scripts of this folder: records in, rows of verl's columns plus ``demonstration`` out, as a stream.
 
-A script is a function from one record to one row. It raises ValueError on a record that it cannot use, and returns None
-for one that is no row of this split::
+A script is a function from a record to a row. It raises ValueError on an unusable record and returns None for a record
+of another split::
 
     def convert(record: dict[str, Any], split: str, index: int) -> dict[str, Any] | None:
         return build_row(...)

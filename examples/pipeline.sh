@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a data set and a teacher to a student with a score; math/pipeline.sh and code/pipeline.sh give the defaults.
 #
-# Stages: prepare, answers, train, export, evaluate, report. The same command continues after a stop, within a stage too.
+# Stages: prepare, answers, train, export, evaluate, report. The same command resumes after a stop, also within a stage.
 # Stages don't track variables; after changing one, use a new RUN_DIR.
 set -euo pipefail
 

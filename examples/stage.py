@@ -1,12 +1,11 @@
-"""Run one stage of a pipeline, once: its output to a log, its time and memory to a file that says it is done.
+"""Run one stage of a pipeline once. Output goes to a log, time and memory to a file that marks it done.
 
     python examples/stage.py RUN_DIR NAME -- COMMAND...     the stage
     python examples/stage.py RUN_DIR                        a table of the stages that are done
 
-RUN_DIR/NAME.done is written after the command has succeeded; with it there, nothing runs. Processes that an earlier
-start of the same run left behind, as a kill does, are ended first. If the command fails, the end of its log is shown.
-SIGTERM and SIGUSR1 go to the command, whose exit code is the stage's then.
-Memory is the highest sum over the stage's processes of their proportional sets (pages shared are counted once).
+RUN_DIR/NAME.done is written after success; a stage with it is skipped. Processes left behind by an earlier start are
+ended first. If the command fails, the end of its log is shown. SIGTERM and SIGUSR1 go to the command, whose exit code
+is the stage's. Memory is the peak sum of the processes' proportional sets (shared pages count once).
 """
 
 import argparse

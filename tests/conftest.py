@@ -226,7 +226,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @dataclass
-class Run:
+class FinishedRun:
     """A finished run of the command."""
 
     returncode: int
@@ -238,7 +238,7 @@ class Run:
         return [step["hpd/loss"] for step in self.steps]
 
 
-RunMainPPO = Callable[..., Run]
+RunMainPPO = Callable[..., FinishedRun]
 
 
 @pytest.fixture(scope="session")
@@ -303,7 +303,7 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> Ru
         terminate_after_step: int | None = None,
         timeout: float = 800,
         new_interpreter: bool = False,
-    ) -> Run:
+    ) -> FinishedRun:
         log, output = tmp_path / "metrics.jsonl", tmp_path / "output.txt"
         log.unlink(missing_ok=True)
         arguments = [
@@ -327,7 +327,7 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> Ru
             with open(output, "w") as stream:
                 command = [sys.executable, "-m", module, *arguments]
                 done = subprocess.run(command, cwd=tmp_path, env=whole, stdout=stream, stderr=stream, timeout=timeout)
-            return Run(done.returncode, output.read_text(), read_steps(log))
+            return FinishedRun(done.returncode, output.read_text(), read_steps(log))
         process = start_module(processes, module, arguments, tmp_path, output, **variables)
         assert process.pid is not None
         try:
@@ -343,7 +343,7 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> Ru
                 os.killpg(process.pid, signal.SIGKILL)
                 process.join()
         assert process.exitcode is not None
-        return Run(process.exitcode, output.read_text(), read_steps(log))
+        return FinishedRun(process.exitcode, output.read_text(), read_steps(log))
 
     return run
 

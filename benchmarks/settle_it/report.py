@@ -2,8 +2,8 @@
 
     python benchmarks/settle_it/report.py [--results DIR] [--out DIR]
 
-A table fills the place between ``<!-- table NAME -->`` and ``<!-- end -->`` of a page; the words around it are written
-by hand. ``--out DIR`` writes one page of all tables to DIR instead.
+A table replaces the text between ``<!-- table NAME -->`` and ``<!-- end -->`` of a page; the rest is written by hand.
+``--out DIR`` writes one page of all tables to DIR instead.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Results as lines of JSON, a file a suite: small enough to be kept beside the code, and a run goes on from them."""
+"""Results as lines of JSON, one file per suite, kept beside the code; a run resumes from them."""
 
 import json
 from collections import defaultdict

@@ -1,9 +1,9 @@
-"""Results of several runs side by side: a table, and one HTML page with pictures that needs nothing else.
+"""Compare results of several runs: a table, and a self-contained HTML page with pictures.
 
     python -m examples.evaluation.compare before.json after.json teacher.json --html report.html --png report.png
 
-Runs of one kind on the same problems are compared in pairs, each with the first of its kind: difference of the mean
-score, its bootstrap interval and the p-value of a permutation test.
+Each run is compared with the first of its kind on common problems: difference of the mean score, its bootstrap CI and
+the p-value of a paired permutation test.
 """
 
 import argparse

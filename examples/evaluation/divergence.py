@@ -1,7 +1,7 @@
-"""How far a student is from its teacher on held-out answers: exact KL divergences and entropies, nats a token.
+"""Divergence of a student from its teacher on held-out answers: exact KL and entropies, nats per token.
 
-Both models read each prompt with its answer, the row's demonstration or what a model has answered in a result of
-this folder, and their distributions are compared at each response token, over all tokens that both have.
+Both models read each prompt with its demonstration, or with a model's answer from a result of this folder. Their
+distributions over the common vocabulary are compared at each response token.
 
     python -m examples.evaluation.divergence --data test.parquet --student STUDENT --teacher TEACHER --out kl.json
     python -m examples.evaluation.divergence --data test.parquet --student STUDENT --teacher TEACHER --out kl.json \\

@@ -1,7 +1,7 @@
-"""What the scripts share: rows in, answers through a journal, and a result that is one JSON file.
+"""Shared by the scripts: rows in, answers through a journal, one JSON file out.
 
-A result holds ``kind``, ``name``, ``settings``, ``model``, ``versions``, ``data``, ``summary`` and ``items``, one a row
-of the data; ``docs/evaluation.md`` describes them.
+A result holds ``kind``, ``name``, ``settings``, ``model``, ``versions``, ``data``, ``summary`` and ``items``, one per
+row (``docs/evaluation.md``).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What maths and code share: every answer has a score from 0 to 1, of a reward function."""
+"""Shared by maths and code: a reward function scores every answer from 0 to 1."""
 
 import argparse
 import os

@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig
 
@@ -26,12 +25,14 @@ from hpd_verl.data.chat_template import ChatTemplate
 from hpd_verl.data.files import is_remote
 from hpd_verl.engine import on_meta
 from hpd_verl.engine.families import head_counts, layers_to_wrap
+from hpd_verl.engine.saved_model import ADAPTER
+from hpd_verl.engine.weight_files import ADAPTER_WEIGHTS, in_folder, weight_files
 from hpd_verl.errors import one_line, require
+from hpd_verl.run.checkpoint import read_json
 from hpd_verl.teacher.model_config import teacher_model_config
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER = "adapter_config.json"
 _LFS_POINTER = b"version https://git-lfs"
 _PICKLE = b"\x80"
 """First byte of a file of torch.save before it wrote zip archives."""
@@ -104,41 +105,20 @@ def check_weights(setting: str, folder: Path) -> list[Path]:
     """Check that the weights in a model's folder are there and whole, by sizes and headers; no tensor is read.
 
     Returns:
-        The files; none where the configuration names a file of its own.
+        The files.
 
     Raises:
         ValueError: there are none, or a file is missing or cut short.
     """
-    remedy = "copy or download the model again"
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):  # as transformers looks
-        found = folder / name
-        if not found.is_file():
-            continue
-        files: dict[str, set[str]] = {} if name.endswith(".json") else {name: set()}
-        if name.endswith(".json"):
-            try:
-                for tensor, file in json.loads(found.read_bytes())["weight_map"].items():
-                    files.setdefault(file, set()).add(tensor)
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise ValueError(f"{setting}={folder}: {name} is not an index of weights; {remedy}") from None
-        for file, names in files.items():
-            try:
-                _check_weights_file(folder / file, names)
-            except ValueError as error:
-                raise ValueError(f"{setting}={folder}: {file} {error}; {remedy}") from error
-        return [folder / file for file in files]
-    if _names_its_weights(folder):
-        return []
-    raise ValueError(
-        f"{setting}={folder}: no weights there; give a folder with {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, "
-        "whole or in parts with their index"
-    )
-
-
-def _names_its_weights(folder: Path) -> bool:
-    """Whether the configuration names a file of weights of its own, which transformers then takes."""
-    file = folder / "config.json"
-    return file.is_file() and json.loads(file.read_bytes()).get("transformers_weights") is not None
+    config = folder / "config.json"
+    explicit = read_json(config).get("transformers_weights") if config.is_file() else None
+    _, files = weight_files(f"{setting}={folder}", in_folder(folder), explicit)
+    for file, names in files.items():
+        try:
+            _check_weights_file(folder / file, names)
+        except ValueError as error:
+            raise ValueError(f"{setting}={folder}: {file} {error}; copy or download the model again") from error
+    return [folder / file for file in files]
 
 
 def _check_no_adapter(use: ModelUse, folder: Path) -> None:
@@ -147,10 +127,10 @@ def _check_no_adapter(use: ModelUse, folder: Path) -> None:
     Raises:
         ValueError: the folder holds an adapter.
     """
-    if not (folder / _ADAPTER).is_file():
+    if not (folder / ADAPTER).is_file():
         return
     try:
-        settings = dict(json.loads((folder / _ADAPTER).read_bytes()))
+        settings = dict(json.loads((folder / ADAPTER).read_bytes()))
     except (ValueError, TypeError):
         settings = {}
     base, rank = settings.get("base_model_name_or_path") or "BASE", settings.get("r") or "RANK"
@@ -342,12 +322,12 @@ def _check_lora(use: ModelUse, model: HFModelConfig, built: PreTrainedModel) -> 
         setting, value = path, folder
         if is_remote(folder):
             return
-        if not (Path(folder) / _ADAPTER).is_file():
-            raise ValueError(f"{path}={folder}: no {_ADAPTER} there; give the folder of an adapter that peft saved")
+        if not (Path(folder) / ADAPTER).is_file():
+            raise ValueError(f"{path}={folder}: no {ADAPTER} there; give the folder of an adapter that peft saved")
         try:
             config = peft.PeftConfig.from_pretrained(folder)
         except Exception as error:  # whatever peft raises on what the file may hold
-            raise ValueError(f"{path}={folder}: {_ADAPTER} cannot be read: {one_line(error)}") from error
+            raise ValueError(f"{path}={folder}: {ADAPTER} cannot be read: {one_line(error)}") from error
         if not isinstance(config, peft.LoraConfig) or config.modules_to_save:
             raise ValueError(
                 f"{path}={folder}: more than LoRA ({config.peft_type}, modules_to_save={config.modules_to_save}), "
@@ -371,9 +351,9 @@ def _check_lora(use: ModelUse, model: HFModelConfig, built: PreTrainedModel) -> 
 
 
 def _check_adapter_tensors(setting: str, folder: Path, adapted: Any) -> None:
-    file = next((folder / name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
+    file = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise ValueError(f"{setting}={folder}: no weights there; give a folder with {_ADAPTER_FILES[0]}")
+        raise ValueError(f"{setting}={folder}: no weights there; give a folder with {ADAPTER_WEIGHTS[0]}")
     try:
         _check_weights_file(file, set())
     except ValueError as error:
@@ -383,9 +363,6 @@ def _check_adapter_tensors(setting: str, folder: Path, adapted: Any) -> None:
         if found.get(name) != tuple(tensor.shape):
             has = "is missing" if name not in found else f"has {_shape(found[name])} for {_shape(tuple(tensor.shape))}"
             raise ValueError(f"{setting}={folder}: not an adapter of this model: {name} {has}; choose its base")
-
-
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def check_models(
@@ -458,12 +435,9 @@ def check_models(
     return student_model
 
 
-def can_check_here(student: DictConfig, teacher: DictConfig) -> bool:
-    """Whether both models can be looked at without fetching them; says so where they cannot."""
-    remote = [str(node.path) for node in (student, teacher) if node.get("path") and is_remote(str(node.path))]
-    if remote:
-        logger.info("not checked before the run starts, for they would have to be fetched: %s", ", ".join(remote))
-    return not remote
+def is_remote_model(node: DictConfig) -> bool:
+    """Whether a model would have to be fetched, as from hdfs://."""
+    return is_remote(str(node.get("path")))
 
 
 def without_copies(node: DictConfig) -> DictConfig:

@@ -124,7 +124,7 @@ class TurnEnd:
 
 
 @dataclass(frozen=True)
-class Answer:
+class WrittenAnswer:
     """An answer as it follows its prompt."""
 
     prompt: str
@@ -280,7 +280,7 @@ class ChatTemplate:
             )
         return TurnEnd(tail, written=0, token=self.tokenizer.eos_token_id)
 
-    def answer(self, messages: Messages, answer: str | Message) -> Answer:
+    def answer(self, messages: Messages, answer: str | Message) -> WrittenAnswer:
         """What follows the prompt when a text or a message answers it.
 
         That is what the template writes there. A text stands as it is where the template rewrites it (some drop the
@@ -293,7 +293,7 @@ class ChatTemplate:
             else self._message_answer(messages, answer, prompt)
         )
 
-    def _message_answer(self, messages: Messages, answer: Message, prompt: str) -> Answer:
+    def _message_answer(self, messages: Messages, answer: Message, prompt: str) -> WrittenAnswer:
         """An answer of more than text: reasoning in a field of its own, tool calls."""
         _, end, in_parts = self._probe(messages)
         if in_parts:
@@ -309,7 +309,7 @@ class ChatTemplate:
             )
         written = full[len(prompt) :]
         if full.endswith(end.tail) and len(end.tail) <= len(written):
-            return Answer(prompt, written[: len(written) - len(end.tail) + end.written], end, reopened=False)
+            return WrittenAnswer(prompt, written[: len(written) - len(end.tail) + end.written], end, reopened=False)
         # Another end than an answer of text has, as <|call|> of gpt-oss.
         tokens = list(self._added.finditer(written))
         last = tokens[-1] if tokens and not written[tokens[-1].end() :].strip() else None
@@ -320,7 +320,7 @@ class ChatTemplate:
             )
         tail = written[last.start() :]
         end = TurnEnd(tail, written=len(last[0]), token=self._added_ids[last[0]])
-        return Answer(prompt, written[: last.end()], end, reopened=False)
+        return WrittenAnswer(prompt, written[: last.end()], end, reopened=False)
 
     def _refuse_unwritten(self, messages: Messages, answer: Message, full: str) -> None:
         """Refuse an answer of which the template, whose text of it is ``full``, leaves something out."""
@@ -355,7 +355,7 @@ class ChatTemplate:
         if content.strip() and (not is_written(changed) or _squeezed(content) not in _squeezed(full)):
             raise _rewrites("content")
 
-    def _text_answer(self, messages: Messages, text: str, prompt: str) -> Answer:
+    def _text_answer(self, messages: Messages, text: str, prompt: str) -> WrittenAnswer:
         before, end, in_parts = self._probe(messages)
         opener = _reasoning_tag_at_end(prompt)
         own_tag = _TAG.match(text.lstrip())
@@ -367,9 +367,9 @@ class ChatTemplate:
             written = full[len(prompt) : len(full) - len(end.tail)]
             shown, asked = _squeezed((opener or "") + written), _squeezed(text)
             if shown.endswith(asked) and not _tags_twice(shown[: len(shown) - len(asked)], asked):
-                return Answer(prompt, written + end.tail[: end.written], end, repeats)
+                return WrittenAnswer(prompt, written + end.tail[: end.written], end, repeats)
         body = self._rewritten(messages, text, prompt, before, opener)
-        return Answer(prompt, body + end.tail[: end.written], end, repeats)
+        return WrittenAnswer(prompt, body + end.tail[: end.written], end, repeats)
 
     def _rewritten(self, messages: Messages, text: str, prompt: str, before: str, opener: str | None) -> str:
         """The text itself, where the template does not write it as it is."""

@@ -61,6 +61,7 @@ class Driver:
 
     def __init__(self, config: HPDConfig, updates_per_batch: int = 1, compares_rollouts: bool = False) -> None:
         self.config = config
+        self.updates_per_batch = updates_per_batch
         self.compares_rollouts = compares_rollouts
 
     def student_pass(self, batch: Batch) -> None:

@@ -199,9 +199,10 @@ class StagedDriver(Driver):
 
     settings = LOGITS_TO_LOSS
 
-    def __init__(self, config: HPDConfig, updates_per_batch: int = 1, compares_rollouts: bool = False) -> None:
-        super().__init__(config, updates_per_batch, compares_rollouts)
-        self.uses_ratio = updates_per_batch > 1 and not config.objectives.is_likelihood
+    @property
+    def uses_ratio(self) -> bool:
+        """The update weighs by PPO's ratio to the student that made the batch's log-probs."""
+        return self.updates_per_batch > 1 and not self.config.objectives.is_likelihood
 
     def student_pass(self, batch: Batch) -> None:
         batch.student_pass([])

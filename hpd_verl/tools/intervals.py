@@ -1,6 +1,6 @@
-"""Means with 95% bootstrap intervals, and paired comparisons: of one run over problems, of a method over seeds too.
+"""Means with 95% CIs and paired comparisons: of a run over problems, of a method over seeds and problems.
 
-Problems and seeds are what is drawn again: answers to one problem are no independent evidence.
+The bootstrap resamples problems, and seeds where there are several: answers to one problem are not independent.
 """
 
 from collections.abc import Sequence

@@ -157,7 +157,7 @@ def test_whole_weights(layout: Callable[[Path], None], tiny: Tiny, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([lambda folder: (folder / "model.safetensors").unlink()], "no weights there; give a folder with model.safet"),
+        ([lambda folder: (folder / "model.safetensors").unlink()], "no weights there; give a model with model.safete"),
         ([lambda folder: cut(folder / "model.safetensors", 9999)], "model.safetensors has 9999 bytes where its header"),
         ([lambda folder: cut(folder / "model.safetensors", 99)], "model.safetensors is not a whole safetensors file"),
         ([lambda folder: cut(folder / "model.safetensors", 0)], "model.safetensors is not a whole safetensors file"),

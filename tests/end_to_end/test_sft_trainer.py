@@ -15,17 +15,17 @@ import psutil
 import pytest
 import torch
 from answers import by_transformers, by_vllm
-from conftest import Run, RunMainPPO, Tiny, make_awkward_model, make_nan_model, read_steps, run_module
+from conftest import FinishedRun, RunMainPPO, Tiny, make_awkward_model, make_nan_model, read_steps, run_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd_verl.run import stopping
 from hpd_verl.teacher.store.disk import DiskStore
-from hpd_verl.teacher.store.records import StoreIdentity
+from hpd_verl.teacher.store.identity import StoreIdentity
 from hpd_verl.tools.export import export
 
-RunSFT = Callable[..., Run]
+RunSFT = Callable[..., FinishedRun]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
         kill_after_step: int | None = None,
         terminate_after_step: int | None = None,
         module: str = "hpd_verl.sft.trainer",
-    ) -> Run:
+    ) -> FinishedRun:
         log, output = tmp_path / "metrics.jsonl", tmp_path / "output.txt"
         log.unlink(missing_ok=True)
         output.write_text("")
@@ -75,7 +75,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
                 if launcher.poll() is None:
                     for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
                         process.kill()
-            return Run(launcher.wait(), output.read_text(), read_steps(log))
+            return FinishedRun(launcher.wait(), output.read_text(), read_steps(log))
 
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environment |= {
@@ -106,7 +106,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
                 process.kill()
                 process.join()
         codes = [process.exitcode or 0 for process in started]
-        return Run(max(codes, key=abs), output.read_text(), read_steps(log))
+        return FinishedRun(max(codes, key=abs), output.read_text(), read_steps(log))
 
     return run
 

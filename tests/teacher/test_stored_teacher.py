@@ -18,7 +18,7 @@ from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_feat
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.sft.start import ALONE
 from hpd_verl.teacher.store.disk import DiskStore
-from hpd_verl.teacher.store.records import StoreIdentity, teacher_identity
+from hpd_verl.teacher.store.identity import StoreIdentity, teacher_identity
 from hpd_verl.teacher.store.store import MemoryStore, TeacherStore
 from hpd_verl.teacher.stored import StoredTeacher
 from hpd_verl.teacher.teacher import Teacher

@@ -26,7 +26,7 @@ from hpd_verl.hydra_config import config_dir
 from hpd_verl.tools.plan.__main__ import describe, main
 from hpd_verl.tools.plan.memory import ALLOWANCE, complaints, plan_memory, what_helps
 from hpd_verl.tools.plan.model_size import ModelSize, model_size, read_config
-from hpd_verl.tools.plan.run import GIB, Run
+from hpd_verl.tools.plan.run import GIB, PlannedRun
 from hpd_verl.tools.plan.work import plan_work
 
 
@@ -97,7 +97,7 @@ def test_experts_count_once_in_total_and_by_choice_in_active() -> None:
 
 
 def test_memory_by_hand(student: ModelSize, teacher: ModelSize) -> None:
-    run = Run(gpus=4, tokens=8192, rows=1000, prompt_tokens=24, response_tokens=1000, batch_size=64)
+    run = PlannedRun(gpus=4, tokens=8192, rows=1000, prompt_tokens=24, response_tokens=1000, batch_size=64)
     phases = plan_memory(student, teacher, run).phases
     backward, output = phases["backward"], phases["output layer"]
     assert backward["student's weights"] == 1_543_714_304  # 4 bytes, over 4 GPUs
@@ -112,7 +112,7 @@ def test_memory_by_hand(student: ModelSize, teacher: ModelSize) -> None:
 
 
 def test_operations_by_hand(student: ModelSize, teacher: ModelSize) -> None:
-    run = Run(gpus=1, rows=10, epochs=2, prompt_tokens=100, response_tokens=300, gradient_checkpointing=False)
+    run = PlannedRun(gpus=1, rows=10, epochs=2, prompt_tokens=100, response_tokens=300, gradient_checkpointing=False)
     work = plan_work(student, teacher, run)
     layers, output = 1_543_714_304 - 151_936 * 1536, 151_936 * 1536
     attention = 4 * 12 * 128 * 28 * 400 * 400 / 2
@@ -127,9 +127,9 @@ def test_operations_by_hand(student: ModelSize, teacher: ModelSize) -> None:
 
 
 def test_what_does_not_fit_is_said_with_what_helps(student: ModelSize, teacher: ModelSize) -> None:
-    run = Run(gpus=1, memory=24)
+    run = PlannedRun(gpus=1, memory=24)
     memory = plan_memory(student, teacher, run)
-    why = complaints(memory, student, run)
+    why = complaints(memory, run)
     assert any("phase 'backward' needs" in each and "of 24 GiB" in each for each in why)
     helping = dict(what_helps(student, teacher, run))
     assert list(helping.values()) == sorted(helping.values(), reverse=True)
@@ -144,8 +144,8 @@ def test_what_does_not_fit_is_said_with_what_helps(student: ModelSize, teacher: 
 
 
 def test_the_server_needs_room_for_a_row(student: ModelSize, teacher: ModelSize) -> None:
-    run = Run(on_policy_fraction=0.25, gpu_memory_utilization=0.06, memory=80)
-    (why,) = complaints(plan_memory(student, teacher, run), student, run)
+    run = PlannedRun(on_policy_fraction=0.25, gpu_memory_utilization=0.06, memory=80)
+    (why,) = complaints(plan_memory(student, teacher, run), run)
     assert "the rollout server's cache holds" in why
     run = replace(run, gpu_memory_utilization=0.9)
     memory = plan_memory(student, teacher, replace(run, gpus=1))
@@ -160,7 +160,7 @@ def test_the_server_needs_room_for_a_row(student: ModelSize, teacher: ModelSize)
     [{"gpus": 16}, {"tokens": 8192}, {"lora_rank": 32}, {"token_chunk_size": 1024}, {"offload_policy": True}],
 )
 def test_each_setting_lowers_what_it_is_said_to(student: ModelSize, teacher: ModelSize, change: dict[str, Any]) -> None:
-    run = Run(response_tokens=4000)
+    run = PlannedRun(response_tokens=4000)
     assert plan_memory(student, teacher, replace(run, **change)).peak < plan_memory(student, teacher, run).peak
 
 
@@ -168,7 +168,7 @@ def test_each_setting_lowers_what_it_is_said_to(student: ModelSize, teacher: Mod
 def test_what_helps_is_taken_by_the_trainer(trainer: str, student: ModelSize, teacher: ModelSize) -> None:
     """Every setting's name, as an override of the trainer's configuration."""
     share = 0.25 if trainer == "main_ppo" else 0.0
-    run = Run(gpus=1, trainer=trainer, on_policy_fraction=share, gradient_checkpointing=False, attention="sdpa")
+    run = PlannedRun(gpus=1, trainer=trainer, on_policy_fraction=share, gradient_checkpointing=False, attention="sdpa")
     with_server = [name for name, _ in what_helps(student, teacher, replace(run, gpu_memory_utilization=0.9))]
     names = {name.split(",")[0] for name in with_server}
     names |= {name.split(",")[0] for name, _ in what_helps(student, teacher, replace(run, on_policy_fraction=0.0))}

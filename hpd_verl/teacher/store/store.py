@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hpd_verl.teacher.store.records import Record, Schema, StoreIdentity
+from hpd_verl.teacher.store.identity import StoreIdentity
+from hpd_verl.teacher.store.records import Record, Schema
 
 logger = logging.getLogger(__name__)
 

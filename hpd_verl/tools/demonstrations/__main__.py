@@ -1,14 +1,13 @@
 """A teacher's answers to the prompts of a file become demonstrations.
 
-Reads the rows of a parquet file, asks the teacher, by vLLM here or by a server with OpenAI's interface, leaves out the
-answers that did not end, that the chat template cannot write or that a reward function rejects, and writes the rows
-again with ``demonstration``:
+Reads rows, asks the teacher (vLLM, or an OpenAI-compatible server), drops answers that were cut, that the chat template
+can't produce or that a reward function rejects, and writes the rows with ``demonstration``:
 
     hpd-verl generate --prompts data/train.parquet --local_save_dir data/teacher \\
         --model TEACHER --n 4 --temperature 0.7 --max_tokens 4096 --reward maths --keep best
 
-Every finished prompt is in a journal beside the result at once: the same command goes on where a killed one stopped,
-and other ``--reward``, ``--keep`` and ``--min_reward`` choose among the same answers anew.
+Finished prompts go to a journal at once: the same command resumes after a kill, and other ``--reward``, ``--keep`` and
+``--min_reward`` select from the same answers.
 """
 
 import argparse
@@ -280,11 +279,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_rows", type=int, help="the first rows only")
     parser.add_argument("--reward", default="none", help="maths, code, none or a file with compute_score (%(default)s)")
     parser.add_argument("--keep", choices=("best", "all", "first"), default="first", help="good answers (%(default)s)")
-    parser.add_argument("--min_reward", type=float, default=1.0, help="least reward that is kept (%(default)s)")
+    parser.add_argument("--min_reward", type=float, default=1.0, help="lowest reward to keep (%(default)s)")
     parser.add_argument(
         "--keep_cut", action="store_true", help="keep answers cut at --max_tokens, as if they had ended"
     )
-    parser.add_argument("--tokenizer", help="the student's, if its tokens or chat template differ from --model's")
+    parser.add_argument("--tokenizer", help="the student's, if tokens or chat template differ from --model's")
     parser.add_argument("--processes", type=int, help="processes that score answers (default: one per core)")
     add_arguments(parser)
     add_sampling_arguments(parser)

@@ -1,4 +1,4 @@
-"""Which answers of a teacher may become demonstrations: by their end, their tokens and a reward function."""
+"""Selects a teacher's answers: by their end, their tokens and a reward function."""
 
 import importlib.util
 import inspect

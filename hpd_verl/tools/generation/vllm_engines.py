@@ -112,7 +112,7 @@ class VLLMGenerator:
         """The model by its path and its files' content, and what of its settings the answers depend on."""
         from transformers import AutoConfig
 
-        from hpd_verl.teacher.store.identity import FileHashes, config_hash, model_files
+        from hpd_verl.teacher.store.teacher_files import FileHashes, config_hash, model_files
 
         config = AutoConfig.from_pretrained(self.model, trust_remote_code=self.engine_kwargs["trust_remote_code"])
         files = model_files(self.model, getattr(config, "transformers_weights", None))
@@ -369,7 +369,6 @@ class _VLLM:
         self._engine = self._llm.llm_engine
         self._context: int = self._llm.model_config.max_model_len
         self._too_long: list[tuple[int, list[Answer]]] = []
-        self._positions: dict[str, int] = {}
 
     def is_idle(self) -> bool:
         return not self._too_long and not self._engine.has_unfinished_requests()

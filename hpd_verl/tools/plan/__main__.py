@@ -17,7 +17,7 @@ from hpd_verl.engine.on_meta import CannotBuild
 from hpd_verl.errors import Refused, one_line
 from hpd_verl.tools.plan.memory import Memory, complaints, plan_memory, what_helps
 from hpd_verl.tools.plan.model_size import ModelSize, model_size, read_config
-from hpd_verl.tools.plan.run import GIB, Run
+from hpd_verl.tools.plan.run import GIB, PlannedRun
 from hpd_verl.tools.plan.work import Work, plan_work
 
 CHOICES = {
@@ -47,7 +47,7 @@ HELP = {
 }
 
 
-def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Run]:
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, PlannedRun]:
     """The command line.
 
     Raises:
@@ -59,8 +59,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Run]:
     parser.add_argument("student", help="folder with config.json, or hub name")
     parser.add_argument("teacher", nargs="?", help="the same; without it, supervised fine-tuning is planned")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    types = get_type_hints(Run)
-    for field in dataclasses.fields(Run):
+    types = get_type_hints(PlannedRun)
+    for field in dataclasses.fields(PlannedRun):
         kind: Any = types[field.name]
         options: dict[str, Any] = {"help": HELP.get(field.name, ""), "default": field.default}
         if kind is bool:
@@ -70,12 +70,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Run]:
         options["help"] = f"{options['help']} ({field.default})".strip()
         parser.add_argument(f"--{field.name}", type=kind, choices=CHOICES.get(field.name), **options)
     parsed = parser.parse_args(arguments)
-    run = Run(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Run)})
+    run = PlannedRun(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(PlannedRun)})
     _check(run)
     return parsed, run
 
 
-def _check(run: Run) -> None:
+def _check(run: PlannedRun) -> None:
     may_be_zero = {"prompt_tokens", "lora_rank", "on_policy_fraction"}
     shares = {"on_policy_fraction", "gpu_memory_utilization", "utilization", "rollout_utilization"}
     for name, value in dataclasses.asdict(run).items():
@@ -112,7 +112,7 @@ def _hours(hours: float) -> str:
 
 
 def describe(
-    student: ModelSize, teacher: ModelSize | None, run: Run, memory: Memory, work: Work, why: list[str]
+    student: ModelSize, teacher: ModelSize | None, run: PlannedRun, memory: Memory, work: Work, why: list[str]
 ) -> list[str]:
     """The plan for a reader, line by line."""
     lines = [_model_line("student", student)] + ([] if teacher is None else [_model_line("teacher", teacher)])
@@ -150,7 +150,7 @@ def describe(
 
 
 def as_json(
-    student: ModelSize, teacher: ModelSize | None, run: Run, memory: Memory, work: Work, why: list[str]
+    student: ModelSize, teacher: ModelSize | None, run: PlannedRun, memory: Memory, work: Work, why: list[str]
 ) -> dict[str, Any]:
     """The plan for a program; memory in bytes."""
     return {
@@ -171,7 +171,7 @@ def as_json(
     }
 
 
-def _size(argument: str, name: str, run: Run) -> ModelSize:
+def _size(argument: str, name: str, run: PlannedRun) -> ModelSize:
     """Sizes of a model that the trainers take.
 
     Raises:
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"Error: {error}")
     memory, work = plan_memory(student, teacher, run), plan_work(student, teacher, run)
-    why = complaints(memory, student, run)
+    why = complaints(memory, run)
     if parsed.json:
         print(json.dumps(as_json(student, teacher, run, memory, work, why), indent=2))
     else:

@@ -11,7 +11,7 @@ What CUDA, NCCL and the allocator's gaps take is an allowance, ``ALLOWANCE``; ev
 from dataclasses import dataclass, replace
 
 from hpd_verl.tools.plan.model_size import ModelSize
-from hpd_verl.tools.plan.run import GIB, Run
+from hpd_verl.tools.plan.run import GIB, PlannedRun
 
 ALLOWANCE = 3 * GIB
 """CUDA context, NCCL buffers, workspaces, gaps; not on a CPU."""
@@ -60,7 +60,7 @@ def _passing(model: ModelSize, width: int) -> int:
     return width * (2 * model.hidden + 3 * model.intermediate)
 
 
-def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memory:
+def plan_memory(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) -> Memory:
     """Count what one GPU holds.
 
     Args:
@@ -164,14 +164,14 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memo
     )
 
 
-def _chunk(run: Run) -> int:
+def _chunk(run: PlannedRun) -> int:
     return run.token_chunk_size or _CHUNK[run.platform]
 
 
 # ------------------------------ what would help ------------------------------
 
 
-def _settings(run: Run) -> list[tuple[str, Run]]:
+def _settings(run: PlannedRun) -> list[tuple[str, PlannedRun]]:
     """Settings that take less memory, by their names, and the run with each."""
     lean = run.trainer == "lean"
     engine = "engine" if lean else "actor_rollout_ref.actor.fsdp_config"
@@ -205,14 +205,14 @@ def _settings(run: Run) -> list[tuple[str, Run]]:
     return tried
 
 
-def what_helps(student: ModelSize, teacher: ModelSize | None, run: Run) -> list[tuple[str, float]]:
+def what_helps(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) -> list[tuple[str, float]]:
     """Settings that lower the peak by at least a hundredth, and the bytes they save, most first."""
     now = plan_memory(student, teacher, run).peak
     saved = [(name, now - plan_memory(student, teacher, other).peak) for name, other in _settings(run)]
     return sorted([each for each in saved if each[1] > 0.01 * now], key=lambda each: -each[1])
 
 
-def complaints(memory: Memory, student: ModelSize, run: Run) -> list[str]:
+def complaints(memory: Memory, run: PlannedRun) -> list[str]:
     """Why the run does not fit; nothing if it does."""
     found = []
     for name, parts in memory.phases.items():

@@ -6,7 +6,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A run. Tokens and rows are those of the data set unless they say otherwise."""
 
     gpus: int = 8
