@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 
 from examples.evaluation.results import read_result, shown, table, write_file
-from examples.evaluation.statistics import Comparison, avg_at_k, compare
+from hpd_verl.tools.intervals import Comparison, avg_at_k, compare
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

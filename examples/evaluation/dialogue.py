@@ -34,9 +34,9 @@ from examples.evaluation.results import (
     truncated_share,
     write_file,
 )
-from examples.evaluation.statistics import bootstrap
 from hpd_verl.tools.generation import Messages, Sampling, generate_all
 from hpd_verl.tools.generation.endpoint import EndpointGenerator
+from hpd_verl.tools.intervals import bootstrap
 from hpd_verl.tools.rewards.answers import without_reasoning
 
 DEMONSTRATIONS = "demonstrations"

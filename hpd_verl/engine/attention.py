@@ -22,7 +22,7 @@ from verl.utils.ulysses import (
     get_ulysses_sequence_parallel_world_size,
 )
 
-from hpd_verl.run.import_hooks import replace
+from hpd_verl.run.replacing import replace
 
 NAME = "packed_attention"
 FORMER_NAME = "packed_sdpa"

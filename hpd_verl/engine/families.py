@@ -5,14 +5,14 @@ parallelism it reads two counts of heads: OPT, Bloom and others have no count of
 heads at all. FSDP2 wraps the layers that ``_no_split_modules`` names: CTRL names none, Mamba one within the other.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from wrapt import register_post_import_hook
 
-from hpd_verl.run.import_hooks import replace, when_imported
+from hpd_verl.run.replacing import replace
 
 _ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 _CHECKPOINTS = "verl.utils.checkpoint.fsdp_checkpoint_manager"
@@ -108,8 +108,7 @@ def register() -> None:
     from verl.utils import model as verl_model  # the planner reads sizes of heads without verl
 
     replace(verl_model, "get_hf_auto_model_class", _with_output_layer)
-    when_imported(_ENGINE, lambda: replace(sys.modules[_ENGINE], "apply_monkey_patch", _for_wrapping))
-    when_imported(
-        _CHECKPOINTS,
-        lambda: replace(sys.modules[_CHECKPOINTS].FSDPCheckpointManager, "save_checkpoint", _saves_lm_heads),
+    register_post_import_hook(lambda engine: replace(engine, "apply_monkey_patch", _for_wrapping), _ENGINE)
+    register_post_import_hook(
+        lambda checkpoints: replace(checkpoints.FSDPCheckpointManager, "save_checkpoint", _saves_lm_heads), _CHECKPOINTS
     )

@@ -10,7 +10,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine.fsdp import transformer_impl
 
-from hpd_verl.run.import_hooks import replace
+from hpd_verl.run.replacing import replace
 
 SWITCH = "rope_switch_length"
 """Setting of a batch: rows of more tokens share no micro-batch with the others."""

@@ -204,7 +204,7 @@ def report(tally: Tally, target: Path, left_out: Path, unit: str) -> None:
         ("answers empty", answers["empty"], ""),
         ("answers that the chat template can't produce", answers["refused"], f", the first: {tally.first_refused}"),
         ("prompts without a row", tally.without, f" -> {left_out}"),
-        ("demonstrations whose text the tokenizer splits otherwise than the teacher", trips["differs"], ""),
+        ("demonstrations whose tokens are not those generated (another split of the same text)", trips["differs"], ""),
         ("demonstrations ended by another token than the chat template's", trips["other_end"], ""),
         ("demonstrations whose tokens could not be compared with those generated", trips["unknown"], ""),
     ):
