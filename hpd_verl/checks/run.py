@@ -233,7 +233,7 @@ def check_trackers(config: DictConfig) -> None:
     """
     setting = "trainer.logger"
     for name in as_list(OmegaConf.select(config, setting)):
-        require(name in _TRACKERS, setting, name, f"verl knows no such tracker; choose of {', '.join(_TRACKERS)}")
+        require(name in _TRACKERS, setting, name, f"verl knows no such tracker; choose from {', '.join(_TRACKERS)}")
         package = _TRACKERS[name]
         require(
             package is None or importlib.util.find_spec(package) is not None,
@@ -274,7 +274,7 @@ def _check_budget(config: DictConfig, budgets: Mapping[str, tuple[bool, int]]) -
             not is_dynamic or budget * shared >= longest,
             setting,
             budget,
-            f"below data.max_prompt_length + data.max_response_length = {longest}, and a row must fit; raise it",
+            f"below data.max_prompt_length + data.max_response_length = {longest}; raise it",
         )
 
 
@@ -306,7 +306,7 @@ def _check_micro_batches(config: DictConfig, rows_by_setting: Mapping[str, tuple
         size = OmegaConf.select(config, setting)
         if not is_dynamic:
             require(size is not None, setting, size, "micro-batches are not packed by tokens; give their size in rows")
-            require(rows % size == 0, setting, size, f"must divide the {rows} sequences that a rank gets at once")
+            require(rows % size == 0, setting, size, f"must divide the {rows} sequences of a rank")
 
 
 def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
@@ -338,14 +338,14 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
         actor.use_dynamic_bsz or batch * rollout.n % ranks == 0,
         "data.train_batch_size",
         batch,
-        f"without actor_rollout_ref.actor.use_dynamic_bsz verl wants a multiple of all ranks, {counted}",
+        f"must be a multiple of all ranks, {counted}, without actor_rollout_ref.actor.use_dynamic_bsz",
     )
     require(
         not actor.shuffle or batch == mini_batch or data_parallel == 1,
         "actor_rollout_ref.actor.shuffle",
         actor.shuffle,
-        f"each of {data_parallel} data-parallel ranks would shuffle its own rows, and the updates depend on their "
-        "number; leave it false: data.shuffle shuffles the rows",
+        f"each of the {data_parallel} data-parallel ranks would shuffle its own rows; leave it false and set "
+        "data.shuffle",
     )
     pipeline, _ = choose_pipeline(config, hpd)
     ref = config.actor_rollout_ref.ref
@@ -366,7 +366,7 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
         actor.use_dynamic_bsz == rollout.log_prob_use_dynamic_bsz,
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
         rollout.log_prob_use_dynamic_bsz,
-        f"verl wants what actor_rollout_ref.actor.use_dynamic_bsz={actor.use_dynamic_bsz} is; leave it out",
+        f"must equal actor_rollout_ref.actor.use_dynamic_bsz={actor.use_dynamic_bsz}; leave it out",
     )
     shared = {
         role: config.actor_rollout_ref[role].get("ulysses_sequence_parallel_size", 1) for role in ("actor", "ref")
@@ -583,7 +583,8 @@ def check_config(config: DictConfig) -> HPDConfig:
         actor_rollout_ref.rollout.n == 1 or hpd.schedule.lowest == 1.0,
         "actor_rollout_ref.rollout.n",
         actor_rollout_ref.rollout.n,
-        f"several answers a prompt need {PREFIX}.on_policy_fraction=1: a demonstration is one answer",
+        f"several answers per prompt need {PREFIX}.on_policy_fraction=1; with demonstrations set "
+        f"{PREFIX}.rollouts_per_prompt",
     )
     if needs_rollout_server(config, hpd):
         require(
@@ -597,7 +598,7 @@ def check_config(config: DictConfig) -> HPDConfig:
         bool(teacher) or pipeline == "one_pass",
         "actor_rollout_ref.ref.model.path",
         teacher,
-        f"the staged pipeline ({reason}) runs a teacher with every objective; give one",
+        f"the staged pipeline ({reason}) always needs a teacher; give one",
     )
     check_ranks(config, hpd)
     check_memory_store(hpd.teacher_cache, config.trainer.n_gpus_per_node * config.trainer.nnodes)
@@ -648,7 +649,7 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
         asked in (1, ranks),
         "trainer.n_gpus_per_node",
         config.trainer.n_gpus_per_node,
-        f"torchrun has started {ranks} processes, which decide; leave it out",
+        f"torchrun has started {ranks} processes; leave it out",
     )
     check_sft_ranks(config, ranks, fills_store)
     check_memory_store(hpd.teacher_cache, ranks)

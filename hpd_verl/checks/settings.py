@@ -408,7 +408,7 @@ def check_lora(config: DictConfig, node: str, trained: bool) -> None:
         adapter is None or rank > 0,
         f"{node}.lora_adapter_path",
         adapter,
-        "verl loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both",
+        "verl loads an adapter only if lora_rank is above 0; set lora_rank too, or leave both out",
     )
     require(
         trained or rank == 0 or adapter is not None,
@@ -441,7 +441,7 @@ def check_engine(config: DictConfig, node: str, inherited: str | None = None) ->
         or bool(OmegaConf.select(config, f"{node}.full_determinism")),
         f"{node}.seed",
         seed,
-        f"only full_determinism reads it; {PREFIX}.seed is that of the draws",
+        f"read only with full_determinism; set {PREFIX}.seed",
     )
     wanted = OmegaConf.select(config, f"{node}.dtype")
     nodes = [node] if inherited is None else [node, inherited]
@@ -453,7 +453,7 @@ def check_engine(config: DictConfig, node: str, inherited: str | None = None) ->
         PrecisionType.to_dtype(param_dtype) == PrecisionType.to_dtype(wanted),
         f"{node}.dtype",
         wanted,
-        f"mixed_precision.param_dtype={param_dtype} says otherwise; set them alike, or one of them",
+        f"differs from mixed_precision.param_dtype={param_dtype}; set one of them",
     )
 
 

@@ -137,8 +137,8 @@ def packed_attention(
     mask, position_ids = attention_mask, kwargs.get("position_ids")
     if position_ids is None and (mask is None or ranks > 1):
         raise ValueError(
-            f"attn_implementation={NAME}: {type(module).__name__} hands on neither position_ids nor a mask, which "
-            "would tell packed sequences apart"
+            f"attn_implementation={NAME}: {type(module).__name__} passes on neither position_ids nor a mask, which "
+            "packed sequences need"
         )
     if ranks > 1:  # all tokens of some heads, in place of some tokens of all heads
         if kwargs.get("s_aux") is not None:

@@ -45,8 +45,8 @@ def check_one_pass(module: nn.Module) -> None:
     if body(module) is None:
         model = _causal_lm(module)
         raise Refused(
-            f"algorithm.hpd.pipeline=one_pass: {type(model).__name__} has no part named {model.base_model_prefix!r}, "
-            f"which would make the hidden states; {_STAGED}"
+            f"algorithm.hpd.pipeline=one_pass: {type(model).__name__} has no part {model.base_model_prefix!r} that "
+            f"returns hidden states; {_STAGED}"
         )
 
 

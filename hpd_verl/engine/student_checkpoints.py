@@ -164,7 +164,7 @@ class StudentCheckpoints(FSDPCheckpointManager):
             said = check_written(out, trained, written, self.trust_remote_code)
         except SavedModelError as error:
             raise SavedModelError(
-                f"{out}: as transformers load it, {error}; report it, leave `hf_model` out of the checkpoint's "
-                "contents, or go on without looking by algorithm.hpd.check_saved_model=false"
+                f"{out}: loaded by transformers, {error}; report it, leave `hf_model` out of the checkpoint's "
+                "contents, or skip the check by algorithm.hpd.check_saved_model=false"
             ) from error
         logger.info("%s: %s", out, said)

@@ -26,7 +26,7 @@ def test_head_sizes_that_vllm_lacks_on_a_cpu(tiny: Tiny, tmp_path: Path) -> None
         demonstrations = compose("ppo_trainer", settings)
         rollouts = compose("ppo_trainer", [*settings, "algorithm.hpd.on_policy_fraction=0.5"])
     check_main_ppo(demonstrations)
-    message = r"^actor_rollout_ref\.model\.path=.*/small: attention heads of 24, and vLLM generates on a CPU with 32"
+    message = r"^actor_rollout_ref\.model\.path=.*/small: attention heads of 24; vLLM on a CPU supports 32"
     with pytest.raises(ValueError, match=message):
         check_main_ppo(rollouts)
 

@@ -146,14 +146,14 @@ def _shards(source: str, index: Path, commit: str | None) -> dict[str, Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{PATH_SETTING}={source}: its {index.name} cannot be read ({error!r}); get it anew"
+            f"{PATH_SETTING}={source}: its {index.name} cannot be read ({error!r}); download it again"
         ) from error
     found = {name: _find(source, name, commit) for name in names}
     missing = [name for name, file in found.items() if file is None]
     if missing:
         raise ValueError(
-            f"{PATH_SETTING}={source}: {len(missing)} of the {len(names)} weight files in its {index.name} are missing "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); get the whole model"
+            f"{PATH_SETTING}={source}: {len(missing)} of the {len(names)} weight files in its {index.name} are "
+            f"missing ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); download the whole model"
         )
     return {name: file for name, file in found.items() if file is not None}
 
@@ -250,7 +250,7 @@ class FileHashes:
         for path, content in zip(unknown, _content_hashes(unknown), strict=True):
             found[path], state = content, _state(path)
             if state != before[path]:
-                raise ValueError(f"{path}: changed while it was read; start again once it is written")
+                raise ValueError(f"{path}: changed while it was read; start again when it is complete")
             _, modified, changed, _ = state
             if now - max(modified, changed) > self.settled_after * 1e9:
                 self._new[str(path)] = [*state, content]

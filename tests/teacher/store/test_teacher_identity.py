@@ -260,7 +260,7 @@ def test_refuses_missing_shards(form: str, tmp_path: Path) -> None:
 def test_refuses_an_index_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     folder = make_teacher(tmp_path / "teacher", shards=True)
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"its model\.safetensors\.index\.json cannot be read .*; get it anew"):
+    with pytest.raises(ValueError, match=r"its model\.safetensors\.index\.json cannot be read .*; download it again"):
         identify(folder)
 
 
@@ -290,7 +290,7 @@ def test_a_model_of_the_hub(hub: Path, tmp_path: Path) -> None:
     shard = sorted(hub.glob("*.safetensors"))[0]
     shard.unlink()
     with pytest.raises(
-        ValueError, match=rf"path=organisation/teacher: 1 of the .* are missing \({shard.name}\); get the whole"
+        ValueError, match=rf"path=organisation/teacher: 1 of the .* are missing \({shard.name}\); download the whole"
     ):
         identify("organisation/teacher")
     for file in hub.glob("model*"):
