@@ -1,4 +1,4 @@
-"""Every setting of HPD, declared once with its check and its documentation, and what follows from them for a run."""
+"""Every setting of HPD, declared once with its check and documentation, and choices that follow from them."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What a model's configuration alone says: whether it can be trained, or teach. For the trainers and the planner."""
+"""Whether a model can be trained, or teach, by its configuration alone. For the trainers and the planner."""
 
 from transformers import PretrainedConfig, PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""What a student's files say of themselves, where training would go on and something else be saved or served."""
+"""Files of a student that training ignores but that change the saved or served model."""
 
 from pathlib import Path
 from typing import Any

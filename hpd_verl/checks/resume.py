@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: whole, and saved by as many ranks."""
+"""The checkpoint that a run resumes from: complete, and saved by as many ranks."""
 
 import re
 from pathlib import Path

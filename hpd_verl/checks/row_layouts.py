@@ -1,4 +1,4 @@
-"""Which attention each model takes and whether its rows are packed: chosen where nothing is set, else checked."""
+"""Attention and packing of each model: chosen if unset, else checked."""
 
 import functools
 import logging

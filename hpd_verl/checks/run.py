@@ -1,4 +1,4 @@
-"""The settings of a run: HPD's own, and those of verl that would fail late or do something else than they say."""
+"""Settings of a run: HPD's own, and verl's that would fail late or be misread."""
 
 import importlib.util
 import math

@@ -1,5 +1,4 @@
-"""Do student and teacher speak the same tokens, and do they have all that rows hold? Checked once at start, by their
-tokenizers."""
+"""Whether student and teacher share a vocabulary that covers all rows. Checked once at start, by their tokenizers."""
 
 import logging
 from collections.abc import Iterable, Mapping

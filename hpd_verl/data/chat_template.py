@@ -1,4 +1,4 @@
-"""The student's chat template: what it writes for a prompt and an answer, and the token that ends an answer."""
+"""The student's chat template: its text for a prompt and an answer, and the token that ends an answer."""
 
 import copy
 import functools

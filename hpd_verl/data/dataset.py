@@ -1,4 +1,4 @@
-"""verl's data set, with rows checked where they are read and overlong demonstrations dropped or refused."""
+"""verl's data set, with rows checked at reading and overlong demonstrations dropped or rejected."""
 
 import functools
 import hashlib

@@ -1,7 +1,7 @@
-"""Data files and their rows: what verl can read, prompts that are chats of text, demonstrations of the right form.
+"""Checks of data files and their rows: formats that verl reads, prompts as chats of text, form of demonstrations.
 
-Files are read in batches, of the needed columns alone. A batch of the plain layout, [{role: string, content: string}]
-and string, is passed by its null counts and lengths; only others are looked at row by row.
+Files are read in batches, needed columns only. Batches of the plain layout, [{role: string, content: string}] and
+string, are checked by null counts and lengths, others row by row.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Attention of packed sequences by torch alone: ``attn_implementation=packed_attention``.
 
-torch's sdpa needs a mask of [tokens, tokens] to keep packed sequences apart, whose cost grows with the square of the
-pack; this one calls it once per sequence. It takes soft caps and sinks, which sdpa does not, and serves verl's Ulysses
-sequence parallelism, which verl itself builds into flash attention only.
+torch's sdpa needs a mask of [tokens, tokens] for packed sequences, whose cost grows with the square of the pack; this
+calls it once per sequence. It supports soft caps and sinks, which sdpa does not, and Ulysses sequence parallelism,
+which verl builds into flash attention only.
 """
 
 from collections.abc import Callable

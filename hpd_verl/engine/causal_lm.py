@@ -1,4 +1,4 @@
-"""A causal language model of transformers whose output layer can be replaced by a function, for one call."""
+"""A causal language model of transformers, with an output layer that a function can replace for one call."""
 
 import functools
 from collections.abc import Callable

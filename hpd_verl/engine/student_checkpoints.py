@@ -1,7 +1,7 @@
-"""What a checkpoint of the student holds: verl's files, a folder of transformers that is the trained model, its proof.
+"""Contents of a student's checkpoint: verl's files, the trained model as a folder of transformers, its log-probs.
 
-verl's own folder is another model where LoRA was trained or an output layer is not the embeddings, and its saving ends
-at generation settings that transformers refuses to save. Its loading runs what a pickle says.
+verl's own folder holds another model after LoRA or with an untied output layer, and its saving fails at generation
+settings that transformers refuses to save. Its loading executes pickles.
 """
 
 import logging

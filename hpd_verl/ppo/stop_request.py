@@ -1,7 +1,7 @@
-"""How a signal to main_ppo's driver reaches the trainer, which runs in a Ray actor, maybe on another machine.
+"""Passes a signal from main_ppo's driver to the trainer, a Ray actor, perhaps on another machine.
 
-The two share a few words in Ray's key-value store, under the number of the job: the trainer says that it has begun,
-the driver that the run shall end, the trainer where it did.
+Both share entries in Ray's key-value store, under the job's number: the trainer has begun, the driver asks it to stop,
+the trainer has stopped after a step.
 """
 
 import json

@@ -1,12 +1,12 @@
 """Which checkpoint to resume from, and which old ones to remove.
 
 verl names the newest checkpoint in a tracker file, which it overwrites in place after the checkpoint's files, and
-removes old checkpoints before it writes that name. A run killed meanwhile can leave an empty tracker, one whose
-checkpoint is not whole, or no checkpoint at all. Here each complete checkpoint gets a marker file, old ones are removed
-only after the new one has its marker, and a run resumes from what is marked:
+removes old checkpoints before it writes that name. A run killed meanwhile can leave an empty tracker, a tracker of an
+incomplete checkpoint, or no checkpoint at all. Here each complete checkpoint gets a marker file, old ones are removed
+only after the new one has its marker, and a run resumes from a marked one:
 
-- from the tracker's checkpoint if it is complete, so that a roll back by the tracker is obeyed;
-- else from the one that was completed last, by the markers' count of completions (steps go back in a roll back, and
+- from the tracker's checkpoint if it is complete, which allows a roll back by the tracker;
+- else from the one completed last, by the markers' count of completions (steps go back in a roll back, and
   times change in a copy);
 - with none marked, from the tracker's, as verl would: the run began without this plugin.
 

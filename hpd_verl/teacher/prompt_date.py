@@ -1,7 +1,7 @@
-"""The date of prompts whose chat template writes today's.
+"""The date of prompts, for chat templates that write today's date.
 
-Rows of a store are found by their tokens. With another date in every prompt none of yesterday's would be found, and all
-be stored again. So a run writes one date, and one with a store on disk the date on which the store was begun.
+Stored rows are found by their tokens; with another date in the prompts none would be found. So a run writes one date,
+and a run with a store on disk the date of the store's first run.
 """
 
 import logging

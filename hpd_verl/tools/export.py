@@ -1,9 +1,9 @@
-"""A checkpoint as a model to use: one folder that transformers and vLLM load, with its tokenizer and a model card.
+"""Exports a checkpoint as one folder that transformers and vLLM load, with tokenizer and model card.
 
     hpd-verl export CHECKPOINT OUT [--lora merge|adapter] [--dtype bf16] [--score results.json]
 
-CHECKPOINT is a run's folder, of which the checkpoint is taken that the run would resume from, or one of its
-``global_step_N``, of either trainer. docs/export.md says more.
+CHECKPOINT is a run's folder (the checkpoint that it would resume from) or one of its ``global_step_N``, of either
+trainer. Details: docs/export.md.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""Which function a teacher is: what it computes hidden states and logits with.
+"""The identity of a teacher: everything that its hidden states and logits depend on.
 
 ``teacher_hashes`` reads every byte of the weights that transformers would load, once: ``FileHashes`` remembers files
 that have not changed. On one core of an AMD EPYC with SHA instructions that takes 0.7 s a GiB, and less on more cores.
 
 A teacher is its weights (with adapters), its configuration as loaded, and the code of models that bring their own. Left
-out is what changes rounding at most, and what other parts of a store's identity hold:
+out are things that change rounding at most, and other parts of a store's identity:
 
     the attention's implementation, fused or tiled kernels, padding, caching of keys and values
     the dtype (``StoreIdentity.teacher_dtype``)
     the ids of special tokens, which no logit depends on; tokenizer and chat template (``StoreIdentity.tokenisation``)
 
-A library that computes something else than it did, transformers itself for instance, is not seen.
+Changes of libraries, such as transformers, are not detected.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""Answers by vLLM's offline engine, in processes of their own.
+"""Answers by vLLM's offline engine, one process per engine.
 
-Each engine has a process, with its devices, from ``VLLMGenerator``'s first question until it is closed. Prompts go to
-the engine that has the fewest; an engine that dies, or the process that asks, ends them all.
+An engine lives from ``VLLMGenerator``'s first prompt until it is closed. Prompts go to the engine with the fewest; if
+an engine or the asking process dies, all end.
 """
 
 import atexit
