@@ -276,7 +276,7 @@ class HPDTrainer(PPOTrainerSync):
         if not math.isfinite(metrics["actor/grad_norm"]):
             raise FloatingPointError(
                 f"step {self.global_steps}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the "
-                "update, and the run stops instead of going on without it"
+                "update; the run stops"
             )
         return batch
 

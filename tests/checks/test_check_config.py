@@ -74,7 +74,7 @@ def test_the_defaults_pass() -> None:
         (["trainer.v1.trainer_mode=sync"], "trainer.v1.trainer_mode=sync: algorithm=hpd works only with"),
         (["actor_rollout_ref.actor.ppo_mini_batch_size=100"], "ppo_mini_batch_size=100: must divide data.train_batch"),
         (["algorithm.hpd.objective=sft", "actor_rollout_ref.actor.ppo_epochs=2"], "ppo_epochs=2: objective sft has no"),
-        (["actor_rollout_ref.rollout.n=2"], "actor_rollout_ref.rollout.n=2: several answers a prompt need"),
+        (["actor_rollout_ref.rollout.n=2"], "actor_rollout_ref.rollout.n=2: several answers per prompt need"),
         (["algorithm.hpd.on_policy_fraction={start: 0, end: 1}"], "on_policy_fraction={'start': 0, 'end': 1}: a sche"),
         (
             ["+actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype: fp16}"],
@@ -93,7 +93,10 @@ def test_the_defaults_pass() -> None:
         (["trainer.total_epochs=0"], "trainer.total_epochs=0: give an integer of at least 1"),
         (["trainer.total_training_steps=0"], "trainer.total_training_steps=0: give an integer of at least 1"),
         (["trainer.resume_mode=always"], "trainer.resume_mode=always: choose auto, disable or resume_path"),
-        (["trainer.logger=[console,wandbb]"], "trainer.logger=wandbb: verl knows no such tracker; choose of console, "),
+        (
+            ["trainer.logger=[console,wandbb]"],
+            "trainer.logger=wandbb: verl knows no such tracker; choose from console, ",
+        ),
         (["trainer.logger=vemlp_wandb"], "trainer.logger=vemlp_wandb: its package volcengine_ml_platform is not insta"),
         (["actor_rollout_ref.actor.optim.lr=-1e-5"], "actor_rollout_ref.actor.optim.lr=-1e-05: give a number of at"),
         (["actor_rollout_ref.actor.optim.lr=nan"], "actor_rollout_ref.actor.optim.lr=nan: give a number of at least"),
@@ -118,7 +121,7 @@ def test_the_defaults_pass() -> None:
         (["trainer.n_gpus_per_node=4", FSDP_SIZE.format(3)], "fsdp_config.fsdp_size=3: must divide the ranks"),
         (
             ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3", "trainer.n_gpus_per_node=2", *batches(16, 8)],
-            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3: must divide the 4 sequences that a rank gets",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3: must divide the 4 sequences of a rank",
         ),
         (
             ["actor_rollout_ref.rollout.tensor_model_parallel_size=2", "algorithm.hpd.on_policy_fraction=0.5"],
@@ -139,12 +142,12 @@ def test_the_defaults_pass() -> None:
                 f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
                 "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5",
             ],
-            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5: must divide the 12 sequences that a rank gets",
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5: must divide the 12 sequences of a rank",
         ),
         ([f"{ACTOR}.loss_scale_factor=0"], f"{ACTOR}.loss_scale_factor=0: give an integer of at least 1"),
         (
             [*NO_TEACHER, "algorithm.hpd.pipeline=staged"],
-            "actor_rollout_ref.ref.model.path=None: the staged pipeline (set) runs a teacher with every objective",
+            "actor_rollout_ref.ref.model.path=None: the staged pipeline (set) always needs a teacher",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -359,7 +362,7 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
         (["data.train_batch_size=7"], "data.train_batch_size=7: must divide among 2 ranks (torchrun's processes)"),
         (
             ["data.use_dynamic_bsz=false", "data.train_batch_size=12"],
-            "data.micro_batch_size_per_gpu=4: must divide the 6 sequences that a rank gets at once",
+            "data.micro_batch_size_per_gpu=4: must divide the 6 sequences of a rank",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

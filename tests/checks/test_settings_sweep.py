@@ -145,7 +145,7 @@ def test_defaults_pass_on_both_platforms(base: DictConfig, monkeypatch: pytest.M
             {"teacher__engine__model_dtype": "half"},
             "teacher.engine.model_dtype=half: choose bfloat16, float32 or float",
         ),
-        ({"engine__seed": 7}, "engine.seed=7: only full_determinism reads it; algorithm.hpd.seed is that of the draws"),
+        ({"engine__seed": 7}, "engine.seed=7: read only with full_determinism; set algorithm.hpd.seed"),
         ({"model__lora_alpha": 32}, "model.lora_alpha=32: LoRA is off; set lora_rank, or leave it out"),
         ({"teacher__model__lora_rank": 8}, "teacher.model.lora_rank=8: a teacher is not trained; give its adapter"),
         ({"teacher__engine__strategy": "fsdp"}, "teacher.engine.strategy=fsdp: choose fsdp2"),
@@ -168,7 +168,7 @@ def test_defaults_pass_on_both_platforms(base: DictConfig, monkeypatch: pytest.M
         ({"model__enable_activation_offload": True}, "model.enable_activation_offload=True: give false; a CPU has no"),
         ({"optim__optimizer": "AdamX"}, "optim.optimizer=AdamX: the optimiser cannot be built (Optimizer 'AdamX' not"),
         ({"optim__override_optimizer_config": {"odd": 1}}, "optim.override_optimizer_config={'odd': 1}: the optimiser"),
-        ({"trainer__n_gpus_per_node": 8}, "trainer.n_gpus_per_node=8: torchrun has started 4 processes, which decide"),
+        ({"trainer__n_gpus_per_node": 8}, "trainer.n_gpus_per_node=8: torchrun has started 4 processes; leave it out"),
         (
             {"data__custom_cls__path": "x.py"},
             "data.custom_cls.path=x.py: the rows are demonstrations, read by this tr",

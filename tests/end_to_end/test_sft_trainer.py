@@ -333,7 +333,7 @@ def test_bad_settings(run_sft: RunSFT) -> None:
     run = run_sft("teacher.model.path=/nowhere", ranks=2)
     assert run.returncode != 0
     errors = [line for line in run.output.splitlines() if line.startswith("Error")]
-    assert errors == ["Error: teacher.model.path=/nowhere: no such folder; give a folder that is there, or a hub name"]
+    assert errors == ["Error: teacher.model.path=/nowhere: no such folder; give an existing folder, or a hub name"]
     assert run.steps == []
 
 

@@ -180,7 +180,9 @@ def test_resuming_by_path_from_what_is_not_whole_is_refused(tmp_path: Path) -> N
     write(tmp_path, 15)  # by verl alone
     for step in (5, 15):
         check_whole(trainer_node(f"{step_dir(tmp_path, step)}/"), ACTOR)
-    message = f"trainer.resume_from_path={step_dir(tmp_path, 10)}: this checkpoint is not whole, its saving or removal "
+    message = (
+        f"trainer.resume_from_path={step_dir(tmp_path, 10)}: this checkpoint is incomplete, its saving or removal "
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         check_whole(trainer_node(str(step_dir(tmp_path, 10))), ACTOR)
 
@@ -281,7 +283,7 @@ def test_a_resume_with_other_rows_is_said(tmp_path: Path, caplog: pytest.LogCapt
     say_changed_rows(folder, {"rows": 24, "sha256": "b"})
     assert f"resuming from {folder} with other training data: 24 rows, 16 when it was saved. Their order" in caplog.text
     say_changed_rows(folder, {"rows": 16, "sha256": "b"})
-    assert "16 rows as when it was saved, but other ones or in another order. Their order is drawn anew" in caplog.text
+    assert "16 rows as when it was saved, but other ones or in another order. They are shuffled again" in caplog.text
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -254,7 +254,7 @@ def test_bad_flags(tmp_path: Path, teacher: TeacherServer, flags: list[str], fou
         ("tokenizer", "cannot load its tokenizer|its tokenizer has no chat template"),
         ("template", "its tokenizer has no chat template"),
         ("weights", "no weights there"),
-        ("half", "is not a whole safetensors file|has .* bytes where its header says"),
+        ("half", "is not a complete safetensors file|has .* bytes where its header says"),
         ("all", "no such folder"),
     ],
 )

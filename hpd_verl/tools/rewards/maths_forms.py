@@ -1,7 +1,7 @@
 r"""The structure of a maths answer: lists, sets, tuples, relations, matrices, letters, words, and single values.
 
-Characters that mark what LaTeX writes in several ways: ``«word»`` a word, ``⦃ ⦄`` the braces of a set, ``⟨ ⟩`` angle
-brackets, ``¤`` a currency, ``⏎`` the end of a matrix's row.
+Characters that stand for things LaTeX writes in several ways: ``«word»`` a word, ``⦃ ⦄`` the braces of a set, ``⟨ ⟩``
+angle brackets, ``¤`` a currency, ``⏎`` the end of a matrix's row.
 """
 
 # ruff: noqa: RUF001, SIM905 (answers hold such characters; lists of words are read best as text)
