@@ -185,7 +185,7 @@ def owned(bases: list[type], name: str) -> str | None:
     if has is not None:
         return described(f"{has.__module__}:{has.__qualname__}.{name}", getattr(has, name))
     mentions = next((base for base in bases if name in attributes_in(source(base))), None)
-    return mentions and f"{mentions.__module__}:{mentions.__qualname__}.{name}"
+    return None if mentions is None else f"{mentions.__module__}:{mentions.__qualname__}.{name}"
 
 
 def of_class(each: type) -> set[str]:
@@ -225,10 +225,10 @@ def of_imports(tree: ast.AST) -> set[str]:
                     modules[name.asname or name.name] = what
                 else:
                     found.add(described(place, what))
-    for value, name, _ in _attributes(tree):
+    for value, attribute, _ in _attributes(tree):
         module = modules.get(ast.unparse(value))
         if module is not None:
-            found.add(described(f"{module.__name__}:{name}", getattr(module, name)))
+            found.add(described(f"{module.__name__}:{attribute}", getattr(module, attribute)))
     return found
 
 
@@ -236,9 +236,8 @@ def snapshot() -> str:
     """All names of verl's that our code relies on, a line each, as they are installed."""
     found: dict[str, set[str]] = defaultdict(set)
     for each in classes():
-        file = Path(inspect.getfile(each)).relative_to(ROOT)
         for line in of_class(each):
-            found[line].add(str(file))
+            found[line].add(str(Path(inspect.getfile(each)).relative_to(ROOT)))
     for path in sorted(ROOT.rglob("*.py")):
         file, tree = str(path.relative_to(ROOT)), ast.parse(path.read_text())
         for line in of_held(file, tree) | of_imports(tree):
