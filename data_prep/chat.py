@@ -1,7 +1,7 @@
 """Any set of conversations in the messages format: the last message, the assistant's, becomes the demonstration.
 
 Each record holds a list of messages, ``{"role": ..., "content": ...}``, in the column --messages_key. The messages
-before the last are the prompt. There is no ground truth. Reasoning fields (reasoning_content, reasoning, thinking), tool
+before the last are the prompt. There is no ground truth. Reasoning (reasoning_content, reasoning, thinking), tool
 calls and the column tools are kept; other fields are dropped with a note.
 
     python -m data_prep.chat --local_dataset_path ~/data/chats.jsonl --local_save_dir ~/data/chats --test_fraction 0.01

@@ -155,7 +155,7 @@ class HPDConfig(HPDParameters):
     @classmethod
     def _known_objectives(cls, value: Any) -> Any:
         if isinstance(value, str) and value.lstrip().startswith("{"):
-            raise ValueError("this is a text; a mixture, {objective: factor, ...}, has no quotes around it")
+            raise ValueError("this is text; write a mixture without quotes: {objective: factor, ...}")
         names = list(value) if isinstance(value, Mapping) else [value]
         if isinstance(value, Mapping) and (
             not names or not all(is_number(factor) and 1e-6 <= factor <= 1e6 for factor in value.values())
@@ -200,7 +200,7 @@ class HPDConfig(HPDParameters):
             self.rollouts_per_prompt == 1 or self.schedule.highest > 0 or self.missing_demonstration == "rollout",
             f"{PREFIX}.rollouts_per_prompt",
             self.rollouts_per_prompt,
-            f"the student answers nothing: set {PREFIX}.on_policy_fraction, or leave it out",
+            f"there are no rollouts; set {PREFIX}.on_policy_fraction, or leave it out",
         )
         over_tokens = objectives.names(lambda bound: bound.objective.over == "token")
         require(
@@ -220,7 +220,7 @@ class HPDConfig(HPDParameters):
             not self.exact_kl_metrics or self.teacher_cache == "off" or self.teacher_cache_format == "hidden",
             f"{PREFIX}.exact_kl_metrics",
             self.exact_kl_metrics,
-            f"{PREFIX}.teacher_cache_format=topk keeps a part of the teacher's distribution; choose hidden",
+            f"{PREFIX}.teacher_cache_format=topk stores only part of the teacher's distribution; choose hidden",
         )
         return self
 
@@ -235,9 +235,7 @@ class HPDConfig(HPDParameters):
         used = {reference: find_objective(reference) for mixture in factors for reference in mixture}
         by_name = {each.name: each for each in used.values()}
         for name in by_name.keys() & type(self).model_fields.keys():
-            raise ValueError(
-                f"{PREFIX}.objective={self.objective}: {name} is the name of a setting, too; give the objective another"
-            )
+            raise ValueError(f"{PREFIX}.objective={self.objective}: {name} is also a setting; rename the objective")
         for name, values in self.objective_parameters.items():
             known = by_name.get(name) or OBJECTIVES.get(name)
             if known is None or not known.has_own_node:

@@ -1,4 +1,4 @@
-"""How a run refuses what it cannot do: one line, ``SETTING=VALUE: what was found; what to do``."""
+"""Errors in one line: ``SETTING=VALUE: what was found; what to do``."""
 
 from typing import Any
 

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from hydra import compose, initialize_config_module
+from conftest import main_ppo_config
 from settle_it import grid, measures, models, on_policy, task
 from settle_it.jobs import Data, right_demonstrations
 from settle_it.report import PAGES, filled, tables, write_report
@@ -260,8 +260,7 @@ def test_candidates_have_the_gradients_of_their_definitions(monkeypatch: pytest.
 @pytest.mark.parametrize("method", grid.ROLLOUT_METHODS)
 def test_runs_with_rollouts_pass_the_check(method: str, tmp_path: Path) -> None:
     named = on_policy.overrides(tmp_path, tmp_path / "student", Data(tmp_path, few=True), method, 1e-3, seed=1)
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        check_config(compose("ppo_trainer", overrides=["algorithm=hpd", *named]))
+    check_config(main_ppo_config(*named))
 
 
 def test_pass_at_k_is_that_of_all_choices() -> None:

@@ -88,8 +88,8 @@ def check_prompts_fit(
         raise ValueError(first_refusal)
     if fitting < needed and drops and shortest is not None and shortest <= limit:
         raise ValueError(
-            f"data.max_response_length={data.max_response_length}: with algorithm.hpd.overlong_demonstration=drop "
-            f"{fitting} of {seen} rows of {setting} stay, {needed} are needed; raise it, or truncate"
+            f"data.max_response_length={data.max_response_length}: algorithm.hpd.overlong_demonstration=drop keeps "
+            f"{fitting} of {seen} rows of {setting}, {needed} are needed; raise it, or truncate"
         )
     if fitting < needed:
         what = f"stay, {needed} are needed" if filters else "fit, the others would lose their beginning"

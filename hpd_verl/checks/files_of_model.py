@@ -1,4 +1,4 @@
-"""What a student's files say of themselves, where training would go on and something else be saved or served."""
+"""Files of a student that training ignores but that change the saved or served model."""
 
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def check_student_files(model: HFModelConfig, setting: str, serves_rollouts: boo
             name is None,
             setting,
             model.path,
-            f"its config.json says tie_word_embeddings=true, but {name} in its file is not the embeddings, which the "
-            "rollout server would take for it; write tie_word_embeddings=false into its config.json",
+            f"its config.json has tie_word_embeddings=true, but {name} differs from the embeddings that the rollout "
+            "server would use; write tie_word_embeddings=false into its config.json",
         )
 
 
@@ -60,7 +60,7 @@ def _check_adapter(model: HFModelConfig, node: str) -> None:
             found == own,
             f"{node}{name}",
             found,
-            f"the adapter in {node}lora_adapter_path goes on with its own {key}={own}; set {node}{name}={own}",
+            f"the adapter in {node}lora_adapter_path has {key}={own}; set {node}{name}={own}",
         )
 
 

@@ -69,7 +69,7 @@ def _safetensors_names(file: Path) -> set[str]:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
-            raise ValueError("is not a whole safetensors file")
+            raise ValueError("is not a complete safetensors file")
         try:
             header = json.loads(stream.read(length))
             tensors = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
@@ -96,9 +96,9 @@ def _check_weights_file(file: Path, names: set[str]) -> None:
     if file.suffix == ".safetensors":
         missing = names - _safetensors_names(file)
         if missing:
-            raise ValueError(f"lacks {len(missing)} tensors that the index names, as {min(missing)}")
+            raise ValueError(f"lacks {len(missing)} tensors of its index, such as {min(missing)}")
     elif not zipfile.is_zipfile(file) and not start.startswith(_PICKLE):
-        raise ValueError("is not a whole file of torch.save")
+        raise ValueError("is not a complete file of torch.save")
 
 
 def check_weights(setting: str, folder: Path) -> list[Path]:
@@ -148,9 +148,9 @@ def load_model_config(node: DictConfig, setting: str) -> HFModelConfig:
     """
     path = str(node.path)
     if path.startswith("~"):
-        raise ValueError(f"{setting}={path}: the shell leaves ~ as it is after =; write the whole path, or $HOME")
+        raise ValueError(f"{setting}={path}: the shell does not expand ~ after =; write the whole path, or $HOME")
     if path.startswith(("/", "./", "../")) and not Path(path).exists():
-        raise ValueError(f"{setting}={path}: no such folder; give a folder that is there, or a hub name")
+        raise ValueError(f"{setting}={path}: no such folder; give an existing folder, or a hub name")
     try:
         return omega_conf_to_dataclass(node)
     except Exception as error:  # Hydra wraps whatever Hugging Face raised
@@ -165,8 +165,8 @@ def _check_chat_template(model: HFModelConfig, setting: str, template_kwargs: di
     node = setting.removesuffix(".path")
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{setting}={model.path}: its tokenizer has no chat template, which prompts and demonstrations are written "
-            f"with; choose an instruction-tuned model, or give one by {node}.custom_chat_template"
+            f"{setting}={model.path}: its tokenizer has no chat template; choose an instruction-tuned model, or set "
+            f"{node}.custom_chat_template"
         )
     written = str(tokenizer.chat_template)
     known = {*inspect.signature(tokenizer.apply_chat_template).parameters, *re.findall(r"\w+", written)}
@@ -182,7 +182,7 @@ def _check_chat_template(model: HFModelConfig, setting: str, template_kwargs: di
     except Exception as error:  # templates are programs: any error of Jinja or of what they call
         raise ValueError(
             f"{setting}={model.path}: its chat template cannot write a question and an answer: {one_line(error)}; "
-            f"give another by {node}.custom_chat_template"
+            f"set {node}.custom_chat_template"
         ) from error
 
 
@@ -200,14 +200,14 @@ def _check_overrides(use: ModelUse, model: HFModelConfig) -> None:
                 key in ("model_config", "attn_implementation"),
                 f"{node}.{key}",
                 value,
-                f"nothing reads it beside {node}.model_config; write it there, or leave model_config out",
+                f"not read together with {node}.model_config; write it there, or leave model_config out",
             )
         node, overrides = f"{node}.model_config", dict(overrides["model_config"] or {})
         require(
             "attn_implementation" not in overrides,
             f"{node}.attn_implementation",
             overrides.get("attn_implementation"),
-            f"nothing reads it there; give {use.node}.override_config.attn_implementation",
+            f"not read there; set {use.node}.override_config.attn_implementation",
         )
 
     def check(part: Any, values: Mapping[str, Any], name: str) -> None:
@@ -253,7 +253,7 @@ def _check_build(use: ModelUse, model: HFModelConfig) -> PreTrainedModel:
         heads % use.ulysses == 0 and (key_heads % use.ulysses == 0 or use.ulysses % key_heads == 0),
         f"{use.engine.removesuffix('.fsdp_config')}.ulysses_sequence_parallel_size",
         use.ulysses,
-        f"{use.setting} has {heads} heads, {key_heads} of keys, which it must divide",
+        f"must divide the {heads} heads and {key_heads} key heads of {use.setting}",
     )
     return built
 
@@ -266,7 +266,7 @@ def _check_wrapping(use: ModelUse, built: PreTrainedModel) -> None:
         {type(module).__name__ for module in built.modules()}.issuperset(wanted),
         setting,
         use.layers,
-        f"not all are classes of {use.setting}; choose of {', '.join(known)}, or leave it out",
+        f"not all are layer classes of {use.setting}; choose from {', '.join(known)}, or leave it out",
     )
     require(bool(wanted), use.setting, type(built).__name__, "it has no layers; choose a language model")
 
@@ -287,13 +287,13 @@ def _check_tensors(use: ModelUse, model: HFModelConfig, built: PreTrainedModel, 
     if found.mismatched:
         name, in_file, by_config = found.mismatched[0]
         raise ValueError(
-            f"{use.setting}={model.path}: {len(found.mismatched)} tensors of another size than by its config.json, as "
-            f"{name} with {_shape(in_file)} for {_shape(by_config)}; {remedy}"
+            f"{use.setting}={model.path}: {len(found.mismatched)} tensors with another size than in its config.json, "
+            f"such as {name} with {_shape(in_file)} for {_shape(by_config)}; {remedy}"
         )
     if found.missing:
         raise ValueError(
-            f"{use.setting}={model.path}: its files lack {len(found.missing)} tensors, as {found.missing[0]}, which "
-            f"transformers would draw at random; {remedy}"
+            f"{use.setting}={model.path}: its files lack {len(found.missing)} tensors, such as {found.missing[0]}; "
+            f"transformers would initialise them at random; {remedy}"
         )
 
 
@@ -330,8 +330,8 @@ def _check_lora(use: ModelUse, model: HFModelConfig, built: PreTrainedModel) -> 
             raise ValueError(f"{path}={folder}: {ADAPTER} cannot be read: {one_line(error)}") from error
         if not isinstance(config, peft.LoraConfig) or config.modules_to_save:
             raise ValueError(
-                f"{path}={folder}: more than LoRA ({config.peft_type}, modules_to_save={config.modules_to_save}), "
-                "which is not supported; merge it into its base"
+                f"{path}={folder}: not only LoRA ({config.peft_type}, modules_to_save={config.modules_to_save}); "
+                "merge it into its base"
             )
     try:
         adapted = peft.get_peft_model(built, config)
@@ -344,7 +344,7 @@ def _check_lora(use: ModelUse, model: HFModelConfig, built: PreTrainedModel) -> 
                 base is None or base is not layer,
                 setting,
                 value,
-                f"an adapter on {name} is not supported; leave it out, the layers between can be adapted",
+                f"an adapter on {name} is not supported; leave it out",
             )
     if folder is not None:
         _check_adapter_tensors(path, Path(folder), adapted)
@@ -400,7 +400,7 @@ def check_models(
             model.lora_adapter_path is None or model.lora_rank > 0,
             f"{use.node}.lora_adapter_path",
             model.lora_adapter_path,
-            "verl loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both",
+            "verl loads an adapter only if lora_rank is above 0; set lora_rank too, or leave both out",
         )
         _check_overrides(use, model)
         files = check_weights(use.setting, Path(model.local_path)) if Path(model.local_path).is_dir() else []
@@ -421,7 +421,7 @@ def check_models(
         teacher_model = models[uses[1].setting]
         if student_model.path == teacher_model.path:
             logger.warning(
-                "%s and %s are both %s: the gap between them starts at zero",
+                "%s and %s are both %s: student and teacher start equal",
                 *models,
                 student_model.path,
             )

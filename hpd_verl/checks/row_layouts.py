@@ -1,4 +1,4 @@
-"""Which attention each model takes and whether its rows are packed: chosen where nothing is set, else checked."""
+"""Attention and packing of each model: chosen if unset, else checked."""
 
 import functools
 import logging
@@ -88,7 +88,7 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
         not passes.ulysses or packing is not False,
         f"{model.name}.{PACKING}",
         packing,
-        "Ulysses sequence parallelism shares out packed rows; leave it out",
+        "Ulysses needs packed rows; leave it out",
     )
     attention = str(model.get(ATTENTION))
     require(
@@ -105,7 +105,7 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
     except Exception as error:  # a replica that is large too, or whatever a model file raises at sizes of its own
         # Eager attention, the last, is the one that no family computes wrongly or ignores.
         layout = next((each for each in reversed(candidates) if not each.packed), candidates[-1])
-        logger.warning("%s: %s, without a trial before it loads: %s", _called(model), layout, one_line(error))
+        logger.warning("%s: %s, not tried before it loads: %s", _called(model), layout, one_line(error))
         _check_offload(model, layout)
         return layout
     if tried.right is None:
@@ -164,9 +164,8 @@ def _check_rope(config: Any, model: ModelNode, passes: Passes) -> None:
     switch = rope_switch(config)
     if switch is not None and passes.longest_row > switch and passes.fixed_rows is not None and passes.rows_share:
         raise ValueError(
-            f"{passes.fixed_rows}: {_called(model)} takes other rotary factors for all rows of a micro-batch once one "
-            f"has more than {switch} tokens; give 1, or leave it out: micro-batches by tokens keep short and long rows "
-            "apart"
+            f"{passes.fixed_rows}: one row of more than {switch} tokens changes the rotary factors of all rows of "
+            f"its micro-batch in {_called(model)}; give 1, or leave it out"
         )
 
 
@@ -175,7 +174,7 @@ def _check_offload(model: ModelNode, layout: RowLayout) -> None:
         layout.packed or not model.get("enable_activation_offload"),
         f"{model.name}.enable_activation_offload",
         True,
-        f"{_called(model)} takes padded rows, with which verl's offloading of activations gives wrong gradients; set "
+        f"{_called(model)} needs padded rows, and verl's activation offloading gives wrong gradients with them; set "
         "it to false",
     )
 

@@ -282,7 +282,7 @@ def check_trackers(config: DictConfig) -> None:
     """
     setting = "trainer.logger"
     for name in as_list(OmegaConf.select(config, setting)):
-        require(name in _TRACKERS, setting, name, f"verl knows no such tracker; choose of {', '.join(_TRACKERS)}")
+        require(name in _TRACKERS, setting, name, f"verl knows no such tracker; choose from {', '.join(_TRACKERS)}")
         package = _TRACKERS[name]
         require(
             package is None or importlib.util.find_spec(package) is not None,

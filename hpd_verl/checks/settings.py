@@ -1,7 +1,7 @@
-"""What verl's settings may be: one table for both trainers, student and teacher.
+"""Allowed values of verl's settings: one table for both trainers, student and teacher.
 
-verl checks most of them late, by an assertion, or not at all; some it never reads. The tables of a node name every key
-that it has; a key without an entry is refused, and so is a value that would change nothing.
+verl checks most of them late, by an assertion, or not at all; some it never reads. The tables name every key of a node;
+keys without an entry are rejected, and so are values without effect.
 """
 
 import functools

@@ -221,8 +221,8 @@ def check_main_ppo(config: DictConfig) -> None:
             size in VLLM_CPU_HEAD_SIZES,
             "actor_rollout_ref.model.path",
             student.path,
-            f"attention heads of {size}, and vLLM generates on a CPU with {', '.join(map(str, VLLM_CPU_HEAD_SIZES))} "
-            "only; choose another student, or train on demonstrations alone without validation",
+            f"attention heads of {size}; vLLM on a CPU supports {', '.join(map(str, VLLM_CPU_HEAD_SIZES))} only; "
+            "choose another student, or train on demonstrations alone without validation",
         )
 
 

@@ -240,8 +240,8 @@ class SequenceBuilder:
             raise ValueError(f"{where}: {error}") from error
         if max(*prompt, *demonstration.ids) >= self._embedded:  # of rows that could not be looked at before the start
             raise ValueError(
-                f"{where}: it holds token {max(*prompt, *demonstration.ids)}, and the model's embedding has "
-                f"{self._embedded} rows; resize the embedding to the tokenizer, or take the token out"
+                f"{where}: it holds token {max(*prompt, *demonstration.ids)}, but the model's embedding has "
+                f"{self._embedded} rows; resize the embedding to the tokenizer, or remove the token"
             )
         truncated_prompt = len(prompt) > self._max_prompt_length
         if truncated_prompt:

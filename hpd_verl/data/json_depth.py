@@ -1,4 +1,4 @@
-"""How deep JSON is nested. pyarrow and pandas, which read data files, end the process at what is too deep."""
+"""Depth of nested JSON. pyarrow and pandas, which read data files, crash the process if it is too deep."""
 
 import re
 

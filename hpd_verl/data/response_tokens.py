@@ -1,4 +1,4 @@
-"""Which tokens of a packed batch belong to responses, and which positions predict them."""
+"""The response tokens of a packed batch, and the positions that predict them."""
 
 from dataclasses import dataclass
 

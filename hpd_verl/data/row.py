@@ -1,4 +1,4 @@
-"""A row as its author wrote it: without what columnar formats add, and with its tools as a list."""
+"""A row as its author wrote it: without the nulls of columnar formats, and with its tools as a list."""
 
 import json
 from collections.abc import Mapping, Sequence

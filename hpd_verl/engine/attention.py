@@ -1,8 +1,8 @@
 """Attention of packed sequences by torch alone: ``attn_implementation=packed_attention``.
 
-torch's sdpa needs a mask of [tokens, tokens] to keep packed sequences apart, whose cost grows with the square of the
-pack; this one calls it once per sequence. It takes soft caps and sinks, which sdpa does not, and serves verl's Ulysses
-sequence parallelism, which verl itself builds into flash attention only.
+torch's sdpa needs a mask of [tokens, tokens] for packed sequences, whose cost grows with the square of the pack; this
+calls it once per sequence. It supports soft caps and sinks, which sdpa does not, and Ulysses sequence parallelism,
+which verl builds into flash attention only.
 """
 
 from collections.abc import Callable
@@ -137,8 +137,8 @@ def packed_attention(
     mask, position_ids = attention_mask, kwargs.get("position_ids")
     if position_ids is None and (mask is None or ranks > 1):
         raise ValueError(
-            f"attn_implementation={NAME}: {type(module).__name__} hands on neither position_ids nor a mask, which "
-            "would tell packed sequences apart"
+            f"attn_implementation={NAME}: {type(module).__name__} passes on neither position_ids nor a mask, which "
+            "packed sequences need"
         )
     if ranks > 1:  # all tokens of some heads, in place of some tokens of all heads
         if kwargs.get("s_aux") is not None:

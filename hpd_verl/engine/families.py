@@ -1,4 +1,4 @@
-"""What verl asks of a model that some families do not say, or say otherwise.
+"""Attributes that verl reads from a model and that some families lack or name otherwise.
 
 verl chooses a model's class by its name, which GPT-2 and its like do not have. Before it changes attention for sequence
 parallelism it reads two counts of heads: OPT, Bloom and others have no count of key-value heads, state-space models no

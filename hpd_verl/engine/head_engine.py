@@ -1,4 +1,4 @@
-"""verl's FSDP engine for losses that are computed from hidden states, in place of the model's output layer."""
+"""verl's FSDP engine for losses computed from hidden states instead of logits."""
 
 import dataclasses
 from abc import ABC, abstractmethod

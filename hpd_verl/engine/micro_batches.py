@@ -1,4 +1,4 @@
-"""Micro-batches of rows of like length: padded rows, and those on either side of a rope's switch."""
+"""Micro-batches of rows of similar length, for padded rows and for rope that switches at a length."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

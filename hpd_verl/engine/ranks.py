@@ -1,4 +1,4 @@
-"""Steps that one rank takes for all, steps whose failure on one rank must end all, and numbers of all ranks."""
+"""Steps that one rank takes for all, failures that must end all ranks, and numbers gathered from all ranks."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait

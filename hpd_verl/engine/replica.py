@@ -1,7 +1,7 @@
-"""A small model with random weights that computes as a large one of its family does: layers of every kind.
+"""A small model with random weights and layers of every kind that a large model of its family has.
 
-What is asked of it, before the large one loads, is about masks, positions and states. These do not depend on widths,
-and windows, chunks and soft caps are made so small that a few tokens show them. float32, on the CPU.
+It answers questions about masks, positions and states before the large model loads. These do not depend on widths;
+windows, chunks and soft caps are made so small that a few tokens show them. float32, on the CPU.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""How rows share a micro-batch, packed or padded, and which attention keeps each what it would be alone."""
+"""Packed or padded rows, and the attention under which rows of a micro-batch do not affect each other."""
 
 import functools
 import importlib.util

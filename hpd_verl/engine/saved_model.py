@@ -1,8 +1,7 @@
-"""A trained model as a folder of transformers, and the proof that the folder holds the trained model.
+"""A trained model as a folder of transformers, and the check that the folder holds the trained model.
 
-``plain_model`` makes transformers' model of what an engine's state holds: adapters merged, an output layer that is not
-the embeddings kept. ``LogProbs`` are those of a few token sequences by the trained model; what is written must give
-the same.
+``plain_model`` makes a transformers model of an engine's state: adapters are merged, an untied output layer is kept.
+``LogProbs`` are the trained model's log-probs of a few token sequences; the written model must give the same.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a pipeline is: the part of the driver, who sees whole batches, and the part of each rank, who has the models."""
+"""The interface of a pipeline: the driver's part, with whole batches, and each rank's part, with the models."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

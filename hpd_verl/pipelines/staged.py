@@ -1,4 +1,4 @@
-"""The staged pipeline: student pass, teacher pass, weights, update; with a ratio where a batch is several updates.
+"""The staged pipeline: student pass, teacher pass, weights, update; with PPO's ratio if a batch is several updates.
 
 The passes go through verl's engine and its hook for logits, where the loss functions here turn logits into per-token
 log-probs, under the names of ``data.fields``. In between the driver computes the weights, which stay fixed for a batch.

@@ -1,4 +1,4 @@
-"""A batch as several updates: the rows of each on each rank, and the batch's metrics from theirs."""
+"""A batch as several updates: the rows of each update on each rank, and the batch's metrics."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -72,7 +72,8 @@ class HPDTrainer(PPOTrainerSync):
     total_training_steps: int
 
     def __init__(self, config: DictConfig) -> None:
-        if not messages.is_checked():  # started by another driver than that of algorithm=hpd
+        if not messages.is_checked():
+            logger.info("the trainer checks settings, data and models: the driver has not said that it did")
             check_main_ppo(config)
         hpd = HPDConfig.from_config(config.algorithm.hpd)
         pipeline, reason = choose_pipeline(config, hpd)
@@ -275,7 +276,7 @@ class HPDTrainer(PPOTrainerSync):
         if not math.isfinite(metrics["actor/grad_norm"]):
             raise FloatingPointError(
                 f"step {self.global_steps}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the "
-                "update, and the run stops instead of going on without it"
+                "update; the run stops"
             )
         return batch
 

@@ -1,12 +1,12 @@
 """Which checkpoint to resume from, and which old ones to remove.
 
 verl names the newest checkpoint in a tracker file, which it overwrites in place after the checkpoint's files, and
-removes old checkpoints before it writes that name. A run killed meanwhile can leave an empty tracker, one whose
-checkpoint is not whole, or no checkpoint at all. Here each complete checkpoint gets a marker file, old ones are removed
-only after the new one has its marker, and a run resumes from what is marked:
+removes old checkpoints before it writes that name. A run killed meanwhile can leave an empty tracker, a tracker of an
+incomplete checkpoint, or no checkpoint at all. Here each complete checkpoint gets a marker file, old ones are removed
+only after the new one has its marker, and a run resumes from a marked one:
 
-- from the tracker's checkpoint if it is complete, so that a roll back by the tracker is obeyed;
-- else from the one that was completed last, by the markers' count of completions (steps go back in a roll back, and
+- from the tracker's checkpoint if it is complete, which allows a roll back by the tracker;
+- else from the one completed last, by the markers' count of completions (steps go back in a roll back, and
   times change in a copy);
 - with none marked, from the tracker's, as verl would: the run began without this plugin.
 
@@ -91,9 +91,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:  # of syntax, of UTF-8, of depth
-        raise ValueError(f"{file.name} is no JSON ({str(error)[:100]})") from error
+        raise ValueError(f"{file.name} is not JSON ({str(error)[:100]})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds no JSON object")
+        raise ValueError(f"{file.name} is not a JSON object")
     return content
 
 
@@ -111,12 +111,12 @@ def load_data(file: Path) -> Any:
         if "Weights only" in str(error) or "weights_only" in str(error):
             named = next((name for name in code.groups() if name), "") if code else ""
             raise ValueError(
-                f"{file.name} holds more than data{f' ({named})' if named else ''}, which would run as code: nothing "
-                "of it was loaded; take a checkpoint from where you trust"
+                f"{file.name} holds code, not only data{f' ({named})' if named else ''}; nothing of it was loaded; "
+                "use a checkpoint from a trusted source"
             ) from error
         raise ValueError(
-            f"{file.name} cannot be read ({' '.join(str(error).split())[:120]}); it is cut short or damaged: copy it "
-            "again, or take another checkpoint"
+            f"{file.name} cannot be read ({' '.join(str(error).split())[:120]}); copy it again, or use another "
+            "checkpoint"
         ) from error
 
 
@@ -379,8 +379,8 @@ def say_changed_rows(folder: Path, rows: Mapping[str, Any]) -> None:
         else f"{rows['rows']} rows as when it was saved, but other ones or in another order"
     )
     logger.warning(
-        "resuming from %s with other training data: %s. Their order is drawn anew: in this epoch some rows come twice "
-        "and others not at all. To train on each once, start anew (another trainer.default_local_dir)",
+        "resuming from %s with other training data: %s. They are shuffled again: in this epoch some rows come twice "
+        "and others not at all. To train on each once, start again with another trainer.default_local_dir",
         folder,
         found,
     )
@@ -488,8 +488,8 @@ def check_whole(trainer: DictConfig, contents: str) -> None:
         folder = Path(path).absolute()
         if is_incomplete(folder):
             raise ValueError(
-                f"trainer.resume_from_path={path}: this checkpoint is not whole, its saving or removal was "
-                f"interrupted; choose one whose folder holds a file named {COMPLETE}"
+                f"trainer.resume_from_path={path}: this checkpoint is incomplete, its saving or removal was "
+                f"interrupted; choose one with a file named {COMPLETE}"
             )
         check_pickles(folder, f"trainer.resume_from_path={path}")
     elif trainer.resume_mode == "auto" and OmegaConf.select(trainer, "default_local_dir"):

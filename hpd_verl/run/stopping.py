@@ -1,7 +1,7 @@
-"""Ending a run by a signal: the step under way is finished and saved, then the process ends with ``EXIT_CODE``.
+"""Stopping a run by a signal: the current step is finished and saved, then the process ends with ``EXIT_CODE``.
 
-SIGUSR1 asks for it, as often as it likes. SIGTERM asks too; a second one ends the process at once. While there is
-nothing to save yet, either ends it at once.
+SIGUSR1 may be repeated. A second SIGTERM ends the process at once. Before there is anything to save, either signal ends
+it at once.
 """
 
 import signal

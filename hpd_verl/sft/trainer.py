@@ -141,8 +141,8 @@ class HPDSFTTrainer(SFTTrainer):
         metrics = _train_names(reduce_metrics(tu.get(output, "metrics")))
         if not math.isfinite(metrics["actor/grad_norm"]):
             raise FloatingPointError(
-                f"step {step}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the update, and the "
-                "run stops instead of going on without it"
+                f"step {step}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the update; the run "
+                "stops"
             )
         metrics |= dict(zip(fields.COUNTED_FLAGS.values(), map(int, flags), strict=True))
         metrics["hpd/dropped_demonstrations"] = self.train_dataset.rows.dropped_demonstrations

@@ -1,6 +1,6 @@
-"""The teacher as everything above sees it: features of a batch's rows, wherever they come from.
+"""The teacher's interface: features of a batch's rows.
 
-``ColocatedTeacher`` runs the model beside the student, ``StoredTeacher`` keeps what another teacher computes.
+``ColocatedTeacher`` runs the model beside the student, ``StoredTeacher`` stores another teacher's features.
 """
 
 from abc import ABC, abstractmethod

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir, initialize_config_module
+from conftest import main_ppo_config, sft_config
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from verl.utils.tracking import Tracking
@@ -16,7 +16,6 @@ from hpd_verl.checks import run
 from hpd_verl.checks.folders import check_checkpoint_folder
 from hpd_verl.checks.run import check_config, check_sft_config
 from hpd_verl.config import HPDConfig
-from hpd_verl.hydra_config import config_dir
 from hpd_verl.run.choices import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 
 MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x")
@@ -24,8 +23,8 @@ MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T"
 
 @functools.cache
 def base() -> DictConfig:
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=["algorithm=hpd", *MODELS])
+    config: DictConfig = main_ppo_config(*MODELS)
+    return config
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -75,7 +74,7 @@ def test_the_defaults_pass() -> None:
         (["trainer.v1.trainer_mode=sync"], "trainer.v1.trainer_mode=sync: algorithm=hpd works only with"),
         (["actor_rollout_ref.actor.ppo_mini_batch_size=100"], "ppo_mini_batch_size=100: must divide data.train_batch"),
         (["algorithm.hpd.objective=sft", "actor_rollout_ref.actor.ppo_epochs=2"], "ppo_epochs=2: objective sft has no"),
-        (["actor_rollout_ref.rollout.n=2"], "actor_rollout_ref.rollout.n=2: several answers a prompt need"),
+        (["actor_rollout_ref.rollout.n=2"], "actor_rollout_ref.rollout.n=2: several answers per prompt need"),
         (["algorithm.hpd.on_policy_fraction={start: 0, end: 1}"], "on_policy_fraction={'start': 0, 'end': 1}: a sche"),
         (
             ["+actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype: fp16}"],
@@ -94,7 +93,10 @@ def test_the_defaults_pass() -> None:
         (["trainer.total_epochs=0"], "trainer.total_epochs=0: give an integer of at least 1"),
         (["trainer.total_training_steps=0"], "trainer.total_training_steps=0: give an integer of at least 1"),
         (["trainer.resume_mode=always"], "trainer.resume_mode=always: choose auto, disable or resume_path"),
-        (["trainer.logger=[console,wandbb]"], "trainer.logger=wandbb: verl knows no such tracker; choose of console, "),
+        (
+            ["trainer.logger=[console,wandbb]"],
+            "trainer.logger=wandbb: verl knows no such tracker; choose from console, ",
+        ),
         (["trainer.logger=vemlp_wandb"], "trainer.logger=vemlp_wandb: its package volcengine_ml_platform is not insta"),
         (["actor_rollout_ref.actor.optim.lr=-1e-5"], "actor_rollout_ref.actor.optim.lr=-1e-05: give a number of at"),
         (["actor_rollout_ref.actor.optim.lr=nan"], "actor_rollout_ref.actor.optim.lr=nan: give a number of at least"),
@@ -119,7 +121,7 @@ def test_the_defaults_pass() -> None:
         (["trainer.n_gpus_per_node=4", FSDP_SIZE.format(3)], "fsdp_config.fsdp_size=3: must divide the ranks"),
         (
             ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3", "trainer.n_gpus_per_node=2", *batches(16, 8)],
-            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3: must divide the 4 sequences that a rank gets",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3: must divide the 4 sequences of a rank",
         ),
         (
             ["actor_rollout_ref.rollout.tensor_model_parallel_size=2", "algorithm.hpd.on_policy_fraction=0.5"],
@@ -140,12 +142,12 @@ def test_the_defaults_pass() -> None:
                 f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
                 "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5",
             ],
-            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5: must divide the 12 sequences that a rank gets",
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5: must divide the 12 sequences of a rank",
         ),
         ([f"{ACTOR}.loss_scale_factor=0"], f"{ACTOR}.loss_scale_factor=0: give an integer of at least 1"),
         (
             [*NO_TEACHER, "algorithm.hpd.pipeline=staged"],
-            "actor_rollout_ref.ref.model.path=None: the staged pipeline (set) runs a teacher with every objective",
+            "actor_rollout_ref.ref.model.path=None: the staged pipeline (set) always needs a teacher",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -247,8 +249,7 @@ def test_one_seed() -> None:
     config = composed("algorithm.hpd.seed=7")
     models = config.actor_rollout_ref
     assert [config.data.seed, models.actor.data_loader_seed, models.actor.fsdp_config.seed] == [7, 7, 7]
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        config = lean("algorithm.hpd.seed=7")
+    config = lean("algorithm.hpd.seed=7")
     assert [config.data.seed, config.engine.seed] == [7, 7]
 
 
@@ -361,31 +362,28 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
         (["data.train_batch_size=7"], "data.train_batch_size=7: must divide among 2 ranks (torchrun's processes)"),
         (
             ["data.use_dynamic_bsz=false", "data.train_batch_size=12"],
-            "data.micro_batch_size_per_gpu=4: must divide the 6 sequences that a rank gets at once",
+            "data.micro_batch_size_per_gpu=4: must divide the 6 sequences of a rank",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_the_lean_trainer_refuses(overrides: list[str], message: str) -> None:
-    with (
-        initialize_config_dir(str(config_dir()), version_base=None),
-        pytest.raises(ValueError, match=re.escape(message)),
-    ):
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_sft_config(lean(*overrides), ranks=2)
 
 
 def lean(*overrides: str) -> DictConfig:
-    return compose("sft_trainer", overrides=["model.path=S", "teacher.model.path=T", *overrides])
+    config: DictConfig = sft_config("model.path=S", "teacher.model.path=T", *overrides)
+    return config
 
 
 def test_what_works_in_the_lean_trainer() -> None:
     """Its defaults; no teacher where none is needed; to fill the store, any batch of at least a row a rank."""
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        check_sft_config(lean())
-        check_sft_config(lean("trainer.save_freq=after_each_epoch"), ranks=8)
-        check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"))
-        check_sft_config(lean("data.train_batch_size=7"), ranks=2, fills_store=True)
-        with pytest.raises(ValueError, match=r"^data\.train_batch_size=7: less than a row for each of 8 ranks"):
-            check_sft_config(lean("data.train_batch_size=7"), ranks=8, fills_store=True)
-        with pytest.raises(ValueError, match=r"^teacher\.model\.path=None: give the teacher's folder or hub name"):
-            check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"), fills_store=True)
+    check_sft_config(lean())
+    check_sft_config(lean("trainer.save_freq=after_each_epoch"), ranks=8)
+    check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"))
+    check_sft_config(lean("data.train_batch_size=7"), ranks=2, fills_store=True)
+    with pytest.raises(ValueError, match=r"^data\.train_batch_size=7: less than a row for each of 8 ranks"):
+        check_sft_config(lean("data.train_batch_size=7"), ranks=8, fills_store=True)
+    with pytest.raises(ValueError, match=r"^teacher\.model\.path=None: give the teacher's folder or hub name"):
+        check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"), fills_store=True)

@@ -32,7 +32,7 @@ def student(folder: Path, **settings: Any) -> Any:
 def test_a_server_would_take_the_embeddings_for_an_own_output_layer(tiny: Tiny, tmp_path: Path) -> None:
     """In one file or several; without a server, or where both are the same, nothing is wrong."""
     own = make_awkward_model(tiny.student, tmp_path / "own")
-    message = r"^model\.path=.*own: its config\.json says tie_word_embeddings=true, but lm_head\.weight in its file"
+    message = r"^model\.path=.*own: its config\.json has tie_word_embeddings=true, but lm_head\.weight differs"
     check_student_files(student(own), "model.path", serves_rollouts=False)
     with pytest.raises(ValueError, match=message):
         check_student_files(student(own), "model.path", serves_rollouts=True)
@@ -82,7 +82,7 @@ def test_a_folder_for_temporary_files_that_is_not_there(monkeypatch: pytest.Monk
     check_temporary_folders("TMPDIR", "RAY_TMPDIR")
     monkeypatch.setenv("RAY_TMPDIR", f"{tmp_path}/nowhere")
     check_temporary_folders("TMPDIR")
-    with pytest.raises(ValueError, match=r"^RAY_TMPDIR=.*nowhere: no such folder; make it, or unset the variable$"):
+    with pytest.raises(ValueError, match=r"^RAY_TMPDIR=.*nowhere: no such folder; create it, or unset the variable$"):
         check_temporary_folders("TMPDIR", "RAY_TMPDIR")
 
     def nothing() -> str:

@@ -47,12 +47,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
         log.unlink(missing_ok=True)
         output.write_text("")
         arguments = [
-            f"model.path={tiny.student}",
-            f"teacher.model.path={tiny.teacher}",
-            f"data.train_files={tiny.train}",
-            "data.train_batch_size=8",
-            "data.max_prompt_length=16",
-            "data.max_response_length=16",
+            *tiny.sft,
             "optim.lr=1e-2",
             "trainer.logger=[console,file]",
             "trainer.total_training_steps=4",
@@ -338,7 +333,7 @@ def test_bad_settings(run_sft: RunSFT) -> None:
     run = run_sft("teacher.model.path=/nowhere", ranks=2)
     assert run.returncode != 0
     errors = [line for line in run.output.splitlines() if line.startswith("Error")]
-    assert errors == ["Error: teacher.model.path=/nowhere: no such folder; give a folder that is there, or a hub name"]
+    assert errors == ["Error: teacher.model.path=/nowhere: no such folder; give an existing folder, or a hub name"]
     assert run.steps == []
 
 

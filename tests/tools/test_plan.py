@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir, initialize_config_module
+from conftest import main_ppo_config, sft_config
 from transformers import (
     AutoConfig,
     Gemma2Config,
@@ -22,7 +22,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from hpd_verl.hydra_config import config_dir
 from hpd_verl.tools.plan.__main__ import describe, main
 from hpd_verl.tools.plan.memory import ALLOWANCE, complaints, plan_memory, what_helps
 from hpd_verl.tools.plan.model_size import ModelSize, model_size, read_config
@@ -174,12 +173,7 @@ def test_what_helps_is_taken_by_the_trainer(trainer: str, student: ModelSize, te
     names |= {name.split(",")[0] for name, _ in what_helps(student, teacher, replace(run, on_policy_fraction=0.0))}
     overrides = [each for name in names if "=" in name for each in name.split()]
     assert len(overrides) >= (6 if trainer == "main_ppo" else 4)
-    if trainer == "main_ppo":
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            compose("ppo_trainer", overrides=["algorithm=hpd", *overrides])
-    else:
-        with initialize_config_dir(str(config_dir()), version_base=None):
-            compose("sft_trainer", overrides=overrides)
+    (main_ppo_config if trainer == "main_ppo" else sft_config)(*overrides)
 
 
 def write_config(folder: Path, config: PretrainedConfig) -> str:

@@ -1,4 +1,4 @@
-"""How much the teacher's store will take, said before training starts."""
+"""Estimated size of the teacher's store, logged before training starts."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""What is asked of a model, and what it answers."""
+"""Prompts for a model, and its answers."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""Answers by vLLM's offline engine, in processes of their own.
+"""Answers by vLLM's offline engine, one process per engine.
 
-Each engine has a process, with its devices, from ``VLLMGenerator``'s first question until it is closed. Prompts go to
-the engine that has the fewest; an engine that dies, or the process that asks, ends them all.
+An engine lives from ``VLLMGenerator``'s first prompt until it is closed. Prompts go to the engine with the fewest; if
+an engine or the asking process dies, all end.
 """
 
 import atexit
@@ -178,8 +178,8 @@ class VLLMGenerator:
     def _death(self, engine: _Engine) -> GenerationError:
         engine.process.join(10)
         return GenerationError(
-            f"--model={self.model}: vLLM's process ended (exit code {engine.process.exitcode}) without a word; "
-            "it may have been killed for its memory: see above, or the kernel's log"
+            f"--model={self.model}: vLLM's process ended (exit code {engine.process.exitcode}), perhaps killed for "
+            "its memory; see the log above, or the kernel's"
         )
 
     def _start(self) -> None:
@@ -237,7 +237,7 @@ def _shares_of_devices(engines: int, each: int) -> list[dict[str, str]]:
     if len(devices) < engines * each:
         raise ValueError(
             f"--data_parallel_size={engines}, --tensor_parallel_size={each}: {engines * each} devices are needed, "
-            f"{len(devices)} can be seen; lower one of them"
+            f"{len(devices)} are visible; lower one of them"
         )
     return [{name: ",".join(devices[index * each : (index + 1) * each])} for index in range(engines)]
 
@@ -272,7 +272,7 @@ def load_template(
         if weights:
             check_weights(setting, folder)
     elif model.startswith(("/", "./", "../", "~")):
-        raise ValueError(f"{setting}={model}: no such folder; give a folder that is there, or a hub name")
+        raise ValueError(f"{setting}={model}: no such folder; give an existing folder, or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # of transformers, tokenizers or the model's own code

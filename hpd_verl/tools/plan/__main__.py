@@ -1,8 +1,8 @@
-"""What a run needs, from the models' config.json alone: memory of a GPU, hours, disk; and what would make it fit.
+"""Estimates memory of a GPU, hours and disk of a run from the models' config.json, and what would make it fit.
 
     hpd-verl plan STUDENT TEACHER --gpus 8 --memory 80 --tokens 16384
 
-Ends with 1 where the run does not fit. docs/planner.md says how it counts and how near that is.
+Exits with 1 if the run does not fit. Method and accuracy: docs/planner.md.
 """
 
 import argparse

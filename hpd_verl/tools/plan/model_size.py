@@ -1,4 +1,4 @@
-"""A model's sizes, from its config.json: transformers builds it without memory, and its parameters are counted."""
+"""A model's sizes from its config.json: transformers builds it without memory to count its parameters."""
 
 from dataclasses import dataclass
 from pathlib import Path

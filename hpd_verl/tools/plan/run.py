@@ -1,4 +1,4 @@
-"""The settings of a run that memory and time depend on."""
+"""Settings that determine a run's memory and time."""
 
 from dataclasses import dataclass
 

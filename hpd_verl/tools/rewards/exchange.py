@@ -1,11 +1,11 @@
-"""Objects of a candidate in the hands of its tests, and the other way round, over two pipes.
+"""Exchanges objects between a candidate and its tests over two pipes.
 
-Runs inside the sandbox. Each side is a ``Port``. Plain data go by value (``plain.py``). Of everything else the other
-side gets a ``Proxy``, whose operations are carried out where the object is. An exception class becomes a class of the
-same name and bases, so that ``except`` knows it; a coroutine becomes a coroutine.
+Runs inside the sandbox. Each side is a ``Port``. Plain data go by value (``plain.py``), everything else as a ``Proxy``,
+whose operations run on the side of the object. An exception class becomes a class of the same name and bases, which
+``except`` catches; a coroutine becomes a coroutine.
 
-The two sides do not trust each other equally. What a candidate's proxy says is never part of a comparison by the
-tests, and through a proxy of the tests' a candidate reaches what that object shows, not the module that it is from.
+The tests do not trust the candidate: its proxies never take part in a comparison by the tests, and a proxy of a tests'
+object shows the candidate that object, not its module.
 """
 
 import builtins

@@ -1,4 +1,4 @@
-"""What runs inside the sandbox: ``sandbox.py`` hands this module's code and its neighbours' to their interpreters.
+"""Code that runs inside the sandbox: ``sandbox.py`` passes this module and its neighbours to the interpreters there.
 
 A candidate and its tests are two processes in two sandboxes. The tests see a candidate's functions and objects through
 ``exchange.py``: arguments go to the candidate's process, results come back as plain data (numbers, texts, lists, ...),

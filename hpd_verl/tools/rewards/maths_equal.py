@@ -1,7 +1,7 @@
 r"""Whether two maths answers are equal: exactly, by structure. ``docs/evaluation.md`` has the rules with examples.
 
-math-verify's parser reads expressions. Its comparison rounds to six digits and ignores differences below 1e-15, so that
-it decides only about inequalities that are no interval.
+math-verify's parser reads expressions. Its comparison rounds to six digits and ignores differences below 1e-15, so it
+decides only about inequalities that are not an interval.
 """
 
 # ruff: noqa: RUF001 (answers hold such characters)

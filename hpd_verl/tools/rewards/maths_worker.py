@@ -1,6 +1,6 @@
-"""Compares maths answers in a process of its own, a line of JSON for a line of JSON: ``maths.py`` ends it if it hangs.
+"""Compares maths answers in a separate process, one line of JSON in, one out; ``maths.py`` ends it if it hangs.
 
-A time limit by a signal would neither work in a thread nor end a product of huge numbers.
+A signal as time limit neither works in a thread nor ends a product of huge numbers.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Programs that nobody has read run in a sandbox: ``check`` a candidate against tests, or ``run`` a program.
+"""Untrusted programs run in a sandbox: ``check`` a candidate against tests, or ``run`` a program.
 
 The sandbox is bubblewrap (Debian's package of that name). A program sees Python's own files and numpy, read-only, an
 empty ``/tmp`` and ``/dev/shm`` in memory, and nothing else: no network, no other process, no environment, no ``/proc``.
-It has limits and a system-call filter, and what it started is killed with it. ``guest.py`` is what runs inside, and
-``confine.py`` the filter.
+It has limits and a system-call filter, and its children are killed with it. ``guest.py`` runs inside; ``confine.py`` is
+the filter.
 """
 
 import contextlib
