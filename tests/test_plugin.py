@@ -24,7 +24,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[objec
     ):
         (tmp_path / f"beside_{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    import beside_log  # type: ignore[import-not-found]
+    import beside_log
 
     yield beside_log.seen
     for name in [name for name in sys.modules if name.startswith("beside_")]:
@@ -35,7 +35,7 @@ def test_ours_are_imported_after_the_whole_module_in_order_and_once(seen: list[o
     import_beside("beside_theirs", "beside_two", "beside_one")
     import_beside("beside_theirs", "beside_one")
     assert seen == []
-    import beside_theirs  # type: ignore[import-not-found]
+    import beside_theirs
 
     assert seen == ["theirs", ("beside_two", True), ("beside_one", True)]
     # As tools expect them.

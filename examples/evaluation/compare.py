@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 
-from examples.evaluation.results import read_result, shown, table, write_file
+from examples.evaluation.results import aligned, read_result, shown, table, write_file
 from hpd_verl.tools.intervals import Comparison, avg_at_k, compare
 
 matplotlib.use("Agg")
@@ -200,9 +200,7 @@ def main() -> None:
             print(f"{kind}\n{table([result for result in results if result['kind'] == kind])}\n")
         lines = pair_lines(results, args.bootstrap_seed)
         if len(lines) > 1:
-            widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-            for line in lines:
-                print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+            print(aligned(lines))
         if args.html or args.png:
             image = picture(results)
             if args.png:

@@ -319,6 +319,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     lines = [["run", *names]]
     for result in results:
         lines.append([str(result["name"]), *(shown(result["summary"].get(name)) for name in names)])
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns as wide as their longest."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

@@ -276,11 +276,15 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--out={parsed.out}: expected a file that ends with .png")
         runs = read_runs(parsed.runs, parsed.names)
         for pattern in parsed.metrics if parsed.metrics is not PICTURE else ():
-            if not logged(runs, [pattern]):
+            try:
+                found = logged(runs, [pattern])
+            except re.error as error:
+                raise ValueError(
+                    f"--metrics={pattern}: no pattern ({error}); give names, or hpd/.* for several"
+                ) from None
+            if not found:
                 raise ValueError(f"--metrics={pattern}: no run logged it; docs/metrics.md lists what there is")
         draw_picture(runs, parsed.out, parsed.metrics)
-    except re.error as error:
-        sys.exit(f"Error: --metrics={error.pattern}: no pattern ({error}); give names, or hpd/.* for several")
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
     for run in runs:

@@ -79,8 +79,6 @@ class VLLMGenerator:
         trust_remote_code: bool = False,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        from verl.plugin.platform import get_platform
-
         for name, value in (
             ("--tensor_parallel_size", tensor_parallel_size),
             ("--data_parallel_size", data_parallel_size),
@@ -100,9 +98,6 @@ class VLLMGenerator:
             "gpu_memory_utilization": gpu_memory_utilization,
             "disable_log_stats": True,
         }
-        if get_platform().device_name == "cpu":
-            # vLLM cannot take back a random number of an answer whose prompt it has read in part: prompts whole, then.
-            self._load["enable_chunked_prefill"] = False
         load_template(model, self.template_kwargs, trust_remote_code)
         self._devices = _shares_of_devices(data_parallel_size, tensor_parallel_size)
         self._engines: list[_Engine] = []
@@ -318,7 +313,7 @@ def _serve(connection: Connection, model: str, template_kwargs: Mapping[str, Any
 
     threading.Thread(target=receive, daemon=True).start()
     try:
-        engine = _load_engine(model, template_kwargs, load)
+        engine = _VLLM(model, template_kwargs, load)
         while (request := requests.get() if engine.is_idle() else _next(requests)) is not None:
             if request != ():
                 engine.add(*request)
@@ -344,28 +339,23 @@ def _next(requests: "queue.SimpleQueue[Any]") -> Any:
         return ()
 
 
-def _defaults() -> dict[str, Any]:
-    """Arguments of vLLM's ``LLM`` that a CPU needs; the user's own win."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return {}
-    # A prompt in several pieces takes its random numbers back, which generators of a CPU cannot. The plugin's
-    # environment does not compile.
-    return {"enable_chunked_prefill": False, "enforce_eager": os.environ.get("TORCHDYNAMO_DISABLE") == "1"}
-
-
 class _VLLM:
     """vLLM's engine, by tokens."""
 
     def __init__(self, model: str, template_kwargs: Mapping[str, Any], load: dict[str, Any]) -> None:
         import verl  # noqa: F401 - its plugins set what a CPU needs
         from vllm import LLM
+        from vllm.platforms import current_platform
 
+        if current_platform.is_cpu():
+            # It cannot take back a random number of an answer whose prompt it has read in part: prompts whole, then.
+            # The plugin's environment does not compile; the user's own choice wins.
+            eager = os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+            load = {"enforce_eager": eager, **load, "enable_chunked_prefill": False}
         self._model = model
         self._template = load_template(model, template_kwargs, load["trust_remote_code"])
         self._end = self._template.turn_end([{"role": "user", "content": "question"}]).token
-        self._llm = LLM(model, **{**_defaults(), **load})
+        self._llm = LLM(model, **load)
         self._engine = self._llm.llm_engine
         self._context: int = self._llm.model_config.max_model_len
         self._too_long: list[tuple[int, list[Answer]]] = []
@@ -419,7 +409,3 @@ class _VLLM:
             clean_up_tokenization_spaces=False,
         )
         return Answer(text, tokens, output.finish_reason)
-
-
-def _load_engine(model: str, template_kwargs: Mapping[str, Any], load: dict[str, Any]) -> _VLLM:
-    return _VLLM(model, template_kwargs, load)

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import functools
 import importlib.util
+import io
 import json
 import marshal
 import math
@@ -134,9 +135,8 @@ def check(candidate: str, tests: str, *, helper: str = "", function: str = "", l
             ),
         ):
             processes.append(stack.enter_context(_started(role, given, limits, ends, told)))
-        for pipe in (requests, replies):
-            pipe.close()
-        os.close(report.write.detach())
+        for end in (*requests, *replies, report.write):
+            end.close()
         collected, over, seconds = _collect({"report": report.read}, processes, limits)
         if over in ("timeout", "memory"):
             return Outcome(over, _MET[over], seconds=seconds)
@@ -168,7 +168,7 @@ def run(program: str, *, stdin: str = "", limits: Limits | None = None) -> Outco
             _started("program", given, limits, ends, errors.write, stdin=input_, stdout=output.write)
         )
         for pipe in (report, output, errors):
-            os.close(pipe.write.detach())
+            pipe.write.close()
         read = {"report": report.read, "out": output.read, "err": errors.read}
         # It may have closed all of them and go on.
         collected, over, seconds = _collect(read, [process], limits, until_end=True)
@@ -191,37 +191,17 @@ _MET: dict[Status, str] = {
 }
 
 
-class _End:
-    """One end of a pipe, closed once."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor: int | None = descriptor
-
-    def fileno(self) -> int:
-        assert self._descriptor is not None
-        return self._descriptor
-
-    def detach(self) -> int:
-        descriptor = self.fileno()
-        self._descriptor = None
-        return descriptor
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self.detach())
+class _Pipe(NamedTuple):
+    read: io.FileIO
+    write: io.FileIO
 
 
-class _Pipe:
-    def __init__(self) -> None:
-        self.read, self.write = (_End(_raised(end)) for end in os.pipe())
-
-    def close(self) -> None:
-        self.read.close()
-        self.write.close()
-
-
-def _pipe() -> contextlib.closing[_Pipe]:
-    return contextlib.closing(_Pipe())
+@contextlib.contextmanager
+def _pipe() -> Iterator[_Pipe]:
+    """Two ends; one that is closed earlier is closed once."""
+    read, write = map(_raised, os.pipe())
+    with io.FileIO(read, "r") as reader, io.FileIO(write, "w") as writer:
+        yield _Pipe(reader, writer)
 
 
 def _raised(descriptor: int) -> int:
@@ -289,7 +269,7 @@ def _started(
     role: str,
     given: dict[str, str],
     limits: Limits,
-    ends: dict[str, _End],
+    ends: dict[str, io.FileIO],
     errors: Any,
     stdin: Any = subprocess.DEVNULL,
     stdout: Any = subprocess.DEVNULL,
@@ -350,7 +330,7 @@ def _resource_limits(limits: Limits) -> dict[str, int]:
 
 
 def _collect(
-    ends: dict[str, _End], processes: "list[subprocess.Popen[bytes]]", limits: Limits, until_end: bool = False
+    ends: dict[str, io.FileIO], processes: "list[subprocess.Popen[bytes]]", limits: Limits, until_end: bool = False
 ) -> tuple[dict[str, bytes], Status | None, float]:
     """What comes from these until all are closed, or until a limit is met; which one; and how long it took.
 
