@@ -27,7 +27,7 @@ def usage() -> str:
 
 
 def main() -> None:
-    """Run the command that the first argument names; exit code 2 where there is no such command."""
+    """Run the command that the first argument names; exit code 2 if there is no such command."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help", "help"):
         print(usage())

@@ -57,7 +57,7 @@ _FRACTION = "give a number from 0 (demonstrations only) to 1 (rollouts only), or
 
 
 def _says(remedy: str) -> dict[str, Any]:
-    """What to do where a field's type and bounds do not say it themselves."""
+    """The remedy, if a field's type and bounds do not express it."""
     return {"remedy": remedy}
 
 
@@ -377,7 +377,7 @@ def _one_line(error: ValidationError, fields: Mapping[str, FieldInfo], prefix: s
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a field may be, by its declaration: "give a number above 0", "choose error or rollout"."""
+    """Allowed values of a field, by its declaration: "give a number above 0", "choose error or rollout"."""
     kinds = [kind for kind in get_args(field.annotation) or [field.annotation] if kind is not NoneType]
     if get_origin(field.annotation) is Literal:
         return f"choose {', '.join(map(str, kinds[:-1]))} or {kinds[-1]}"
@@ -434,7 +434,7 @@ def compares_rollouts(config: DictConfig, hpd: HPDConfig) -> bool:
 
 
 def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
-    """Which pipeline a run takes, one_pass or staged, and why.
+    """The pipeline of a run, one_pass or staged, and why.
 
     Raises:
         ValueError: the one that is set, or that another setting needs, cannot work.

@@ -26,7 +26,7 @@ VERL_CONFIGS = "pkg://verl.trainer.config"
 
 
 def config_dir() -> Path:
-    """Our own config folder: inside the package once installed, beside it in a checkout."""
+    """Our config folder: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"

@@ -47,7 +47,7 @@ def check_student_files(model: HFModelConfig, setting: str, serves_rollouts: boo
 
 
 def _check_adapter(model: HFModelConfig, node: str) -> None:
-    """verl goes on with the adapter's own rank and alpha; settings that say otherwise would be passed over."""
+    """verl keeps the adapter's own rank and alpha; other settings would be ignored."""
     folder = Path(str(model.lora_adapter_path))
     if not (folder / ADAPTER).is_file():
         return
@@ -82,7 +82,7 @@ def _own_output_layer(model: HFModelConfig, folder: Path) -> str | None:
 
 
 def _files_of(folder: Path, names: tuple[str, str]) -> tuple[Path, Path] | None:
-    """The safetensors files of two tensors; None where not both are there, or the files are of another kind."""
+    """The safetensors files of two tensors; None if one is missing or the files have another format."""
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     places: dict[str, Any] = {}
     if single.is_file():

@@ -132,7 +132,7 @@ MAIN_PPO_RULES: dict[str, Rule] = {
     "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": COUNT,
     "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": SWITCH,
 }
-"""Of main_ppo. The engines' rules depend on their strategy."""
+"""Rules of main_ppo. The engines' rules depend on their strategy."""
 
 _MAIN_PPO_NODES = (
     "actor_rollout_ref.model",
@@ -206,7 +206,7 @@ SFT_RULES: dict[str, Rule] = {
         }.items()
     },
 }
-"""Of the lean trainer: of all its settings."""
+"""Rules of all settings of the lean trainer."""
 
 
 _TRACKERS = {
@@ -297,7 +297,7 @@ def check_main_ppo_engines(config: DictConfig) -> None:
 
 
 def _check_micro_batches(config: DictConfig, rows_by_setting: Mapping[str, tuple[bool, int]]) -> None:
-    """Micro-batches of fixed size must fill what a rank gets.
+    """Micro-batches of fixed size must divide a rank's rows.
 
     Args:
         rows_by_setting: setting to (batches are packed by tokens, rows of a rank).
@@ -411,7 +411,7 @@ def check_sft_ranks(config: DictConfig, ranks: int, fills_store: bool) -> None:
 
 
 def check_folder(setting: str, folder: Any, what: str) -> Path:
-    """Check that a folder can be made and written; nothing is left there.
+    """Check that a folder can be created and written; leaves nothing behind.
 
     Args:
         setting: its name.

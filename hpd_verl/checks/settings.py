@@ -25,9 +25,9 @@ from hpd_verl.config import PREFIX, is_number
 from hpd_verl.errors import Refused, require
 
 Rule = tuple[Callable[[Any], bool], str]
-"""What a value must be, and the remedy where it is not."""
+"""Check of a value, and the remedy if it fails."""
 Rules = Mapping[str, Rule]
-"""By setting; ``a.b.*`` stands for all settings below ``a.b`` that have no rule of their own."""
+"""By setting; ``a.b.*`` covers the settings below ``a.b`` without their own rule."""
 
 
 def is_integer(value: Any) -> bool:
@@ -182,7 +182,7 @@ _ENGINE_SWITCHES = (
 
 
 def engine_rules(node: str, trained: bool, strategy: str) -> dict[str, Rule]:
-    """Of a node of verl's FSDP engine.
+    """Rules of a node of verl's FSDP engine.
 
     Args:
         node: its name.
@@ -225,7 +225,7 @@ def engine_rules(node: str, trained: bool, strategy: str) -> dict[str, Rule]:
 
 
 def model_rules(node: str, trained: bool, uses_megatron_lora: bool = False) -> dict[str, Rule]:
-    """Of verl's model node.
+    """Rules of verl's model node.
 
     Args:
         node: its name.
@@ -291,7 +291,7 @@ def model_rules(node: str, trained: bool, uses_megatron_lora: bool = False) -> d
 
 
 def optimiser_rules(node: str) -> dict[str, Rule]:
-    """Of the optimiser's node."""
+    """Rules of the optimiser's node."""
     return {
         f"{node}.lr": RATE,
         f"{node}.weight_decay": RATE,
@@ -317,7 +317,7 @@ def optimiser_rules(node: str) -> dict[str, Rule]:
 
 
 def checkpoint_rules(node: str) -> dict[str, Rule]:
-    """Of the checkpoints' node."""
+    """Rules of the checkpoints' node."""
     return {
         f"{node}.save_contents": _contents("model", "optimizer", "extra", "hf_model"),
         f"{node}.load_contents": _contents("model", "optimizer", "extra", "hf_model"),
@@ -328,7 +328,7 @@ def checkpoint_rules(node: str) -> dict[str, Rule]:
 
 
 def check_values(config: DictConfig, rules: Rules) -> None:
-    """Check values of settings; one that the configuration does not have is passed over.
+    """Check values of settings; settings that the configuration lacks are skipped.
 
     Raises:
         Refused: the first that its rule refuses.
@@ -395,7 +395,7 @@ def check_optimiser(config: DictConfig, node: str) -> None:
 
 
 def check_lora(config: DictConfig, node: str, trained: bool) -> None:
-    """Check that settings of LoRA stand beside a rank, and a teacher's rank beside the adapter that it is for.
+    """Check that LoRA settings come with a rank, and a teacher's rank with its adapter.
 
     Raises:
         Refused: they would change nothing.
@@ -425,7 +425,7 @@ def check_lora(config: DictConfig, node: str, trained: bool) -> None:
 
 
 def check_engine(config: DictConfig, node: str, inherited: str | None = None) -> None:
-    """Check that ``dtype``, where it is set, is what ``mixed_precision`` says, which verl reads, and the seed's use.
+    """Check that ``dtype``, if set, agrees with ``mixed_precision``, which verl reads; and the seed's use.
 
     Args:
         config: the configuration.

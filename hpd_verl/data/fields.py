@@ -11,7 +11,7 @@ ROW = "row"
 """int64 [rows, 1]: number of the sequence within its batch, a counter of the student's draws."""
 
 IS_ROLLOUT = "is_rollout"
-"""int64 [rows, 1]: 1 where the label is the student's own rollout, 0 where it is a demonstration."""
+"""int64 [rows, 1]: 1 for rollouts, 0 for demonstrations."""
 
 IS_PADDING = "is_padding"
 """int64 [rows, 1], in validation: 1 where a row only fills the batch up and counts for nothing."""

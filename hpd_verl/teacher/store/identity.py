@@ -63,7 +63,7 @@ _WITHOUT_EFFECT = {
 
 
 def teacher_hashes(model: HFModelConfig, hashes: "FileHashes") -> tuple[str, str]:
-    """What a teacher's function depends on, as two sha256: of its weights and code, and of its configuration.
+    """Two sha256 that identify a teacher: of its weights and code, and of its configuration.
 
     Args:
         model: the teacher, its configuration loaded and overrides applied. A model of the hub is fetched, if need be:
@@ -111,7 +111,7 @@ def _effective(value: Any) -> Any:
 
 
 def model_files(source: str, explicit: str | None = None, commit: str | None = None) -> dict[str, Path]:
-    """The weights of a model, by name: the one file or the index and its shards, and an adapter beside them.
+    """The weights of a model, by name: one file, or the index and its shards, and an adapter.
 
     Args:
         source: a folder or a name on the hub.

@@ -30,7 +30,7 @@ class ResponseTokens:
     rows: int
     tokens: int
     source: str
-    """Where ``tokens`` comes from, for the reader."""
+    """The source of ``tokens``, for the log."""
 
 
 def count_response_tokens(dataset: Dataset[Any], max_response_length: int, sample: int = 256) -> ResponseTokens:
@@ -64,7 +64,7 @@ def count_response_tokens(dataset: Dataset[Any], max_response_length: int, sampl
 
 
 def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[ResponseTokens]) -> tuple[str, float]:
-    """What the rows need, what the limit keeps of it and, for a store on disk, what is there and free.
+    """Size of the rows, the part within the limit and, on disk, the stored and the free size.
 
     Args:
         config: the algorithm's configuration, with a teacher cache.

@@ -402,7 +402,7 @@ class Port:
         return self.numbers[id(value)]
 
     def refer(self, value: Any) -> dict[str, Any] | None:
-        """What stands for a value that is no plain data."""
+        """The reference to a value that is not plain data."""
         kind: Any = type(value)
         if isinstance(value, Proxy):
             return {"yours": value._hpd_number}
@@ -485,7 +485,7 @@ class Port:
         return {"raised": [self.refer_to_class(type(error)), args, text, self.keep(error), state]}
 
     def meet(self, tag: str, content: Any) -> Any:
-        """What stands here for what is no plain data."""
+        """This side's object for a reference to a value that is not plain data."""
         match tag:
             case "yours":
                 return self.own(int(content))
@@ -660,7 +660,7 @@ def changes(value: Any) -> bool:
 
 
 def text_of(error: BaseException) -> str:
-    """An exception's text; a class of its own may fail to make one."""
+    """An exception's text; a custom class may fail to make one."""
     try:
         return str(error)[:300]
     except BaseException:
@@ -668,7 +668,7 @@ def text_of(error: BaseException) -> str:
 
 
 class Printed(io.StringIO):
-    """What a candidate prints, up to a limit."""
+    """A candidate's output, up to a limit."""
 
     def write(self, text: str) -> int:
         return super().write(text) if self.tell() < PRINTED else len(text)
@@ -821,7 +821,7 @@ class TestsPort(Port):
         return super().respond(request)
 
     def perform(self, op: str, target: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """What a candidate may do with an object of its tests: use it, not look behind it."""
+        """Carry out a candidate's operation on an object of its tests: use it, not look behind it."""
         name = args[0] if args else ""
         if op in ("get", "set", "delete") and (
             type(name) is not str or name.startswith(("__", *_REACHING)) or isinstance(target, _FUNCTIONS)
