@@ -103,7 +103,7 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
     try:
         tried = _tried(config, candidates, model, passes)
     except Exception as error:  # a replica that is large too, or whatever a model file raises at sizes of its own
-        # Eager attention, the last, is the one that no family computes wrongly or ignores.
+        # Eager attention, the last, is right in every family.
         layout = next((each for each in reversed(candidates) if not each.packed), candidates[-1])
         logger.warning("%s: %s, not tried before it loads: %s", _called(model), layout, one_line(error))
         _check_offload(model, layout)

@@ -69,7 +69,7 @@ _COMMON: dict[str, Rule] = {
     "trainer.resume_from_path": TEXT_OR_NULL,
     "trainer.project_name": TEXT,
     "trainer.experiment_name": TEXT,
-    "trainer.default_hdfs_dir": (takes_hdfs, "give a folder, null, or an address of hdfs where its command is there"),
+    "trainer.default_hdfs_dir": (takes_hdfs, "give a folder, null, or an address of hdfs if its command is installed"),
 }
 
 _NO_KL = "HPD's loss already holds the teacher"
@@ -161,9 +161,7 @@ SFT_RULES: dict[str, Rule] = {
     "data.enable_thinking_key": only("enable_thinking", f"{_NOT_READ}; data.apply_chat_template_kwargs has it"),
     "data.enable_thinking_default": only("none", f"{_NOT_READ}; data.apply_chat_template_kwargs has it"),
     "data.max_length": only(1024, "lengths are data.max_prompt_length and data.max_response_length; leave it out"),
-    "data.truncation": only(
-        "error", "algorithm.hpd.overlong_demonstration says what becomes of long rows; leave it out"
-    ),
+    "data.truncation": only("error", "algorithm.hpd.overlong_demonstration decides about long rows; leave it out"),
     "data.balance_dp_token": only(False, _NOT_READ),
     "data.custom_cls.path": only(None, "the rows are demonstrations, read by this trainer; leave it out"),
     "data.custom_cls.name": only(None, "the rows are demonstrations, read by this trainer; leave it out"),

@@ -437,7 +437,7 @@ class ChatTemplate:
     def _find_turn_controls(self, messages: Messages) -> frozenset[str]:
         user = {"role": "user", "content": "x"}
         named = [getattr(self.tokenizer, role, None) for role in _NAMED_ROLES]
-        # A prompt of its own content is the last resort, for a template that takes no other.
+        # The last resort, for a template that accepts no other prompt: the prompt's own content.
         for chat in ([user], [{"role": "system", "content": "x"}, user], messages):
             try:
                 rendered = self.prompt(chat)

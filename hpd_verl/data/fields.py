@@ -49,10 +49,10 @@ OLD_LABEL_LOG_PROBS = "old_log_probs"  # verl's name
 # Of the rollout server (response, float32).
 ROLLOUT_LOG_PROBS = "rollout_log_probs"  # verl's name; 0 for demonstrations
 
-# What the student returns in the update (full, differentiable).
+# Returned by the student in the update (full, differentiable).
 LABEL_LOG_PROBS = "label_log_probs"
 
-# What a worker needs of the sequences themselves.
+# The fields of the sequences that a worker needs.
 SEQUENCE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "response_mask", "loss_mask", ROW, IS_ROLLOUT]
 
 

@@ -310,7 +310,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _duplicate(name: str, count: int) -> str:
-    return f"{count} columns are named {name!r}, and which of them is meant cannot be known; keep one"
+    return f"{count} columns are named {name!r}; keep one"
 
 
 def _check_duplicates(kind: pa.DataType | pa.Schema, path: str = "") -> None:

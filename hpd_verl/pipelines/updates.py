@@ -83,7 +83,7 @@ def batch_metrics(metrics: Mapping[str, Any], epochs: int, loss_agg_mode: str) -
         elif name in ("loss", "hpd/loss"):
             found[name] = of_loss(values)
         elif name == ROLLOUT_DIFFERENCE:
-            # Of the first update: after it the student is not the one that the rollout server had.
+            # First update only: after it the student differs from the rollout server's.
             if metrics[ROLLOUT_TOKENS][0]:
                 found[name] = values[0] / metrics[ROLLOUT_TOKENS][0]
         elif name.startswith(("hpd/", "actor/")):

@@ -420,7 +420,7 @@ def checkpoint_to_resume(root: Path, contents: str = ACTOR, says: bool = True) -
         warn("%s has no marker of this plugin: taken as verl's tracker names it", _step_dir(root, tracked))
         return _step_dir(root, tracked)
     if (root / TRACKER).exists():
-        warn("%s names no whole checkpoint, and there is none: starting from the beginning", root / TRACKER)
+        warn("%s names no complete checkpoint, and there is no other: starting from the beginning", root / TRACKER)
     return None
 
 

@@ -148,7 +148,7 @@ class ColocatedTeacher(Teacher):
         form, temperature = FeatureForm.of(self.config), self.config.temperature_of_teacher
         self._loss = _FeatureLoss(form, head, temperature, self.config.token_chunk_size)
         self._loss.compiled = engine.compiles
-        # What loading took on the way goes back to the device: a rollout server counts what is free there.
+        # Return memory that loading took: a rollout server counts the free memory of the device.
         aggressive_empty_cache(force_sync=True)
         return self._loss
 

@@ -100,7 +100,7 @@ class StoredTeacher(Teacher):
                     self.store.save_output_head(first.head.weight, first.head.bias)
                 torch.distributed.barrier()
         self._is_head_checked = True
-        # With the teacher's own head, in place of an equal one that was stored: one of them is in memory.
+        # Use the teacher's own head instead of the equal stored one: only one is in memory.
         self._form = first.with_tensors({name: torch.empty(0) for name in first.tensors})
 
     def _of_record(self, record: Record) -> TeacherFeatures:

@@ -210,7 +210,7 @@ def before(helper: str, scope: dict[str, Any]) -> dict[str, Any]:
     """Execute what stands before an answer in its problem, as far as it is a program of its own; what that defines."""
     lines, known = helper.splitlines(keepends=True), set(scope)
     while lines:
-        # It may end within a statement that the answer goes on with: a decorator, the first line of a class.
+        # It may end within a statement that the answer continues: a decorator, the first line of a class.
         with contextlib.suppress(SyntaxError):
             exec(compile("".join(lines), "<helper>", "exec"), scope)
             break

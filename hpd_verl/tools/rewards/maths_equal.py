@@ -74,7 +74,7 @@ def _variables(tex: str) -> bool:
     return bool(re.search(r"[A-Za-z]", re.sub(r"\\[a-zA-Z]+|(?<![A-Za-z])[ei](?![A-Za-z])", "", tex)))
 
 
-# What an answer without a box says
+# The statement of an answer without a box
 
 _MARKER = re.compile(
     r"(?:answer|result|答案|答え|正解|정답|ответ|réponse|respuesta|antwort|resposta|risposta)\**\s*"

@@ -170,7 +170,7 @@ def run(program: str, *, stdin: str = "", limits: Limits | None = None) -> Outco
         for pipe in (report, output, errors):
             os.close(pipe.write.detach())
         read = {"report": report.read, "out": output.read, "err": errors.read}
-        # It may have closed all of them and go on.
+        # It may have closed all of them and still run.
         collected, over, seconds = _collect(read, [process], limits, until_end=True)
         code = process.poll()
     lines = collected["err"].decode(errors="replace").strip()
@@ -320,7 +320,7 @@ def _started(
             env=ENVIRONMENT if way.sandboxed else {**ENVIRONMENT, "HOME": folder, "TMPDIR": folder},
             stdin=stdin,
             stdout=stdout,
-            # What the candidate writes is nobody's; what bubblewrap writes says why it does not start.
+            # The candidate's output is ignored; bubblewrap's tells why it does not start.
             stderr=errors,
             pass_fds=(program, *descriptors.values()),
             start_new_session=True,
@@ -342,7 +342,7 @@ def _resource_limits(limits: Limits) -> dict[str, int]:
         "RLIMIT_CPU": math.ceil(limits.seconds) + 1,
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
-        # What the kernel keeps for a process: pages that stay, timers and signals, queues.
+        # Kernel memory of a process: pinned pages, timers and signals, queues.
         "RLIMIT_MEMLOCK": 1 << 16,
         "RLIMIT_SIGPENDING": 1024,
         "RLIMIT_MSGQUEUE": 0,
