@@ -8,12 +8,12 @@ import importlib
 import sys
 
 COMMANDS = {
-    "export": ("hpd_verl.tools.export", "a checkpoint becomes a folder that transformers and vLLM load"),
+    "export": ("hpd_verl.tools.export", "export a checkpoint as a folder that transformers and vLLM load"),
     "fill-store": (
         "hpd_verl.sft.fill_store",
         "fill the teacher's store ahead of training (several ranks: torchrun)",
     ),
-    "plan": ("hpd_verl.tools.plan.__main__", "memory, time and disk that a run takes, from the models' config.json"),
+    "plan": ("hpd_verl.tools.plan.__main__", "estimate memory, time and disk of a run from the models' config.json"),
     "report": ("hpd_verl.tools.report", "curves of one or several runs, from their logs"),
 }
 """Name of each command: its module, whose ``main`` reads ``sys.argv``, and what it does."""

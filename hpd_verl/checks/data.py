@@ -162,7 +162,7 @@ class _Rows:
         said = one_line(error)
         if not isinstance(error, ValueError):
             said = f"the student's chat template fails at {what}: {type(error).__name__}: {said}"
-        return f"{file.row_name(index)}: {said}{'; change its messages' if 'refuses the chat' in said else ''}"
+        return f"{file.row_name(index)}: {said}{'; change its messages' if 'rejects the chat' in said else ''}"
 
     def check_kinds(self, files: Sequence[DataFile], filters: bool, max_samples: int) -> None:
         """Tokenise the first rows of each kind that is more than texts.
