@@ -69,7 +69,7 @@ def test_an_adapter_goes_on_with_its_own_rank_and_alpha(tiny: Tiny, tmp_path: Pa
     check_student_files(student(tiny.student, **node), "model.path", serves_rollouts=False)
     for changed, message in (
         ({"lora_rank": 4}, r"^model\.lora_rank=4: .* has r=8; set model\.lora_rank=8"),
-        ({"lora_alpha": 16}, r"^model\.lora_alpha=16: .* its own lora_alpha=12; set model\.lora_alpha=12"),
+        ({"lora_alpha": 16}, r"^model\.lora_alpha=16: .* has lora_alpha=12; set model\.lora_alpha=12"),
     ):
         with pytest.raises(ValueError, match=message):
             check_student_files(student(tiny.student, **node | changed), "model.path", serves_rollouts=False)
