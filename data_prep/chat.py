@@ -38,7 +38,7 @@ def configure(args: argparse.Namespace) -> tuple[Source, Convert]:
         known = set(left_out)
         prompt, demonstration = split_messages(record[key], key, left_out, args.reasoning_key)
         for name in left_out - known:
-            logger.warning("messages hold %r, which is left out", name)
+            logger.warning("messages hold %r, which is dropped", name)
         tools = record.get("tools") or None
         row = build_row(
             data_source="chat",

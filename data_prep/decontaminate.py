@@ -108,7 +108,7 @@ def is_text(run: str) -> bool:
 
 
 def shared_runs(texts: Iterable[Words]) -> set[str]:
-    """What many of these different texts share: runs of ``SHARED_WORDS`` words; none if there are few texts."""
+    """Runs of ``SHARED_WORDS`` words that many of these texts share; none if there are few texts."""
     generator, seen = random.Random(0), set()
     sample: list[Words] = []
     for words in texts:
@@ -155,7 +155,7 @@ def parts_of(words: Words, shared: set[str]) -> list[Words]:
 
 @dataclass
 class Match:
-    """What a training row shares with a test set: the longest run of words."""
+    """The longest run of words that a training row shares with a test set."""
 
     test: str
     test_row: int
@@ -196,7 +196,7 @@ class TestSet:
                 self.grams.setdefault(gram, (row, column))
 
     def match(self, column: str, parts: list[Words]) -> Match | None:
-        """What a text shares with this set."""
+        """The overlap of a text with this set."""
         whole = " ".join(word for part in parts for word in part)
         if column == "prompt" and whole and whole in self.whole:
             return Match(self.name, self.whole[whole], "prompt", column, "exact", whole)
@@ -269,7 +269,7 @@ def index_tests(paths: Sequence[Path], columns: Sequence[str], ngram: int, share
 def matches_of(
     record: dict[str, Any], columns: Sequence[str], tests: Sequence[TestSet], shared: set[str]
 ) -> list[Match]:
-    """What one training row shares with each test set."""
+    """The overlap of one training row with each test set."""
     parts = {column: parts_of(words_of(TEXTS[column](record)), shared) for column in columns}
     found = []
     for test in tests:

@@ -37,14 +37,14 @@ Convert = Callable[[dict[str, Any], str, int], Row | None]
 
 MATH_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 MATH_REWARD = "lighteval/MATH"
-r"""``data_source`` for which verl compares the content of the last \boxed{}, with no package beside verl."""
+r"""``data_source`` for which verl compares the content of the last \boxed{}, without further packages."""
 ROWS_PER_GROUP = 1024
 """Rows held in memory before they are written."""
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message for its reasoning, by the sets' names."""
 KEPT_KEYS = (*REASONING_KEYS, "tool_calls", "tool_call_id", "name")
-"""Fields of a message that are written beside role and content; all are texts, ``tool_calls`` in JSON."""
+"""Fields of a message that are written in addition to role and content; all are texts, ``tool_calls`` in JSON."""
 
 
 def build_row(
@@ -63,7 +63,7 @@ def build_row(
     Args:
         data_source: verl chooses the reward function by it.
         prompt: chat list that ends with the user's turn, or a tool's.
-        demonstration: the answer that HPD learns from, without the turn's end token, or its message where that holds
+        demonstration: the answer that HPD learns from, without the turn's end token, or its message if that holds
             more than text; None if the set has none.
         ability: kind of task, such as "math".
         ground_truth: what the reward function compares an answer with.
@@ -113,7 +113,7 @@ def split_messages(
         reasoning_key: field that reasoning is written into; the set's own if None.
 
     Returns:
-        The demonstration is a text, or a list of its message where that holds reasoning or tool calls beside its text.
+        The demonstration is a text, or a list of its message if that also holds reasoning or tool calls.
 
     Raises:
         ValueError: not a list of messages of texts, or not the assistant's after the user's or a tool's at its end.
@@ -140,7 +140,7 @@ def split_messages(
 def _kept(
     message: Mapping[str, Any], where: str, left_out: set[str] | None, reasoning_key: str | None
 ) -> dict[str, str]:
-    """The fields of a message beside role and content, as texts."""
+    """The fields of a message other than role and content, as texts."""
     found = {}
     for key, value in message.items():
         if key in ("role", "content") or value is None or value in ("", [], {}):
@@ -152,13 +152,13 @@ def _kept(
         elif left_out is not None:
             left_out.add(key)
         else:
-            raise ValueError(f"{where} holds {key!r} beside role and content, which would be lost")
+            raise ValueError(f"{where} holds {key!r} in addition to role and content, which would be lost")
     return found
 
 
 @dataclass
 class Tally:
-    """What became of the records of a split."""
+    """Counts of a split's records by result."""
 
     rows: int = 0
     left_out: int = 0
@@ -212,12 +212,12 @@ def draw(rows: Iterable[Row], max_rows: int, seed: int) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns and fields the rows so far have."""
+    """Columns and fields of the rows so far."""
 
     in_prompts: frozenset[str] = frozenset()
-    """Fields of the prompts' messages beside role and content."""
+    """Fields of the prompts' messages other than role and content."""
     in_answers: frozenset[str] | None = None
-    """Those of the demonstrations; None while all are texts."""
+    """Fields of the demonstrations; None while all are texts."""
     tools: bool = False
 
     def with_row(self, row: Row) -> "_Columns":

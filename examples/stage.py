@@ -22,7 +22,7 @@ from types import FrameType
 import psutil
 
 VARIABLE = "HPD_RUN_DIR"
-"""Of the environment of all processes of a run, by which those of an earlier start are found."""
+"""Environment variable of all processes of a run, by which an earlier start's are found."""
 STAGE = "HPD_STAGE"
 """The process id of the stage's own."""
 INTERVAL = 2.0
@@ -32,7 +32,7 @@ LEAST_ROOM = 1 << 20
 
 
 def of_run(run_dir: Path, stage: int | None = None) -> list[psutil.Process]:
-    """Processes of this run, but this one and those above it; with ``stage`` those that it started."""
+    """Processes of this run except this one and its ancestors; with ``stage`` only those that it started."""
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = []
     for process in psutil.process_iter():

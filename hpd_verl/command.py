@@ -8,7 +8,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "export": ("hpd_verl.tools.export", "a checkpoint becomes a folder that transformers and vLLM load"),
+    "export": ("hpd_verl.tools.export", "export a checkpoint as a folder that transformers and vLLM load"),
     "fill-store": (
         "hpd_verl.sft.fill_store",
         "fill the teacher's store ahead of training (several ranks: torchrun)",
@@ -28,7 +28,7 @@ def usage() -> str:
 
 
 def main() -> None:
-    """Run the command that the first argument names; exit code 2 where there is no such command."""
+    """Run the command that the first argument names; exit code 2 if there is no such command."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help", "help"):
         print(usage())

@@ -4,7 +4,7 @@ from typing import Any
 
 
 class Refused(ValueError):
-    """What a run cannot do, in one line ``SETTING=VALUE: what was found; what to do`` that needs no traceback."""
+    """A rejected setting, in one line ``SETTING=VALUE: what was found; what to do``, without a traceback."""
 
 
 def require(condition: bool, setting: str, found: Any, remedy: str) -> None:

@@ -24,7 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MEASURES = {"maths": "avg@k", "code": "avg@k", "dialogue": "preference, or ROUGE-L", "divergence": "reverse KL"}
-"""What an item's scores are, by kind."""
+"""Name of an item's scores, by kind."""
 SHOWN_ITEMS = 200
 """Problems of a page, those that runs differ on first."""
 

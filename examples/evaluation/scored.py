@@ -57,7 +57,7 @@ def evaluate(args: argparse.Namespace, score: Score) -> dict[str, Any]:
 
 
 def summary(items: Sequence[dict[str, Any]], ks: Sequence[int], seed: int) -> dict[str, Any]:
-    """Estimates over all problems, and the mean score of each data set where there are several."""
+    """Estimates over all problems, and the mean score of each data set if there are several."""
     n = len(items[0]["scores"])
     right = [sum(score == 1.0 for score in item["scores"]) for item in items]
     found: dict[str, Any] = {

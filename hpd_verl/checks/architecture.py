@@ -16,7 +16,7 @@ def check_architecture(
     gradient_checkpointing: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Check what a model's configuration says of it: whether it can be trained, or teach.
+    """Check by a model's configuration whether it can be trained, or teach.
 
     Args:
         setting, path: its path, for errors.

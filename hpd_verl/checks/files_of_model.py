@@ -46,7 +46,7 @@ def check_student_files(model: HFModelConfig, setting: str, serves_rollouts: boo
 
 
 def _check_adapter(model: HFModelConfig, node: str) -> None:
-    """verl goes on with the adapter's own rank and alpha; settings that say otherwise would be passed over."""
+    """verl keeps the adapter's own rank and alpha; other settings would be ignored."""
     folder = Path(str(model.lora_adapter_path))
     if not (folder / ADAPTER).is_file():
         return

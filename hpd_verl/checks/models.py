@@ -40,18 +40,18 @@ _PICKLE = b"\x80"
 
 @dataclass(frozen=True)
 class ModelUse:
-    """How a run uses a model, and what its settings are called."""
+    """How a run uses a model, and the names of its settings."""
 
     setting: str
-    """Of its path, as ``teacher.model.path``."""
+    """Setting of its path, such as ``teacher.model.path``."""
     engine: str
-    """Of its engine's node, as ``teacher.engine``."""
+    """Node of its engine, such as ``teacher.engine``."""
     one_pass: bool = True
     """The loss takes the place of its output layer."""
     ulysses: int = 1
     """Ranks that share a sequence."""
     layers: Any = None
-    """Of its engine, wrap_policy.transformer_layer_cls_to_wrap: classes that FSDP wraps."""
+    """Its engine's wrap_policy.transformer_layer_cls_to_wrap: classes that FSDP wraps."""
 
     @property
     def node(self) -> str:
@@ -82,7 +82,7 @@ def _safetensors_names(file: Path) -> set[str]:
 
 
 def _check_weights_file(file: Path, names: set[str]) -> None:
-    """Check that a file of weights is whole; ``names`` are the tensors that the index expects there.
+    """Check that a file of weights is complete; ``names`` are the tensors that the index expects there.
 
     Raises:
         ValueError: what is wrong with the file.
@@ -102,7 +102,7 @@ def _check_weights_file(file: Path, names: set[str]) -> None:
 
 
 def check_weights(setting: str, folder: Path) -> list[Path]:
-    """Check that the weights in a model's folder are there and whole, by sizes and headers; no tensor is read.
+    """Check that the weights in a model's folder are complete, by sizes and headers; no tensor is read.
 
     Returns:
         The files.
@@ -272,7 +272,7 @@ def _check_wrapping(use: ModelUse, built: PreTrainedModel) -> None:
 
 
 def _check_tensors(use: ModelUse, model: HFModelConfig, built: PreTrainedModel, files: list[Path]) -> None:
-    """The files' tensors are those that the model's configuration asks for.
+    """Check that the files hold the tensors of the model's configuration.
 
     Raises:
         ValueError: some are missing, or have another shape.
@@ -302,7 +302,7 @@ def _shape(sizes: tuple[int, ...]) -> str:
 
 
 def _check_lora(use: ModelUse, model: HFModelConfig, built: PreTrainedModel) -> None:
-    """An adapter as verl makes or loads it: its modules are there, and are such as FSDP and the loss can take.
+    """Check an adapter as verl makes or loads it: its modules exist, and FSDP and the loss support them.
 
     Raises:
         ValueError: it cannot be.

@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 ATTENTION = "override_config.attn_implementation"
 PACKING = "use_remove_padding"
 AUTO = "auto"
-"""Of ``use_remove_padding``: whatever is right for the model, packed rows where they are."""
+"""Value of ``use_remove_padding``: packed rows if the model allows them, else padded."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What the passes of a run ask of its models."""
+    """Requirements of a run's passes on its models."""
 
     longest_row: int
     """Tokens of prompt and response."""
@@ -51,7 +51,7 @@ class ModelNode:
     name: str
     """As ``actor_rollout_ref.model``."""
     node: DictConfig
-    """With what it takes from the student, where it is the teacher's."""
+    """The teacher's includes what it inherits from the student."""
     own: DictConfig
     """As it is written, without that."""
 
@@ -63,7 +63,7 @@ class ModelNode:
 
 
 def model_nodes(student: DictConfig, teacher: DictConfig, names: Sequence[str]) -> list[ModelNode]:
-    """The models of a run: the student, and the teacher where there is one.
+    """The models of a run: the student, and the teacher, if any.
 
     Args:
         student, teacher: their nodes.
@@ -103,7 +103,7 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
     try:
         tried = _tried(config, candidates, model, passes)
     except Exception as error:  # a replica that is large too, or whatever a model file raises at sizes of its own
-        # Eager attention, the last, is the one that no family computes wrongly or ignores.
+        # Eager attention, the last, is right in every family.
         layout = next((each for each in reversed(candidates) if not each.packed), candidates[-1])
         logger.warning("%s: %s, not tried before it loads: %s", _called(model), layout, one_line(error))
         _check_offload(model, layout)

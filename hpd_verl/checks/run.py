@@ -166,7 +166,7 @@ MAIN_PPO_RULES: dict[str, Rule] = {
     **model_rules("actor_rollout_ref.model", trained=True, uses_megatron_lora=True),
     **model_rules("actor_rollout_ref.ref.model", trained=False),
 }
-"""Of main_ppo. The engines' rules depend on their strategy."""
+"""Rules of main_ppo. The engines' rules depend on their strategy."""
 
 _MAIN_PPO_NODES = (
     "actor_rollout_ref.model",
@@ -255,7 +255,7 @@ SFT_RULES: dict[str, Rule] = {
         }.items()
     },
 }
-"""Of the lean trainer: of all its settings."""
+"""Rules of all settings of the lean trainer."""
 
 
 _TRACKERS = {

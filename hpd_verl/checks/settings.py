@@ -25,7 +25,7 @@ from hpd_verl.config import PREFIX, is_number
 from hpd_verl.errors import one_line, require
 
 Rule = tuple[Callable[[Any], bool], str]
-"""What a value must be, and the remedy where it is not."""
+"""Check of a value, and the remedy if it fails."""
 Rules = Mapping[str, Rule]
 """By setting; ``a.b.*`` stands for all settings below ``a.b`` that have no rule of their own."""
 Relation = tuple[str, bool, str]
@@ -182,7 +182,7 @@ _ENGINE_FILE, _MODEL_FILE = "engine/fsdp.yaml", "model/hf_model.yaml"
 
 
 def engine_rules(node: str, trained: bool, strategy: str) -> dict[str, Rule]:
-    """Of a node of verl's FSDP engine.
+    """Rules of a node of verl's FSDP engine.
 
     Args:
         node: its name.
@@ -228,7 +228,7 @@ def engine_rules(node: str, trained: bool, strategy: str) -> dict[str, Rule]:
 
 
 def model_rules(node: str, trained: bool, uses_megatron_lora: bool = False) -> dict[str, Rule]:
-    """Of verl's model node.
+    """Rules of verl's model node.
 
     Args:
         node: its name.

@@ -29,7 +29,7 @@ DATASET_MODULE = "pkg://hpd_verl.data.dataset"
 """``data.custom_cls.path`` of configs/algorithm/hpd.yaml: the data set whose rows are known here."""
 
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Of vLLM's attention on a CPU, which is asked without importing vLLM."""
+"""Head sizes of vLLM's attention on a CPU, without importing vLLM."""
 
 
 def _has_remote(files: list[Any]) -> bool:
@@ -141,7 +141,7 @@ def main_ppo_uses(config: DictConfig, hpd: HPDConfig) -> tuple[ModelUse, ModelUs
 
 
 def main_ppo_passes(config: DictConfig, pipeline: str) -> Passes:
-    """What the passes of a run of main_ppo ask of its models.
+    """Requirements of main_ppo's passes on its models.
 
     Args:
         config: the composed configuration.

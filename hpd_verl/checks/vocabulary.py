@@ -27,9 +27,9 @@ def check_vocabularies(
 ) -> None:
     """Check that the tokenizers of student and teacher agree.
 
-    Models pad their vocabulary: the sizes may differ while the tokenizers agree. The student is normalised over all its
-    logits and the teacher over those that the student has too; what only the student has is taught probability 0.
-    Tokens that only one of the two tokenizers defines are allowed where the other has none.
+    Models pad their vocabulary, so sizes may differ while tokenizers agree. The student is normalised over all its
+    logits, the teacher over the common ones; tokens that only the student has get teacher probability 0. A token that
+    only one tokenizer defines is allowed if the other has none at that id.
 
     Args:
         student, teacher: tokenizers.

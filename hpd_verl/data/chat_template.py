@@ -56,7 +56,7 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], r
 def _literal_tokenizer(
     tokenizer: PreTrainedTokenizerBase, controls: frozenset[str]
 ) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
-    """The tokenizer, knowing control tokens by other names only, so that their own text is ordinary text.
+    """The tokenizer with control tokens renamed, so their own text is ordinary text.
 
     Returns:
         ``(tokenizer, control token to its name there, id there to id)``.
@@ -116,7 +116,7 @@ class TurnEnd:
     """How an assistant's turn ends."""
 
     tail: str
-    """What the template writes after the answer's text."""
+    """The template's text after the answer's text."""
     written: int
     """Characters of ``tail`` up to and including the end token; 0 where the template writes none."""
     token: int
@@ -139,10 +139,10 @@ class WrittenAnswer:
 class ChatTemplate:
     """A tokenizer's chat template.
 
-    Control tokens are those that make up the chat: the tokens of a named role (BOS, EOS, padding, ...), those the
-    template writes for a user's turn, for the generation prompt and around an answer, except reasoning tags. Where the
-    text of a message holds one, ``escape`` and ``encode`` make it ordinary text. All other added tokens (``<think>``,
-    tool and image tags, special or not) are what a rollout's answer may consist of, and stay tokens.
+    Control tokens form the chat: the tokens of a named role (BOS, EOS, padding, ...) and those that the template writes
+    for a user's turn, for the generation prompt and around an answer, except reasoning tags. ``escape`` and ``encode``
+    make them ordinary text within a message. All other added tokens (``<think>``, tool and image tags, special or not)
+    may occur in a rollout's answer, and stay tokens.
 
     A prompt whose last message is the assistant's is the beginning of the answer: the answer continues it.
 
@@ -168,7 +168,7 @@ class ChatTemplate:
         self._last_tools: list[Any] | None = None
 
     def with_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> "ChatTemplate":
-        """The template of rows that offer these tools (JSON schemas); itself where there are none."""
+        """The template for rows with these tools (JSON schemas); itself if there are none."""
         if not tools:
             return self
         if self._last_with_tools is None or self._last_tools != list(tools):
@@ -283,8 +283,8 @@ class ChatTemplate:
     def answer(self, messages: Messages, answer: str | Message) -> WrittenAnswer:
         """What follows the prompt when a text or a message answers it.
 
-        That is what the template writes there. A text stands as it is where the template rewrites it (some drop the
-        reasoning), writes a second reasoning tag before the text's own, or lets the prompt end in one.
+        As the template writes it. A text is kept as it is if the template rewrites it (some drop the reasoning), writes
+        a second reasoning tag before the text's own, or ends the prompt with one.
         """
         prompt = self.check_prompt(messages)
         return (
@@ -437,7 +437,7 @@ class ChatTemplate:
     def _find_turn_controls(self, messages: Messages) -> frozenset[str]:
         user = {"role": "user", "content": "x"}
         named = [getattr(self.tokenizer, role, None) for role in _NAMED_ROLES]
-        # A prompt of its own content is the last resort, for a template that takes no other.
+        # The last resort, for a template that accepts no other prompt: the prompt's own content.
         for chat in ([user], [{"role": "system", "content": "x"}, user], messages):
             try:
                 rendered = self.prompt(chat)
@@ -448,7 +448,7 @@ class ChatTemplate:
         return frozenset(token for token in named if token in self._added_ids)
 
     def escape(self, messages: Messages, answer: str | Message = "") -> tuple[Messages, str | Message, bool]:
-        """Prompt and answer with every control token in their texts marked as text, for the other methods.
+        """Prompt and answer with control tokens in their texts marked as text, for the other methods.
 
         Returns:
             ``(messages, answer, escaped)``: the same objects where they hold none; ``escaped`` is for ``encode``.

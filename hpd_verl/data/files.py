@@ -36,12 +36,12 @@ _JSON_SUFFIXES = (".json", ".jsonl")
 
 @dataclass(frozen=True)
 class RowRules:
-    """What a row must hold.
+    """Requirements of a row.
 
     Attributes:
         prompt_key: column of the chat list.
         media_keys: columns of images, videos and audio, which must be empty.
-        reads_demonstrations: demonstrations that are there must have the right form.
+        reads_demonstrations: demonstrations, if present, must have the right form.
         needs_demonstrations: every row must have one.
     """
 
@@ -182,7 +182,7 @@ def _are_demonstrations(column: pa.Array, may_be_missing: bool) -> bool:
 
 
 def _is_plain(batch: pa.RecordBatch, rules: RowRules) -> bool:
-    """Whether surely nothing is wrong with the texts of a batch; false means: look at its rows."""
+    """Whether the texts of a batch are certainly right; false: look at its rows."""
     if _messages(batch.column(rules.prompt_key)) is None:
         return False
     if TOOLS in batch.schema.names:
@@ -302,7 +302,7 @@ class _DuplicateKeyError(ValueError):
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, none of whose keys is there twice."""
+    """A JSON object without duplicate keys."""
     for key, count in Counter(key for key, _ in pairs).items():
         if count > 1:
             raise _DuplicateKeyError(_duplicate(key, count))
@@ -310,7 +310,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _duplicate(name: str, count: int) -> str:
-    return f"{count} columns are named {name!r}, and which of them is meant cannot be known; keep one"
+    return f"{count} columns are named {name!r}; keep one"
 
 
 def _check_duplicates(kind: pa.DataType | pa.Schema, path: str = "") -> None:
@@ -510,7 +510,7 @@ def _decoded(table: pa.Table) -> datasets.Dataset:
 
 
 def _of_columns(metadata: Mapping[bytes, bytes] | None, columns: Sequence[str]) -> dict[bytes, bytes] | None:
-    """What ``datasets`` wrote into a parquet file about some of its columns."""
+    """The metadata of ``datasets`` about some columns of a parquet file."""
     if not metadata or b"huggingface" not in metadata:
         return None
     info = json.loads(metadata[b"huggingface"])

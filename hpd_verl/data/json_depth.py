@@ -9,7 +9,7 @@ _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([\[{])|([\]}])', re.DOTALL)
 
 
 def too_deep(file: str, is_array: bool) -> int | None:
-    """The first line that is nested deeper than ``DEEPEST``; None where there is none.
+    """The first line that is nested deeper than ``DEEPEST``, or None.
 
     Args:
         file: of JSON.

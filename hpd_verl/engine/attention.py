@@ -35,7 +35,7 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class PackedMask:
-    """What transformers would make a mask of [tokens, tokens] from, for one packed row; travels in the mask's place.
+    """The parameters of one packed row's [tokens, tokens] mask; passed in place of the mask.
 
     Args:
         function: says which keys a query sees.
@@ -73,7 +73,7 @@ class PackedMask:
         return self._is_causal
 
     def block(self, start: int, length: int) -> Tensor | None:
-        """bool [length, length], the mask within one sequence; None where it is causal and no more."""
+        """bool [length, length], the mask within one sequence; None if it is plainly causal."""
         if (start, length) not in self._blocks:
             tokens = torch.arange(start, start + length, device=self.device)
             mask = self._sees(tokens[:, None], tokens[None, :]).expand(length, length)
@@ -224,7 +224,7 @@ def _mask_as_flash(*args: Any, attention_mask: Tensor | None = None, **kwargs: A
 
 
 def _loads_anywhere(original: Callable[..., Any]) -> Callable[..., Any]:
-    """verl writes the attention's name into saved configurations, which would then load only where it is registered."""
+    """verl writes the attention's name into saved configurations, which would then need this package to load."""
 
     def to_dict(self: PretrainedConfig) -> dict[str, Any]:
         config = original(self)

@@ -25,7 +25,7 @@ TOLERANCE = 3e-4
 FLASH = "flash_attention_2"
 
 _WITHOUT_EFFECT = {"attn_implementation", "bos_token_id", "eos_token_id", "pad_token_id"}
-"""Settings of a configuration that say nothing of how a model computes."""
+"""Settings of a configuration that do not affect a model's computation."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Tried:
-    """What became of the layouts that were tried on a model."""
+    """Results of the layouts tried on a model."""
 
     right: RowLayout | None
     """The first that computes each row as it is alone."""
     wrong: dict[RowLayout, str]
-    """Those before it, and what they do."""
+    """The layouts before it, and their errors."""
 
 
 def layouts(attentions: Sequence[str], packing: bool | None) -> Iterator[RowLayout]:
@@ -202,6 +202,6 @@ def _alone(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of a token's logits, relative to their norm; infinite where they are not finite."""
+    """The largest difference of a token's logits, relative to their norm; infinity if they are not finite."""
     off = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
     return off if math.isfinite(off) else math.inf

@@ -125,7 +125,7 @@ class StudentCheckpoints(FSDPCheckpointManager):
         return LogProbs(rows, values, str(dtype).removeprefix("torch."))
 
     def _write(self, folder: Path, state: dict[str, Any] | None, trained: LogProbs) -> torch.dtype | None:
-        """What rank 0 adds to verl's files; returns the dtype of the written weights, None where there are none.
+        """Write rank 0's additions to verl's files; returns the dtype of the written weights, or None.
 
         Args:
             folder: of the checkpoint's files.

@@ -181,7 +181,7 @@ class StudentWorker(TrainingWorker):
 
 
 class OnePassDriver(Driver):
-    """The update does it all, with the rollout server's log-probs where they are to be compared."""
+    """The update does everything, with the rollout server's log-probs if they are compared."""
 
     @property
     def update_inputs(self) -> list[str]:

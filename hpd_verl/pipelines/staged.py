@@ -36,7 +36,7 @@ from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import shared_vocabulary_size
 
 LOGITS_TO_LOSS = {"distillation_use_topk": True, "distillation_only": True}
-"""verl's switches of a batch: hand logits to the loss function, and compute no log-probs beside it."""
+"""verl's switches of a batch: pass logits to the loss function, and compute no log-probs."""
 
 
 def _local_part(values: Tensor, data: TensorDict) -> Tensor:
@@ -64,7 +64,7 @@ def _uniforms(data: TensorDict, config: HPDConfig) -> Tensor:
 
 
 def _as_outputs(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What verl expects of a logits processor: tensors of shape [1, tokens of this rank]."""
+    """As verl expects from a logits processor: tensors of shape [1, tokens of this rank]."""
     return {name: values.unsqueeze(0) for name, values in named.items()}
 
 
@@ -302,7 +302,7 @@ def _refuse_nan(batch: Batch, log_probs: Sequence[TokenLogProbs]) -> None:
 
 
 def _compare_with_rollout(data: TensorDict, student_label: Tensor, rollout_mask: Tensor) -> dict[str, float]:
-    """The rollout server's log-probs beside the student's own, over rollouts only; verl compares probabilities."""
+    """Compare the rollout server's log-probs with the student's, on rollouts; verl compares probabilities."""
     rollout = data[fields.ROLLOUT_LOG_PROBS].to_padded_tensor(0)
     compared = TensorDict(
         {

@@ -32,7 +32,7 @@ def main() -> None:
         torchrun()
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        # A signal itself ends a worker that has only just started, and those that torchrun ends after the first.
+        # A signal kills a worker that has just started, and workers that torchrun ends after the first.
         if codes <= {EXIT_CODE, *(-number for number in PASSED_ON)}:
             sys.exit(EXIT_CODE)
         raise

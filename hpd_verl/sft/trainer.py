@@ -274,7 +274,7 @@ class HPDSFTTrainer(SFTTrainer):
 
 
 def _of_rank_0(make: Callable[[], Value]) -> Value:
-    """What ``make`` returns on rank 0, on every rank."""
+    """The result of ``make`` on rank 0, on every rank."""
     values = [make() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(values, src=0)
     return cast(Value, values[0])

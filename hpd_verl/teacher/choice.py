@@ -80,5 +80,5 @@ def open_store(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig)
 
 
 def _dtype_name(engine: EngineConfig) -> str:
-    """What the teacher's weights are kept and used in."""
+    """The dtype of the teacher's weights."""
     return f"{engine.model_dtype}, {(engine.mixed_precision or {}).get('param_dtype', 'bf16')}"

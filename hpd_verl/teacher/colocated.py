@@ -58,7 +58,7 @@ class TeacherWorker(TrainingWorker):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureForm:
-    """Which features are taken of the teacher."""
+    """The form of the teacher's features."""
 
     top_k: int | None = None
     """The log-probs of so many tokens; None: hidden states."""
@@ -69,7 +69,7 @@ class FeatureForm:
 
     @classmethod
     def of(cls, config: HPDConfig) -> "FeatureForm":
-        """What the objectives need, or what the store keeps."""
+        """The form that the objectives need or the store keeps."""
         if config.teacher_cache == "off":
             # For the whole distribution, the student's pass makes the product with the output layer anyway.
             return cls(complete=not (config.objectives.over_vocabulary or config.exact_kl_metrics))
@@ -148,7 +148,7 @@ class ColocatedTeacher(Teacher):
         form, temperature = FeatureForm.of(self.config), self.config.temperature_of_teacher
         self._loss = _FeatureLoss(form, head, temperature, self.config.token_chunk_size)
         self._loss.compiled = engine.compiles
-        # What loading took on the way goes back to the device: a rollout server counts what is free there.
+        # Return memory that loading took: a rollout server counts the free memory of the device.
         aggressive_empty_cache(force_sync=True)
         return self._loss
 
@@ -181,7 +181,7 @@ def _whole_micro_batches(rows: int, engine: EngineConfig) -> int:
 
 
 def _full_copy(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter on the device, gathered, in memory of its own and no more: FSDP frees and moves the parameter's."""
+    """A gathered copy of a parameter on the device, because FSDP frees and moves the parameter's memory."""
     full = parameter.detach().to(get_device_id())
     if isinstance(full, DTensor):
         full = full.full_tensor()

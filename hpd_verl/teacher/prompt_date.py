@@ -91,8 +91,8 @@ def _begun(folder: Path, given: str | None) -> str:
         pass
     except OSError as error:
         raise ValueError(
-            f"{DIR_SETTING}={folder}: not writable ({error.strerror}); give a folder that every rank can create and "
-            "write to"
+            f"{DIR_SETTING}={folder}: cannot be written to ({error.strerror}); give a folder that every rank can "
+            "create and write to"
         ) from error
     text = file.read_text().strip()
     try:

@@ -20,10 +20,10 @@ from hpd_verl.teacher.teacher import Teacher
 
 
 class StoredTeacher(Teacher):
-    """Features from the store where they are there, else from the teacher behind it.
+    """Features from the store, else from the teacher behind it.
 
-    Fresh features are rounded as the store keeps them, so that results do not depend on what is stored already.
-    Rollouts are not stored, since they are never seen again.
+    Fresh features are rounded like stored ones, so results do not depend on the store's content. Rollouts are not
+    stored, because they are never seen again.
 
     Args:
         store: of the features of the teacher behind it.
@@ -100,7 +100,7 @@ class StoredTeacher(Teacher):
                     self.store.save_output_head(first.head.weight, first.head.bias)
                 torch.distributed.barrier()
         self._is_head_checked = True
-        # With the teacher's own head, in place of an equal one that was stored: one of them is in memory.
+        # Use the teacher's own head instead of the equal stored one: only one is in memory.
         self._form = first.with_tensors({name: torch.empty(0) for name in first.tensors})
 
     def _of_record(self, record: Record) -> TeacherFeatures:
@@ -108,7 +108,7 @@ class StoredTeacher(Teacher):
         return self._form.with_tensors({name: _to_device(value) for name, value in record.items()})
 
     def _record(self, features: TeacherFeatures) -> Record:
-        """What the store keeps of a row's features."""
+        """The stored part of a row's features."""
         dtypes = self.store.schema.dtypes
         return {
             name: value.detach().to("cpu", dtypes.get(name, torch.float32)) for name, value in features.tensors.items()
@@ -126,7 +126,7 @@ class StoredTeacher(Teacher):
         }
 
     def metrics(self) -> dict[str, float]:
-        """The share of rows found, rows and size, beside those of the teacher behind. All ranks together."""
+        """Share of rows found, rows and size, and the metrics of the teacher behind. All ranks together."""
         stats = self.store.stats
         counts = [stats.hits, stats.misses, stats.refused, stats.non_finite, stats.damaged]
         hits, misses, refused, non_finite, damaged = sums_of_ranks(counts)

@@ -113,7 +113,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    """verl's files of the sharded model, one a rank; none where it was saved as ``hf_model`` alone.
+    """verl's files of the sharded model, one per rank; none if only ``hf_model`` was saved.
 
     Raises:
         ValueError: some are missing.
@@ -140,7 +140,7 @@ def _shard_files(folder: Path) -> list[Path]:
 
 
 def _whole(name: str, parts: list[Any]) -> Tensor:
-    """One tensor of what each rank holds of it."""
+    """One tensor from its shards on all ranks."""
     first = parts[0]
     if not isinstance(first, DTensor):
         return merge_non_dtensor_shards(name, parts)
@@ -233,7 +233,7 @@ def _parameters(source: Path) -> Iterator[None]:
 
 
 def _generation_settings(source: Path, config: PretrainedConfig, end_token: int | None) -> GenerationConfig:
-    """Those of the checkpoint, ending at all its end tokens and the one that ends an answer in its chat template."""
+    """The checkpoint's, with all its end tokens and the chat template's end of an answer."""
     if (source / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(source)
     else:
@@ -417,7 +417,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _training_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the card says of the run."""
+    """The model card's rows about the run."""
     is_ppo = "actor_rollout_ref" in settings
     student = _student(settings)
     teacher = settings["actor_rollout_ref"]["ref"]["model"] if is_ppo else settings["teacher"]["model"]
@@ -511,9 +511,9 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
 
 
 def _replace(new: Path, out: Path) -> None:
-    """Put a finished folder in its place; killed at any moment, ``out`` is whole or not there.
+    """Move a finished folder into place; after a kill ``out`` is complete or missing.
 
-    Then what killed exports left beside it is removed.
+    Then removes what killed exports left next to it.
     """
     old = out.with_name(f"{new.name}.old")
     if out.exists():

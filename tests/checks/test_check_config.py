@@ -129,7 +129,7 @@ def test_the_defaults_pass() -> None:
         ),
         (
             ["trainer.n_gpus_per_node=2", *batches(8, 4), "actor_rollout_ref.actor.shuffle=true"],
-            "actor_rollout_ref.actor.shuffle=True: each of 2 data-parallel ranks would shuffle its own rows",
+            "actor_rollout_ref.actor.shuffle=True: each of the 2 data-parallel ranks would shuffle its own rows",
         ),
         (
             [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{ACTOR}.loss_scale_factor=null"],

@@ -289,7 +289,7 @@ def test_overlong_prompts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^data\.max_prompt_length=8: 0 of 9 prompts .* fit, the others would lose"):
         fit(file, max_prompt_length=8)
     fit(file, overlong_demonstration="drop", needed_rows=9)
-    with pytest.raises(ValueError, match=r"^data\.max_response_length=5: with .*=drop 3 of 9 rows of data\.train_fil"):
+    with pytest.raises(ValueError, match=r"^data\.max_response_length=5: .*=drop keeps 3 of 9 rows of data\.train_fil"):
         fit(file, overlong_demonstration="drop", max_response_length=5)
 
 

@@ -173,7 +173,7 @@ def test_defaults_pass_on_both_platforms(base: DictConfig, monkeypatch: pytest.M
             {"data__custom_cls__path": "x.py"},
             "data.custom_cls.path=x.py: the rows are demonstrations, read by this tr",
         ),
-        ({"data__truncation": "left"}, "data.truncation=left: algorithm.hpd.overlong_demonstration says what becomes"),
+        ({"data__truncation": "left"}, "data.truncation=left: algorithm.hpd.overlong_demonstration decides about"),
         ({"data__max_length": 4096}, "data.max_length=4096: lengths are data.max_prompt_length and data.max_response_"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",

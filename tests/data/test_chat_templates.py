@@ -326,7 +326,7 @@ def test_reasoning_behind_an_ended_reasoning_is_refused(name: str) -> None:
     for answer in ANSWERS:
         assert prompt + case.demonstration().encode([USER], answer).ids == case.whole([USER], answer)
     for answer in (REASONED, "<think>cut off"):
-        with pytest.raises(ValueError, match="holds <think>, and the student's generation prompt has already ended"):
+        with pytest.raises(ValueError, match="holds <think>, but the student's generation prompt has already ended"):
             case.demonstration().encode([USER], answer)
 
 

@@ -209,7 +209,7 @@ def test_an_adapter_goes_on(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None
     torch.save({"state": Planted(tmp_path / "ran")}, planted)
     refused = run_sft(*overrides, ranks=2)
     assert refused.returncode != 0
-    line = f"Error: trainer.default_local_dir={root}: global_step_4: {planted.name} holds more than data"
+    line = f"Error: trainer.default_local_dir={root}: global_step_4: {planted.name} holds code, not only data"
     assert line in refused.output, refused.output[-3000:]
     assert not (tmp_path / "ran").exists()
 

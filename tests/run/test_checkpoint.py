@@ -281,7 +281,7 @@ def test_a_resume_with_other_rows_is_said(tmp_path: Path, caplog: pytest.LogCapt
     say_changed_rows(folder, rows)
     assert not caplog.text
     say_changed_rows(folder, {"rows": 24, "sha256": "b"})
-    assert f"resuming from {folder} with other training data: 24 rows, 16 when it was saved. Their order" in caplog.text
+    assert f"resuming from {folder} with other training data: 24 rows, 16 when it was saved. They" in caplog.text
     say_changed_rows(folder, {"rows": 16, "sha256": "b"})
     assert "16 rows as when it was saved, but other ones or in another order. They are shuffled again" in caplog.text
 

@@ -226,12 +226,14 @@ def test_a_planted_pickle_runs_nothing(kind: str, place: str, tiny: Tiny, tmp_pa
         place, state | {"extra": [planted]}
     )
     torch.save(content, shard, _use_new_zipfile_serialization=place != "in legacy form")
-    with pytest.raises(ValueError, match=r"^CHECKPOINT=.*rank_0\.pt (holds more than data|cannot be read)") as caught:
+    with pytest.raises(
+        ValueError, match=r"^CHECKPOINT=.*rank_0\.pt (holds code, not only data|cannot be read)"
+    ) as caught:
         export(folder, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not ran.exists()
     with pytest.raises(
-        ValueError, match=r"^trainer\.resume_from_path=.*rank_0\.pt (holds more than data|cannot be read)"
+        ValueError, match=r"^trainer\.resume_from_path=.*rank_0\.pt (holds code, not only data|cannot be read)"
     ):
         checkpoint.check_whole(
             OmegaConf.create({"resume_mode": "resume_path", "resume_from_path": str(folder.parent)}), "actor"

@@ -29,7 +29,7 @@ class TokenCount:
     rows: int
     tokens: int
     source: str
-    """Where ``tokens`` comes from, for the reader."""
+    """The source of ``tokens``, for the log."""
 
 
 def count_response_tokens(dataset: Dataset[Any], max_response_length: int, sample: int = 256) -> TokenCount:

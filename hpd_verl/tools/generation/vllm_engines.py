@@ -162,7 +162,7 @@ class VLLMGenerator:
             engine.waiting.add(position)
 
     def _collect(self) -> Iterator[tuple[int, list[Answer]]]:
-        """What the engines have finished; waits for one prompt at least."""
+        """Finished prompts of the engines; waits for at least one."""
         by_connection = {engine.connection: engine for engine in self._engines}
         for connection in wait(list(by_connection)):
             engine = by_connection[connection]  # type: ignore[index]
@@ -290,7 +290,7 @@ def load_template(
 
 
 def end_with_parent() -> None:
-    """Let Linux kill this process when the one that started it ends, however that ends."""
+    """Let Linux kill this process when its parent ends."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
@@ -364,7 +364,7 @@ class _VLLM:
         return not self._too_long and not self._engine.has_unfinished_requests()
 
     def add(self, position: int, messages: Messages, sampling: Sampling) -> None:
-        """Begin a prompt; one that fills the context gets empty answers, cut."""
+        """Begin a prompt; a prompt that fills the context gets empty, cut answers."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -391,7 +391,7 @@ class _VLLM:
         self._engine.add_request(str(position), {"prompt_token_ids": tokens}, parameters)
 
     def step(self) -> list[tuple[int, list[Answer]]]:
-        """One step of the engine: the prompts that it finishes."""
+        """One step of the engine; returns the finished prompts."""
         finished, self._too_long = self._too_long, []
         if self._engine.has_unfinished_requests():
             for output in self._engine.step():

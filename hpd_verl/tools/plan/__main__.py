@@ -30,19 +30,19 @@ CHOICES = {
     "platform": ("gpu", "cpu"),
 }
 HELP = {
-    "gpus": "of all machines together",
-    "memory": "of a GPU, GiB",
-    "tokens": "of a micro-batch: ppo_max_token_len_per_gpu, or data.max_token_len_per_gpu",
-    "rows": "of the data set",
-    "prompt_tokens": "of a row, on average",
-    "response_tokens": "of a row, on average",
+    "gpus": "GPUs of all machines",
+    "memory": "GiB of a GPU",
+    "tokens": "tokens per micro-batch: ppo_max_token_len_per_gpu, or data.max_token_len_per_gpu",
+    "rows": "rows of the data set",
+    "prompt_tokens": "average per row",
+    "response_tokens": "average per row",
     "batch_size": "rows of a step: data.train_batch_size",
     "offload_policy": "FSDP2 keeps student and optimiser in the machine's memory",
     "optimizer_offload": "with param_offload: both leave the GPU while the rollout server runs",
     "store_is_full": "the teacher's store was filled ahead; the teacher is not loaded",
     "utilization": "share of peak_tflops that training reaches, recomputation included",
     "rollout_utilization": "the same of generation",
-    "peak_tflops": "of a GPU, bfloat16, dense; 989 is an H100 SXM",
+    "peak_tflops": "peak of a GPU in dense bfloat16; 989 is an H100 SXM",
     "platform": "cpu: as VERL_PLATFORM=cpu runs",
 }
 

@@ -16,7 +16,7 @@ from hpd_verl.tools.plan.run import GIB, PlannedRun
 ALLOWANCE = 3 * GIB
 """CUDA context, NCCL buffers, workspaces, gaps; not on a CPU."""
 ASLEEP = 2 * GIB
-"""What a rollout server keeps while it sleeps: its context and graphs."""
+"""Memory of a sleeping rollout server: its context and graphs."""
 _CHUNK = {"gpu": 8192, "cpu": 1024}
 _ELEMENTWISE = {"gpu": 2 * 4 * 2**25, "cpu": 2 * 4 * 2**18}
 """The output layer's work on a part of a chunk: head/output_head.py."""
@@ -27,7 +27,7 @@ Parts = dict[str, float]
 
 @dataclass(frozen=True)
 class Memory:
-    """What one GPU holds, in bytes."""
+    """Memory of one GPU, in bytes."""
 
     phases: dict[str, Parts]
     """In the order of a step."""

@@ -21,20 +21,20 @@ class ModelSize:
     parameters: int
     """All; tied ones count once."""
     active: int
-    """Those that one token meets: all, but for the experts that it is not sent to."""
+    """Parameters that one token uses: all except unselected experts."""
     embedding: int
-    """Of the input embedding."""
+    """Parameters of the input embedding."""
     output: int
-    """Of the output layer, which is the embedding where they are tied."""
+    """Parameters of the output layer, the embedding's if they are tied."""
     tied: bool
     layers: int
     layer: int
-    """Of the largest layer."""
+    """Parameters of the largest layer."""
     vocabulary: int
     """Rows of the output layer."""
     hidden: int
     intermediate: int
-    """Width of a token's feed-forward network: with experts, of all those that it is sent to."""
+    """Width of a token's feed-forward network: with experts, of all selected ones."""
     query: int
     """Attention heads times their size."""
     key: int
@@ -66,7 +66,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 
 def _experts(config: PretrainedConfig) -> tuple[int, int] | None:
-    """How many experts a layer has, and how many of them a token is sent to."""
+    """Number of a layer's experts, and of those that a token selects."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     count = next((value for name in names if (value := getattr(config, name, None))), None)
     chosen = getattr(config, "num_experts_per_tok", None)

@@ -9,7 +9,7 @@ from hpd_verl.tools.plan.run import PlannedRun
 
 @dataclass(frozen=True)
 class Work:
-    """Of a whole run, over all GPUs."""
+    """Work of a whole run, over all GPUs."""
 
     steps: int
     tokens: float

@@ -85,7 +85,7 @@ def _call(name: str, at: ast.AST, *args: Any) -> ast.AST:
 
 
 def helpers(results: Iterable[Any], proxies: Any) -> dict[str, Any]:
-    """What prepared tests use, by name.
+    """Helpers of prepared tests, by name.
 
     Args:
         results: the candidate's last results, as they arrived; looked at anew each time.

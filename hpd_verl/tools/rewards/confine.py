@@ -17,7 +17,7 @@ class Unconfined(Exception):
 
 
 class Machine(NamedTuple):
-    """What the filter must know of a processor."""
+    """The filter's constants of a processor."""
 
     audit: int
     """Its AUDIT_ARCH word."""
