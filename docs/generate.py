@@ -86,7 +86,7 @@ Parameters are under the objective's name, `algorithm.hpd.<name>.<parameter>`; t
 |---|---|---|
 | weights | the label, for `hpd` also the sampled token | every token; nothing is sampled |
 | the teacher costs | its forward and one dot product a token | its forward and a product with its output layer |
-| pipelines | one pass; staged, with several updates a batch and Ulysses | one pass |
+| pipelines | one pass; staged, with several updates a batch | one pass |
 | the teacher's own temperature | no | `algorithm.hpd.teacher_temperature` |
 
 Objectives of other papers agree with their authors' published code to 1e-13 in value and gradient, except `akl` (its

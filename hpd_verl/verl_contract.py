@@ -368,6 +368,14 @@ CONTRACT: tuple[Entry, ...] = (
             "use_remove_padding use_ulysses_sp": "how rows share a micro-batch",
         },
     ),
+    *_attributes(
+        _ENGINE, "engine/head_engine.py", {"ulysses_parallel_group": "the ranks with parts of the same packed rows"}
+    ),
+    *_texts(
+        f"{_ENGINE}.prepare_model_inputs",
+        "engine/sequence_parallel.py",
+        [("ulysses_pad_and_slice_inputs(", "rank * tokens", "each rank's part is as long, in the order of the pack")],
+    ),
     *_texts(
         f"{_ENGINE}._build_module",
         "engine/row_engine.py",
@@ -408,6 +416,11 @@ CONTRACT: tuple[Entry, ...] = (
         f"{_ENGINE}.forward_backward_batch",
         "pipelines/staged.py",
         [("sp_size=self.ulysses_sequence_parallel_size", 'key="sp_size"', "a rank's share of a sequence")],
+    ),
+    *_texts(
+        f"{_ENGINE}.forward_backward_batch",
+        "engine/micro_batches.py",
+        [("sp_size=self.ulysses_sequence_parallel_size", 'key="sp_size"', "ranks that hold a micro-batch together")],
     ),
     # Keys of batches
     *_texts(

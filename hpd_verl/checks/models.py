@@ -26,7 +26,7 @@ from hpd_verl.config import require
 from hpd_verl.data.chat_template import ChatTemplate
 from hpd_verl.data.files import is_remote, one_line
 from hpd_verl.engine import on_meta
-from hpd_verl.engine.families import head_counts, layers_to_wrap
+from hpd_verl.engine.families import divides_heads, head_counts, layers_to_wrap
 from hpd_verl.teacher.model_config import teacher_model_config
 
 logger = logging.getLogger(__name__)
@@ -270,8 +270,8 @@ def _check_build(use: ModelUse, model: HFModelConfig) -> PreTrainedModel:
     _check_wrapping(use, built)
     heads, key_heads = head_counts(config)
     require(
-        heads % use.ulysses == 0 and (key_heads % use.ulysses == 0 or use.ulysses % key_heads == 0),
-        f"{use.engine.removesuffix('.fsdp_config')}.ulysses_sequence_parallel_size",
+        divides_heads(use.ulysses, heads, key_heads),
+        f"{use.engine.removesuffix('.fsdp_config').removeprefix('teacher.')}.ulysses_sequence_parallel_size",
         use.ulysses,
         f"{use.setting} has {heads} heads, {key_heads} of keys, which it must divide",
     )

@@ -189,10 +189,6 @@ SFT_RULES: dict[str, Rule] = {
     **engine_rules("teacher.engine", trained=False, strategy="fsdp2"),
     "engine.strategy": only("fsdp2", "choose fsdp2"),
     "teacher.engine.strategy": only("fsdp2", "choose fsdp2"),
-    "engine.ulysses_sequence_parallel_size": only(1, "one_pass does not share sequences out; use main_ppo with staged"),
-    "teacher.engine.ulysses_sequence_parallel_size": only(
-        1, "one_pass does not share sequences out; use main_ppo with staged"
-    ),
     **{
         f"{node}.{key}": (lambda value: False, _BY_DATA.format(of_data))
         for node in ("engine", "teacher.engine")
@@ -390,21 +386,41 @@ def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
         )
 
 
+def sft_ulysses(config: DictConfig) -> int:
+    """Ranks that share a sequence in the lean trainer."""
+    return int(config.engine.get("ulysses_sequence_parallel_size", 1))
+
+
 def check_sft_ranks(config: DictConfig, ranks: int, fills_store: bool) -> None:
     """Check that a batch divides among the lean trainer's ranks; filling the store takes any part of it.
 
     Raises:
         ValueError: it does not.
     """
-    batch = config.data.train_batch_size
+    batch, shared = config.data.train_batch_size, sft_ulysses(config)
+    setting = "engine.ulysses_sequence_parallel_size"
+    require(ranks % shared == 0, setting, shared, f"must divide the ranks, torchrun's processes ({ranks})")
+    of_teacher = OmegaConf.select(config, f"teacher.{setting}")
+    require(
+        of_teacher in (None, shared),
+        f"teacher.{setting}",
+        of_teacher,
+        f"student and teacher share the same sequences out; leave it out for {setting}={shared}",
+    )
+    ranks, counted = ranks // shared, f"torchrun's {ranks} processes" + (f" over {setting}" if shared > 1 else "")
     if fills_store:
-        require(batch >= ranks, "data.train_batch_size", batch, f"less than a row for each of {ranks} ranks; raise it")
+        require(
+            batch >= ranks,
+            "data.train_batch_size",
+            batch,
+            f"less than a row for each of {ranks} data-parallel ranks ({counted}); raise it",
+        )
         return
     require(
         batch % ranks == 0,
         "data.train_batch_size",
         batch,
-        f"must divide among {ranks} ranks (torchrun's processes); choose a multiple of {ranks}",
+        f"must divide among {ranks} data-parallel ranks ({counted}); choose a multiple of {ranks}",
     )
     _check_micro_batches(config, {"data.micro_batch_size_per_gpu": (bool(config.data.use_dynamic_bsz), batch // ranks)})
 
@@ -639,7 +655,7 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
     check_lora(config, "model", trained=True)
     check_lora(config, "teacher.model", trained=False)
     data = config.data
-    _check_budget(config, {"data.max_token_len_per_gpu": (bool(data.use_dynamic_bsz), 1)})
+    _check_budget(config, {"data.max_token_len_per_gpu": (bool(data.use_dynamic_bsz), sft_ulysses(config))})
     for role in ("engine", "teacher.engine"):
         _check_group(f"{role}.fsdp_size", OmegaConf.select(config, f"{role}.fsdp_size"), ranks, "torchrun's processes")
     asked = config.trainer.n_gpus_per_node * config.trainer.nnodes
