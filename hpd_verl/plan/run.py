@@ -13,7 +13,9 @@ class Run:
     memory: float = 80.0
     """Of a GPU, GiB."""
     tokens: int = 16384
-    """Of a micro-batch, prompts and responses, at most."""
+    """Of a micro-batch on a GPU, prompts and responses, at most."""
+    ulysses: int = 1
+    """GPUs that share a sequence, and so a micro-batch of as many times ``tokens``."""
     rows: int = 40_000
     prompt_tokens: int = 200
     """Of a row, on average."""
