@@ -14,6 +14,7 @@ from hpd_verl.checks.models import without_copies
 from hpd_verl.checks.settings import on_cpu
 from hpd_verl.config import require
 from hpd_verl.data.files import one_line
+from hpd_verl.engine.attention import FORMER_NAME, NAME
 from hpd_verl.engine.causal_lm import check_head, offer_head
 from hpd_verl.engine.replica import Replica, rope_switch
 from hpd_verl.engine.row_layout import RowLayout, Tried, default_attentions, layouts, try_layouts
@@ -92,6 +93,12 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
         f"{passes.ulysses} shares out packed rows; leave it out, or that",
     )
     attention = str(model.get(ATTENTION))
+    require(
+        not passes.ulysses or attention in ("None", NAME, FORMER_NAME) or attention.startswith("flash"),
+        f"{model.name}.{ATTENTION}",
+        attention,
+        f"with {passes.ulysses} each rank would see its own part of a sequence alone; leave it out",
+    )
     require(
         not (on_cpu() and attention.startswith("flash")),
         f"{model.name}.{ATTENTION}",

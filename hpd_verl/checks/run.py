@@ -546,15 +546,6 @@ def check_config(config: DictConfig) -> HPDConfig:
             strategy,
             "HPD runs on fsdp2 and fsdp; megatron and the other engines are not supported",
         )
-        sequence_parallel = actor_rollout_ref[role].get("ulysses_sequence_parallel_size", 1)
-        attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
-        require(
-            sequence_parallel == 1 or attention not in ("sdpa", "eager"),
-            "actor_rollout_ref.model.override_config.attn_implementation",
-            attention,
-            f"with actor_rollout_ref.{role}.ulysses_sequence_parallel_size={sequence_parallel} each rank would see its "
-            "own part of a sequence alone; unset it",
-        )
     require(
         not on_cpu() or {actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy} == {"fsdp2"},
         "actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy",

@@ -60,13 +60,6 @@ def test_the_defaults_pass() -> None:
         (["actor_rollout_ref.ref.model.path=null"], "actor_rollout_ref.ref.model.path=None: give the teacher"),
         (["actor_rollout_ref.actor.strategy=megatron"], "actor_rollout_ref.actor.strategy=megatron: HPD runs on"),
         (["actor_rollout_ref.actor.strategy=fsdp"], "=fsdp, fsdp: verl's fsdp needs an accelerator"),
-        (
-            [
-                "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
-                "actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-            ],
-            "override_config.attn_implementation=sdpa: with actor_rollout_ref.actor.ulysses",
-        ),
         (["actor_rollout_ref.model.use_fused_kernels=true"], "use_fused_kernels=True: not supported"),
         (["actor_rollout_ref.actor.use_kl_loss=true"], "use_kl_loss=True: not supported"),
         (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator=gae: algorithm=hpd works only with"),

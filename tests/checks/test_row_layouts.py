@@ -137,10 +137,16 @@ def test_ulysses_shares_out_packed_rows(folder: Path) -> None:
         chosen(folder / "lfm2", folder / "llama", shared_out, *one_row)
     with pytest.raises(ValueError, match=rf"model\.use_remove_padding=False: {shared_out} shares out packed rows"):
         chosen(folder / "llama", folder / "llama", "model.use_remove_padding=false", shared_out)
+    for role, setting in (("", "model"), ("+", "teacher.model")):
+        sdpa = f"{role}{setting}.override_config.attn_implementation=sdpa"
+        with pytest.raises(
+            ValueError, match=rf"^{sdpa.removeprefix('+')}: with {shared_out} each rank would see its own"
+        ):
+            chosen(folder / "llama", folder / "llama", sdpa, shared_out)
     # Layers that do not hand on their windows; sinks; a mask of the model's own.
-    for config in map(tiny_config, ("qwen2_moe", "gpt_oss", "opt")):
-        assert try_layouts(config, [PACKED], LONGEST).right == PACKED
-        assert try_layouts(config, [PACKED], LONGEST, shares_sequences_out=True).right is None
+    for family, packed in (("qwen2_moe", PACKED), ("gpt_oss", PACKED), ("opt", None)):
+        assert try_layouts(tiny_config(family), [PACKED], LONGEST).right == packed
+        assert try_layouts(tiny_config(family), [PACKED], LONGEST, shares_sequences_out=True).right is None
 
 
 def test_a_model_that_has_no_small_replica_is_padded(
