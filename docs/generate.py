@@ -85,7 +85,7 @@ objectives not in use are rejected.
 |---|---|---|
 | weights | the label, for `hpd` also the sampled token | every token; nothing is sampled |
 | teacher cost | forward and one dot product per token | forward and a product with its output layer |
-| pipelines | one pass; staged, with several updates per batch and Ulysses | one pass |
+| pipelines | one pass; staged, with several updates per batch | one pass |
 | teacher's own temperature | no | `algorithm.hpd.teacher_temperature` |
 
 Values and gradients agree with the authors' published code to 1e-13, except `akl` (see its entry) and `symmetric_kl`

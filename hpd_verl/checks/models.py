@@ -24,7 +24,7 @@ from hpd_verl.checks.vocabulary import check_vocabularies
 from hpd_verl.data.chat_template import ChatTemplate
 from hpd_verl.data.files import is_remote
 from hpd_verl.engine import on_meta
-from hpd_verl.engine.families import head_counts, layers_to_wrap
+from hpd_verl.engine.families import divides_heads, head_counts, layers_to_wrap
 from hpd_verl.engine.saved_model import ADAPTER
 from hpd_verl.engine.weight_files import ADAPTER_WEIGHTS, in_folder, weight_files
 from hpd_verl.errors import one_line, require
@@ -250,8 +250,8 @@ def _check_build(use: ModelUse, model: HFModelConfig) -> PreTrainedModel:
     _check_wrapping(use, built)
     heads, key_heads = head_counts(config)
     require(
-        heads % use.ulysses == 0 and (key_heads % use.ulysses == 0 or use.ulysses % key_heads == 0),
-        f"{use.engine.removesuffix('.fsdp_config')}.ulysses_sequence_parallel_size",
+        divides_heads(use.ulysses, heads, key_heads),
+        f"{use.engine.removesuffix('.fsdp_config').removeprefix('teacher.')}.ulysses_sequence_parallel_size",
         use.ulysses,
         f"must divide the {heads} heads and {key_heads} key heads of {use.setting}",
     )

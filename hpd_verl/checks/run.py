@@ -241,9 +241,6 @@ SFT_RULES: dict[str, Rule] = {
         for node in ("engine", "teacher.engine")
         for name, rule in {
             "strategy": only("fsdp2", "choose fsdp2"),
-            "ulysses_sequence_parallel_size": only(
-                1, "one_pass does not share sequences out; use main_ppo with staged"
-            ),
             **{
                 f"{start}{of_data}": (
                     lambda value: False,
@@ -348,19 +345,11 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
     yield teacher, has_teacher or not hpd.needs_teacher, "give the teacher's folder or hub name"
     for key, value in _MAIN_PPO_NEEDS.items():
         yield key, OmegaConf.select(config, key) == value, f"algorithm=hpd works only with {key}={value}"
-    attention = "actor_rollout_ref.model.override_config.attn_implementation"
     for role in ("actor", "ref"):
         yield (
             f"actor_rollout_ref.{role}.strategy",
             models[role].strategy in ("fsdp", "fsdp2"),
             "HPD runs on fsdp2 and fsdp; megatron and the other engines are not supported",
-        )
-        sharing = models[role].get("ulysses_sequence_parallel_size", 1)
-        yield (
-            attention,
-            sharing == 1 or OmegaConf.select(config, attention) not in ("sdpa", "eager"),
-            f"with actor_rollout_ref.{role}.ulysses_sequence_parallel_size={sharing} each rank would see its own part "
-            "of a sequence alone; unset it",
         )
     yield (
         "actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy",
@@ -488,6 +477,11 @@ def check_config(config: DictConfig) -> HPDConfig:
     return hpd
 
 
+def sft_ulysses(config: DictConfig) -> int:
+    """Ranks that share a sequence in the lean trainer."""
+    return int(config.engine.get("ulysses_sequence_parallel_size", 1))
+
+
 def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -> Iterator[Relation]:
     """What must hold between the settings of the lean trainer, and its ranks."""
     yield optimiser_relation(config, "optim")
@@ -509,14 +503,24 @@ def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -
         trainer.n_gpus_per_node * trainer.nnodes in (1, ranks),
         f"torchrun has started {ranks} processes, which decide; leave it out",
     )
-    batch, least = data.train_batch_size, f"less than a row for each of {ranks} ranks; raise it"
+    batch, shared, setting = data.train_batch_size, sft_ulysses(config), "engine.ulysses_sequence_parallel_size"
+    yield setting, ranks % shared == 0, f"must divide the ranks, torchrun's processes ({ranks})"
+    yield (
+        f"teacher.{setting}",
+        OmegaConf.select(config, f"teacher.{setting}") in (None, shared),
+        f"student and teacher share the same sequences; leave it out for {setting}={shared}",
+    )
+    counted = f"torchrun's {ranks} processes" + (f" over {setting}" if shared > 1 else "")
+    data_parallel = ranks // shared
     if fills_store:  # any part of a batch
-        yield "data.train_batch_size", batch >= ranks, least
+        said = f"less than a row for each of {data_parallel} data-parallel ranks ({counted}); raise it"
+        yield "data.train_batch_size", batch >= data_parallel, said
     else:
-        said = f"must divide among {ranks} ranks (torchrun's processes); choose a multiple of {ranks}"
-        yield "data.train_batch_size", batch % ranks == 0, said
+        said = f"must divide among {data_parallel} data-parallel ranks ({counted}); choose a multiple"
+        yield "data.train_batch_size", batch % data_parallel == 0, said
     sizes = ("data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu")
-    yield from _micro_batches(config, *sizes, data.use_dynamic_bsz, 0 if fills_store else batch // ranks)
+    of_rank = 0 if fills_store else batch // data_parallel
+    yield from _micro_batches(config, *sizes, data.use_dynamic_bsz, of_rank, shared)
 
 
 def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = False) -> HPDConfig:

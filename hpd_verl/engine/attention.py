@@ -29,6 +29,8 @@ FORMER_NAME = "packed_sdpa"
 """The same. Models that do not take sdpa refuse every name with "sdpa" in it."""
 AS_FLASH = "packed_attention_by_layer"
 """The same, told no more than flash attention's varlen kernels are: what the layer itself hands on, and no mask."""
+NO_ATTENTION = "packed_attention_to_itself"
+"""Each token sees itself alone, by which a trial finds what else of a model mixes tokens."""
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """transformers' mask: (batch, head, query, key) indices, int64 that broadcast, to bool."""
@@ -124,25 +126,23 @@ def packed_attention(
         ``([rows, tokens, heads, head size], None)``.
 
     Raises:
-        ValueError: nothing tells where sequences start, or a padded batch or sinks meet Ulysses.
+        ValueError: nothing tells where sequences start, or a padded batch, sinks or no positions meet Ulysses.
     """
     ranks = get_ulysses_sequence_parallel_world_size()
+    if ranks > 1:
+        _check_shared_out(module, attention_mask, kwargs)
     if isinstance(attention_mask, Tensor) or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        if ranks > 1:
-            raise ValueError("Ulysses sequence parallelism needs actor_rollout_ref.model.use_remove_padding=true")
         if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         assert not isinstance(attention_mask, PackedMask)
         return _attend(query, key, value, attention_mask, kwargs), None
     mask, position_ids = attention_mask, kwargs.get("position_ids")
-    if position_ids is None and (mask is None or ranks > 1):
+    if position_ids is None and mask is None:
         raise ValueError(
             f"attn_implementation={NAME}: {type(module).__name__} passes on neither position_ids nor a mask, which "
             "packed sequences need"
         )
     if ranks > 1:  # all tokens of some heads, in place of some tokens of all heads
-        if kwargs.get("s_aux") is not None:
-            raise ValueError(f"{type(module).__name__} has attention sinks, which Ulysses would not share out by heads")
         assert position_ids is not None
         mask = None  # of this rank's tokens alone
         if key.shape[1] < ranks:
@@ -165,6 +165,35 @@ def packed_attention(
     if ranks > 1:
         output = gather_heads_scatter_seq(output, seq_dim=1, head_dim=2)
     return output, None
+
+
+def to_itself(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | PackedMask | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface, each token's own value.
+
+    Raises:
+        ValueError: as ``packed_attention`` does under Ulysses.
+    """
+    _check_shared_out(module, attention_mask, kwargs)
+    return repeat_kv(value, query.shape[1] // value.shape[1]).transpose(1, 2), None
+
+
+def _check_shared_out(module: nn.Module, mask: Tensor | PackedMask | None, kwargs: dict[str, Any]) -> None:
+    """Whether ranks with other tokens each can share out the heads of this layer."""
+    if isinstance(mask, Tensor):
+        raise ValueError(f"{type(module).__name__} has a mask of its rank's tokens, packed rows alone have none")
+    if kwargs.get("position_ids") is None:
+        raise ValueError(
+            f"{type(module).__name__} hands on no position_ids, which would tell sequences apart under Ulysses"
+        )
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} has attention sinks, which Ulysses would not share out by heads")
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
@@ -235,7 +264,12 @@ def _loads_anywhere(original: Callable[..., Any]) -> Callable[..., Any]:
     return to_dict
 
 
-for _name, _mask in ((NAME, packed_mask), (FORMER_NAME, packed_mask), (AS_FLASH, _mask_as_flash)):
-    ALL_ATTENTION_FUNCTIONS.register(_name, packed_attention)
+for _name, _attention, _mask in (
+    (NAME, packed_attention, packed_mask),
+    (FORMER_NAME, packed_attention, packed_mask),
+    (AS_FLASH, packed_attention, _mask_as_flash),
+    (NO_ATTENTION, to_itself, packed_mask),
+):
+    ALL_ATTENTION_FUNCTIONS.register(_name, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_name, _mask)
 replace(PretrainedConfig, "to_dict", _loads_anywhere)

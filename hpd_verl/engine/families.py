@@ -28,6 +28,11 @@ def head_counts(config: PretrainedConfig) -> tuple[int, int]:
     return heads, key_heads or (1 if getattr(text, "multi_query", False) else heads)
 
 
+def divides_heads(ranks: int, heads: int, key_heads: int) -> bool:
+    """Whether Ulysses can share out a model's heads among so many ranks; where there are fewer keys it repeats them."""
+    return heads % ranks == 0 and (key_heads % ranks == 0 or ranks % key_heads == 0)
+
+
 def head_size(config: PretrainedConfig) -> int:
     """Size of an attention head, by a configuration."""
     text = config.get_text_config()

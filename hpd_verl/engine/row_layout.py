@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -150,10 +151,36 @@ def _try_layouts(
         except Exception as error:  # whatever a model file or an attention raises at what it does not take
             wrong[layout] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
-        if off <= TOLERANCE:
+        if off > TOLERANCE:
+            wrong[layout] = f"logits are off by {off:.1g}"
+        elif shares_sequences_out and (why := _not_in_parts(replica, draws[0])):
+            wrong[layout] = why
+        else:
             return Tried(layout, wrong)
-        wrong[layout] = f"logits are off by {off:.1g}"
     return Tried(None, wrong)
+
+
+def _not_in_parts(replica: Replica, rows: Sequence[Tensor]) -> str | None:
+    """Why ranks with a part of a pack each do not compute what one rank does; None where they do.
+
+    Ulysses gathers tokens for attention alone. So, with attention to itself only, a part must be what it is in the
+    whole.
+    """
+    try:
+        model = replica.model(attention.NO_ATTENTION)
+        inputs, _ = packed_inputs(rows)
+        tokens = sum(map(len, rows))
+        cuts = [0, tokens // 2, tokens]  # within a row
+        whole, *parts = (
+            _logits(model, {name: value if value is None else value[:, start:stop] for name, value in inputs.items()})
+            for start, stop in ((0, tokens), *itertools.pairwise(cuts))
+        )
+    except Exception as error:  # as above
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    off = _distance(torch.cat(parts, dim=1), whole)
+    if off <= TOLERANCE:
+        return None
+    return f"its layers mix tokens outside attention, which is all that Ulysses gathers (logits are off by {off:.1g})"
 
 
 def trial_rows(lengths: Sequence[int], vocabulary_size: int, seed: int) -> list[Tensor]:
@@ -189,11 +216,17 @@ def padded_inputs(rows: Sequence[Tensor]) -> tuple[dict[str, Tensor | None], Ten
     return {"input_ids": pad(rows), "attention_mask": mask, "position_ids": positions}, mask.bool()
 
 
-@torch.no_grad()
 def _together(model: nn.Module, rows: Sequence[Tensor], packed: bool) -> Tensor:
     """Logits [tokens, vocabulary] of rows in one micro-batch."""
     inputs, is_token = (packed_inputs if packed else padded_inputs)(rows)
-    return model(**inputs, use_cache=False).logits[is_token]
+    return _logits(model, inputs)[is_token]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, inputs: dict[str, Tensor | None]) -> Tensor:
+    """[rows, tokens, vocabulary]."""
+    found: Tensor = model(**inputs, use_cache=False).logits
+    return found
 
 
 def _alone(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:

@@ -136,6 +136,9 @@ class HPDSFTTrainer(SFTTrainer):
         )
         output = self.one_pass.update(data)
         flags = sums_of_ranks([tensors[flag].values().sum().item() for flag in fields.COUNTED_FLAGS])
+        flags = [
+            count / self.engine.ulysses_sequence_parallel_size for count in flags
+        ]  # whose ranks have the same rows
         if output is None:
             return {}
         metrics = _train_names(reduce_metrics(tu.get(output, "metrics")))

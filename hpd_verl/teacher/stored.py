@@ -76,7 +76,7 @@ class StoredTeacher(Teacher):
             return found
         self.is_teacher_used = True
         computed = self.teacher.features(data, missing)
-        self._take_head(computed)
+        self._take_head()
         for number, features in computed.items():
             if number in found:
                 continue
@@ -87,11 +87,12 @@ class StoredTeacher(Teacher):
             found[number] = features
         return found
 
-    def _take_head(self, computed: dict[int, TeacherFeatures]) -> None:
-        """Check and store the output head that the first computed features come with; all ranks together."""
-        first = next(iter(computed.values()), None)
-        is_new = self._form is None  # on all ranks, each of which then wanted all of its rows
-        if first is None or (self._is_head_checked and not is_new):
+    def _take_head(self) -> None:
+        """Check and store the output head of the first computed features; all ranks together."""
+        first = self.teacher.template
+        assert first is not None
+        is_new = self._form is None
+        if self._is_head_checked and not is_new:
             return
         if isinstance(self.store, DiskStore) and isinstance(first, HiddenFeatures):
             self.store.check_output_head(first.head.weight, first.head.bias)
@@ -124,6 +125,10 @@ class StoredTeacher(Teacher):
             for index in rows
             if not is_rollout[index]
         }
+
+    @property
+    def template(self) -> TeacherFeatures | None:
+        return self._form
 
     def metrics(self) -> dict[str, float]:
         """Share of rows found, rows and size, and the metrics of the teacher behind. All ranks together."""

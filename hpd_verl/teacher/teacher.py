@@ -21,11 +21,17 @@ class Teacher(ABC):
         Args:
             data: the rows of this rank, with ``fields.SEQUENCE_FIELDS``, and the settings that verl's passes read.
             wanted: indices of the rows whose features are needed, of this rank, perhaps none; None for all. Features of
-                others may come with them.
+                others may come with them. Under Ulysses each rank of a group wants others of the rows that they have in
+                common.
 
         Returns:
             Row number to features, on the device.
         """
+
+    @property
+    @abstractmethod
+    def template(self) -> TeacherFeatures | None:
+        """Features of no tokens, in tensors of any shape; None before ``features`` found or computed any on a rank."""
 
     @abstractmethod
     def prepare(self) -> None:

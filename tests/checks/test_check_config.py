@@ -61,13 +61,6 @@ def test_the_defaults_pass() -> None:
         (["actor_rollout_ref.ref.model.path=null"], "actor_rollout_ref.ref.model.path=None: give the teacher"),
         (["actor_rollout_ref.actor.strategy=megatron"], "actor_rollout_ref.actor.strategy=megatron: HPD runs on"),
         (["actor_rollout_ref.actor.strategy=fsdp"], "=fsdp, fsdp: verl's fsdp needs an accelerator"),
-        (
-            [
-                "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
-                "actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-            ],
-            "override_config.attn_implementation=sdpa: with actor_rollout_ref.actor.ulysses",
-        ),
         (["actor_rollout_ref.model.use_fused_kernels=true"], "use_fused_kernels=True: not supported"),
         (["actor_rollout_ref.actor.use_kl_loss=true"], "use_kl_loss=True: not supported"),
         (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator=gae: algorithm=hpd works only with"),
@@ -209,8 +202,7 @@ def chosen(*overrides: str) -> tuple[str, str]:
 
 SEVERAL_UPDATES = ("data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=16")
 AGAINST_ONE_PASS = [
-    (ULYSSES.format("actor"), "Ulysses sequence parallelism shares sequences out"),
-    (ULYSSES.format("ref"), "Ulysses sequence parallelism shares sequences out"),
+    (ULYSSES.format("ref"), "student and teacher share sequences out among different numbers of ranks"),
     ("actor_rollout_ref.actor.entropy_coeff=0.1", "actor_rollout_ref.actor.entropy_coeff is set"),
     ("actor_rollout_ref.actor.strategy=fsdp", "student and teacher are not both on fsdp2"),
     ("actor_rollout_ref.ref.strategy=fsdp", "student and teacher are not both on fsdp2"),
@@ -299,10 +291,12 @@ def test_what_one_pass_cannot_do_is_refused_where_it_is_set(override: str, reaso
 
 
 def test_all_reasons_are_named() -> None:
-    overrides = (ULYSSES.format("actor"), "actor_rollout_ref.actor.entropy_coeff=0.1", *SEVERAL_UPDATES)
+    overrides = (ULYSSES.format("ref"), "actor_rollout_ref.actor.entropy_coeff=0.1", *SEVERAL_UPDATES)
     assert chosen(*overrides) == (
         "staged",
-        "Ulysses sequence parallelism shares sequences out; actor_rollout_ref.actor.entropy_coeff is set; "
+        "student and teacher share sequences out among different numbers of ranks "
+        "(actor_rollout_ref.actor.ulysses_sequence_parallel_size, ref.ulysses_sequence_parallel_size); "
+        "actor_rollout_ref.actor.entropy_coeff is set; "
         "a batch is several updates",
     )
 
@@ -346,7 +340,11 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
         (["algorithm.hpd.pipeline=staged"], "algorithm.hpd.pipeline=staged: this trainer is one_pass only"),
         (["algorithm.hpd.teacher_cache=disk"], "algorithm.hpd.teacher_cache_dir=None: "),
         (["engine.strategy=fsdp"], "engine.strategy=fsdp: choose fsdp2"),
-        (["engine.ulysses_sequence_parallel_size=2"], "engine.ulysses_sequence_parallel_size=2: one_pass does not"),
+        (["engine.ulysses_sequence_parallel_size=3"], "engine.ulysses_sequence_parallel_size=3: must divide the ranks"),
+        (
+            ["engine.ulysses_sequence_parallel_size=2", "+teacher.engine.ulysses_sequence_parallel_size=1"],
+            "teacher.engine.ulysses_sequence_parallel_size=1: student and teacher share the same sequences out; leave",
+        ),
         (["engine.mixed_precision.param_dtype=fp16"], "engine.mixed_precision.param_dtype=fp16: the student is"),
         (["engine.model_dtype=fp16"], "engine.model_dtype=fp16: the student is not trained in float16"),
         (["data.seed=null"], "data.seed=None: give an integer"),
@@ -359,7 +357,7 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
         (["data.train_batch_size=0"], "data.train_batch_size=0: give an integer of at least 1"),
         (["trainer.save_freq=often"], "trainer.save_freq=often: give a number of steps, -1 for never, or after_each"),
         (["trainer.loss_agg_mode=mean"], "trainer.loss_agg_mode=mean: choose token-mean, "),
-        (["data.train_batch_size=7"], "data.train_batch_size=7: must divide among 2 ranks (torchrun's processes)"),
+        (["data.train_batch_size=7"], "data.train_batch_size=7: must divide among 2 data-parallel ranks (torchrun's 2"),
         (
             ["data.use_dynamic_bsz=false", "data.train_batch_size=12"],
             "data.micro_batch_size_per_gpu=4: must divide the 6 sequences of a rank",
@@ -383,7 +381,11 @@ def test_what_works_in_the_lean_trainer() -> None:
     check_sft_config(lean("trainer.save_freq=after_each_epoch"), ranks=8)
     check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"))
     check_sft_config(lean("data.train_batch_size=7"), ranks=2, fills_store=True)
-    with pytest.raises(ValueError, match=r"^data\.train_batch_size=7: less than a row for each of 8 ranks"):
+    shared = ("engine.ulysses_sequence_parallel_size=2", "data.max_token_len_per_gpu=1536")
+    check_sft_config(lean("data.train_batch_size=7", *shared), ranks=2)
+    with pytest.raises(ValueError, match=r"^data\.train_batch_size=7: must divide among 2 data-parallel ranks"):
+        check_sft_config(lean("data.train_batch_size=7", *shared), ranks=4)
+    with pytest.raises(ValueError, match=r"^data\.train_batch_size=7: less than a row for each of 8 data-parallel"):
         check_sft_config(lean("data.train_batch_size=7"), ranks=8, fills_store=True)
     with pytest.raises(ValueError, match=r"^teacher\.model\.path=None: give the teacher's folder or hub name"):
         check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"), fills_store=True)

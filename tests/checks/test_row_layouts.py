@@ -118,18 +118,35 @@ def test_a_rope_that_switches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ):
         chosen(folder / "phi3", folder / "llama", *fixed)
     assert chosen(folder / "phi3", folder / "llama", *fixed, longest_row=90) == [PACKED, PACKED]
+    shared_out = "engine.ulysses_sequence_parallel_size=2"
+    with pytest.raises(ValueError, match=rf"^{shared_out}: model\.path=\S+phi3 takes other rotary factors for rows of"):
+        chosen(folder / "phi3", folder / "llama", shared_out)
+    assert chosen(folder / "phi3", folder / "llama", shared_out, longest_row=90) == [PACKED, PACKED]
 
 
 def test_ulysses_shares_out_packed_rows(folder: Path) -> None:
     """With what flash attention and packed_attention are told by the layer; another attention is not to be had."""
-    assert chosen(folder / "llama", folder / "llama", ulysses=True) == [PACKED, PACKED]
-    with pytest.raises(ValueError, match=r"model\.path=\S+lfm2: packed_attention on packed rows does not"):
-        chosen(folder / "lfm2", folder / "llama", ulysses=True)
-    with pytest.raises(ValueError, match=r"model\.use_remove_padding=False: Ulysses"):
-        chosen(folder / "llama", folder / "llama", "model.use_remove_padding=false", ulysses=True)
-    config = tiny_config("qwen2_moe")  # whose layers do not hand on their windows
-    assert try_layouts(config, [PACKED], LONGEST).right == PACKED
-    assert try_layouts(config, [PACKED], LONGEST, shares_sequences_out=True).right is None
+    shared_out = "engine.ulysses_sequence_parallel_size=2"
+    assert chosen(folder / "llama", folder / "llama", shared_out) == [PACKED, PACKED]
+    with pytest.raises(ValueError, match=rf"^{shared_out}: model\.path=\S+lfm2: packed_attention on packed rows does"):
+        chosen(folder / "lfm2", folder / "llama", shared_out)
+    one_row = ("data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1")
+    with pytest.raises(
+        ValueError, match=rf"^{shared_out}: model\.path=\S+lfm2: .*mix tokens outside attention.* leave"
+    ):
+        chosen(folder / "lfm2", folder / "llama", shared_out, *one_row)
+    with pytest.raises(ValueError, match=rf"model\.use_remove_padding=False: {shared_out} shares out packed rows"):
+        chosen(folder / "llama", folder / "llama", "model.use_remove_padding=false", shared_out)
+    for role, setting in (("", "model"), ("+", "teacher.model")):
+        sdpa = f"{role}{setting}.override_config.attn_implementation=sdpa"
+        with pytest.raises(
+            ValueError, match=rf"^{sdpa.removeprefix('+')}: with {shared_out} each rank would see its own"
+        ):
+            chosen(folder / "llama", folder / "llama", sdpa, shared_out)
+    # Layers that do not hand on their windows; sinks; a mask of the model's own.
+    for family, packed in (("qwen2_moe", PACKED), ("gpt_oss", PACKED), ("opt", None)):
+        assert try_layouts(tiny_config(family), [PACKED], LONGEST).right == packed
+        assert try_layouts(tiny_config(family), [PACKED], LONGEST, shares_sequences_out=True).right is None
 
 
 def test_a_model_that_has_no_small_replica_is_padded(

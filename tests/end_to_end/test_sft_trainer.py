@@ -109,6 +109,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
 def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None:
     """The validation loss falls; 2 ranks and a full store give what 1 rank without a store gives, counts included.
 
+    So do 2 ranks that share sequences out (Ulysses), which fill the store too.
     With fewer validation rows than a batch has, and an odd number of them. The checkpoint of 2 ranks, exported, is
     verl's own whole model, and vLLM answers with it as transformers does.
     """
@@ -126,19 +127,22 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
         "algorithm.hpd.teacher_cache_max_gib=0.01",
     )
     plain = run_sft(*overrides)
-    filling = run_sft(*overrides, *cache, module="hpd_verl.sft.fill_store")
+    shared_out = "engine.ulysses_sequence_parallel_size=2"
+    sharing = run_sft(*overrides, shared_out, ranks=2)
+    filling = run_sft(*overrides, *cache, shared_out, module="hpd_verl.sft.fill_store", ranks=2)
     saved = ("trainer.save_freq=4", "checkpoint.save_contents=[model,hf_model]")
     full = run_sft(*overrides, *cache, *saved, ranks=2)
-    for run in (plain, filling, full):
+    for run in (plain, sharing, filling, full):
         assert run.returncode == 0, run.output[-3000:]
     assert "distinct rows" in filling.output
-    assert len(full.steps) == 4
-    assert full.losses() == pytest.approx(plain.losses(), rel=2e-4)
+    for run in (full, sharing):
+        assert len(run.steps) == 4
+        assert run.losses() == pytest.approx(plain.losses(), rel=2e-4)
     assert [step["hpd/teacher_is_loaded"] for step in full.steps] == [0, 0, 0, 0]
     validation = [step["val/hpd/reverse_kl_k1"] for step in plain.steps]
     assert validation[-1] < validation[0]
     assert plain.steps[0]["val/hpd/student_nll"] > 0
-    for one_rank, two_ranks in zip(plain.steps, full.steps, strict=True):
+    for one_rank, two_ranks in zip(plain.steps * 2, full.steps + sharing.steps, strict=True):
         assert 0 < one_rank["hpd/truncated_demonstrations"] < 8
         assert two_ranks["hpd/truncated_demonstrations"] == one_rank["hpd/truncated_demonstrations"]
         validated = {name for name in one_rank if name.startswith("val/")}

@@ -36,6 +36,7 @@ class Elsewhere(Teacher):
     asked: list[list[int]] = field(default_factory=list)
     """Row numbers of each call."""
     prepared: int = 0
+    template: TeacherFeatures | None = None
 
     def __post_init__(self) -> None:
         random = torch.Generator().manual_seed(self.seed)
@@ -63,6 +64,7 @@ class Elsewhere(Teacher):
             else:
                 hidden = hidden.bfloat16().float()  # as the store keeps it
                 found[number] = teacher_features(hidden, self.head, labels, TEMPERATURE)
+            self.template = found[number][:0]
         return found
 
 

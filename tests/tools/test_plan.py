@@ -59,6 +59,9 @@ MODELS: dict[str, tuple[PretrainedConfig, int]] = {
 }
 
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
 @pytest.fixture(scope="module")
 def student() -> ModelSize:
     return model_size("Qwen2.5-1.5B", QWEN_1_5B)
@@ -108,6 +111,26 @@ def test_memory_by_hand(student: ModelSize, teacher: ModelSize) -> None:
     assert output["output layer's gradient"] == 2 * 151_936 * 1536  # 8000 response tokens: one chunk
     assert backward["CUDA, NCCL, gaps (allowance)"] == ALLOWANCE
     assert plan_memory(student, teacher, run).machine == {"teacher's weights": 2 * 7_615_616_512}
+
+
+def test_gpus_that_share_a_sequence(student: ModelSize, teacher: ModelSize, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its part of a row's tokens, and of the batch's features; docs/cost.md holds what its script writes."""
+    alone = PlannedRun(tokens=32_768, prompt_tokens=1024, response_tokens=31_744, batch_size=32)
+    shared = replace(alone, tokens=8192, ulysses=4)
+    memory = plan_memory(student, teacher, alone), plan_memory(student, teacher, shared)
+    inputs = [each.phases["output layer"]["activations"] for each in memory]
+    assert inputs == [2 * tokens * 1536 * 28 for tokens in (32_768, 8192)]
+    features = [each.phases["output layer"]["teacher's features"] for each in memory]
+    assert features == [32 * 31_744 * (2 * 3584 + 8) / 8] * 2
+    helping = dict(what_helps(student, teacher, alone))
+    named = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2 actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+    saved = memory[0].peak - plan_memory(student, teacher, replace(alone, tokens=16_384, ulysses=2)).peak
+    assert helping[f"{named}=16384"] == saved > 2 * GIB
+    assert not any("ulysses_sequence_parallel_size=8" in name for name, _ in what_helps(student, teacher, shared))
+    monkeypatch.syspath_prepend(str(DOCS))
+    import long_contexts
+
+    assert long_contexts.table() in (DOCS / "cost.md").read_text()
 
 
 def test_operations_by_hand(student: ModelSize, teacher: ModelSize) -> None:
@@ -207,6 +230,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["STUDENT", "--memory", "nan"], "--memory=nan: give a number above 0"),
         (["STUDENT", "--utilization", "40"], "--utilization=40.0: give a share"),
         (["STUDENT", "--tokens", "100"], "--tokens=100: a row has 1200"),
+        (
+            ["STUDENT", "--tokens", "500", "--ulysses", "2"],
+            "--tokens=500: a row has 1200 on average; a micro-batch holds",
+        ),
+        (["STUDENT", "--ulysses", "3"], "--ulysses=3: must divide --gpus=8"),
+        (["STUDENT", "--ulysses", "8"], "--ulysses=8: STUDENT has 12 heads, 2 of keys, which it must divide"),
+        (["STUDENT", "--ulysses", "2", "--attention", "sdpa"], "--attention=sdpa: Ulysses shares out"),
         (["STUDENT", "--trainer", "lean", "--on_policy_fraction", "0.5"], "--trainer=lean: it has no rollouts"),
         (["STUDENT", "--store_is_full"], "--store_is_full: there is no store"),
     ],

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
 from hpd_verl.checks.architecture import check_architecture
+from hpd_verl.engine.families import divides_heads
 from hpd_verl.engine.on_meta import CannotBuild
 from hpd_verl.errors import Refused, one_line
 from hpd_verl.tools.plan.memory import Memory, complaints, plan_memory, what_helps
@@ -32,7 +33,8 @@ CHOICES = {
 HELP = {
     "gpus": "GPUs of all machines",
     "memory": "GiB of a GPU",
-    "tokens": "tokens per micro-batch: ppo_max_token_len_per_gpu, or data.max_token_len_per_gpu",
+    "ulysses": "GPUs that share a sequence: ulysses_sequence_parallel_size",
+    "tokens": "tokens per micro-batch on a GPU: ppo_max_token_len_per_gpu, or data.max_token_len_per_gpu",
     "rows": "rows of the data set",
     "prompt_tokens": "average per row",
     "response_tokens": "average per row",
@@ -85,10 +87,15 @@ def _check(run: PlannedRun) -> None:
             raise ValueError(f"--{name}={value}: give a number above 0")
         if name in shares and value > 1:
             raise ValueError(f"--{name}={value}: give a share, at most 1")
-    if run.tokens < run.row_tokens:
+    if run.gpus % run.ulysses:
+        raise ValueError(f"--ulysses={run.ulysses}: must divide --gpus={run.gpus}")
+    if run.tokens * run.ulysses < run.row_tokens:
         raise ValueError(
             f"--tokens={run.tokens}: a row has {run.row_tokens} on average; a micro-batch holds whole rows"
+            + (f", on {run.ulysses} GPUs" if run.ulysses > 1 else "")
         )
+    if run.ulysses > 1 and run.attention == "sdpa":
+        raise ValueError("--attention=sdpa: Ulysses shares out flash attention and packed_attention; leave it out")
     if run.trainer == "lean" and run.serves_rollouts:
         raise ValueError("--trainer=lean: it has no rollouts; use main_ppo, or --on_policy_fraction 0")
     if run.store_is_full and run.teacher_cache == "off":
@@ -187,7 +194,13 @@ def _size(argument: str, name: str, run: PlannedRun) -> ModelSize:
             one_pass=run.trainer == "lean",
             gradient_checkpointing="--gradient_checkpointing" if checkpointed else None,
         )
-        return model_size(name, config)
+        size = model_size(name, config)
+        if not divides_heads(run.ulysses, size.heads, size.key_heads):
+            raise Refused(
+                f"--ulysses={run.ulysses}: {argument} has {size.heads} heads, {size.key_heads} of keys, which it must "
+                "divide"
+            )
+        return size
     except CannotBuild as error:
         raise ValueError(f"{argument}={name}: transformers cannot build it: {one_line(error)[:160]}") from error
     except Refused:

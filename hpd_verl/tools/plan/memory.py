@@ -8,8 +8,10 @@ memory, its layers come one by one, and each rank holds its whole output layer.
 What CUDA, NCCL and the allocator's gaps take is an allowance, ``ALLOWANCE``; everything else is counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from hpd_verl.engine.families import divides_heads
 from hpd_verl.tools.plan.model_size import ModelSize
 from hpd_verl.tools.plan.run import GIB, PlannedRun
 
@@ -171,7 +173,7 @@ def _chunk(run: PlannedRun) -> int:
 # ------------------------------ what would help ------------------------------
 
 
-def _settings(run: PlannedRun) -> list[tuple[str, PlannedRun]]:
+def _settings(models: Sequence[ModelSize], run: PlannedRun) -> list[tuple[str, PlannedRun]]:
     """Settings that take less memory, by their names, and the run with each."""
     lean = run.trainer == "lean"
     engine = "engine" if lean else "actor_rollout_ref.actor.fsdp_config"
@@ -185,8 +187,15 @@ def _settings(run: PlannedRun) -> list[tuple[str, PlannedRun]]:
         ),
         (f"algorithm.hpd.token_chunk_size={_chunk(run) // 4}", replace(run, token_chunk_size=_chunk(run) // 4)),
     ]
-    if run.tokens // 2 >= run.row_tokens:
-        tried.append((f"{length}={run.tokens // 2}", replace(run, tokens=run.tokens // 2)))
+    fewer = run.tokens // 2
+    if fewer * run.ulysses >= run.row_tokens:
+        tried.append((f"{length}={fewer}", replace(run, tokens=fewer)))
+    shared = 2 * run.ulysses
+    divides = all(divides_heads(shared, model.heads, model.key_heads) for model in models)
+    if run.gpus % shared == 0 and divides and run.attention != "sdpa":
+        role = "engine" if lean else "actor_rollout_ref.actor"
+        name = f"{role}.ulysses_sequence_parallel_size={shared} {length}={fewer}"
+        tried.append((name, replace(run, ulysses=shared, tokens=fewer)))
     if run.teacher_cache == "off" and not run.serves_rollouts:
         filled = replace(run, teacher_cache="disk", store_is_full=True)
         tried.append(("algorithm.hpd.teacher_cache=disk, filled ahead", filled))
@@ -208,7 +217,8 @@ def _settings(run: PlannedRun) -> list[tuple[str, PlannedRun]]:
 def what_helps(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) -> list[tuple[str, float]]:
     """Settings that lower the peak by at least a hundredth, and the bytes they save, most first."""
     now = plan_memory(student, teacher, run).peak
-    saved = [(name, now - plan_memory(student, teacher, other).peak) for name, other in _settings(run)]
+    models = [model for model in (student, teacher) if model is not None]
+    saved = [(name, now - plan_memory(student, teacher, other).peak) for name, other in _settings(models, run)]
     return sorted([each for each in saved if each[1] > 0.01 * now], key=lambda each: -each[1])
 
 

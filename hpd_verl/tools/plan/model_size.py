@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from hpd_verl.engine.families import layers_to_wrap
+from hpd_verl.engine.families import head_counts, layers_to_wrap
 from hpd_verl.errors import one_line
 
 
@@ -39,6 +39,8 @@ class ModelSize:
     """Attention heads times their size."""
     key: int
     """Heads of keys times their size."""
+    heads: int
+    key_heads: int
     lora_per_rank: int
     """Parameters of an adapter of rank 1 on every linear module of the layers."""
 
@@ -105,7 +107,7 @@ def model_size(name: str, config: PretrainedConfig) -> ModelSize:
     )
     total = sum(parameter.numel() for parameter in model.parameters())
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    heads = text.num_attention_heads
+    heads, key_heads = head_counts(text)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     if experts:
@@ -126,6 +128,8 @@ def model_size(name: str, config: PretrainedConfig) -> ModelSize:
         hidden=text.hidden_size,
         intermediate=intermediate,
         query=heads * head_size,
-        key=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        key=key_heads * head_size,
+        heads=heads,
+        key_heads=key_heads,
         lora_per_rank=sum(module.in_features + module.out_features for module in linear),
     )

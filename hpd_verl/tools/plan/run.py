@@ -13,7 +13,9 @@ class PlannedRun:
     memory: float = 80.0
     """GiB of a GPU."""
     tokens: int = 16384
-    """Per micro-batch, prompts and responses, at most."""
+    """Per micro-batch on a GPU, prompts and responses, at most."""
+    ulysses: int = 1
+    """GPUs that share a sequence; their micro-batch has as many times ``tokens``."""
     rows: int = 40_000
     prompt_tokens: int = 200
     """Average per row."""
