@@ -72,7 +72,7 @@ _COMMON: dict[str, Rule] = {
             "resume_mode": one_of("auto", "disable", "resume_path"),
             "resume_from_path": TEXT_OR_NULL,
             "project_name experiment_name": TEXT,
-            "default_hdfs_dir": (takes_hdfs, "give a folder, null, or an address of hdfs where its command is there"),
+            "default_hdfs_dir": (takes_hdfs, "give a folder, null, or an address of hdfs if its command is installed"),
         },
     ),
 }
@@ -206,9 +206,7 @@ SFT_RULES: dict[str, Rule] = {
             "enable_thinking_key": only("enable_thinking", _TEMPLATE),
             "enable_thinking_default": only("none", _TEMPLATE),
             "max_length": only(1024, "lengths are data.max_prompt_length and data.max_response_length; leave it out"),
-            "truncation": only(
-                "error", "algorithm.hpd.overlong_demonstration says what becomes of long rows; leave it out"
-            ),
+            "truncation": only("error", "algorithm.hpd.overlong_demonstration decides about long rows; leave it out"),
             "balance_dp_token ignore_input_ids_mismatch": only(False, _NOT_READ),
             "custom_cls.path custom_cls.name": only(None, _ROWS),
         },
@@ -304,12 +302,12 @@ def _micro_batches(
     """
     longest = config.data.max_prompt_length + config.data.max_response_length
     if by_tokens:
-        said = f"below data.max_prompt_length + data.max_response_length = {longest}, and a row must fit; raise it"
+        said = f"below data.max_prompt_length + data.max_response_length = {longest}; raise it"
         yield tokens, OmegaConf.select(config, tokens) * sharing >= longest, said
     else:
         size = OmegaConf.select(config, rows)
         yield rows, size is not None, "micro-batches are not packed by tokens; give their size in rows"
-        yield rows, of_rank % size == 0, f"must divide the {of_rank} sequences that a rank gets at once"
+        yield rows, of_rank % size == 0, f"must divide the {of_rank} sequences of a rank"
 
 
 def _group(config: DictConfig, engine: str, ranks: int, counted: str) -> Relation:
@@ -374,7 +372,8 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
     yield (
         "actor_rollout_ref.rollout.n",
         rollout.n == 1 or hpd.schedule.lowest == 1.0,
-        f"several answers a prompt need {PREFIX}.on_policy_fraction=1: a demonstration is one answer",
+        f"several answers per prompt need {PREFIX}.on_policy_fraction=1; with demonstrations set "
+        f"{PREFIX}.rollouts_per_prompt",
     )
     yield (
         "actor_rollout_ref.rollout.name",
@@ -385,7 +384,7 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
     yield (
         teacher,
         has_teacher or pipeline == "one_pass",
-        f"the staged pipeline ({reason}) runs a teacher with every objective; give one",
+        f"the staged pipeline ({reason}) always needs a teacher",
     )
     yield from _main_ppo_ranks(config, hpd, is_staged=pipeline == "staged")
 
@@ -419,13 +418,13 @@ def _main_ppo_ranks(config: DictConfig, hpd: HPDConfig, is_staged: bool) -> Iter
     yield (
         "data.train_batch_size",
         actor.use_dynamic_bsz or batch * rollout.n % ranks == 0,
-        f"without actor_rollout_ref.actor.use_dynamic_bsz verl wants a multiple of all ranks, {counted}",
+        f"must be a multiple of all ranks, {counted}, without actor_rollout_ref.actor.use_dynamic_bsz",
     )
     yield (
         "actor_rollout_ref.actor.shuffle",
         not actor.shuffle or batch == mini_batch or data_parallel == 1,
-        f"each of {data_parallel} data-parallel ranks would shuffle its own rows, and the updates depend on their "
-        "number; leave it false: data.shuffle shuffles the rows",
+        f"each of the {data_parallel} data-parallel ranks would shuffle its own rows; leave it false and set "
+        "data.shuffle",
     )
     # In one pass the teacher's rows are filled up.
     of_teacher = batch * rollout.n * sharing["ref"] // ranks if is_staged else 0
@@ -443,7 +442,7 @@ def _main_ppo_ranks(config: DictConfig, hpd: HPDConfig, is_staged: bool) -> Iter
     yield (
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
         actor.use_dynamic_bsz == rollout.log_prob_use_dynamic_bsz,
-        f"verl wants what actor_rollout_ref.actor.use_dynamic_bsz={actor.use_dynamic_bsz} is; leave it out",
+        f"must equal actor_rollout_ref.actor.use_dynamic_bsz={actor.use_dynamic_bsz}; leave it out",
     )
     size = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
     yield (
@@ -501,7 +500,7 @@ def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -
     yield (
         "trainer.n_gpus_per_node",
         trainer.n_gpus_per_node * trainer.nnodes in (1, ranks),
-        f"torchrun has started {ranks} processes, which decide; leave it out",
+        f"torchrun has started {ranks} processes; leave it out",
     )
     batch, shared, setting = data.train_batch_size, sft_ulysses(config), "engine.ulysses_sequence_parallel_size"
     yield setting, ranks % shared == 0, f"must divide the ranks, torchrun's processes ({ranks})"

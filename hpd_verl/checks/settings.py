@@ -393,7 +393,7 @@ def lora_relations(config: DictConfig, node: str, trained: bool) -> Iterator[Rel
     yield (
         f"{node}.lora_adapter_path",
         adapter is None or rank > 0,
-        "verl loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both",
+        "verl loads an adapter only if lora_rank is above 0; set lora_rank too, or leave both out",
     )
     yield (
         f"{node}.lora_rank",
@@ -419,7 +419,7 @@ def engine_relations(config: DictConfig, node: str, inherited: str | None = None
         f"{node}.seed",
         seed in (None, of_run, _verl_defaults(_ENGINE_FILE).seed)
         or bool(OmegaConf.select(config, f"{node}.full_determinism")),
-        f"only full_determinism reads it; {PREFIX}.seed is that of the draws",
+        f"read only with full_determinism; set {PREFIX}.seed",
     )
     wanted = OmegaConf.select(config, f"{node}.dtype")
     nodes = [node] if inherited is None else [node, inherited]
@@ -430,7 +430,7 @@ def engine_relations(config: DictConfig, node: str, inherited: str | None = None
     yield (
         f"{node}.dtype",
         PrecisionType.to_dtype(param_dtype) == PrecisionType.to_dtype(wanted),
-        f"mixed_precision.param_dtype={param_dtype} says otherwise; set them alike, or one of them",
+        f"differs from mixed_precision.param_dtype={param_dtype}; set one of them",
     )
 
 

@@ -202,7 +202,7 @@ def chosen(*overrides: str) -> tuple[str, str]:
 
 SEVERAL_UPDATES = ("data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=16")
 AGAINST_ONE_PASS = [
-    (ULYSSES.format("ref"), "student and teacher share sequences out among different numbers of ranks"),
+    (ULYSSES.format("ref"), "student and teacher share sequences among different numbers of ranks"),
     ("actor_rollout_ref.actor.entropy_coeff=0.1", "actor_rollout_ref.actor.entropy_coeff is set"),
     ("actor_rollout_ref.actor.strategy=fsdp", "student and teacher are not both on fsdp2"),
     ("actor_rollout_ref.ref.strategy=fsdp", "student and teacher are not both on fsdp2"),
@@ -294,7 +294,7 @@ def test_all_reasons_are_named() -> None:
     overrides = (ULYSSES.format("ref"), "actor_rollout_ref.actor.entropy_coeff=0.1", *SEVERAL_UPDATES)
     assert chosen(*overrides) == (
         "staged",
-        "student and teacher share sequences out among different numbers of ranks "
+        "student and teacher share sequences among different numbers of ranks "
         "(actor_rollout_ref.actor.ulysses_sequence_parallel_size, ref.ulysses_sequence_parallel_size); "
         "actor_rollout_ref.actor.entropy_coeff is set; "
         "a batch is several updates",
@@ -343,7 +343,7 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
         (["engine.ulysses_sequence_parallel_size=3"], "engine.ulysses_sequence_parallel_size=3: must divide the ranks"),
         (
             ["engine.ulysses_sequence_parallel_size=2", "+teacher.engine.ulysses_sequence_parallel_size=1"],
-            "teacher.engine.ulysses_sequence_parallel_size=1: student and teacher share the same sequences out; leave",
+            "teacher.engine.ulysses_sequence_parallel_size=1: student and teacher share the same sequences; leave",
         ),
         (["engine.mixed_precision.param_dtype=fp16"], "engine.mixed_precision.param_dtype=fp16: the student is"),
         (["engine.model_dtype=fp16"], "engine.model_dtype=fp16: the student is not trained in float16"),

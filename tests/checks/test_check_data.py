@@ -337,7 +337,7 @@ def test_columns_of_one_name(tmp_path: Path) -> None:
     prompts = pa.array([user("1 ?")] * 8)
     file = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_arrays([prompts, texts, texts], ["prompt", "demonstration", "demonstration"]), file)
-    with pytest.raises(ValueError, match=r"rows\.parquet: 2 columns are named 'demonstration', and which of them"):
+    with pytest.raises(ValueError, match=r"rows\.parquet: 2 columns are named 'demonstration'; keep one"):
         check(file)
     twice = '{"prompt": [{"role": "user", "content": "1"}], "demonstration": "1", "demonstration": "2"}'
     with pytest.raises(ValueError, match=r"rows\.jsonl: row 2 \(line 3\): 2 columns are named 'demonstration'"):

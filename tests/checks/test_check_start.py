@@ -15,7 +15,7 @@ def test_head_sizes_that_vllm_lacks_on_a_cpu(tiny: Tiny, tmp_path: Path) -> None
     settings += [f"trainer.default_local_dir={tmp_path / 'checkpoints'}"]
     rollouts = main_ppo_config(*settings, "algorithm.hpd.on_policy_fraction=0.5")
     check_main_ppo(main_ppo_config(*settings))
-    message = r"^actor_rollout_ref\.model\.path=.*/small: attention heads of 24, and vLLM generates on a CPU with 32"
+    message = r"^actor_rollout_ref\.model\.path=.*/small: attention heads of 24; vLLM on a CPU supports 32"
     with pytest.raises(ValueError, match=message):
         check_main_ppo(rollouts)
 

@@ -151,7 +151,7 @@ def test_defaults_pass_on_both_platforms(base: DictConfig, monkeypatch: pytest.M
         ({"teacher__engine__strategy": "fsdp"}, "teacher.engine.strategy=fsdp: choose fsdp2"),
         (
             {"teacher__engine__ulysses_sequence_parallel_size": 2},
-            "teacher.engine.ulysses_sequence_parallel_size=2: student and teacher share the same sequences out; leave",
+            "teacher.engine.ulysses_sequence_parallel_size=2: student and teacher share the same sequences; leave",
         ),
         (
             {"teacher__engine__infer_max_token_len_per_gpu": 9},

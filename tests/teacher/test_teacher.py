@@ -126,7 +126,7 @@ def test_nan_everywhere(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_memory_on_several_ranks_is_refused_by_the_driver(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """In either trainer, before a model loads."""
-    message = "algorithm.hpd.teacher_cache=memory: each of the 2 ranks would keep rows"
+    message = "algorithm.hpd.teacher_cache=memory: rows change between the 2 ranks"
     settings = ["algorithm.hpd.teacher_cache=memory", "trainer.n_gpus_per_node=2", "trainer.nnodes=1"]
     config = main_ppo_config(*tiny.main_ppo, *settings)
     with pytest.raises(ValueError, match=f"^{message}"):
