@@ -67,6 +67,13 @@ def _chunks(logits: Tensor, chunk_size: int | None) -> Iterator[tuple[slice, Ten
         yield rows, logits[rows].to(dtype)
 
 
+def blocks(values: Tensor) -> list[Tensor]:
+    """The vocabulary's blocks of values [n, V]: a view of [n, blocks, block size], and of a shorter last block."""
+    whole = values.shape[1] // _BLOCK * _BLOCK
+    views = [values[:, :whole].unflatten(1, (-1, _BLOCK))] if whole else []
+    return views + [values[:, whole:].unsqueeze(1)] * (whole < values.shape[1])
+
+
 def block_masses(values: Tensor) -> Tensor:
     """Sums of non-negative values over blocks of the vocabulary, the last of which may be shorter.
 
@@ -76,11 +83,7 @@ def block_masses(values: Tensor) -> Tensor:
     Returns:
         [n, blocks], of the values' dtype.
     """
-    whole = values.shape[1] // _BLOCK * _BLOCK
-    masses = values[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
-    if whole < values.shape[1]:
-        masses = torch.cat([masses, values[:, whole:].sum(-1, keepdim=True)], 1)
-    return masses
+    return torch.cat([block.sum(-1) for block in blocks(values)], 1)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,9 @@ class Objective:
     """It is for labels that the student drew itself."""
     is_likelihood: bool = False
     """Its weights do not depend on the student: no importance ratio applies to them."""
+    row_statistic: Callable[..., Tensor] | None = None
+    """``row_statistic(teacher, **parameters)``: [n, 1] of ``TeacherRows``, for what the function, over the vocabulary,
+    must know of a row beforehand and no compiled pass can compute, such as a sorted order. It runs uncompiled."""
     has_own_node: bool = True
     """False: its parameters are settings of the algorithm itself, beside the objective's name."""
 
@@ -105,10 +108,11 @@ class BoundObjective:
 
     @torch.no_grad()
     def __call__(self, log_probs: Any) -> Any:
-        return self.objective.function(log_probs, **self._arguments)
+        return self.objective.function(log_probs, **self.arguments)
 
     @cached_property
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
+        """The parameters' values by name."""
         return dict(self.parameters)
 
     @property

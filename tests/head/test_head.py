@@ -23,6 +23,7 @@ from reference import (
 from torch import Tensor
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.head import bodies as bodies_module
 from hpd_verl.head import features as features_module
 from hpd_verl.head import gradients as gradients_module
 from hpd_verl.head import output_head as output_head_module
@@ -586,7 +587,8 @@ def test_top_k_that_hold_nearly_everything(objective: str) -> None:
 def test_student_of_a_larger_vocabulary(objective: str, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The student is normalised over all its logits; beyond the teacher's vocabulary the teacher's probability is 0."""
     impossible = -600.0  # a probability that float64 can still hold, for the reference's logarithm
-    monkeypatch.setattr(features_module, "LOG_ZERO", impossible)
+    for module in (bodies_module, features_module):
+        monkeypatch.setattr(module, "LOG_ZERO", impossible)
     known = VOCABULARY - 5
     case = Case(draws=2, config=configured(objective, num_student_samples=2))
     case.labels %= known
