@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpd_verl.head.output_head import Scaling, take
-from hpd_verl.head.sampling import blocks
+from hpd_verl.head.sampling import BLOCK, blocks
 from hpd_verl.objectives import LOG_ZERO, Mixture, TeacherRows, VocabularyLogProbs
+
+_HELD = 64
 
 
 class Part(NamedTuple):
@@ -148,10 +150,12 @@ class Kept(NamedTuple):
 def statistics(scaling: Scaling, products: Tensor, bias: Tensor | None) -> Statistics:
     """Log-sum-exp, entropy and block masses of the rows of products [n, V].
 
-    Block by block, so that one load of a logit serves all three. A NaN in a row is one in its results; an impossible
-    token, of logit -inf, adds nothing.
+    Part by part of a row, so that one load of a logit serves all three. A NaN in a row is one in its results; an
+    impossible token, of logit -inf, adds nothing.
     """
-    each = [_of_blocks(block) for block in blocks(scaling.logits(products, bias))]
+    # A compiled kernel holds parts of so many logits; longer ones it loads twice.
+    size = _HELD if torch.compiler.is_compiling() else BLOCK
+    each = [_of_parts(part) for part in blocks(scaling.logits(products, bias), size)]
     top, mass, weighted = (torch.cat(parts, 1) for parts in zip(*each, strict=True))
     highest = top.amax(-1, keepdim=True)
     relative = top - highest
@@ -160,12 +164,14 @@ def statistics(scaling: Scaling, products: Tensor, bias: Tensor | None) -> Stati
     total = mass.sum(-1, keepdim=True, dtype=torch.float64)
     log_total = total.log().to(mass.dtype)
     mean = (weighted * factor + mass * relative).sum(-1, keepdim=True) / total.to(mass.dtype)
-    return Statistics((highest + log_total).squeeze(1), (log_total - mean).squeeze(1), mass / total.to(mass.dtype))
+    masses = F.pad(mass, (0, -mass.shape[1] % (BLOCK // size))).unflatten(1, (-1, BLOCK // size)).sum(-1)
+    return Statistics((highest + log_total).squeeze(1), (log_total - mean).squeeze(1), masses / total.to(mass.dtype))
 
 
-def _of_blocks(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, sum of ``exp(logit - largest)`` and of that times ``logit - largest``: [n, b] of [n, b, size]."""
-    # A block of impossible tokens has a finite largest one, too.
+def _of_parts(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits [n, parts, size] the largest, the sum of ``exp(logit - largest)``, and of that times
+    ``logit - largest``: [n, parts] each."""
+    # A part of impossible tokens has a finite largest one, too.
     top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
     shifted = logits - top
     exps = shifted.exp()
@@ -195,7 +201,7 @@ def read(form: Form, rows: Rows, biases: Biases) -> tuple[Sums, Kept | None]:
     if not form.parts:
         return Sums(student, normaliser, None, None, None, None, forward, reverse), Kept(both, None)
     weighed = _weigh(form, both, rows)
-    total, label = weighed.weights.sum(-1), take(weighed.weights, rows.labels)
+    total, label = weighed.weights.sum(-1), _entry(weighed.weights, rows.labels)
     if weighed.label is not None:
         total, label = total + weighed.label, label + weighed.label
     sums = Sums(student, normaliser, weighed.value, total, weighed.label, label, forward, reverse)
@@ -293,6 +299,14 @@ def _of_part(part: Part, both: VocabularyLogProbs, here: Tensor | None) -> Weigh
     label = None if weighed.label is None else torch.where(here, weighed.label, 0.0)
     weights = torch.where(here.unsqueeze(1), weighed.weights, 0.0)
     return Weighed(weights, torch.where(here, weighed.value, 0.0), label)
+
+
+def _entry(matrix: Tensor, tokens: Tensor) -> Tensor:
+    """One entry of each row: [n] from [n, V] and int64 [n]."""
+    if not torch.compiler.is_compiling():
+        return take(matrix, tokens)
+    # A gather would have the matrix written to memory first; a sum joins the other sums.
+    return torch.where(torch.arange(matrix.shape[1], device=matrix.device) == tokens.unsqueeze(1), matrix, 0.0).sum(-1)
 
 
 def _added(one: Weighed, other: Weighed) -> Weighed:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo import lookup_backend, maybe_mark_dynamic
-from torch._dynamo.exc import TorchRuntimeError, Unsupported, UserError
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves
 
 Body = Callable[..., Any]
@@ -20,7 +20,7 @@ _compiled: dict[Hashable, Body] = {}
 _compilations = 0
 
 
-class NotTraceable(Exception):
+class NotCompilable(Exception):
     """A body holds what cannot be compiled; the message says what, and where."""
 
 
@@ -39,7 +39,7 @@ def run_compiled(body: Body, form: Hashable, rows: Any, others: Any) -> Any:
         others: tensors of fixed shapes, in tuples; None among them.
 
     Raises:
-        NotTraceable: before anything is computed.
+        NotCompilable: before anything is computed.
     """
     tensors = [each for each in tree_leaves(rows) if isinstance(each, Tensor)]
     if len(tensors[0]) == 1:
@@ -53,21 +53,21 @@ def run_compiled(body: Body, form: Hashable, rows: Any, others: Any) -> Any:
         _compiled[key] = _compile(body, form)
     try:
         return _compiled[key](rows, others)
-    except (Unsupported, UserError, TorchRuntimeError) as error:
+    except TorchDynamoException as error:
         del _compiled[key]
-        raise NotTraceable(_reason(error)) from error
+        raise NotCompilable(_reason(error)) from error
 
 
 def check_traceable(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
     """Trace a function of tensors without compiling it.
 
     Raises:
-        NotTraceable: it holds what cannot be compiled.
+        NotCompilable: it holds what cannot be compiled.
     """
     try:
         torch.compile(function, fullgraph=True, backend="eager")(*arguments, **keywords)
-    except (Unsupported, UserError, TorchRuntimeError) as error:
-        raise NotTraceable(_reason(error)) from error
+    except TorchDynamoException as error:
+        raise NotCompilable(_reason(error)) from error
 
 
 def _compile(body: Body, form: Hashable) -> Body:

@@ -6,7 +6,7 @@ import torch
 from torch.utils._pytree import tree_map, tree_map_only
 
 from hpd_verl.head.bodies import Biases, Form, Kept, Part, Rows, Sums, read, write
-from hpd_verl.head.compiling import NotTraceable, check_traceable, run_compiled
+from hpd_verl.head.compiling import NotCompilable, check_traceable, run_compiled
 from hpd_verl.head.output_head import steps
 from hpd_verl.objectives import VocabularyLogProbs
 
@@ -42,7 +42,7 @@ class Passes:
         if self.compiled:
             try:
                 return run_compiled(_read, self.form, rows, self.biases), None
-            except NotTraceable as error:
+            except NotCompilable as error:
                 self._say(error)
         parts = [_read(self.form, _of(rows, step), self.biases) for step in steps(rows.student)]
         return tree_map(lambda *each: torch.cat(each), *parts), None
@@ -51,19 +51,23 @@ class Passes:
         """Second pass."""
         if kept is not None or not self._wanted:
             write(self.form, rows, self.biases, kept)
-        elif self.compiled:
-            run_compiled(write, self.form, rows, self.biases)
-        else:
-            for step in steps(rows.student):
-                write(self.form, _of(rows, step), self.biases)
+            return
+        if self.compiled:
+            try:
+                run_compiled(write, self.form, rows, self.biases)
+                return
+            except NotCompilable as error:
+                self._say(error)
+        for step in steps(rows.student):
+            write(self.form, _of(rows, step), self.biases)
 
-    def _say(self, error: NotTraceable) -> None:
+    def _say(self, error: NotCompilable) -> None:
         _uncompiled.add(self.form)
-        objectives = sorted({part.name for parts in self.form.parts for part in parts if not _traces(part)})
+        parts = dict.fromkeys(part for parts in self.form.parts for part in parts)
+        names = [part.name for part in parts if not _traces(part)] or [part.name for part in parts]
         logger.warning(
-            "objective %s: cannot be compiled (%s); it runs operation by operation, at about 10 times the memory "
-            "traffic of a compiled one",
-            ", ".join(objectives),
+            "%s: cannot be compiled (%s); runs operation by operation, at about 10 times the memory traffic",
+            f"objective {', '.join(names)}" if names else "objectives over tokens",
             error,
         )
 
@@ -81,6 +85,6 @@ def _traces(part: Part) -> bool:
     example = VocabularyLogProbs(log_probs[0], log_probs[1], torch.arange(4))
     try:
         check_traceable(part.function, example, **dict(part.arguments))
-    except NotTraceable:
+    except NotCompilable:
         return False
     return True

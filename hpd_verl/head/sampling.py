@@ -16,7 +16,7 @@ from torch import Tensor
 
 _MASK_64 = (1 << 64) - 1
 _CHUNK_SIZE = 1024  # tokens per chunk, where no size is given
-_BLOCK = 256  # vocabulary entries per block of the two-level inverse-CDF search
+BLOCK = 256  # vocabulary entries per block of the two-level inverse-CDF search
 
 
 def _signed(value: int) -> int:
@@ -67,10 +67,10 @@ def _chunks(logits: Tensor, chunk_size: int | None) -> Iterator[tuple[slice, Ten
         yield rows, logits[rows].to(dtype)
 
 
-def blocks(values: Tensor) -> list[Tensor]:
-    """The vocabulary's blocks of values [n, V]: a view of [n, blocks, block size], and of a shorter last block."""
-    whole = values.shape[1] // _BLOCK * _BLOCK
-    views = [values[:, :whole].unflatten(1, (-1, _BLOCK))] if whole else []
+def blocks(values: Tensor, size: int = BLOCK) -> list[Tensor]:
+    """The vocabulary's blocks of values [n, V]: a view of [n, blocks, size], and of a shorter last block."""
+    whole = values.shape[1] // size * size
+    views = [values[:, :whole].unflatten(1, (-1, size))] if whole else []
     return views + [values[:, whole:].unsqueeze(1)] * (whole < values.shape[1])
 
 
@@ -121,7 +121,7 @@ def block_tokens(block: Tensor, vocabulary_size: int) -> tuple[Tensor, Tensor]:
         ``(tokens, beyond)``, [n, K, block size] each: int64, within the vocabulary, and bool, True where the block
         reaches beyond it.
     """
-    tokens = (block * _BLOCK).unsqueeze(2) + torch.arange(_BLOCK, device=block.device)
+    tokens = (block * BLOCK).unsqueeze(2) + torch.arange(BLOCK, device=block.device)
     return tokens.clamp_max(vocabulary_size - 1), tokens >= vocabulary_size
 
 
@@ -136,10 +136,10 @@ def draw_tokens(draws: BlockDraws, vocabulary_size: int) -> tuple[Tensor, Tensor
     target = draws.target.unsqueeze(2)
     target = torch.minimum(target, torch.nextafter(within[..., -1:], torch.zeros_like(target)))
     offset = torch.searchsorted(within, target, right=True).squeeze(2)
-    first = draws.block * _BLOCK
+    first = draws.block * BLOCK
     tokens = (first + offset).clamp_max_(vocabulary_size - 1)
     # Only a row of NaN reaches the bounds.
-    offset = (tokens - first).clamp_max_(_BLOCK - 1)
+    offset = (tokens - first).clamp_max_(BLOCK - 1)
     return tokens, draws.masses.gather(2, offset.unsqueeze(2)).squeeze(2)
 
 

@@ -221,7 +221,7 @@ def check_objective(checked: Objective) -> None:
     else:
         log_probs = TokenLogProbs(student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], labels > 2)
         kind, likes = TokenWeights, {"label": student[:, 0], "sampled": student[:, 0]}
-    given = {name: value.clone() for name, value in vars(log_probs).items()}
+    given = {name: value.clone() for name, value in vars(log_probs).items() if value is not None}
     try:
         result = checked(log_probs)
         of_one = checked(type(log_probs)(**{name: value[:1] for name, value in given.items()}))
@@ -229,9 +229,11 @@ def check_objective(checked: Objective) -> None:
         raise ValueError(f"objective {checked.name!r} fails on {rows} random tokens ({_one_line(error)})") from error
     if not isinstance(result, kind):
         raise ValueError(f"objective {checked.name!r} returns {type(result).__name__}, not {kind.__name__}")
-    for name, value in vars(log_probs).items():
-        if not torch.equal(value.nan_to_num(), given[name].nan_to_num()):
+    for name, value in given.items():
+        if not torch.equal(getattr(log_probs, name).nan_to_num(), value.nan_to_num()):
             raise ValueError(f"objective {checked.name!r}: writes into {name} of the log-probs; let it work on a copy")
+    if isinstance(result, VocabularyWeights) and result.label is not None:
+        likes["label"] = student[:, 0]
     for name, like in likes.items():
         value = getattr(result, name)
         if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
