@@ -82,7 +82,7 @@ def _of(rows: Rows, step: slice) -> Rows:
 
 def _traces(part: Part) -> bool:
     log_probs = torch.randn(2, 4, 7).log_softmax(-1)
-    example = VocabularyLogProbs(log_probs[0], log_probs[1], torch.arange(4))
+    example = VocabularyLogProbs(*log_probs, torch.arange(4), row_statistic=torch.zeros(4, 1))
     try:
         check_traceable(part.function, example, **dict(part.arguments))
     except NotCompilable:
