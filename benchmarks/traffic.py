@@ -13,6 +13,7 @@ reads of them; one over tokens with the pass that makes the teacher's features.
 """
 
 import argparse
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -137,10 +138,14 @@ def generated(objective: str, dtype: torch.dtype) -> tuple[float, int]:
         fake_cuda.TorchChanged: see there.
     """
     objectives, scaling = RowObjectives.of(objective), Scaling(torch.float32)
-    over_vocabulary = objectives.over_vocabulary
-    form = Form(scaling, scaling if over_vocabulary else None)
-    if over_vocabulary:
-        form = Form(scaling, scaling, (parts_of(objectives.demonstration),))
+    if objectives.over_vocabulary:
+        return _generated(Form(scaling, scaling, (parts_of(objectives.demonstration),)), False, dtype)
+    return _generated(Form(scaling), objectives.needs_teacher, dtype)
+
+
+@functools.cache
+def _generated(form: Form, makes_features: bool, dtype: torch.dtype) -> tuple[float, int]:
+    over_vocabulary = bool(form.parts)
 
     def rows(*written: str) -> Rows:
         """Fake tensors, of the fields that a pass has beside the products."""
@@ -159,9 +164,9 @@ def generated(objective: str, dtype: torch.dtype) -> tuple[float, int]:
         (lambda rows: read(form, rows, Biases())[0], lambda: (rows(),)),
         (lambda rows: write(form, rows, Biases()), lambda: (rows(*sums),)),
     ]
-    if not over_vocabulary and objectives.needs_teacher:
+    if makes_features:
         passes.append(
-            (lambda products: log_sum_exp(scaling, products, None), lambda: (_fake(VOCABULARY, dtype=dtype),))
+            (lambda products: log_sum_exp(form.student, products, None), lambda: (_fake(VOCABULARY, dtype=dtype),))
         )
     launched = [each for one in passes for each in fake_cuda.kernels(fake_cuda.generate(*one), ROWS)]
     moved = sum(kernel.bytes for kernel in launched) / (ROWS * VOCABULARY)

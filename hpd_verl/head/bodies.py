@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpd_verl.head.output_head import Scaling, take
-from hpd_verl.head.sampling import BLOCK, blocks
+from hpd_verl.head.sampling import BLOCK, block_masses, blocks
 from hpd_verl.objectives import LOG_ZERO, Mixture, TeacherRows, VocabularyLogProbs
 
-_HELD = 64
+_HELD = 64  # logits that a compiled kernel holds at once; of longer parts it loads each twice
 
 
 class Part(NamedTuple):
@@ -141,21 +141,33 @@ class Weighed(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What ``read`` leaves for ``write``, [n, V] each."""
+    """What ``read`` leaves for ``write``."""
 
-    log_probs: VocabularyLogProbs
+    probs: Tensor
+    """q, [n, V]"""
     weighed: Weighed | None
 
 
+class Distribution(NamedTuple):
+    """Of one model."""
+
+    log_sum_exp: Tensor
+    """[n]"""
+    log_probs: Tensor
+    """[n, V], at least ``LOG_ZERO``."""
+    probs: Tensor
+    """[n, V]"""
+    masses: Tensor | None
+    """Probabilities of the vocabulary's blocks, [n, blocks], where the log-sum-exp was not known."""
+
+
 def statistics(scaling: Scaling, products: Tensor, bias: Tensor | None) -> Statistics:
-    """Log-sum-exp, entropy and block masses of the rows of products [n, V].
+    """Log-sum-exp, entropy and block masses of the rows of products [n, V], to be compiled.
 
     Part by part of a row, so that one load of a logit serves all three. A NaN in a row is one in its results; an
     impossible token, of logit -inf, adds nothing.
     """
-    # A compiled kernel holds parts of so many logits; longer ones it loads twice.
-    size = _HELD if torch.compiler.is_compiling() else BLOCK
-    each = [_of_parts(part) for part in blocks(scaling.logits(products, bias), size)]
+    each = [_of_parts(part) for part in blocks(scaling.logits(products, bias), _HELD)]
     top, mass, weighted = (torch.cat(parts, 1) for parts in zip(*each, strict=True))
     highest = top.amax(-1, keepdim=True)
     relative = top - highest
@@ -163,9 +175,11 @@ def statistics(scaling: Scaling, products: Tensor, bias: Tensor | None) -> Stati
     mass = mass * factor
     total = mass.sum(-1, keepdim=True, dtype=torch.float64)
     log_total = total.log().to(mass.dtype)
-    mean = (weighted * factor + mass * relative).sum(-1, keepdim=True) / total.to(mass.dtype)
-    masses = F.pad(mass, (0, -mass.shape[1] % (BLOCK // size))).unflatten(1, (-1, BLOCK // size)).sum(-1)
-    return Statistics((highest + log_total).squeeze(1), (log_total - mean).squeeze(1), masses / total.to(mass.dtype))
+    total = total.to(mass.dtype)
+    mean = (weighted * factor + mass * relative).sum(-1, keepdim=True) / total
+    parts = BLOCK // _HELD
+    masses = F.pad(mass, (0, -mass.shape[1] % parts)).unflatten(1, (-1, parts)).sum(-1)
+    return Statistics((highest + log_total).squeeze(1), (log_total - mean).squeeze(1), masses / total)
 
 
 def _of_parts(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,34 +192,68 @@ def _of_parts(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return top.squeeze(-1), exps.sum(-1), shifted.clamp_min_(LOG_ZERO).mul_(exps).sum(-1)
 
 
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uncompiled: a row's largest logit [n, 1], logits [n, V] less it, their exponentials, and the sums of these over
+    blocks, [n, blocks]."""
+    top = logits.amax(-1, keepdim=True)
+    shifted = logits - top
+    exps = shifted.exp()
+    return top, shifted, exps, block_masses(exps)
+
+
 def log_sum_exp(scaling: Scaling, products: Tensor, bias: Tensor | None) -> Tensor:
-    """That of ``statistics`` alone, [n]: a student that is its teacher finds the same log-probs."""
-    return statistics(scaling, products, bias).log_sum_exp
+    """Of the rows of products [n, V], as ``read`` finds it: a student that is its teacher has the same log-probs."""
+    if torch.compiler.is_compiling():
+        return statistics(scaling, products, bias).log_sum_exp
+    top, _, _, masses = _exponentials(scaling.logits(products, bias))
+    return top.squeeze(1) + masses.sum(-1, dtype=torch.float64).log().to(top.dtype)
+
+
+def _distribution(scaling: Scaling, products: Tensor, bias: Tensor | None, normaliser: Tensor | None) -> Distribution:
+    """Of products [n, V], with their log-sum-exp [n] where it is known."""
+    logits = scaling.logits(products, bias)
+    if normaliser is None and not torch.compiler.is_compiling():
+        # Each logit is exponentiated once.
+        top, log_probs, probs, masses = _exponentials(logits)
+        total = masses.sum(-1, keepdim=True, dtype=torch.float64)
+        log_total, total = total.log().to(top.dtype), total.to(top.dtype)
+        log_probs.sub_(log_total).clamp_min_(LOG_ZERO)
+        return Distribution((top + log_total).squeeze(1), log_probs, probs.div_(total), masses.div_(total))
+    if normaliser is None:
+        normaliser = log_sum_exp(scaling, products, bias)
+    log_probs = (logits - normaliser.unsqueeze(1)).clamp_min_(LOG_ZERO)
+    return Distribution(normaliser, log_probs, log_probs.exp(), None)
 
 
 def read(form: Form, rows: Rows, biases: Biases) -> tuple[Sums, Kept | None]:
     """First pass: the rows' sums, and what an uncompiled ``write`` need not compute again."""
-    student = statistics(form.student, rows.student, biases.student)
-    if not form.whole:
-        return Sums(student, *[None] * 7), None
-    normaliser = rows.teacher_log_sum_exp
-    if form.teacher is not None and rows.teacher is not None and normaliser is None:
-        normaliser = log_sum_exp(form.teacher, rows.teacher, biases.teacher)
-    rows = rows._replace(student_log_sum_exp=student.log_sum_exp, teacher_log_sum_exp=normaliser)
-    both = _distributions(form, rows, biases)
+    student = None
+    if torch.compiler.is_compiling():
+        student = statistics(form.student, rows.student, biases.student)
+        if not form.whole:
+            return Sums(student, *[None] * 7), None
+    own = _distribution(form.student, rows.student, biases.student, None if student is None else student.log_sum_exp)
+    if student is None:
+        assert own.masses is not None
+        student = Statistics(own.log_sum_exp, -(own.probs * own.log_probs).sum(-1), own.masses)
+        if not form.whole:
+            return Sums(student, *[None] * 7), Kept(own.probs, None)
+    teacher = _teacher(form, rows, biases)
+    normaliser = None if teacher is None else teacher.log_sum_exp
+    both = _both(rows, own, teacher)
     forward = reverse = None
     if form.exact_kl:
         difference = both.teacher - both.student
         reverse = -(difference * both.student_probs).sum(-1)
         forward = difference.mul_(both.teacher_probs).sum(-1)
     if not form.parts:
-        return Sums(student, normaliser, None, None, None, None, forward, reverse), Kept(both, None)
+        return Sums(student, normaliser, None, None, None, None, forward, reverse), Kept(own.probs, None)
     weighed = _weigh(form, both, rows)
     total, label = weighed.weights.sum(-1), _entry(weighed.weights, rows.labels)
     if weighed.label is not None:
         total, label = total + weighed.label, label + weighed.label
     sums = Sums(student, normaliser, weighed.value, total, weighed.label, label, forward, reverse)
-    return sums, Kept(both, weighed)
+    return sums, Kept(own.probs, weighed)
 
 
 def write(form: Form, rows: Rows, biases: Biases, kept: Kept | None = None) -> None:
@@ -219,58 +267,46 @@ def write(form: Form, rows: Rows, biases: Biases, kept: Kept | None = None) -> N
         rows: as of ``read``, with the log-sum-exps and the total.
         kept: of ``read``; None: computed again.
     """
-    logits = None
-    if kept is not None:
-        probs = kept.log_probs.student_probs
-        weighed = kept.weighed
-    elif form.parts:
-        both = _distributions(form, rows, biases)
-        probs, weighed = both.student_probs, _weigh(form, both, rows)
-    else:
-        assert rows.student_log_sum_exp is not None
-        logits = form.student.logits(rows.student, biases.student)
-        probs, weighed = (logits - rows.student_log_sum_exp.unsqueeze(1)).exp_(), None
-    gradient = probs
-    if weighed is not None:
+    if kept is None:
+        own = _distribution(form.student, rows.student, biases.student, rows.student_log_sum_exp)
+        weighed = _weigh(form, _both(rows, own, _teacher(form, rows, biases)), rows) if form.parts else None
+        kept = Kept(own.probs, weighed)
+    gradient = kept.probs
+    if kept.weighed is not None:
         assert rows.total is not None
-        gradient = (probs * rows.total.unsqueeze(1)).sub_(weighed.weights)
+        gradient = (kept.probs * rows.total.unsqueeze(1)).sub_(kept.weighed.weights)
     if form.student.soft_cap is not None:
-        logits = form.student.logits(rows.student, biases.student) if logits is None else logits
-        slope = form.student.slope(logits)
+        slope = form.student.slope(form.student.logits(rows.student, biases.student))
         assert slope is not None
         gradient = gradient * slope
     rows.student.copy_(gradient)
 
 
-def _distributions(form: Form, rows: Rows, biases: Biases) -> VocabularyLogProbs:
-    """Both models' log-probs, at least ``LOG_ZERO``, and probabilities; without teacher NaN in place of its."""
-    student, student_label = _log_probs(
-        form.student, rows.student, biases.student, rows.student_log_sum_exp, rows.student_label
-    )
+def _teacher(form: Form, rows: Rows, biases: Biases) -> Distribution | None:
     if form.teacher is None:
-        teacher = teacher_probs = student.new_full((), torch.nan).expand_as(student)
-        teacher_label = teacher[:, :1]
-    else:
-        teacher, teacher_label = _log_probs(
-            form.teacher, rows.teacher, biases.teacher, rows.teacher_log_sum_exp, rows.teacher_label
-        )
-        beyond = student.shape[1] - teacher.shape[1]
-        if beyond:
-            teacher = F.pad(teacher, (0, beyond), value=LOG_ZERO)
-        teacher_probs = teacher.exp()
-    return VocabularyLogProbs(student, teacher, rows.labels, student.exp(), teacher_probs, student_label, teacher_label)
+        return None
+    assert rows.teacher is not None
+    return _distribution(form.teacher, rows.teacher, biases.teacher, rows.teacher_log_sum_exp)
 
 
-def _log_probs(
-    scaling: Scaling, products: Tensor | None, bias: Tensor | None, normaliser: Tensor | None, label: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Of the vocabulary, [n, V], and of the label, [n, 1]."""
-    assert products is not None
-    assert normaliser is not None
-    assert label is not None
-    normaliser = normaliser.unsqueeze(1)
-    log_probs = scaling.logits(products, bias) - normaliser
-    return log_probs.clamp_min_(LOG_ZERO), (label.unsqueeze(1) - normaliser).clamp_min(LOG_ZERO)
+def _both(rows: Rows, own: Distribution, teacher: Distribution | None) -> VocabularyLogProbs:
+    """What objectives read; without teacher NaN in place of its log-probs."""
+    student_label = _label(rows.student_label, own)
+    if teacher is None:
+        none = own.log_probs.new_full((), torch.nan).expand_as(own.log_probs)
+        return VocabularyLogProbs(own.log_probs, none, rows.labels, own.probs, none, student_label, none[:, :1])
+    assert rows.teacher_label is not None
+    log_probs, probs = teacher.log_probs, teacher.probs
+    beyond = own.probs.shape[1] - probs.shape[1]
+    if beyond:
+        log_probs, probs = F.pad(log_probs, (0, beyond), value=LOG_ZERO), F.pad(probs, (0, beyond))
+    teacher_label = _label(rows.teacher_label, teacher)
+    return VocabularyLogProbs(own.log_probs, log_probs, rows.labels, own.probs, probs, student_label, teacher_label)
+
+
+def _label(logits: Tensor, distribution: Distribution) -> Tensor:
+    """The label's log-prob, [n, 1], by its logit [n]."""
+    return (logits - distribution.log_sum_exp).clamp_min(LOG_ZERO).unsqueeze(1)
 
 
 def _weigh(form: Form, both: VocabularyLogProbs, rows: Rows) -> Weighed:
