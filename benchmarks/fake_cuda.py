@@ -107,7 +107,7 @@ def _cuda() -> Iterator[None]:
         "get_rng_state": lambda *arguments: torch.get_rng_state(),
         "set_rng_state": lambda *arguments: None,
     }
-    interface = {
+    interface: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
         "current_device": lambda: 0,
         "device_count": lambda: 1,

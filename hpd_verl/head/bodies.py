@@ -329,7 +329,8 @@ def _of_part(part: Part, both: VocabularyLogProbs, here: Tensor | None) -> Weigh
     result = part.function(both, **arguments)
     weighed = Weighed(result.weights, result.value, result.label)
     if part.factor != 1:
-        weighed = Weighed(*(None if each is None else each * part.factor for each in weighed))
+        label = None if weighed.label is None else weighed.label * part.factor
+        weighed = Weighed(weighed.weights * part.factor, weighed.value * part.factor, label)
     if here is None:
         return weighed
     label = None if weighed.label is None else torch.where(here, weighed.label, 0.0)

@@ -279,6 +279,8 @@ class _Sweep:
             assert sums.teacher_log_sum_exp is not None
             self._teacher_of_distribution(tokens, rows, sums.teacher_log_sum_exp)
         if output.forward_kl is not None and output.reverse_kl is not None:
+            assert sums.forward_kl is not None
+            assert sums.reverse_kl is not None
             output.forward_kl[tokens], output.reverse_kl[tokens] = sums.forward_kl, sums.reverse_kl
         rows = rows._replace(student_log_sum_exp=sums.student.log_sum_exp, teacher_log_sum_exp=sums.teacher_log_sum_exp)
         if self.form.parts:
@@ -343,6 +345,8 @@ class _Sweep:
         """Sum of all weights, [n]; fills in those of one-hots, [n, 1 + K], and the outputs of weights and losses."""
         output = self.output
         assert sums.total is not None
+        assert sums.value is not None
+        assert sums.label_weight is not None
         total = sums.total
         if self.has_token_parts:
             one_hots.copy_(self._weigh_tokens(tokens))

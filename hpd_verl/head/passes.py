@@ -45,7 +45,7 @@ class Passes:
             except NotCompilable as error:
                 self._say(error)
         parts = [_read(self.form, _of(rows, step), self.biases) for step in steps(rows.student)]
-        return tree_map(lambda *each: torch.cat(each), *parts), None
+        return tree_map(lambda *each: None if each[0] is None else torch.cat(each), *parts), None
 
     def write(self, rows: Rows, kept: Kept | None) -> None:
         """Second pass."""
@@ -63,8 +63,8 @@ class Passes:
 
     def _say(self, error: NotCompilable) -> None:
         _uncompiled.add(self.form)
-        parts = dict.fromkeys(part for parts in self.form.parts for part in parts)
-        names = [part.name for part in parts if not _traces(part)] or [part.name for part in parts]
+        parts = [part for parts in self.form.parts for part in parts]
+        names = dict.fromkeys(part.name for part in [part for part in parts if not _traces(part)] or parts)
         logger.warning(
             "%s: cannot be compiled (%s); runs operation by operation, at about 10 times the memory traffic",
             f"objective {', '.join(names)}" if names else "objectives over tokens",
@@ -81,8 +81,8 @@ def _of(rows: Rows, step: slice) -> Rows:
 
 
 def _traces(part: Part) -> bool:
-    log_probs = torch.randn(2, 4, 7).log_softmax(-1)
-    example = VocabularyLogProbs(*log_probs, torch.arange(4), row_statistic=torch.zeros(4, 1))
+    student, teacher = torch.randn(2, 4, 7).log_softmax(-1)
+    example = VocabularyLogProbs(student, teacher, torch.arange(4), row_statistic=torch.zeros(4, 1))
     try:
         check_traceable(part.function, example, **dict(part.arguments))
     except NotCompilable:
