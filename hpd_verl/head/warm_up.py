@@ -21,23 +21,22 @@ def warm_up(
     temperature: float,
     draws: int,
     exact_kl: bool,
-    computes_features: bool,
 ) -> None:
     """Run the compiled head on zeros, of hidden size 1: compiled code does not depend on the hidden size.
 
     Args:
         head: of the student; its weight is only looked at for rows, dtype and device.
-        teacher: features of any number of tokens, as they will come; None without teacher.
+        teacher: features of any number of tokens, as they will come; None without teacher. Where their log-sum-exp is
+            known, ``teacher_features`` is compiled too.
         objectives, temperature, exact_kl: as of ``distillation_head``.
         draws: tokens to sample at each position.
-        computes_features: ``teacher_features`` will be called too.
     """
     small = _small(head)
     device, rows = small.weight.device, _CPU_ROWS if small.weight.device.type == "cpu" else _ROWS
     labels = torch.zeros(rows, dtype=torch.int64, device=device)
     if teacher is not None:
         teacher = _zeros(teacher, rows, device)
-        if computes_features and isinstance(teacher, HiddenFeatures):
+        if isinstance(teacher, HiddenFeatures) and teacher.log_sum_exp is not None:
             teacher_features(teacher.hidden, teacher.head, labels, teacher.temperature, compiled=True)
     distillation_head(
         torch.zeros(rows, 1, dtype=small.weight.dtype, device=device, requires_grad=True),

@@ -220,11 +220,8 @@ class OnePass(RankPipeline):
         if self.teacher is not None and form is None:
             return
         draws = config.num_student_samples if config.needs_teacher else 0
-        computes_features = not (config.objectives.over_vocabulary or config.exact_kl_metrics)
         self.student.engine.warm_up(
-            lambda head: warm_up(
-                head, form, config.objectives, config.temperature, draws, config.exact_kl_metrics, computes_features
-            )
+            lambda head: warm_up(head, form, config.objectives, config.temperature, draws, config.exact_kl_metrics)
         )
 
     @classmethod

@@ -126,7 +126,10 @@ class StoredTeacher(Teacher):
         }
 
     def known_form(self) -> TeacherFeatures | None:
-        return self.teacher.known_form() if self._form is None else self._form
+        if self._form is None:
+            return self.teacher.known_form()
+        nothing = torch.empty(0, device=get_device_name())
+        return self._form.with_tensors(dict.fromkeys(self._form.TENSORS, nothing))  # records hold all of them
 
     def metrics(self) -> dict[str, float]:
         """The share of rows found, rows and size, beside those of the teacher behind. All ranks together."""

@@ -39,7 +39,7 @@ def hpd(tokens: int = 37, chunk_size: int | None = 9) -> Case:
 def nothing_is_compiled_after_the_start() -> None:
     """A hundred micro-batches of other lengths, of one row too, in other chunks, with gradients and without."""
     case = hpd()
-    warm_up(case.head(), case.teacher(), case.config.objectives, 1.0, draws=2, exact_kl=False, computes_features=True)
+    warm_up(case.head(), case.teacher(), case.config.objectives, 1.0, draws=2, exact_kl=False)
     count = compiling.compilations()
     assert count == 3, count
     arguments = (case.teacher_hidden, case.teacher_head(), case.labels, 1.0, 6)

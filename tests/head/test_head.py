@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.head import bodies as bodies_module
+from hpd_verl.head import compiling as compiling_module
 from hpd_verl.head import features as features_module
 from hpd_verl.head import gradients as gradients_module
 from hpd_verl.head import output_head as output_head_module
@@ -31,6 +32,7 @@ from hpd_verl.head.distillation_head import HeadOutput, distillation_head
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform, sample_tokens
+from hpd_verl.head.warm_up import warm_up
 from hpd_verl.objectives import LOG_ZERO, OBJECTIVES, Mixture, RowObjectives
 
 TOKENS, VOCABULARY, PADDING, HIDDEN, TEACHER_HIDDEN = 37, 19, 4, 8, 12
@@ -647,6 +649,30 @@ def test_label_beyond_the_teachers_vocabulary(objective: str) -> None:
         output, gradients = case.run_with_gradients(teacher=teacher)
         assert output.loss.isfinite()
         assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("form", ["hidden", "bare", "top k"])
+@pytest.mark.parametrize("objective", ["hpd", "akl", {"hpd": 1.0, "jsd_exact": 0.5}])
+def test_warm_up_compiles_what_a_run_needs(objective: Any, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it and nothing else, for every form of the teacher's features. Nothing is compiled here."""
+    compiled: dict[Any, Any] = {}
+    monkeypatch.setattr(compiling_module, "_compiled", compiled)
+    monkeypatch.setattr(compiling_module, "_compile", lambda body, form: lambda rows, others: body(form, rows, others))
+    if form == "bare" and objective == "hpd":
+        return  # refused: log p of single tokens needs the log-sum-exp
+    case = Case(dtype=torch.bfloat16, bias=True, config=configured(objective))
+    arguments = (case.teacher_hidden, case.teacher_head(), case.labels, 1.0)
+    teacher = {
+        "hidden": lambda: teacher_features(*arguments, compiled=True),
+        "bare": lambda: HiddenFeatures(case.teacher_hidden, case.teacher_head(), 1.0),
+        "top k": lambda: teacher_top_k(*arguments, k=3),
+    }[form]
+    run = case.run_with_gradients(teacher=teacher(), compiled=True)[0]
+    needed, nothing = set(compiled), teacher()[:0]
+    compiled.clear()
+    warm_up(case.head(), nothing, case.config.objectives, 1.0, 1, exact_kl=False)
+    assert set(compiled) == needed
+    close(run.loss, case.run(teacher=teacher()).loss, 1e-6)
 
 
 @pytest.mark.slow
