@@ -23,6 +23,7 @@ from hpd_verl.head.features import TeacherFeatures
 from hpd_verl.head.metrics import token_metrics
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform
+from hpd_verl.head.warm_up import warm_up
 from hpd_verl.objectives import TokenLogProbs
 from hpd_verl.pipelines.pipeline import Driver, Pipeline, RankPipeline
 from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, ROLLOUT_TOKENS, train
@@ -190,7 +191,7 @@ class StudentWorker(TrainingWorker):
             ValueError: its output layer is not understood.
         """
         super().reset()
-        self.engine.offer_head()
+        self.engine.use_head()
 
 
 class OnePassDriver(Driver):
@@ -223,6 +224,18 @@ class OnePass(RankPipeline):
         self.teacher = teacher
         self.loss = OnePassLoss(config, loss_agg_mode, loss_scale_factor, self.student.engine.compiles)
         self.student.set_loss_fn(self.loss)
+        if self.loss.compiled:
+            self._warm_up(config)
+
+    def _warm_up(self, config: HPDConfig) -> None:
+        """Compile what the output layer runs; what it needs of a teacher that is not known yet, the first step does."""
+        form = None if self.teacher is None else self.teacher.known_form()
+        if self.teacher is not None and form is None:
+            return
+        draws = config.num_student_samples if config.needs_teacher else 0
+        self.student.engine.warm_up(
+            lambda head: warm_up(head, form, config.objectives, config.temperature, draws, config.exact_kl_metrics)
+        )
 
     @classmethod
     def of_workers(
@@ -268,8 +281,9 @@ class OnePass(RankPipeline):
         self.loss.teacher_features = self.teacher.features(data, owned)
         if owned is not None:
             self.loss.owners = {row: index % sharing.size for index, row in enumerate(row_numbers(data).tolist())}
-            assert self.teacher.template is not None
-            self.loss.template = sharing.common_template(self.loss.teacher_features, self.teacher.template)
+            form = self.teacher.known_form()
+            assert form is not None
+            self.loss.template = sharing.common_template(self.loss.teacher_features, form)
         return {"timing_s/teacher": time.perf_counter() - start} | self.teacher.metrics()
 
     def _with_metrics(self, output: TensorDict | None, metrics: dict[str, float]) -> TensorDict | None:

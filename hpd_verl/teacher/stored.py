@@ -89,7 +89,7 @@ class StoredTeacher(Teacher):
 
     def _take_head(self) -> None:
         """Check and store the output head of the first computed features; all ranks together."""
-        first = self.teacher.template
+        first = self.teacher.known_form()
         assert first is not None
         is_new = self._form is None
         if self._is_head_checked and not is_new:
@@ -126,9 +126,11 @@ class StoredTeacher(Teacher):
             if not is_rollout[index]
         }
 
-    @property
-    def template(self) -> TeacherFeatures | None:
-        return self._form
+    def known_form(self) -> TeacherFeatures | None:
+        if self._form is None:
+            return self.teacher.known_form()
+        nothing = torch.empty(0, device=get_device_name())
+        return self._form.with_tensors(dict.fromkeys(self._form.TENSORS, nothing))  # records hold all of them
 
     def metrics(self) -> dict[str, float]:
         """Share of rows found, rows and size, and the metrics of the teacher behind. All ranks together."""
