@@ -194,7 +194,7 @@ def test_parameters_reach_the_objective(objective: str) -> None:
 MIXTURES: list[dict[str, Any]] = [
     {"objective": {"hpd": 1.0, "sft": 0.1}},
     {"objective": {"fkl": 0.3, "rkl_exact": 2.0}},
-    {"objective": {"hpd": 0.5, "fkl": 1.5, "tvd": 0.25}, "num_student_samples": 2},
+    {"objective": {"hpd": 0.5, "fkl": 1.5, "tvd": 0.25}},
     {"objective": {"sft": 0.2, "jsd_exact": 1.0}, "on_policy_objective": {"opd": 1.0, "rkl_exact": 0.4}},
     {"objective": "hpd", "on_policy_objective": {"hpd": 1.0, "skew_rkl": 0.5}},
 ]
@@ -205,7 +205,7 @@ MIXTURES: list[dict[str, Any]] = [
 def test_mixtures(values: dict[str, Any], layer: dict[str, Any]) -> None:
     """Values and gradients are the weighted sums of the objectives' own, over tokens and vocabulary, in each row."""
     config = HPDConfig(token_chunk_size=5, **values)
-    draws = config.num_student_samples
+    draws = 2
     case = Case(draws=draws, layer=layer, config=config)
     output, gradients = case.run_with_gradients()
     loss, sums = torch.zeros(()).double(), [torch.zeros_like(each) for each in gradients]
@@ -312,7 +312,7 @@ def test_output_layers(objective: str, temperature: float, layer: dict[str, Any]
             layer=layer,
             bias=bias,
             draws=2,
-            config=configured(objective, num_student_samples=2) if objective == "hpd" else configured(objective),
+            config=configured(objective),
         )
     )
     config = configured(objective, temperature=temperature)
@@ -322,7 +322,7 @@ def test_output_layers(objective: str, temperature: float, layer: dict[str, Any]
 
 @pytest.mark.parametrize("draws", [1, 2, 3])
 def test_draws_are_averaged(draws: int) -> None:
-    assert_matches(Case(draws=draws, config=configured("hpd", num_student_samples=draws)))
+    assert_matches(Case(draws=draws, config=configured("hpd")))
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_hpd_exact_is_the_mean_of_hpd() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_outputs(temperature: float) -> None:
     """Log-probs, entropy, draws and divergences are those of whole logits; the draws are sample_tokens'."""
-    case = Case(draws=2, config=configured("hpd", num_student_samples=2, temperature=temperature))
+    case = Case(draws=2, config=configured("hpd", temperature=temperature))
     case.token_scale[:] = 1.0
     output = case.run(exact_kl=True)
     log_q = torch.log_softmax(case.logits() / temperature, -1)
@@ -465,7 +465,7 @@ def test_low_precision_gradient_is_accumulated_in_float32(monkeypatch: pytest.Mo
 
 def test_tokens_of_scale_zero_are_skipped() -> None:
     """Whatever stands there, NaN included; their outputs are zeros, those of the others unchanged."""
-    case = Case(draws=2, config=configured("hpd", num_student_samples=2))
+    case = Case(draws=2, config=configured("hpd"))
     output, gradients = case.run_with_gradients()
     teacher = case.teacher()
     skipped = case.token_scale == 0
@@ -548,7 +548,7 @@ def test_tied_weight() -> None:
 @pytest.mark.parametrize("top", [1, 5, VOCABULARY])
 def test_top_k_features(objective: str, top: int) -> None:
     """The loss is that with the dense distribution in which the remaining mass is spread evenly."""
-    case = Case(draws=2, config=configured(objective, num_student_samples=2, temperature=1.3))
+    case = Case(draws=2, config=configured(objective, temperature=1.3))
     log_p = torch.log_softmax(case.teacher_logits() / 1.3, -1)
     best, tokens = log_p.topk(top, -1)
     rest = (1 - best.exp().sum(-1, keepdim=True)) / max(1, VOCABULARY - top)
@@ -588,7 +588,7 @@ def test_student_of_a_larger_vocabulary(objective: str, top: int, monkeypatch: p
     impossible = -600.0  # a probability that float64 can still hold, for the reference's logarithm
     monkeypatch.setattr(features_module, "LOG_ZERO", impossible)
     known = VOCABULARY - 5
-    case = Case(draws=2, config=configured(objective, num_student_samples=2))
+    case = Case(draws=2, config=configured(objective))
     case.labels %= known
     teacher_head = dataclasses.replace(case.teacher_head(), vocabulary_size=known)
     arguments = (case.teacher_hidden, teacher_head, case.labels, 1.0, 6)
@@ -656,7 +656,7 @@ for dtype, tolerance, layer in (
     (torch.float32, 2e-5, {"soft_cap": 3.0, "scale": 0.7}),
     (torch.bfloat16, 2e-2, {}),
 ):
-    case = Case(dtype=dtype, vocabulary=600, draws=2, layer=layer, config=configured("hpd", num_student_samples=2))
+    case = Case(dtype=dtype, vocabulary=600, draws=2, layer=layer, config=configured("hpd"))
     plain, gradients = case.run_with_gradients()
     arguments = (case.teacher_hidden, case.teacher_head(), case.labels, 1.0, 6)
     teacher = teacher_features(*arguments, compiled=True)
@@ -725,7 +725,7 @@ def test_sft_needs_no_teacher_and_no_draws() -> None:
 @each_objective
 def test_draws_are_optional_where_no_objective_weighs_them(objective: str) -> None:
     case = Case(config=configured(objective))
-    if case.config.samples:
+    if case.config.objectives.weighs_sample:
         with pytest.raises(ValueError, match="hpd: weighs the sampled token, uniforms has no"):
             case.run(uniforms=case.uniforms[:, :0])
         return
@@ -824,7 +824,7 @@ def test_impossible_tokens() -> None:
 )
 def test_shapes(tokens: int, vocabulary: int, draws: int, chunk_size: int, objective: str, seed: int) -> None:
     """Any number of tokens, none included; any vocabulary, of one token included."""
-    config = configured(objective, num_student_samples=draws, token_chunk_size=chunk_size)
+    config = configured(objective, token_chunk_size=chunk_size)
     case = Case(tokens=tokens, vocabulary=vocabulary, draws=draws, seed=seed, config=config)
     output, gradients = case.run_with_gradients()
     for name in ("label_log_probs", "entropy", "label_weights", "token_losses"):

@@ -191,13 +191,13 @@ def test_head(objective: str, dtype: torch.dtype) -> None:
 @each_dtype
 def test_head_with_everything(dtype: torch.dtype) -> None:
     """Several draws, biases, scaling, soft cap, another objective on rollouts, tokens that do not count, exact KL."""
-    config = configured("hpd", on_policy_objective="fkl", temperature=1.5, num_student_samples=2)
+    config = configured("hpd", on_policy_objective="fkl", temperature=1.5)
     check_head(config, dtype, draws=2, bias=True, exact_kl=True, skip=True, scale=0.5, soft_cap=3.0)
 
 
 @each_dtype
 def test_head_with_a_mixture(dtype: torch.dtype) -> None:
-    config = HPDConfig(objective={"hpd": 1.0, "fkl": 0.5, "tvd": 0.1}, token_chunk_size=5, num_student_samples=2)
+    config = HPDConfig(objective={"hpd": 1.0, "fkl": 0.5, "tvd": 0.1}, token_chunk_size=5)
     check_head(config, dtype, draws=2, form="bare", soft_cap=3.0)
 
 
@@ -250,7 +250,7 @@ def one_pass(batch: PackedRows, config: HPDConfig, dtype: torch.dtype, copied: C
 @pytest.mark.parametrize("objective", ["hpd", "sft", "fkl"])
 def test_one_pass_loss(objective: str, dtype: torch.dtype) -> None:
     """From nested tensors to gradients, with the checks for NaN and the metrics."""
-    config = configured(objective, on_policy_objective=None if objective == "sft" else "opd", num_student_samples=2)
+    config = configured(objective, on_policy_objective=None if objective == "sft" else "opd")
     batch = PackedRows(config)
     *expected, expected_metrics = one_pass(batch, config, dtype, lambda each: each)
     with fake_device():
@@ -285,19 +285,19 @@ def staged(batch: PackedRows, config: HPDConfig, dtype: torch.dtype, device: str
     keep(loss(data, student_logits=logits.detach()))
     keep(TeacherLogProbs(config, vocabulary)(data, student_logits=teacher_logits))
     weights = torch.linspace(-1, 1, data["response_mask"].values().numel(), device=device)
-    for name in (fields.LABEL_WEIGHTS, *(fields.sampled_weights(draw) for draw in range(config.samples))):
+    for name in (fields.LABEL_WEIGHTS, fields.SAMPLED_WEIGHTS):
         data[name] = nested(weights, "response_mask")
     log_probs = loss(data, student_logits=logits)
     output = {name: nested(value.squeeze(0), "input_ids") for name, value in log_probs.items()}
     value, _ = loss(data, model_output=output)
-    teacher = [data[name].values() for name in (fields.TEACHER_LABEL_LOG_PROBS, fields.teacher_sampled_log_probs(0))]
-    sampled = [data[name].values() for name in (fields.sampled_tokens(0), fields.student_sampled_log_probs(1))]
+    teacher = [data[name].values() for name in (fields.TEACHER_LABEL_LOG_PROBS, fields.TEACHER_SAMPLED_LOG_PROBS)]
+    sampled = [data[name].values() for name in (fields.SAMPLED_TOKENS, fields.STUDENT_SAMPLED_LOG_PROBS)]
     return [value.detach(), torch.autograd.grad(value, logits)[0], *teacher, *sampled, data[fields.ENTROPY].values()]
 
 
 @each_dtype
 def test_staged_losses(dtype: torch.dtype) -> None:
-    config = configured("hpd", num_student_samples=2, pipeline="staged")
+    config = configured("hpd", pipeline="staged")
     batch = PackedRows(config)
     expected = staged(batch, config, dtype, "cpu")
     with fake_device():
