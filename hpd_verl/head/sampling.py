@@ -16,7 +16,7 @@ from torch import Tensor
 
 _MASK_64 = (1 << 64) - 1
 _CHUNK_SIZE = 1024  # tokens per chunk, where no size is given
-_BLOCK = 256  # vocabulary entries per block of the two-level inverse-CDF search
+BLOCK = 256  # vocabulary entries per block of the two-level inverse-CDF search
 
 
 def _signed(value: int) -> int:
@@ -67,6 +67,13 @@ def _chunks(logits: Tensor, chunk_size: int | None) -> Iterator[tuple[slice, Ten
         yield rows, logits[rows].to(dtype)
 
 
+def blocks(values: Tensor, size: int = BLOCK) -> list[Tensor]:
+    """The vocabulary's blocks of values [n, V]: a view of [n, blocks, size], and of a shorter last block."""
+    whole = values.shape[1] // size * size
+    views = [values[:, :whole].unflatten(1, (-1, size))] if whole else []
+    return views + [values[:, whole:].unsqueeze(1)] * (whole < values.shape[1])
+
+
 def block_masses(values: Tensor) -> Tensor:
     """Sums of non-negative values over blocks of the vocabulary, the last of which may be shorter.
 
@@ -76,11 +83,7 @@ def block_masses(values: Tensor) -> Tensor:
     Returns:
         [n, blocks], of the values' dtype.
     """
-    whole = values.shape[1] // _BLOCK * _BLOCK
-    masses = values[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
-    if whole < values.shape[1]:
-        masses = torch.cat([masses, values[:, whole:].sum(-1, keepdim=True)], 1)
-    return masses
+    return torch.cat([block.sum(-1) for block in blocks(values)], 1)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def block_tokens(block: Tensor, vocabulary_size: int) -> tuple[Tensor, Tensor]:
         ``(tokens, beyond)``, [n, K, block size] each: int64, within the vocabulary, and bool, True where the block
         reaches beyond it.
     """
-    tokens = (block * _BLOCK).unsqueeze(2) + torch.arange(_BLOCK, device=block.device)
+    tokens = (block * BLOCK).unsqueeze(2) + torch.arange(BLOCK, device=block.device)
     return tokens.clamp_max(vocabulary_size - 1), tokens >= vocabulary_size
 
 
@@ -133,10 +136,10 @@ def draw_tokens(draws: BlockDraws, vocabulary_size: int) -> tuple[Tensor, Tensor
     target = draws.target.unsqueeze(2)
     target = torch.minimum(target, torch.nextafter(within[..., -1:], torch.zeros_like(target)))
     offset = torch.searchsorted(within, target, right=True).squeeze(2)
-    first = draws.block * _BLOCK
+    first = draws.block * BLOCK
     tokens = (first + offset).clamp_max_(vocabulary_size - 1)
     # Only a row of NaN reaches the bounds.
-    offset = (tokens - first).clamp_max_(_BLOCK - 1)
+    offset = (tokens - first).clamp_max_(BLOCK - 1)
     return tokens, draws.masses.gather(2, offset.unsqueeze(2)).squeeze(2)
 
 

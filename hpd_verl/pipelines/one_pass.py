@@ -22,6 +22,7 @@ from hpd_verl.head.features import TeacherFeatures
 from hpd_verl.head.metrics import token_metrics
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform
+from hpd_verl.head.warm_up import warm_up
 from hpd_verl.objectives import TokenLogProbs
 from hpd_verl.pipelines.pipeline import Driver, Pipeline, RankPipeline
 from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, ROLLOUT_TOKENS, train
@@ -169,7 +170,7 @@ class StudentWorker(TrainingWorker):
             ValueError: its output layer is not understood.
         """
         super().reset()
-        self.engine.offer_head()
+        self.engine.use_head()
 
 
 class OnePassDriver(Driver):
@@ -202,6 +203,21 @@ class OnePass(RankPipeline):
         self.teacher = teacher
         self.loss = OnePassLoss(config, loss_agg_mode, loss_scale_factor, self.student.engine.compiles)
         self.student.set_loss_fn(self.loss)
+        if self.loss.compiled:
+            self._warm_up(config)
+
+    def _warm_up(self, config: HPDConfig) -> None:
+        """Compile what the output layer runs; what it needs of a teacher that is not known yet, the first step does."""
+        form = None if self.teacher is None else self.teacher.known_form()
+        if self.teacher is not None and form is None:
+            return
+        draws = int(config.needs_teacher)
+        computes_features = not (config.objectives.over_vocabulary or config.exact_kl_metrics)
+        self.student.engine.warm_up(
+            lambda head: warm_up(
+                head, form, config.objectives, config.temperature, draws, config.exact_kl_metrics, computes_features
+            )
+        )
 
     @classmethod
     def of_workers(

@@ -23,7 +23,7 @@ from hpd_verl.engine.causal_lm import output_head
 from hpd_verl.engine.head_engine import MODEL_TYPE, HeadLoss
 from hpd_verl.engine.ranks import highest_of_ranks
 from hpd_verl.engine.row_engine import ROWS_MODEL_TYPE
-from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TopKFeatures, teacher_features, teacher_top_k
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.teacher.store.records import DTYPES
 from hpd_verl.teacher.teacher import Teacher
@@ -81,12 +81,14 @@ class FeatureForm:
 class _FeatureLoss(HeadLoss):
     """The teacher's loss function: keeps the features of each row, and has no loss."""
 
-    def __init__(self, form: FeatureForm, head: OutputHead, temperature: float, chunk_size: int | None) -> None:
+    def __init__(
+        self, form: FeatureForm, head: OutputHead, temperature: float, chunk_size: int | None, compiled: bool
+    ) -> None:
         self.form = form
         self.head = head
         self.temperature = temperature
         self.chunk_size = chunk_size
-        self.compiled = False
+        self.compiled = compiled
         self.rows: dict[int, TeacherFeatures] = {}
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
@@ -138,7 +140,7 @@ class ColocatedTeacher(Teacher):
             return self._loss
         self.worker.load()
         engine = self.worker.engine
-        engine.offer_head(self.vocabulary_size)
+        engine.use_head(self.vocabulary_size)
         layer, dtype = output_head(engine.module, self.vocabulary_size), engine.compute_dtype
         head = dataclasses.replace(
             layer,
@@ -146,8 +148,7 @@ class ColocatedTeacher(Teacher):
             bias=None if layer.bias is None else _full_copy(layer.bias, dtype),
         )
         form, temperature = FeatureForm.of(self.config), self.config.temperature_of_teacher
-        self._loss = _FeatureLoss(form, head, temperature, self.config.token_chunk_size)
-        self._loss.compiled = engine.compiles
+        self._loss = _FeatureLoss(form, head, temperature, self.config.token_chunk_size, engine.compiles)
         # What loading took on the way goes back to the device: a rollout server counts what is free there.
         aggressive_empty_cache(force_sync=True)
         return self._loss
@@ -167,6 +168,16 @@ class ColocatedTeacher(Teacher):
         self.worker.infer_batch(_select(data, [order[index % len(order)] for index in range(size)]))
         computed, loss.rows = loss.rows, {}
         return computed
+
+    def known_form(self) -> TeacherFeatures | None:
+        if self._loss is None:
+            return None
+        head, nothing = self._loss.head, self._loss.head.weight.new_empty(0)
+        form = self._loss.form
+        if form.top_k is not None:
+            return TopKFeatures(nothing, nothing, nothing, nothing, head.vocabulary_size, head.dtype)
+        known = nothing if form.complete else None
+        return HiddenFeatures(nothing, head, self._loss.temperature, known, known)
 
     def metrics(self) -> dict[str, float]:
         return {}

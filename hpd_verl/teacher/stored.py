@@ -125,6 +125,9 @@ class StoredTeacher(Teacher):
             if not is_rollout[index]
         }
 
+    def known_form(self) -> TeacherFeatures | None:
+        return self.teacher.known_form() if self._form is None else self._form
+
     def metrics(self) -> dict[str, float]:
         """The share of rows found, rows and size, beside those of the teacher behind. All ranks together."""
         stats = self.store.stats

@@ -31,6 +31,10 @@ class Teacher(ABC):
     def prepare(self) -> None:
         """Take now, once, the memory that features will need, before others count what is free."""
 
+    def known_form(self) -> TeacherFeatures | None:
+        """Features of no tokens, as ``features`` will give them; None where that is not known yet."""
+        return None
+
     @abstractmethod
     def metrics(self) -> dict[str, float]:
         """For the log, since the run began."""

@@ -77,7 +77,7 @@ def test_the_loss_is_out_of_autocast(tiny: Tiny) -> None:
     """The model's products are bfloat16; those of the loss are in the dtype of their operands."""
     config = configuration(tiny, *PRECISIONS["bfloat16"])
     student = make_student(config)
-    student.engine.offer_head(29)
+    student.engine.use_head(29)
     loss = Precision()
     student.set_loss_fn(loss)
 
