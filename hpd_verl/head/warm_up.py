@@ -29,7 +29,7 @@ def warm_up(
         head: of the student; its weight is only looked at for rows, dtype and device.
         teacher: features of any number of tokens, as they will come; None without teacher.
         objectives, temperature, exact_kl: as of ``distillation_head``.
-        draws: tokens to sample at each position.
+        draws: tokens to sample at each position, 1 or 0.
         computes_features: ``teacher_features`` will be called too.
     """
     small = _small(head)

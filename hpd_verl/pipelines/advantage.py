@@ -38,5 +38,5 @@ def compute_hpd_advantage(
             "provides: select algorithm=hpd instead of setting the estimator alone"
         )
     mask = response_mask.bool()
-    label_weights, (sampled_weights,) = token_weights([log_probs], objectives.by_row(is_rollout.unsqueeze(1)))
-    return torch.where(mask, label_weights, 0.0), torch.where(mask, sampled_weights, 0.0)
+    weights = token_weights(log_probs, objectives.by_row(is_rollout.unsqueeze(1)))
+    return torch.where(mask, weights.label, 0.0), torch.where(mask, weights.sampled, 0.0)

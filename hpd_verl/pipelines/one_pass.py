@@ -133,8 +133,8 @@ class OnePassLoss(HeadLoss):
                 teacher_sampled=output.teacher_sampled_log_probs.squeeze(1),
                 sampled_is_label=output.sampled.squeeze(1) == responses.labels,
             )
-            weights = [output.sampled_weights.squeeze(1)]
-            per_token = token_metrics([log_probs], output.label_weights, weights, output.entropy)
+            weights = output.sampled_weights.squeeze(1)
+            per_token = token_metrics(log_probs, output.label_weights, weights, output.entropy)
         if output.forward_kl is not None and output.reverse_kl is not None:
             per_token |= {"hpd/forward_kl": output.forward_kl, "hpd/reverse_kl": output.reverse_kl}
         share = data["dp_size"] / data["batch_num_tokens"]

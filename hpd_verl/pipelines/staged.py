@@ -91,13 +91,13 @@ class StudentLoss:
     def _draw(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
         """Student pass: sample a token at every position and take the log-probs."""
         label_log_probs, sampled, sampled_log_probs, entropy = sample_tokens(
-            logits, _labels(data), _uniforms(data, self.hpd).unsqueeze(1), self.hpd.token_chunk_size
+            logits, _labels(data), _uniforms(data, self.hpd), self.hpd.token_chunk_size
         )
         return _as_outputs(
             {
                 fields.STUDENT_LABEL_LOG_PROBS: label_log_probs,
-                fields.SAMPLED_TOKENS: sampled.squeeze(1),
-                fields.STUDENT_SAMPLED_LOG_PROBS: sampled_log_probs.squeeze(1),
+                fields.SAMPLED_TOKENS: sampled,
+                fields.STUDENT_SAMPLED_LOG_PROBS: sampled_log_probs,
                 fields.ENTROPY: entropy,
             }
         )
@@ -217,7 +217,7 @@ class StagedDriver(Driver):
             is_rollout=is_rollout,
         )
         mask = response_mask.bool()
-        per_token = token_metrics([log_probs], label_weights, [sampled_weights], _response(data, fields.ENTROPY))
+        per_token = token_metrics(log_probs, label_weights, sampled_weights, _response(data, fields.ENTROPY))
         metrics = {name: values[mask].double().mean().item() for name, values in per_token.items()}
         if self.compares_rollouts and is_rollout.any():
             metrics |= _compare_with_rollout(data, log_probs.student_label, response_mask * is_rollout.unsqueeze(1))

@@ -144,7 +144,7 @@ def naive(batch: PackedRows) -> Naive:
             label = batch.ids[index][at + 1].view(1)
             logits = (hidden[index][at] @ batch.weight.T).view(1, -1)
             teacher_logits = (batch.teacher_hidden[index][at] @ batch.teacher_weight.T).view(1, -1)
-            uniforms = counter_uniform(config.seed, STEP, torch.tensor([number]), torch.tensor([at])).unsqueeze(1)
+            uniforms = counter_uniform(config.seed, STEP, torch.tensor([number]), torch.tensor([at]))
             _, sampled, _, _ = sample_tokens(logits / config.temperature, label, uniforms, 8)
             loss, _ = plain_head_loss(
                 [str(objective)],
