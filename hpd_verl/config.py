@@ -72,9 +72,6 @@ class HPDConfig(HPDParameters):
     on_policy_objective: str | dict[str, float] | None = None
     """The objective on rollouts; null: as ``objective``."""
 
-    num_student_samples: int = Field(1, ge=1)
-    """Tokens that the student samples per position; their terms are averaged."""
-
     temperature: float = Field(1.0, gt=0)
     """Divides both models' logits in the objective; rollouts use actor_rollout_ref.rollout.temperature."""
 
@@ -323,11 +320,6 @@ class HPDConfig(HPDParameters):
     def needs_teacher(self) -> bool:
         """Whether any objective in use, or a metric that is asked for, needs the teacher."""
         return self.objectives.needs_teacher or self.exact_kl_metrics
-
-    @property
-    def samples(self) -> int:
-        """Tokens sampled per position whose loss terms are needed: 0 if no objective in use weighs them."""
-        return self.num_student_samples if self.objectives.weighs_sample else 0
 
     @property
     def temperature_of_teacher(self) -> float:

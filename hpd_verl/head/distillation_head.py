@@ -42,7 +42,7 @@ from hpd_verl.objectives import LOG_ZERO, RowObjectives, TokenLogProbs
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """Results for n tokens with K sampled tokens each. All but the loss are detached; tokens of scale 0 hold zeros."""
+    """Results for n tokens and the K sampled of each, 1 or 0. All but the loss are detached; of scale 0: zeros."""
 
     loss: Tensor
     """Scalar: sum of token_scale * token_losses, differentiable in hidden, weight and bias."""
@@ -93,8 +93,8 @@ def distillation_head(
         hidden: floating [n, d], the input of the student's output layer.
         head: the student's output layer.
         labels: int64 [n], in the student's vocabulary.
-        uniforms: float64 [n, K] in [0, 1), a number for each of K tokens to sample (``sampling.counter_uniform``). K is
-            at least 1 where an objective weighs the sampled token; else they are for metrics, and K = 0 skips them.
+        uniforms: float64 [n, K] in [0, 1), what a token is sampled with (``sampling.counter_uniform``). K is 1 where an
+            objective weighs the sampled token; else that is for metrics, and K = 0 skips it.
         token_scale: floating [n], factor of each token's loss in the sum, e.g. 1 / (response tokens of the global
             batch). Tokens of scale 0 are skipped: no cost, no gradient, zeros in all outputs.
         is_rollout: bool [n], True where the label is the student's own.
@@ -364,21 +364,20 @@ class _Sweep:
     def _weigh_tokens(self, tokens: slice) -> Tensor:
         """Weights [n, 1 + K] of labels and sampled tokens by the objectives over tokens; fills in those outputs."""
         output = self.output
-        label_weights, sampled_weights = token_weights(
+        found = token_weights(
             self._token_log_probs(tokens), [(mixture, rows[tokens]) for mixture, rows in self.mixtures]
         )
-        draws = output.sampled.shape[1]
-        weights = torch.stack([label_weights, *sampled_weights[:draws]], 1)
+        weights = torch.stack([found.label, found.sampled], 1)[:, : 1 + output.sampled.shape[1]]
         log_probs = torch.cat([output.label_log_probs[tokens].unsqueeze(1), output.sampled_log_probs[tokens]], 1)
         # A token that is impossible and has no weight adds nothing.
         terms = torch.where((weights == 0) & (log_probs == -math.inf), 0.0, weights * log_probs)
-        output.label_weights[tokens] = label_weights
+        output.label_weights[tokens] = found.label
         output.sampled_weights[tokens] = weights[:, 1:]
         output.token_losses[tokens] = -terms.sum(1)
         return weights
 
-    def _token_log_probs(self, tokens: slice) -> list[TokenLogProbs]:
-        """The input of objectives over tokens for each sampled token; without any, one entry in which it is the label.
+    def _token_log_probs(self, tokens: slice) -> TokenLogProbs:
+        """The input of objectives over tokens; without a sampled token, it is the label.
 
         Without teacher its log-probs are NaN.
         """
@@ -390,17 +389,11 @@ class _Sweep:
             teacher_sampled = torch.full_like(output.sampled_log_probs, math.nan)
         teacher_label, teacher_sampled = teacher_label[tokens], teacher_sampled[tokens]
         if sampled.shape[1] == 0:
-            return [TokenLogProbs(label, teacher_label, label, teacher_label, torch.ones_like(label, dtype=torch.bool))]
-        return [
-            TokenLogProbs(
-                label,
-                teacher_label,
-                output.sampled_log_probs[tokens, draw],
-                teacher_sampled[:, draw],
-                sampled[:, draw] == labels,
-            )
-            for draw in range(sampled.shape[1])
-        ]
+            return TokenLogProbs(label, teacher_label, label, teacher_label, torch.ones_like(label, dtype=torch.bool))
+        sampled_log_probs = output.sampled_log_probs[tokens].squeeze(1)
+        return TokenLogProbs(
+            label, teacher_label, sampled_log_probs, teacher_sampled.squeeze(1), sampled.squeeze(1) == labels
+        )
 
     def _add_gradients(self, chunk: slice, matrix: Tensor, one_hots: Tensor) -> None:
         """Take in the gradient of products that ``write`` has left, [n, V], less one-hots [n, 1 + K] of labels and

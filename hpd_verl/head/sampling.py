@@ -37,7 +37,7 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ _shift_right(value, 31)
 
 
-def counter_uniform(seed: int, step: int, row: Tensor, position: Tensor, sample: int = 0) -> Tensor:
+def counter_uniform(seed: int, step: int, row: Tensor, position: Tensor) -> Tensor:
     """One uniform number a token, a pure function of its counters.
 
     Args:
@@ -45,13 +45,12 @@ def counter_uniform(seed: int, step: int, row: Tensor, position: Tensor, sample:
         step: training step.
         row: int64 [n], the row of the batch each token belongs to.
         position: int64 [n], the token's position in its row.
-        sample: index of the sample, where several are drawn a position.
 
     Returns:
         float64 [n] in [0, 1), on the device of ``row``.
     """
     state = torch.zeros_like(row)
-    for counter in (seed, step, sample, row, position):
+    for counter in (seed, step, 0, row, position):
         if isinstance(counter, int):
             counter = torch.full_like(row, _signed(counter))
         state = _mix(state + counter + _signed(0x9E3779B97F4A7C15))
@@ -143,14 +142,6 @@ def draw_tokens(draws: BlockDraws, vocabulary_size: int) -> tuple[Tensor, Tensor
     return tokens, draws.masses.gather(2, offset.unsqueeze(2)).squeeze(2)
 
 
-def _draw(masses: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF draws from each row: int64 [n, K] from masses [n, V] and uniforms [n, K]."""
-    block, target = draw_blocks(block_masses(masses), uniforms)
-    tokens, beyond = block_tokens(block, masses.shape[1])
-    inside = masses.gather(1, tokens.flatten(1)).view_as(tokens).masked_fill_(beyond, 0.0)
-    return draw_tokens(BlockDraws(block, target, inside), masses.shape[1])[0]
-
-
 def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
     """Inverse-CDF draw from each row of ``probs``: block sums first, then inside one block.
 
@@ -162,33 +153,36 @@ def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
         int64 [n]: the first token whose cumulative mass exceeds ``uniform`` times the row's mass; any token where the
         row holds a NaN.
     """
-    return _draw(probs, uniform.unsqueeze(1)).squeeze(1)
+    block, target = draw_blocks(block_masses(probs), uniform.unsqueeze(1))
+    tokens, beyond = block_tokens(block, probs.shape[1])
+    inside = probs.gather(1, tokens.flatten(1)).view_as(tokens).masked_fill_(beyond, 0.0)
+    return draw_tokens(BlockDraws(block, target, inside), probs.shape[1])[0].squeeze(1)
 
 
 @torch.no_grad()
 def sample_tokens(
     logits: Tensor, labels: Tensor, uniforms: Tensor, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw tokens from the student and take the log-probs needed of it, in one sweep.
+    """Draw a token from the student and take the log-probs needed of it, in one sweep.
 
     Args:
         logits: floating [n, V].
         labels: int64 [n].
-        uniforms: float64 [n, K], one number for each of K draws a position.
+        uniforms: float64 [n].
         chunk_size: tokens per chunk; changes memory, not the result.
 
     Returns:
-        ``(label_log_probs [n], sampled [n, K] int64, sampled_log_probs [n, K], entropy [n])``, float32
+        ``(label_log_probs, sampled, sampled_log_probs, entropy)``, float32
         (float64 for float64 logits).
     """
     outputs = []
     for rows, chunk in _chunks(logits, chunk_size):
         log_probs = torch.log_softmax(chunk, dim=-1)
         probs = log_probs.exp()
-        sampled = _draw(probs, uniforms[rows])
+        sampled = sample_from(probs, uniforms[rows])
         entropy = -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
-        label_log_probs = log_probs.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
-        outputs.append((label_log_probs, sampled, log_probs.gather(1, sampled), entropy))
+        label, drawn = log_probs.gather(1, torch.stack([labels[rows], sampled], 1)).unbind(1)
+        outputs.append((label, sampled, drawn, entropy))
     label_log_probs, sampled, sampled_log_probs, entropy = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     return label_log_probs, sampled, sampled_log_probs, entropy
 

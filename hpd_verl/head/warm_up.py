@@ -29,7 +29,7 @@ def warm_up(
         teacher: features of any number of tokens, as they will come; None without teacher. Where their log-sum-exp is
             known, ``teacher_features`` is compiled too.
         objectives, temperature, exact_kl: as of ``distillation_head``.
-        draws: tokens to sample at each position.
+        draws: tokens to sample at each position, 1 or 0.
     """
     small = _small(head)
     device, rows = small.weight.device, _CPU_ROWS if small.weight.device.type == "cpu" else _ROWS

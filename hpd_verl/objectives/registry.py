@@ -17,7 +17,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -265,25 +265,13 @@ class Mixture:
     def __iter__(self) -> Iterator[tuple[BoundObjective, float]]:
         return iter(self.parts)
 
-    def token_weights(self, log_probs: Sequence[TokenLogProbs]) -> tuple[Tensor, list[Tensor]]:
-        """Weights of the label and of each sampled token, by the parts over tokens.
-
-        Args:
-            log_probs: one entry for each of the K sampled tokens a position, all of one shape.
-
-        Returns:
-            ``(label_weights, K sampled_weights)`` of the log-probs' shape and dtype. The label's weight is the mean
-            over sampled tokens, and each of them counts 1/K.
-        """
-        label = torch.zeros_like(log_probs[0].student_label)
-        sampled = [torch.zeros_like(sample.student_sampled) for sample in log_probs]
+    def token_weights(self, log_probs: TokenLogProbs) -> TokenWeights:
+        """Weights of the label and of the sampled token by the parts over tokens, of the log-probs' shape."""
+        label = sampled = torch.zeros_like(log_probs.student_label)
         for bound, factor in self.over("token"):
-            weights: list[TokenWeights] = [bound(sample) for sample in log_probs]
-            label = label + factor * torch.stack([each.label for each in weights]).mean(0)
-            sampled = [
-                others + factor / len(weights) * each.sampled for each, others in zip(weights, sampled, strict=True)
-            ]
-        return label, sampled
+            weights = bound(log_probs)
+            label, sampled = label + factor * weights.label, sampled + factor * weights.sampled
+        return TokenWeights(label, sampled)
 
 
 @dataclass(frozen=True)

@@ -88,16 +88,11 @@ class OnePassLoss(HeadLoss):
         return sharing.to_parts(whole, self.template, parts, [self.owners[row] for row in rows])
 
     def _uniforms(self, responses: ResponseTokens, rows: Tensor, data: TensorDict) -> Tensor:
-        """The numbers that the student's tokens are sampled with, float64 [n, samples]."""
-        samples = self.config.num_student_samples if self.config.needs_teacher else 0
+        """The numbers that the student's tokens are sampled with, float64 [n, 1]; [n, 0] without a teacher."""
         step = tu.get_non_tensor_data(data=data, key=fields.STEP, default=None)
         positions = data["position_ids"].values()[responses.positions]
-        drawn = [
-            counter_uniform(self.config.seed, step, rows[responses.row], positions, sample) for sample in range(samples)
-        ]
-        if not drawn:
-            return torch.empty(len(positions), 0, dtype=torch.float64, device=positions.device)
-        return torch.stack(drawn, dim=1)
+        uniforms = counter_uniform(self.config.seed, step, rows[responses.row], positions).unsqueeze(1)
+        return uniforms if self.config.needs_teacher else uniforms[:, :0]
 
     def _token_scale(self, data: TensorDict) -> Tensor:
         """Factor of each token's loss in the global loss [n]: verl's aggregation, which is linear in the losses."""
@@ -144,17 +139,14 @@ class OnePassLoss(HeadLoss):
         """Sums over this micro-batch, which verl adds up over micro-batches and averages over ranks."""
         per_token = {"hpd/student_nll": -output.label_log_probs}
         if output.teacher_label_log_probs is not None and output.teacher_sampled_log_probs is not None:
-            log_probs = [
-                TokenLogProbs(
-                    student_label=output.label_log_probs,
-                    teacher_label=output.teacher_label_log_probs,
-                    student_sampled=output.sampled_log_probs[:, sample],
-                    teacher_sampled=output.teacher_sampled_log_probs[:, sample],
-                    sampled_is_label=output.sampled[:, sample] == responses.labels,
-                )
-                for sample in range(output.sampled.shape[1])
-            ]
-            weights = output.sampled_weights.unbind(1)
+            log_probs = TokenLogProbs(
+                student_label=output.label_log_probs,
+                teacher_label=output.teacher_label_log_probs,
+                student_sampled=output.sampled_log_probs.squeeze(1),
+                teacher_sampled=output.teacher_sampled_log_probs.squeeze(1),
+                sampled_is_label=output.sampled.squeeze(1) == responses.labels,
+            )
+            weights = output.sampled_weights.squeeze(1)
             per_token = token_metrics(log_probs, output.label_weights, weights, output.entropy)
         if output.forward_kl is not None and output.reverse_kl is not None:
             per_token |= {"hpd/forward_kl": output.forward_kl, "hpd/reverse_kl": output.reverse_kl}
@@ -232,7 +224,7 @@ class OnePass(RankPipeline):
         form = None if self.teacher is None else self.teacher.known_form()
         if self.teacher is not None and form is None:
             return
-        draws = config.num_student_samples if config.needs_teacher else 0
+        draws = int(config.needs_teacher)
         self.student.engine.warm_up(
             lambda head: warm_up(head, form, config.objectives, config.temperature, draws, config.exact_kl_metrics)
         )

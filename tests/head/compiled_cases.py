@@ -32,14 +32,14 @@ def compare(case: Case, tolerance: float, **changes: Any) -> None:
 
 
 def hpd(tokens: int = 37, chunk_size: int | None = 9) -> Case:
-    config = configured("hpd", num_student_samples=2, token_chunk_size=chunk_size)
-    return Case(dtype=torch.bfloat16, tokens=tokens, vocabulary=V, draws=2, config=config)
+    config = configured("hpd", token_chunk_size=chunk_size)
+    return Case(dtype=torch.bfloat16, tokens=tokens, vocabulary=V, config=config)
 
 
 def nothing_is_compiled_after_the_start() -> None:
     """A hundred micro-batches of other lengths, of one row too, in other chunks, with gradients and without."""
     case = hpd()
-    warm_up(case.head(), case.teacher(), case.config.objectives, 1.0, draws=2, exact_kl=False)
+    warm_up(case.head(), case.teacher(), case.config.objectives, 1.0, draws=1, exact_kl=False)
     count = compiling.compilations()
     assert count == 3, count
     arguments = (case.teacher_hidden, case.teacher_head(), case.labels, 1.0, 6)

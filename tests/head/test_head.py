@@ -58,7 +58,6 @@ class Case:
     dtype: torch.dtype = torch.float64
     tokens: int = TOKENS
     vocabulary: int = VOCABULARY
-    draws: int = 1
     seed: int = 0
     layer: dict[str, Any] = field(default_factory=dict)
     """``scale`` and ``soft_cap`` of both output layers."""
@@ -80,7 +79,7 @@ class Case:
         self.teacher_bias = normal(rows + 3) if self.bias else None
         self.labels = torch.randint(self.vocabulary, (self.tokens,), generator=random)
         index = torch.arange(self.tokens)
-        self.uniforms = torch.stack([counter_uniform(1, 2, index, index, draw) for draw in range(self.draws)], 1)
+        self.uniforms = counter_uniform(1, 2, index, index).unsqueeze(1)
         self.is_rollout = index % 3 == 0
         self.token_scale = torch.rand(self.tokens, dtype=torch.float64, generator=random) + 0.1
         self.token_scale[index % 7 == 6] = 0.0
@@ -197,7 +196,7 @@ def test_parameters_reach_the_objective(objective: str) -> None:
 MIXTURES: list[dict[str, Any]] = [
     {"objective": {"hpd": 1.0, "sft": 0.1}},
     {"objective": {"fkl": 0.3, "rkl_exact": 2.0}},
-    {"objective": {"hpd": 0.5, "fkl": 1.5, "tvd": 0.25}, "num_student_samples": 2},
+    {"objective": {"hpd": 0.5, "fkl": 1.5, "tvd": 0.25}},
     {"objective": {"sft": 0.2, "jsd_exact": 1.0}, "on_policy_objective": {"opd": 1.0, "rkl_exact": 0.4}},
     {"objective": "hpd", "on_policy_objective": {"hpd": 1.0, "skew_rkl": 0.5}},
 ]
@@ -208,8 +207,7 @@ MIXTURES: list[dict[str, Any]] = [
 def test_mixtures(values: dict[str, Any], layer: dict[str, Any]) -> None:
     """Values and gradients are the weighted sums of the objectives' own, over tokens and vocabulary, in each row."""
     config = HPDConfig(token_chunk_size=5, **values)
-    draws = config.num_student_samples
-    case = Case(draws=draws, layer=layer, config=config)
+    case = Case(layer=layer, config=config)
     output, gradients = case.run_with_gradients()
     loss, sums = torch.zeros(()).double(), [torch.zeros_like(each) for each in gradients]
     for mixture, is_mine in (
@@ -217,7 +215,7 @@ def test_mixtures(values: dict[str, Any], layer: dict[str, Any]) -> None:
         (config.objectives.rollout, case.is_rollout),
     ):
         for bound, factor in mixture:
-            part = Case(draws=draws, layer=layer, config=config)
+            part = Case(layer=layer, config=config)
             part.token_scale = torch.where(is_mine, case.token_scale, 0.0)
             one, own = part.run_with_gradients(objectives=RowObjectives(Mixture(((bound, 1.0),))))
             loss = loss + factor * one.loss.detach()
@@ -230,7 +228,7 @@ def test_mixtures(values: dict[str, Any], layer: dict[str, Any]) -> None:
 @pytest.mark.parametrize("spread", [1.0, 100.0])
 def test_a_mixture_changes_nothing_for_objectives_over_tokens(spread: float) -> None:
     """Beside one over the vocabulary: the label's own log p of top-k features, and log p far below ``LOG_ZERO``."""
-    case = Case(draws=2, config=configured("hpd"))
+    case = Case(config=configured("hpd"))
     case.teacher_weight *= spread
     alone = RowObjectives(HPDConfig(objective={"hpd": 1.0, "opd": 0.5}, on_policy_fraction=1.0).objectives.rollout)
     beside = RowObjectives(Mixture((*alone.demonstration.parts, (OBJECTIVES["fkl"].bind(), 1e-12))))
@@ -259,7 +257,7 @@ def test_temperature_of_the_teacher(objective: str) -> None:
 @each_objective
 def test_bare_features_are_the_same(objective: str) -> None:
     """Where the sweep computes the teacher's log-sum-exp itself, from the product that it makes anyway."""
-    case = Case(draws=2, bias=True, layer={"soft_cap": 4.0}, config=configured(objective, temperature=1.3))
+    case = Case(bias=True, layer={"soft_cap": 4.0}, config=configured(objective, temperature=1.3))
     bare = HiddenFeatures(case.teacher_hidden, case.teacher_head(), 1.3)
     output, gradients = case.run_with_gradients(exact_kl=True)
     found, others = case.run_with_gradients(exact_kl=True, teacher=bare)
@@ -314,18 +312,12 @@ def test_output_layers(objective: str, temperature: float, layer: dict[str, Any]
         Case(
             layer=layer,
             bias=bias,
-            draws=2,
-            config=configured(objective, num_student_samples=2) if objective == "hpd" else configured(objective),
+            config=configured(objective),
         )
     )
     config = configured(objective, temperature=temperature)
     assert_matches(Case(layer=layer, bias=bias, config=config))
     assert_matches(Case(layer=layer, bias=bias, dtype=torch.float32, config=config), tolerance=1e-4)
-
-
-@pytest.mark.parametrize("draws", [1, 2, 3])
-def test_draws_are_averaged(draws: int) -> None:
-    assert_matches(Case(draws=draws, config=configured("hpd", num_student_samples=draws)))
 
 
 @pytest.mark.parametrize(
@@ -390,14 +382,15 @@ def test_hpd_exact_is_the_mean_of_hpd() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_outputs(temperature: float) -> None:
     """Log-probs, entropy, draws and divergences are those of whole logits; the draws are sample_tokens'."""
-    case = Case(draws=2, config=configured("hpd", num_student_samples=2, temperature=temperature))
+    case = Case(config=configured("hpd", temperature=temperature))
     case.token_scale[:] = 1.0
     output = case.run(exact_kl=True)
     log_q = torch.log_softmax(case.logits() / temperature, -1)
     log_p = torch.log_softmax(case.teacher_logits() / temperature, -1)
     label, sampled, sampled_log_probs, entropy = sample_tokens(
-        case.logits() / temperature, case.labels, case.uniforms, chunk_size=8
+        case.logits() / temperature, case.labels, case.uniforms.squeeze(1), chunk_size=8
     )
+    sampled, sampled_log_probs = sampled.unsqueeze(1), sampled_log_probs.unsqueeze(1)
     assert torch.equal(output.sampled, sampled)
     close(output.label_log_probs, label)
     close(output.sampled_log_probs, sampled_log_probs)
@@ -468,7 +461,7 @@ def test_low_precision_gradient_is_accumulated_in_float32(monkeypatch: pytest.Mo
 
 def test_tokens_of_scale_zero_are_skipped() -> None:
     """Whatever stands there, NaN included; their outputs are zeros, those of the others unchanged."""
-    case = Case(draws=2, config=configured("hpd", num_student_samples=2))
+    case = Case(config=configured("hpd"))
     output, gradients = case.run_with_gradients()
     teacher = case.teacher()
     skipped = case.token_scale == 0
@@ -551,7 +544,7 @@ def test_tied_weight() -> None:
 @pytest.mark.parametrize("top", [1, 5, VOCABULARY])
 def test_top_k_features(objective: str, top: int) -> None:
     """The loss is that with the dense distribution in which the remaining mass is spread evenly."""
-    case = Case(draws=2, config=configured(objective, num_student_samples=2, temperature=1.3))
+    case = Case(config=configured(objective, temperature=1.3))
     log_p = torch.log_softmax(case.teacher_logits() / 1.3, -1)
     best, tokens = log_p.topk(top, -1)
     rest = (1 - best.exp().sum(-1, keepdim=True)) / max(1, VOCABULARY - top)
@@ -592,7 +585,7 @@ def test_student_of_a_larger_vocabulary(objective: str, top: int, monkeypatch: p
     for module in (bodies_module, features_module):
         monkeypatch.setattr(module, "LOG_ZERO", impossible)
     known = VOCABULARY - 5
-    case = Case(draws=2, config=configured(objective, num_student_samples=2))
+    case = Case(config=configured(objective))
     case.labels %= known
     teacher_head = dataclasses.replace(case.teacher_head(), vocabulary_size=known)
     arguments = (case.teacher_hidden, teacher_head, case.labels, 1.0, 6)
@@ -728,7 +721,7 @@ def test_sft_needs_no_teacher_and_no_draws() -> None:
 @each_objective
 def test_draws_are_optional_where_no_objective_weighs_them(objective: str) -> None:
     case = Case(config=configured(objective))
-    if case.config.samples:
+    if case.config.objectives.weighs_sample:
         with pytest.raises(ValueError, match="hpd: weighs the sampled token, uniforms has no"):
             case.run(uniforms=case.uniforms[:, :0])
         return
@@ -820,20 +813,19 @@ def test_impossible_tokens() -> None:
 @given(
     tokens=st.integers(0, 9),
     vocabulary=st.integers(1, 12),
-    draws=st.integers(1, 3),
     chunk_size=st.integers(1, 10),
     objective=st.sampled_from(sorted(OBJECTIVES)),
     seed=st.integers(0, 99),
 )
-def test_shapes(tokens: int, vocabulary: int, draws: int, chunk_size: int, objective: str, seed: int) -> None:
+def test_shapes(tokens: int, vocabulary: int, chunk_size: int, objective: str, seed: int) -> None:
     """Any number of tokens, none included; any vocabulary, of one token included."""
-    config = configured(objective, num_student_samples=draws, token_chunk_size=chunk_size)
-    case = Case(tokens=tokens, vocabulary=vocabulary, draws=draws, seed=seed, config=config)
+    config = configured(objective, token_chunk_size=chunk_size)
+    case = Case(tokens=tokens, vocabulary=vocabulary, seed=seed, config=config)
     output, gradients = case.run_with_gradients()
     for name in ("label_log_probs", "entropy", "label_weights", "token_losses"):
         assert getattr(output, name).shape == (tokens,)
     for name in ("sampled", "sampled_log_probs", "sampled_weights", "teacher_sampled_log_probs"):
-        assert getattr(output, name).shape == (tokens, draws)
+        assert getattr(output, name).shape == (tokens, 1)
     assert ((output.sampled >= 0) & (output.sampled < vocabulary)).all()
     if tokens:
         loss, _, expected = case.expected(output.sampled)
