@@ -150,19 +150,22 @@ class HPDConfig(HPDParameters):
     teacher_cache_dir: str | None = Field(None, min_length=1, json_schema_extra=_says("give a folder, or null"))
     """Teacher cache on disk: its folder, shared by all ranks and by later runs with the same teacher."""
 
-    teacher_cache_format: Literal["hidden", "topk"] = "hidden"
-    """What is kept of a token: hidden (the final hidden state) or topk (the most likely tokens' log-probs)."""
+    teacher_cache_format: Literal["hidden", "topk", "hybrid"] = "hidden"
+    """What is kept of a token: hidden (the final hidden state), topk (the most likely tokens' log-probs) or hybrid (a
+    coarse hidden state and corrections of the most likely tokens)."""
 
     teacher_cache_dtype: Literal["bf16", "float32"] = "bf16"
     """Format hidden: bf16 or float32."""
 
     teacher_cache_top_k: int = Field(64, ge=1)
-    """Format topk: tokens kept per position."""
+    """Formats topk and hybrid: most likely tokens kept per position."""
+
+    teacher_cache_bits: int = Field(4, ge=2, le=7)
+    """Format hybrid: bits of a value of the coarse hidden state."""
 
     teacher_cache_max_gib: float = Field(100.0, gt=0)
     """Size limit: of the folder, all ranks and runs together and the output head left out, or of the process's memory.
-    Rows beyond it are not kept. A token takes 2 (float32: 4) bytes a hidden unit and 8 more, or 8 bytes a top-k entry
-    and 8 more."""
+    Rows beyond it are not kept; docs/store.md has the bytes of a token."""
 
     objective_parameters: dict[str, dict[str, Any]] = Field({}, repr=False, exclude=True)
     """Parameters by their objective's name: the keys of ``algorithm.hpd`` that are objectives. Not a setting itself."""
@@ -247,7 +250,8 @@ class HPDConfig(HPDParameters):
             not self.exact_kl_metrics or self.teacher_cache == "off" or self.teacher_cache_format == "hidden",
             f"{PREFIX}.exact_kl_metrics",
             self.exact_kl_metrics,
-            f"{PREFIX}.teacher_cache_format=topk keeps a part of the teacher's distribution; choose hidden",
+            f"{PREFIX}.teacher_cache_format={self.teacher_cache_format} keeps a part of the teacher's distribution; "
+            "choose hidden",
         )
         return self
 

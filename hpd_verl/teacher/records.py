@@ -1,10 +1,11 @@
 """What the teacher's store keeps of a row: one record, what it is a record of, and its bytes.
 
-A record holds the features of one row's T response tokens, in one of two formats:
+A record holds the features of one row's T response tokens, in one of three formats:
 
     hidden   label_log_probs float32 [T], log_sum_exp float32 [T], hidden bfloat16 or float32 [T, d]
     topk     label_log_probs float32 [T], rest_log_prob float32 [T], top_tokens int32 [T, K],
              top_log_probs float32 [T, K]
+    hybrid   label_log_probs float32 [T], shift float32 [T], packed uint8 [T, bytes], of ``head.hybrid_code``
 
 ``hidden`` is the final hidden state, before the output head; ``log_sum_exp`` that of the teacher's logits over the
 temperature. The names are those of the features in ``head.features``.
@@ -46,13 +47,13 @@ class StoreIdentity:
     """Logits that the log-probs are normalised over: the first so many of the teacher's."""
 
     format: str
-    """hidden or topk."""
+    """hidden, topk or hybrid."""
 
     dtype: str
-    """Of ``hidden``: bf16 or float32."""
+    """Of ``hidden``: bf16 or float32. Of a value of format hybrid: e8_4 with 4 bits."""
 
     top_k: int
-    """K of format topk; 0 for format hidden."""
+    """K of formats topk and hybrid; 0 for format hidden."""
 
     teacher_config: str | None = None
     """sha256 of the teacher's configuration as loaded, overrides applied."""
@@ -72,6 +73,11 @@ class StoreIdentity:
         return cls(**json.loads(text))
 
     @property
+    def bits(self) -> int:
+        """Of a value of format hybrid."""
+        return int(self.dtype.removeprefix("e8_"))
+
+    @property
     def digest(self) -> str:
         """sha256 of the identity, for ``row_key``."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -86,6 +92,7 @@ def teacher_identity(
     format: str,
     dtype: str,
     top_k: int,
+    bits: int = 4,
     teacher_dtype: str | None = None,
     tokenisation: str | None = None,
 ) -> StoreIdentity:
@@ -95,9 +102,10 @@ def teacher_identity(
         teacher, teacher_config: of ``teacher_identity.teacher_hashes``.
         temperature: distillation temperature.
         vocabulary_size: logits that student and teacher share.
-        format: hidden or topk.
-        dtype: of stored hidden states, bf16 or float32; without meaning for format topk.
+        format: hidden, topk or hybrid.
+        dtype: of stored hidden states, bf16 or float32; without meaning for other formats.
         top_k: tokens kept per position; without meaning for format hidden.
+        bits: of a value of the state; format hybrid only.
         teacher_dtype: dtype that the teacher computes in, where it matters to the caller.
         tokenisation: of ``tokenisation_hash``; rows are keyed by their tokens, so that other tokenisation could only
             miss, and is refused instead.
@@ -105,8 +113,8 @@ def teacher_identity(
     Raises:
         ValueError: the format or dtype is unknown.
     """
-    if format not in ("hidden", "topk"):
-        raise ValueError(f"{FORMAT_SETTING}={format}: choose hidden or topk")
+    if format not in ("hidden", "topk", "hybrid"):
+        raise ValueError(f"{FORMAT_SETTING}={format}: choose hidden, topk or hybrid")
     if dtype not in DTYPES:
         raise ValueError(f"algorithm.hpd.teacher_cache_dtype={dtype}: choose {' or '.join(DTYPES)}")
     return StoreIdentity(
@@ -115,8 +123,8 @@ def teacher_identity(
         temperature=float(temperature),
         vocabulary_size=vocabulary_size,
         format=format,
-        dtype=dtype if format == "hidden" else "float32",
-        top_k=min(top_k, vocabulary_size) if format == "topk" else 0,
+        dtype={"hidden": dtype, "topk": "float32", "hybrid": f"e8_{bits}"}[format],
+        top_k=0 if format == "hidden" else min(top_k, vocabulary_size),
         teacher_dtype=teacher_dtype,
         tokenisation=tokenisation,
     )
@@ -187,11 +195,14 @@ class Schema:
         if identity.format == "hidden":
             self.fields["log_sum_exp"] = _Field(torch.float32, wide=False)
             self.fields["hidden"] = _Field(DTYPES[identity.dtype], wide=True)
+        elif identity.format == "hybrid":
+            self.fields["shift"] = _Field(torch.float32, wide=False)
+            self.fields["packed"] = _Field(torch.uint8, wide=True)
         else:
             self.fields["rest_log_prob"] = _Field(torch.float32, wide=False)
             self.fields["top_tokens"] = _Field(torch.int32, wide=True)
             self.fields["top_log_probs"] = _Field(torch.float32, wide=True)
-        self.top_k = identity.top_k
+        self.fixed_width = identity.top_k if identity.format == "topk" else None
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -199,7 +210,7 @@ class Schema:
         return {name: field.dtype for name, field in self.fields.items()}
 
     def check(self, record: Record) -> tuple[int, int]:
-        """The record's tokens T and width (d or K).
+        """The record's tokens T and width (d, K or bytes).
 
         Raises:
             ValueError: a tensor is missing, unknown, or of another dtype or shape.
@@ -208,8 +219,8 @@ class Schema:
             raise ValueError(f"a record has the tensors {', '.join(self.fields)}, not {', '.join(record)}")
         tokens = record["label_log_probs"].numel()
         width = next(record[name].shape[-1:].numel() for name, field in self.fields.items() if field.wide)
-        if self.top_k:
-            width = self.top_k
+        if self.fixed_width is not None:
+            width = self.fixed_width
         for name, field in self.fields.items():
             tensor, shape = record[name], (tokens, width) if field.wide else (tokens,)
             if tensor.dtype != field.dtype or tensor.shape != shape:
