@@ -122,14 +122,18 @@ class HPDConfig(HPDParameters):
     teacher_cache_dir: str | None = Field(None, min_length=1, json_schema_extra=says("give a folder, or null"))
     """Folder of the store on disk, shared by all ranks and runs with this teacher."""
 
-    teacher_cache_format: Literal["hidden", "topk"] = "hidden"
-    """Stored per token: the final hidden state, or the likeliest tokens' log-probs."""
+    teacher_cache_format: Literal["hidden", "topk", "hybrid"] = "hidden"
+    """Stored per token: the final hidden state, the likeliest tokens' log-probs, or a coarse state with corrections of
+    the likeliest tokens (docs/store.md)."""
 
     teacher_cache_dtype: Literal["bf16", "float32"] = "bf16"
     """Format hidden: dtype on disk."""
 
     teacher_cache_top_k: int = Field(64, ge=1)
-    """Format topk: tokens stored per position."""
+    """Formats topk and hybrid: likeliest tokens stored per position."""
+
+    teacher_cache_bits: int = Field(4, ge=2, le=7)
+    """Format hybrid: bits of a value of the coarse state."""
 
     teacher_cache_max_gib: float = Field(100.0, gt=0)
     """Size limit of the folder without the output layer, or of the process's memory; rows beyond it are not stored."""
@@ -217,7 +221,8 @@ class HPDConfig(HPDParameters):
             not self.exact_kl_metrics or self.teacher_cache == "off" or self.teacher_cache_format == "hidden",
             f"{PREFIX}.exact_kl_metrics",
             self.exact_kl_metrics,
-            f"{PREFIX}.teacher_cache_format=topk stores only part of the teacher's distribution; choose hidden",
+            f"{PREFIX}.teacher_cache_format={self.teacher_cache_format} stores only part of the teacher's "
+            "distribution; choose hidden",
         )
         return self
 

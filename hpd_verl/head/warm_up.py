@@ -6,6 +6,7 @@ import torch
 
 from hpd_verl.head.distillation_head import distillation_head
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TopKFeatures, teacher_features
+from hpd_verl.head.hybrid import HybridFeatures
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.objectives import RowObjectives
 
@@ -62,6 +63,9 @@ def _small(head: OutputHead) -> OutputHead:
 
 def _zeros(features: TeacherFeatures, rows: int, device: torch.device) -> TeacherFeatures:
     """The same of other tokens, all zeros; so is what they are computed from."""
+    if isinstance(features, HybridFeatures):  # the passes see of both forms log-probs only
+        nothing = features.shift
+        features = TopKFeatures(nothing, nothing, nothing, nothing, features.vocabulary_size, features.code.head.dtype)
     if isinstance(features, HiddenFeatures):
         features = replace(features, head=_small(features.head))
     assert isinstance(features, HiddenFeatures | TopKFeatures)

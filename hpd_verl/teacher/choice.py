@@ -62,6 +62,7 @@ def open_store(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig)
             format=config.teacher_cache_format,
             dtype=config.teacher_cache_dtype,
             top_k=config.teacher_cache_top_k,
+            bits=config.teacher_cache_bits,
             teacher_dtype=_dtype_name(worker.engine_config),
             tokenisation=tokenisation_hash(student.tokenizer.get_vocab(), student.tokenizer.chat_template),
         )

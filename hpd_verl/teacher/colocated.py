@@ -25,6 +25,8 @@ from hpd_verl.engine.ranks import highest_of_ranks
 from hpd_verl.engine.row_engine import ROWS_MODEL_TYPE
 from hpd_verl.engine.sequence_parallel import SequenceGroup
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TopKFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.hybrid import HybridFeatures, teacher_hybrid
+from hpd_verl.head.hybrid_code import HybridCode
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.teacher.store.records import DTYPES
 from hpd_verl.teacher.teacher import Teacher
@@ -63,6 +65,8 @@ class FeatureForm:
 
     top_k: int | None = None
     """The log-probs of so many tokens; None: hidden states."""
+    bits: int | None = None
+    """Format hybrid: of a value of the coarse hidden state; with ``top_k`` tokens' corrections."""
     rounded_to: torch.dtype | None = None
     """Hidden states are rounded before anything is computed from them, so that log-probs fit what a store keeps."""
     complete: bool = True
@@ -76,6 +80,8 @@ class FeatureForm:
             return cls(complete=not (config.objectives.over_vocabulary or config.exact_kl_metrics))
         if config.teacher_cache_format == "topk":
             return cls(top_k=config.teacher_cache_top_k)
+        if config.teacher_cache_format == "hybrid":
+            return cls(top_k=config.teacher_cache_top_k, bits=config.teacher_cache_bits)
         return cls(rounded_to=DTYPES[config.teacher_cache_dtype])
 
 
@@ -90,6 +96,9 @@ class _FeatureLoss(HeadLoss):
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.compiled = compiled
+        self.code: HybridCode | None = None
+        if form.top_k is not None and form.bits is not None:
+            self.code = HybridCode(head, temperature, form.top_k, form.bits)
         self.rows: dict[int, TeacherFeatures] = {}
         self.owners: dict[int, int] = {}
         """The rank of a group that wants a row, by row number."""
@@ -110,6 +119,8 @@ class _FeatureLoss(HeadLoss):
         return torch.zeros((), device=hidden.device), {}
 
     def _features(self, hidden: Tensor, head: OutputHead, labels: Tensor) -> TeacherFeatures:
+        if self.code is not None:
+            return teacher_hybrid(hidden, self.code, labels, self.chunk_size)
         if self.form.top_k is not None:
             k = min(self.form.top_k, head.vocabulary_size)
             return teacher_top_k(hidden, head, labels, self.temperature, self.chunk_size, k=k)
@@ -186,6 +197,8 @@ class ColocatedTeacher(Teacher):
             return None
         head, nothing = self._loss.head, self._loss.head.weight.new_empty(0)
         form = self._loss.form
+        if self._loss.code is not None:
+            return HybridFeatures(nothing, nothing, nothing, self._loss.code)
         if form.top_k is not None:
             return TopKFeatures(nothing, nothing, nothing, nothing, head.vocabulary_size, head.dtype)
         known = nothing if form.complete else None

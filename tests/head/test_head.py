@@ -30,6 +30,8 @@ from hpd_verl.head import gradients as gradients_module
 from hpd_verl.head import output_head as output_head_module
 from hpd_verl.head.distillation_head import HeadOutput, distillation_head
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.hybrid import teacher_hybrid
+from hpd_verl.head.hybrid_code import HybridCode
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform, sample_tokens
 from hpd_verl.head.warm_up import warm_up
@@ -561,6 +563,26 @@ def test_top_k_features(objective: str, top: int) -> None:
     close(output.loss, loss, 1e-7)
     for gradient, wanted in zip(gradients, expected, strict=True):
         close(gradient, wanted, 1e-7)
+
+
+@each_objective
+def test_hybrid_features(objective: str) -> None:
+    """The loss is that with the dense distribution that the features say token by token."""
+    case = Case(bias=True, config=configured(objective, temperature=1.3))
+    code = HybridCode(case.teacher_head(), 1.3, top_k=7)
+    teacher = teacher_hybrid(case.teacher_hidden, code, case.labels, 6)
+    dense = teacher.log_probs(torch.arange(VOCABULARY).expand(case.tokens, -1))
+    log_p = torch.log_softmax(case.teacher_logits() / 1.3, -1)
+    close(teacher.label_log_probs, log_p.gather(1, case.labels.unsqueeze(1)).squeeze(1))
+    # The label has its true log-prob; the plain computation has no place for it.
+    teacher = teacher.with_tensors(
+        teacher.tensors | {"label_log_probs": dense.gather(1, case.labels.unsqueeze(1)).squeeze(1)}
+    )
+    output, gradients = case.run_with_gradients(teacher=teacher)
+    loss, _, expected = case.expected(output.sampled, 1.3 * dense)
+    close(output.loss, loss, 1e-6)  # a token's mass is 1 to a float32's precision
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        close(gradient, wanted, 1e-6)
 
 
 @pytest.mark.parametrize("objective", ["rkl_exact", "akl", "todi", "hpd_exact", "hpd"])
