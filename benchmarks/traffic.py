@@ -154,7 +154,7 @@ def _generated(form: Form, makes_features: bool, dtype: torch.dtype) -> tuple[fl
         if form.teacher is not None:
             fields |= {"teacher": _fake(VOCABULARY, dtype=dtype), "teacher_label": _fake(dtype=torch.float32)}
         statistics = tuple(
-            tuple(None if part.statistic is None else _fake(1, dtype=torch.float32) for part in parts)
+            tuple(None if part.objective.row_statistic is None else _fake(1, dtype=torch.float32) for part in parts)
             for parts in form.parts
         )
         return Rows(is_rollout=_fake(dtype=torch.bool), row_statistics=statistics, **fields)

@@ -75,7 +75,8 @@ same). Each is a name or a mixture; a mixture sums the objectives' gradients wit
 
 Which one: [choosing.md](choosing.md). Your own: [CONTRIBUTING.md](../CONTRIBUTING.md#add-an-objective).
 
-An objective weighs the student's log-likelihood: `loss = -sum w log q`, with detached weights. `q` is the student, `p`
+An objective weighs the student's log-likelihood: `loss = -sum w log q`, with detached weights; your own may return a
+loss instead. `q` is the student, `p`
 the teacher, `y` the label, `a` the token that the student samples, `gap(v) = q(v) (log p(v) - log q(v))`.
 
 Parameters are `algorithm.hpd.<name>.<parameter>`, for `hpd` and `hpd_exact` `algorithm.hpd.<parameter>`. Parameters of

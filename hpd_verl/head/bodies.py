@@ -7,7 +7,7 @@ no memory of [n, V]. Uncompiled, the same functions run on a few rows at a time,
 computed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from hpd_verl.head.output_head import Scaling, take
 from hpd_verl.head.sampling import BLOCK, block_masses, blocks
-from hpd_verl.objectives import LOG_ZERO, Mixture, TeacherRows, VocabularyLogProbs
+from hpd_verl.objectives import LOG_ZERO, Mixture, Objective, TeacherRows, VocabularyLogProbs
 
 _HELD = 64  # logits that a compiled kernel holds at once; of longer parts it loads each twice
 
@@ -25,28 +25,20 @@ _HELD = 64  # logits that a compiled kernel holds at once; of longer parts it lo
 class Part(NamedTuple):
     """An objective over the vocabulary, with its parameters' values and its factor in a mixture."""
 
-    name: str
-    function: Callable[..., Any]
+    objective: Objective
     arguments: tuple[tuple[str, Any], ...]
     factor: float
-    statistic: Callable[..., Tensor] | None
 
     def row_statistic(self, teacher: TeacherRows) -> Tensor | None:
         """What the function must know of each row beforehand, [n, 1]; None for most."""
-        return None if self.statistic is None else self.statistic(teacher, **dict(self.arguments))
+        statistic = self.objective.row_statistic
+        return None if statistic is None else statistic(teacher, **dict(self.arguments))
 
 
 def parts_of(mixture: Mixture) -> tuple[Part, ...]:
     """The parts over the vocabulary."""
     return tuple(
-        Part(
-            bound.objective.name,
-            bound.objective.function,
-            tuple(bound.arguments.items()),
-            factor,
-            bound.objective.row_statistic,
-        )
-        for bound, factor in mixture.over("vocabulary")
+        Part(bound.objective, tuple(bound.arguments.items()), factor) for bound, factor in mixture.over("vocabulary")
     )
 
 
@@ -326,7 +318,7 @@ def _weigh(form: Form, both: VocabularyLogProbs, rows: Rows) -> Weighed:
 
 def _of_part(part: Part, both: VocabularyLogProbs, here: Tensor | None) -> Weighed:
     arguments: Mapping[str, Any] = dict(part.arguments)
-    result = part.function(both, **arguments)
+    result = part.objective.weigh(both, **arguments)
     weighed = Weighed(result.weights, result.value, result.label)
     if part.factor != 1:
         label = None if weighed.label is None else weighed.label * part.factor

@@ -364,16 +364,12 @@ class _Sweep:
     def _weigh_tokens(self, tokens: slice) -> Tensor:
         """Weights [n, 1 + K] of labels and sampled tokens by the objectives over tokens; fills in those outputs."""
         output = self.output
-        found = token_weights(
-            self._token_log_probs(tokens), [(mixture, rows[tokens]) for mixture, rows in self.mixtures]
-        )
+        log_probs = self._token_log_probs(tokens)
+        found = token_weights(log_probs, [(mixture, rows[tokens]) for mixture, rows in self.mixtures])
         weights = torch.stack([found.label, found.sampled], 1)[:, : 1 + output.sampled.shape[1]]
-        log_probs = torch.cat([output.label_log_probs[tokens].unsqueeze(1), output.sampled_log_probs[tokens]], 1)
-        # A token that is impossible and has no weight adds nothing.
-        terms = torch.where((weights == 0) & (log_probs == -math.inf), 0.0, weights * log_probs)
         output.label_weights[tokens] = found.label
         output.sampled_weights[tokens] = weights[:, 1:]
-        output.token_losses[tokens] = -terms.sum(1)
+        output.token_losses[tokens] = found.loss(log_probs)
         return weights
 
     def _token_log_probs(self, tokens: slice) -> TokenLogProbs:

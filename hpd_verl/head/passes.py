@@ -64,7 +64,7 @@ class Passes:
     def _say(self, error: NotCompilable) -> None:
         _uncompiled.add(self.form)
         parts = [part for parts in self.form.parts for part in parts]
-        names = dict.fromkeys(part.name for part in [part for part in parts if not _traces(part)] or parts)
+        names = dict.fromkeys(part.objective.name for part in [part for part in parts if not _traces(part)] or parts)
         logger.warning(
             "%s: cannot be compiled (%s); runs operation by operation, at about 10 times the memory traffic",
             f"objective {', '.join(names)}" if names else "objectives over tokens",
@@ -84,7 +84,7 @@ def _traces(part: Part) -> bool:
     student, teacher = torch.randn(2, 4, 7).log_softmax(-1)
     example = VocabularyLogProbs(student, teacher, torch.arange(4), row_statistic=torch.zeros(4, 1))
     try:
-        check_traceable(part.function, example, **dict(part.arguments))
+        check_traceable(part.objective.weigh, example, **dict(part.arguments))
     except NotCompilable:
         return False
     return True

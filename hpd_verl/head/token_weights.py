@@ -19,9 +19,12 @@ def token_weights(log_probs: TokenLogProbs, mixtures: Sequence[tuple[Mixture, Te
     Returns:
         Of the log-probs' shape and dtype, 0 in rows of no objective over tokens.
     """
-    label = sampled = torch.zeros_like(log_probs.student_label)
+    label = sampled = value = torch.zeros_like(log_probs.student_label)
+    has_loss = False
     for mixture, rows in mixtures:
         if mixture.over("token"):
             weights = mixture.token_weights(log_probs)
             label, sampled = torch.where(rows, weights.label, label), torch.where(rows, weights.sampled, sampled)
-    return TokenWeights(label, sampled)
+            value = torch.where(rows, weights.loss(log_probs), value)
+            has_loss |= weights.value is not None
+    return TokenWeights(label, sampled, value if has_loss else None)

@@ -654,6 +654,39 @@ def squeezing(log_probs):
 def leaving(log_probs):
     raise SystemExit(3)
 
+@objective("accumulating", over="token", source="here")
+def accumulating(log_probs):
+    return TokenWeights(log_probs.teacher_label.cumsum(0), torch.zeros_like(log_probs.teacher_label))
+
+def kl(log_probs):
+    return (log_probs.teacher_probs * (log_probs.teacher - log_probs.student)).sum(-1)
+
+def own_loss(name, **properties):
+    return objective(name, **{"over": "vocabulary", "returns": "loss", **properties})
+
+@own_loss("as_loss")
+def as_loss(log_probs):
+    return kl(log_probs)
+
+@own_loss("as_token_loss", over="token")
+def as_token_loss(log_probs):
+    return -log_probs.student_label
+
+rooted = own_loss("rooted")(lambda log_probs: (log_probs.student - log_probs.student.detach()).sum(-1).sqrt())
+logarithm = own_loss("logarithm")(lambda log_probs: kl(log_probs) / 0)
+detached = own_loss("detached")(lambda log_probs: kl(log_probs).detach())
+argmax = own_loss("argmax")(lambda log_probs: log_probs.student.argmax(-1).float())
+scalar = own_loss("scalar")(lambda log_probs: kl(log_probs).mean())
+column = own_loss("column")(lambda log_probs: kl(log_probs).unsqueeze(1))
+centred = own_loss("centred")(lambda log_probs: kl(log_probs) - kl(log_probs).mean())
+neighbour = own_loss("neighbour")(lambda log_probs: kl(log_probs) * kl(log_probs).detach().roll(1))
+summed = own_loss("summed")(lambda log_probs: kl(log_probs).cumsum(0))
+chance = own_loss("chance")(lambda log_probs: kl(log_probs) * torch.rand(()))
+drawn = own_loss("drawn", over="token")(lambda log_probs: -log_probs.student_sampled)
+alone = own_loss("alone", needs_teacher=False)(kl)
+overwriting = own_loss("overwriting")(lambda log_probs: log_probs.student_probs.mul_(2).sum(-1))
+not_declared = objective("not_declared", over="vocabulary")(kl)
+
 plain = mine.function
 """
 
@@ -668,6 +701,8 @@ def test_own_objectives_by_file_and_module(
     assert registry.find_objective(f"{file}:mine") is mine
     assert registry.find_objective("mine") is mine
     assert registry.find_objective(f"{file}:half").over == "vocabulary"
+    assert registry.find_objective(f"{file}:as_loss").returns == "loss"
+    assert registry.find_objective(f"{file}:as_token_loss").over == "token"
     for name, message in [
         ("misshapen", r"'misshapen': label is torch.float32 \(1,\), expected torch.float32 \(5,\)"),
         ("infinite", r"'infinite': weights is not finite"),
@@ -678,6 +713,21 @@ def test_own_objectives_by_file_and_module(
         ("writing", "'writing': writes into teacher_probs of the log-probs"),
         ("normalising", "'normalising': label of a token is another one where it is alone"),
         ("squeezing", "'squeezing': label of a token is another one where it is alone"),
+        ("accumulating", "'accumulating': label of a token is another one where it is alone"),
+        ("rooted", "'rooted': the gradient of its loss is not finite for ordinary log-probs"),
+        ("logarithm", "'logarithm': the gradient of its loss is not finite for ordinary log-probs"),
+        ("detached", "'detached' returns a loss without gradient in the student's log-probs; compute it from them"),
+        ("argmax", "'argmax' returns a loss without gradient in the student's log-probs"),
+        ("scalar", r"'scalar' returns torch.float32 \(\), expected the loss of each token, torch.float32 \(5,\)"),
+        ("column", r"'column' returns torch.float32 \(5, 1\), expected the loss of each token, torch.float32 \(5,\)"),
+        ("centred", "'centred': its loss of a token is another one where it is alone"),
+        ("neighbour", "'neighbour': the gradient of its loss of a token is another one where it is alone"),
+        ("summed", "'summed': the gradient of its loss of a token is another one where it is alone"),
+        ("chance", "'chance': the gradient of its loss of a token is another one where it is alone"),
+        ("drawn", "'drawn': weighs the sampled token; declare weighs_sample=True"),
+        ("alone", "'alone': the gradient of its loss is not finite without a teacher: declare needs_teacher"),
+        ("overwriting", r"'overwriting' fails on 5 random tokens \(RuntimeError: a leaf Variable"),
+        ("not_declared", "'not_declared' returns Tensor, not VocabularyWeights; declare returns=\"loss\""),
         ("leaving", r"'leaving' fails on 5 random tokens \(SystemExit: 3\)"),
         ("plain", r"has a function of the name 'plain'; define it with"),
         ("absent", r"has nothing of the name 'absent'"),
