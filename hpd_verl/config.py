@@ -20,6 +20,7 @@ from pydantic import (
 from hpd_verl.errors import require
 from hpd_verl.field_text import first_error, says
 from hpd_verl.objectives import OBJECTIVES, Mixture, Objective, ObjectiveParameters, RowObjectives, find_objective
+from hpd_verl.objectives.context import ADVANTAGE, IS_ROLLOUT, REWARD, ROW
 from hpd_verl.objectives.token import HPDParameters
 
 PREFIX = "algorithm.hpd"
@@ -325,6 +326,17 @@ class HPDConfig(HPDParameters):
     def needs_teacher(self) -> bool:
         """Whether any objective in use, or a metric that is asked for, needs the teacher."""
         return self.objectives.needs_teacher or self.exact_kl_metrics
+
+    @property
+    def row_numbers(self) -> list[str]:
+        """The numbers of rows that objectives need, but for ``is_rollout``."""
+        needs = self.objectives.needs
+        return sorted({need.removeprefix(ROW) for need in needs if need.startswith(ROW)} - {IS_ROLLOUT})
+
+    @property
+    def row_columns(self) -> list[str]:
+        """Those that are columns of the data."""
+        return [name for name in self.row_numbers if name not in (REWARD, ADVANTAGE)]
 
     @property
     def temperature_of_teacher(self) -> float:

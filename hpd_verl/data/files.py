@@ -43,12 +43,14 @@ class RowRules:
         media_keys: columns of images, videos and audio, which must be empty.
         reads_demonstrations: demonstrations, if present, must have the right form.
         needs_demonstrations: every row must have one.
+        numbers: columns that must hold a number in every row.
     """
 
     prompt_key: str
     media_keys: tuple[str, ...]
     reads_demonstrations: bool
     needs_demonstrations: bool
+    numbers: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, data: DictConfig, hpd: HPDConfig, is_train: bool) -> "RowRules":
@@ -59,11 +61,12 @@ class RowRules:
             media_keys=tuple(data.get(f"{kind}_key", f"{kind}s") for kind in ("image", "video", "audio")),
             reads_demonstrations=is_train and not (rollouts_only and hpd.overlong_demonstration == "truncate"),
             needs_demonstrations=is_train and not rollouts_only and hpd.missing_demonstration == "error",
+            numbers=tuple(hpd.row_columns) if is_train else (),
         )
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """The columns to read, of those in the file."""
-        wanted = [self.prompt_key, TOOLS, *self.media_keys]
+        wanted = [self.prompt_key, TOOLS, *self.media_keys, *self.numbers]
         if self.reads_demonstrations:
             wanted.append(DEMONSTRATION)
         return [name for name in names if name in wanted]
@@ -206,6 +209,15 @@ def _first_with_media(column: pa.Array) -> int | None:
     return None if index < 0 else index
 
 
+def _first_that_is_no_number(column: pa.Array) -> int | None:
+    """The first row whose column is no finite number; true and false count as 1 and 0."""
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        return 0
+    index = pc.index(pc.fill_null(pc.is_finite(column.cast(pa.float64())), False), False).as_py()
+    return None if index < 0 else index
+
+
 def _check_batch(
     batch: pa.RecordBatch, rows: datasets.Dataset, rules: RowRules, start: int, row_name: Callable[[int], str]
 ) -> None:
@@ -213,6 +225,11 @@ def _check_batch(
         index = _first_with_media(batch.column(key))
         if index is not None:
             raise ValueError(f"{row_name(start + index)}: {key} is not empty; HPD trains on text: remove such rows")
+    for key in rules.numbers:
+        index = _first_that_is_no_number(batch.column(key))
+        if index is not None:
+            found = one_line(str(batch.column(key)[index].as_py()))
+            raise ValueError(f"{row_name(start + index)}: {key} is {found}; an objective needs a finite number there")
     if _is_plain(batch, rules):
         return
     columns = rows.remove_columns([key for key in rules.media_keys if key in rows.column_names])[:]
@@ -438,6 +455,12 @@ class DataFile:
             )
         if rules.needs_demonstrations and DEMONSTRATION not in self.schema.names:
             raise ValueError(f"{self.name}: no column {DEMONSTRATION!r}, there are {columns}{_WHY_NEEDED}")
+        for number in rules.numbers:
+            if number not in self.schema.names:
+                raise ValueError(
+                    f"{self.name}: no column {number!r}, which an objective needs (row.{number}), there are {columns}; "
+                    "add it"
+                )
 
     def _load_json(self) -> datasets.Dataset:
         line = too_deep(self.file, _is_json_array(self.file))

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from hpd_verl.head.bodies import Biases, Form, Kept, Part, Rows, Sums, read, write
 from hpd_verl.head.compiling import NotCompilable, check_traceable, run_compiled
 from hpd_verl.head.output_head import steps
-from hpd_verl.objectives import VocabularyLogProbs
+from hpd_verl.objectives import TokenContext, VocabularyLogProbs
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,8 @@ def _traces(part: Part) -> bool:
     student, teacher = torch.randn(2, 4, 7).log_softmax(-1)
     example = VocabularyLogProbs(student, teacher, torch.arange(4), row_statistic=torch.zeros(4, 1))
     try:
-        check_traceable(part.objective.weigh, example, **dict(part.arguments))
+        context = TokenContext.example(part.objective.needs, torch.ones(4, dtype=torch.bool), student.dtype)
+        check_traceable(part.objective.weigh, example, context, **dict(part.arguments))
     except NotCompilable:
         return False
     return True

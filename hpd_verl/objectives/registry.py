@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from hpd_verl.errors import typed_line
+from hpd_verl.objectives.context import ADVANTAGE, REWARD, ROW, TokenContext, check_needs
 from hpd_verl.objectives.log_probs import TokenLogProbs, TokenWeights, VocabularyLogProbs, VocabularyWeights
 from hpd_verl.objectives.losses import weights_of_loss
 
@@ -67,6 +68,9 @@ class Objective:
     """Where it is from."""
     returns: Returns = "weights"
     """Weights, or a loss whose weights follow by autograd, inside a chunk of logits."""
+    needs: frozenset[str] = frozenset()
+    """What its function gets as ``context``, a ``TokenContext``, beside the log-probs: among "step", "position",
+    "behaviour", "prefix" and "row.NAME". Without needs there is no such argument."""
     parameters: type[ObjectiveParameters] = ObjectiveParameters
     """Its parameters, with defaults and bounds."""
     needs_teacher: bool = True
@@ -85,10 +89,18 @@ class Objective:
 
     def __post_init__(self) -> None:
         given = list(inspect.signature(self.function).parameters)
-        expected = list(self.parameters.model_fields)
+        object.__setattr__(self, "needs", frozenset(self.needs))
+        try:
+            check_needs(self.needs)
+        except ValueError as error:
+            raise ValueError(f"objective {self.name!r} {error}") from None
+        if "context" in self.parameters.model_fields:
+            raise ValueError(f"objective {self.name!r}: its parameter context is the name of what it needs; rename it")
+        expected = [*(["context"] if self.needs else []), *self.parameters.model_fields]
         if not given or sorted(given[1:]) != sorted(expected):
+            what = "the log-probs, the context" if self.needs else "the log-probs"
             raise ValueError(
-                f"objective {self.name!r}: its function takes ({', '.join(given)}), expected the log-probs and its "
+                f"objective {self.name!r}: its function takes ({', '.join(given)}), expected {what} and its "
                 f"parameters ({', '.join(['log_probs', *expected])})"
             )
 
@@ -96,12 +108,15 @@ class Objective:
         if required:
             raise ValueError(f"objective {self.name!r}: its parameter {required[0]} has no default; give it one")
 
-    def __call__(self, log_probs: Any, **parameters: Any) -> Any:
+    def __call__(self, log_probs: Any, context: TokenContext | None = None, **parameters: Any) -> Any:
         """Weights of the log-probs, computed without autograd; parameters that are not given have their defaults."""
-        return self.bind(parameters)(log_probs)
+        return self.bind(parameters)(log_probs, context)
 
-    def weigh(self, log_probs: Any, **parameters: Any) -> Any:
-        """``TokenWeights`` or ``VocabularyWeights``, whatever the function returns."""
+    def weigh(self, log_probs: Any, context: TokenContext | None, **parameters: Any) -> Any:
+        """``TokenWeights`` or ``VocabularyWeights``, whatever the function returns; of the context what it needs."""
+        if self.needs:
+            assert context is not None
+            parameters["context"] = context.only(self.needs)
         if self.returns == "weights":
             return self.function(log_probs, **parameters)
         return weights_of_loss(self.function, log_probs, **parameters)
@@ -123,8 +138,8 @@ class BoundObjective:
     parameters: ObjectiveParameters
 
     @torch.no_grad()
-    def __call__(self, log_probs: Any) -> Any:
-        return self.objective.weigh(log_probs, **self.arguments)
+    def __call__(self, log_probs: Any, context: TokenContext | None = None) -> Any:
+        return self.objective.weigh(log_probs, context, **self.arguments)
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -235,15 +250,17 @@ def check_objective(checked: Objective) -> None:
         log_probs = TokenLogProbs(student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], labels > 2)
         kind, likes = TokenWeights, {"label": student[:, 0], "sampled": student[:, 0]}
     given = {name: value.clone() for name, value in vars(log_probs).items() if value is not None}
+    is_rollout = torch.ones_like(labels, dtype=torch.bool) if checked.needs_rollouts else labels % 2 == 0
+    context = TokenContext.example(checked.needs, is_rollout, student.dtype)
 
     def rows(places: slice) -> Any:
         return type(log_probs)(**{name: value[places].clone() for name, value in given.items()})
 
     try:
         if checked.returns == "loss":
-            _check_loss(checked, rows(slice(None)), student[:, 0])
-        result = checked(log_probs)
-        alone = [checked(rows(slice(row, row + 1))) for row in range(_TRIED)]
+            _check_loss(checked, rows(slice(None)), context, student[:, 0])
+        result = checked(log_probs, context)
+        alone = [checked(rows(one), context.at(one)) for one in (slice(row, row + 1) for row in range(_TRIED))]
     except _Refused as refused:
         raise ValueError(f"objective {checked.name!r} {refused}") from None
     except (Exception, SystemExit) as error:  # of the user's code
@@ -266,6 +283,9 @@ def check_objective(checked: Objective) -> None:
             raise ValueError(f"objective {checked.name!r}: {what} is {_form(value)}, expected {_form(like)}")
         if not value.isfinite().all():
             cause = "for ordinary log-probs" if checked.needs_teacher else "without a teacher: declare needs_teacher"
+            if not checked.needs_rollouts and checked.needs & _OF_ROLLOUTS and value[is_rollout].isfinite().all():
+                cause = "for demonstrations, whose behaviour and rewards are NaN: weigh them by row.is_rollout, or "
+                cause += "declare needs_rollouts=True"
             raise ValueError(f"objective {checked.name!r}: {what} is not finite {cause}")
         one_by_one = [getattr(each, name) for each in alone]
         if any(each.shape != value[:1].shape for each in one_by_one) or not torch.allclose(
@@ -281,19 +301,21 @@ def check_objective(checked: Objective) -> None:
 
 _TRIED = 5
 """Tokens that an objective is tried on."""
+_OF_ROLLOUTS = {"behaviour", f"{ROW}{REWARD}", f"{ROW}{ADVANTAGE}"}
 
 
 class _Refused(Exception):
     """What is wrong with a loss."""
 
 
-def _check_loss(checked: Objective, log_probs: Any, like: Tensor) -> None:
+def _check_loss(checked: Objective, log_probs: Any, context: TokenContext, like: Tensor) -> None:
     """Its form, and that it can be differentiated."""
     for name, value in vars(log_probs).items():
         if name.startswith("student"):
             object.__setattr__(log_probs, name, value.requires_grad_())
     with torch.enable_grad():
-        loss = checked.function(log_probs, **checked.bind().arguments)
+        given = {"context": context} if checked.needs else {}
+        loss = checked.function(log_probs, **given, **checked.bind().arguments)
     if not isinstance(loss, Tensor) or loss.shape != like.shape or loss.dtype != like.dtype:
         raise _Refused(f"returns {_form(loss)}, expected the loss of each token, {_form(like)}")
     if not loss.requires_grad:
@@ -320,16 +342,16 @@ class Mixture:
     def __iter__(self) -> Iterator[tuple[BoundObjective, float]]:
         return iter(self.parts)
 
-    def token_weights(self, log_probs: TokenLogProbs) -> TokenWeights:
+    def token_weights(self, log_probs: TokenLogProbs, context: TokenContext | None = None) -> TokenWeights:
         """Weights of the label and of the sampled token by the parts over tokens, of the log-probs' shape."""
         label = sampled = value = torch.zeros_like(log_probs.student_label)
-        parts = self.over("token")
-        for bound, factor in parts:
-            weights = bound(log_probs)
+        has_value = False
+        for bound, factor in self.over("token"):
+            weights = bound(log_probs, context)
             label, sampled = label + factor * weights.label, sampled + factor * weights.sampled
             value = value + factor * weights.loss(log_probs)
-        has_loss = any(bound.objective.returns == "loss" for bound, _ in parts)
-        return TokenWeights(label, sampled, value if has_loss else None)
+            has_value |= weights.value is not None
+        return TokenWeights(label, sampled, value if has_value else None)
 
 
 @dataclass(frozen=True)
@@ -372,6 +394,11 @@ class RowObjectives:
     def weighs_sample(self) -> bool:
         """Whether any weighs the sampled token."""
         return any(bound.weighs_sample for bound in self.bound)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What any needs of a ``TokenContext``."""
+        return frozenset[str]().union(*(bound.objective.needs for bound in self.bound))
 
     @property
     def over_vocabulary(self) -> bool:

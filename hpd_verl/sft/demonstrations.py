@@ -1,7 +1,7 @@
 """Rows of demonstrations as token sequences, and batches of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import HFModelConfig
 
+from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import SequenceBuilder, demonstration_of
@@ -24,11 +25,13 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
     Args:
         rows: the checked rows.
         sequences: how a row becomes tokens.
+        row_columns: columns of numbers that objectives need.
     """
 
-    def __init__(self, rows: HPDDataset, sequences: SequenceBuilder) -> None:
+    def __init__(self, rows: HPDDataset, sequences: SequenceBuilder, row_columns: Sequence[str] = ()) -> None:
         self.rows = rows
         self.sequences = sequences
+        self.row_columns = row_columns
 
     def __len__(self) -> int:
         return len(self.rows.dataframe)
@@ -39,7 +42,8 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
         answer = demonstration_of(row.get(DEMONSTRATION), where)
         tensors, flags = self.sequences.build(row[self.rows.prompt_key], answer, where, tools_of(row.get(TOOLS)))
         columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, **flags}
-        return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()}
+        numbers = {fields.row_number(name): torch.tensor([float(row[name])]) for name in self.row_columns}
+        return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()} | numbers
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):
@@ -73,11 +77,13 @@ def read_demonstrations(
     sequences = SequenceBuilder(
         model, data.apply_chat_template_kwargs, data.max_prompt_length, data.max_response_length
     )
-    return DemonstrationDataset(rows, sequences)
+    return DemonstrationDataset(rows, sequences, HPDConfig.from_config(config.algorithm.hpd).row_columns)
 
 
-def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int) -> TensorDict:
-    """Collated rows with the settings that verl's passes read."""
+def as_batch(
+    config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int, steps: int = 0
+) -> TensorDict:
+    """Collated rows with the settings that verl's passes read, and the step of how many."""
     data = config.data
     settings = {
         "use_dynamic_bsz": data.use_dynamic_bsz,
@@ -88,5 +94,6 @@ def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any
         "pad_mode": data.pad_mode,
         "pad_token_id": model.tokenizer.pad_token_id,
         fields.STEP: step,
+        fields.STEPS: steps,
     }
     return tu.get_tensordict(tensor_dict=dict(tensors), non_tensor_dict=settings)
