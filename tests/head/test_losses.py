@@ -50,7 +50,7 @@ def assert_same(case: Case, loss: Objective, **changes: Any) -> None:
     for one, other in ((found.loss, wanted.loss), (found.token_losses, wanted.token_losses)):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     for gradient, other in zip(gradients, expected, strict=True):
-        assert gradient.abs().max() > 1e-3
+        assert gradient.abs().max() > (1e-6 if case.config.objective == "power_opd" else 1e-3)  # a fifth power
         torch.testing.assert_close(gradient, other, rtol=1e-12, atol=1e-12)
 
 
