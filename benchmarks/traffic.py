@@ -151,7 +151,7 @@ def _generated(form: Form, makes_features: bool, dtype: torch.dtype) -> tuple[fl
 
     def rows(*written: str) -> Rows:
         """Fake tensors, of the fields that a pass has beside the products."""
-        fields = {name: _fake(dtype=torch.float32) for name in ("student_label", *written)}
+        fields: dict[str, Any] = {name: _fake(dtype=torch.float32) for name in ("student_label", *written)}
         fields |= {"student": _fake(VOCABULARY, dtype=dtype), "labels": _fake(dtype=torch.int64)}
         if form.teacher is not None:
             fields |= {"teacher": _fake(VOCABULARY, dtype=dtype), "teacher_label": _fake(dtype=torch.float32)}

@@ -92,8 +92,9 @@ objectives not in use are rejected.
 Objectives that need more than log-probs (the step, a row's reward, ...) run in one pass; what each need costs and where
 it works: [CONTRIBUTING.md](../CONTRIBUTING.md#add-an-objective).
 
-Values and gradients agree with the authors' published code to 1e-13, except `akl` (see its entry) and `symmetric_kl`
-and `tvd`, which follow their definitions.
+Values and gradients agree with the authors' published code to 1e-13, except `akl` (see its entry) and those that follow
+their papers' formulas: `symmetric_kl`, `tvd`, `power_opd`, `constant_negative`, `vopd`, `entropy_aware`, `top_k_tail`
+and `taid`.
 """
 
 

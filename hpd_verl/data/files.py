@@ -228,7 +228,7 @@ def _check_batch(
     for key in rules.numbers:
         index = _first_that_is_no_number(batch.column(key))
         if index is not None:
-            found = one_line(str(batch.column(key)[index].as_py()))
+            found = " ".join(str(batch.column(key)[index].as_py()).split())[:80]
             raise ValueError(f"{row_name(start + index)}: {key} is {found}; an objective needs a finite number there")
     if _is_plain(batch, rules):
         return

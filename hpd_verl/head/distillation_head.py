@@ -358,11 +358,11 @@ class _Sweep:
         if self.whole is None:
             return rows
         assert rows.teacher is not None
-        normaliser = rows.teacher_log_sum_exp
-        if normaliser is None:
-            normaliser = log_sums_exp(rows.teacher, self.whole.scaling, self.whole.bias, compiled)
-        self._teacher_of_label(tokens, rows, normaliser)
-        return rows._replace(teacher_log_sum_exp=normaliser)
+        known = rows.teacher_log_sum_exp
+        if known is None:
+            known = log_sums_exp(rows.teacher, self.whole.scaling, self.whole.bias, compiled)
+        self._teacher_of_label(tokens, rows, known)
+        return rows._replace(teacher_log_sum_exp=known)
 
     def _sum_prefixes(self, tokens: slice) -> None:
         """Fill in the context's sums over earlier tokens, by the labels' log-probs."""

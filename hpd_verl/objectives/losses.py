@@ -51,7 +51,7 @@ def _over_tokens(loss: Callable[..., Tensor], log_probs: TokenLogProbs, argument
 def _gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Values of a loss and the gradients of their sum in the inputs, without autograd around it."""
     if torch.compiler.is_compiling():  # which traces this form of autograd only
-        value, pull = torch.func.vjp(loss, *inputs)
+        value, pull = torch.func.vjp(loss, *inputs)[:2]
         return value, pull(torch.ones_like(value))
     with torch.enable_grad():
         leaves = [each.detach().requires_grad_() for each in inputs]

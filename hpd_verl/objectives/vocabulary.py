@@ -1,8 +1,8 @@
 """Objectives over the whole vocabulary: a weight for every token, not for the label and a sampled token alone.
 
 For a divergence ``sum_v f(q(v); p(v))`` the weight is ``w(v) = -q(v) df/dq(v)``. Those of other papers were
-compared with their authors' published code, in value and gradient, but for symmetric_kl and tvd; where one differs, it
-says so.
+compared with their authors' published code, in value and gradient, but for symmetric_kl, tvd, and those from vopd on,
+which follow their papers' formulas; where one differs, it says so.
 """
 
 import math

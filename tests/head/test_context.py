@@ -30,7 +30,7 @@ class Rows(Case):
     def __post_init__(self) -> None:
         self.tokens = sum(LENGTHS)
         super().__post_init__()
-        self.token_scale = self.token_scale.abs() + 0.1
+        self.token_scale = torch.linspace(0.1, 1.1, self.tokens, dtype=torch.float64)
         self.row = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
         self.is_rollout = self.row % 2 == 0
         position = torch.cat([torch.arange(length) for length in LENGTHS])
@@ -153,7 +153,7 @@ def test_needs_are_met_or_named() -> None:
     with pytest.raises(
         ValueError, match=r"^everything: needs behaviour, position, prefix, row.difficulty, row.is_roll"
     ):
-        case.run(objectives=one)
+        case.run(objectives=one, context=None)
     with pytest.raises(ValueError, match=r"^everything: needs row.difficulty, which the context does not hold"):
         case.run(objectives=one, row=case.row, context=case.context._replace(row={"is_rollout": case.context.step}))
     with pytest.raises(ValueError, match=r"^everything: needs prefix, which the context does not hold"):

@@ -86,7 +86,7 @@ def test_any_way_to_the_student() -> None:
 
 def test_losses_in_mixtures_and_by_row() -> None:
     """A loss over the vocabulary for demonstrations, one over tokens for rollouts, beside objectives with weights."""
-    case = Case(config=configured({"fkl": 0.5, "hpd": 1.0}, on_policy_objective={"rkl": 2.0, "todi": 0.3}))  # type: ignore[arg-type]
+    case = Case(config=configured({"fkl": 0.5, "hpd": 1.0}, on_policy_objective={"rkl": 2.0, "todi": 0.3}))
     losses = RowObjectives(
         Mixture(((loss_over_vocabulary("fkl").bind(), 0.5), (OBJECTIVES["hpd"].bind(), 1.0))),
         Mixture(((loss_over_tokens("rkl").bind(), 2.0), (OBJECTIVES["todi"].bind(), 0.3))),

@@ -481,7 +481,7 @@ def test_vocabulary_limits() -> None:
         ("abkd", {"alpha": 1.0, "beta": 1e-7}, fkl, 1e-5),
         ("abkd", {"alpha": 1e-7, "beta": 1.0}, rkl, 1e-5),
     ]:
-        found = OBJECTIVES[name](log_probs, **coefficients)
+        found = OBJECTIVES[name](log_probs, None, **coefficients)
         torch.testing.assert_close(found.value, limit.value, rtol=tolerance, atol=tolerance)
     label = torch.arange(len(log_probs.labels)), log_probs.labels
     tokens = TokenLogProbs(
