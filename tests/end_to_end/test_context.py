@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 from conftest import RunMainPPO, Tiny, make_rows, write_parquet
+from test_sft_trainer import RunSFT, run_sft
+
+__all__ = ["run_sft"]  # the fixture
 
 SEEING = Path(__file__).with_name("seeing.py")
 
@@ -74,3 +77,21 @@ def test_main_ppo(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
     for row in seen:
         if "reward" in row[0] and not row[0]["is_rollout"]:
             assert all(math.isnan(row[0][name]) for name in ("reward", "advantage", "behaviour", "prefix_behaviour"))
+
+
+def test_lean_trainer(run_sft: RunSFT, tmp_path: Path) -> None:
+    """The step of how many, and a column of the data, of each row on two ranks."""
+    own, file = shutil.copy(SEEING, tmp_path), numbered_rows(tmp_path / "numbered.parquet")
+    run = run_sft(
+        f"data.train_files={file}",
+        "trainer.resume_mode=disable",
+        "trainer.total_training_steps=2",
+        f"algorithm.hpd.objective={own}:of_all",
+        ranks=2,
+    )
+    assert run.returncode == 0, run.output[-3000:]
+    seen = seen_by(tmp_path)
+    check_rows(seen)
+    assert len(seen) == 16
+    assert len({row[0]["difficulty"] for row in seen}) == 16
+    assert {token["step"] for row in seen for token in row} == {1, 2}
