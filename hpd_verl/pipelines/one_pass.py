@@ -26,7 +26,7 @@ from hpd_verl.objectives import TokenLogProbs
 from hpd_verl.pipelines.pipeline import Driver, Pipeline, RankPipeline
 from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, ROLLOUT_TOKENS, train
 from hpd_verl.teacher.choice import make_teacher
-from hpd_verl.teacher.colocated import TeacherWorker
+from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.teacher import Teacher
 
 
@@ -213,7 +213,7 @@ class OnePass(RankPipeline):
 
     @classmethod
     def of_workers(
-        cls, student: TrainingWorker, teacher: TeacherWorker, config: HPDConfig, actor: ActorConfig
+        cls, student: TrainingWorker, teacher: TeacherSettings, config: HPDConfig, actor: ActorConfig
     ) -> "OnePass":
         of_student = make_teacher(teacher, config, student.model_config) if config.needs_teacher else None
         return cls(student, of_student, config, actor.loss_agg_mode, actor.loss_scale_factor)
@@ -261,4 +261,4 @@ class OnePass(RankPipeline):
         return output.cpu()
 
 
-ONE_PASS = Pipeline(OnePassDriver, OnePass, student_worker=StudentWorker, teacher_is_lazy=True)
+ONE_PASS = Pipeline(OnePassDriver, OnePass, student_worker=StudentWorker, teacher=TeacherSettings)

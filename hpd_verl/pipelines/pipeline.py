@@ -1,7 +1,7 @@
 """What a pipeline is: the part of the driver, who sees whole batches, and the part of each rank, who has the models."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,6 @@ from verl.workers.config import ActorConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.teacher.colocated import TeacherWorker
 
 
 class Batch(ABC):
@@ -84,14 +83,12 @@ class RankPipeline(ABC):
 
     @classmethod
     @abstractmethod
-    def of_workers(
-        cls, student: TrainingWorker, teacher: TeacherWorker, config: HPDConfig, actor: ActorConfig
-    ) -> "RankPipeline":
+    def of_workers(cls, student: TrainingWorker, teacher: Any, config: HPDConfig, actor: ActorConfig) -> "RankPipeline":
         """Give verl's workers of the two models their loss functions.
 
         Args:
             student: of the pipeline's ``student_worker``, its model loaded.
-            teacher: loaded, unless the pipeline's is lazy.
+            teacher: of the pipeline's ``teacher``.
             config: the algorithm's configuration.
             actor: verl's, for the aggregation of token losses and the clipping of a ratio.
         """
@@ -112,5 +109,6 @@ class Pipeline:
     driver: type[Driver]
     rank: type[RankPipeline]
     student_worker: type[TrainingWorker]
-    teacher_is_lazy: bool
-    """The teacher's model is loaded when it is first needed, by the engine that hands out hidden states."""
+    teacher: Callable[..., Any]
+    """Takes verl's configuration of a reference's worker and ``model``, the teacher's; stands where verl expects that
+    worker."""

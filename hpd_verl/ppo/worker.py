@@ -17,7 +17,6 @@ from hpd_verl.engine.ranks import seed_rank
 from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.run.checkpoint import remove_files
-from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import teacher_model_config
 
 
@@ -34,7 +33,7 @@ class HPDWorker(ActorRolloutRefWorker):
             for role in (self.config.actor, self.config.ref):
                 role.fsdp_config = with_dtype(role.fsdp_config)
         pipeline = PIPELINES[hpd.pipeline]
-        self.ref_worker_cls = partial(TeacherWorker, model=teacher, lazy=pipeline.teacher_is_lazy)
+        self.ref_worker_cls = partial(pipeline.teacher, model=teacher)
 
         def student(config: TrainingWorkerConfig) -> TrainingWorker:
             seed_rank(hpd.seed)

@@ -25,7 +25,7 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.errors import Refused
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
-from hpd_verl.sft.start import ALONE, checked, lazy_teacher, log_store_size, write_row_layouts
+from hpd_verl.sft.start import ALONE, checked, log_store_size, teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.prompt_date import fix_prompt_date
 from hpd_verl.teacher.stored import StoredTeacher
@@ -51,7 +51,7 @@ def fill(config: DictConfig) -> dict[str, float]:
     ]
     if torch.distributed.get_rank() == 0:
         log_store_size(config, hpd, [rows for _, rows in datasets])
-    teacher = make_teacher(lazy_teacher(config), hpd, model)
+    teacher = make_teacher(teacher_settings(config), hpd, model)
     assert isinstance(teacher, StoredTeacher)  # main sets teacher_cache=disk
     broken: list[str] = []
     for name, rows in datasets:

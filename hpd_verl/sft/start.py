@@ -15,8 +15,8 @@ from hpd_verl.checks.start import check_sft_run, sft_passes
 from hpd_verl.config import HPDConfig, with_dtype
 from hpd_verl.engine.ranks import on_rank_zero
 from hpd_verl.sft.demonstrations import DemonstrationDataset
-from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import teacher_model_config
+from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.store.size import log_size
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -59,10 +59,10 @@ def write_row_layouts(config: DictConfig) -> None:
         write_row_layout(model, on_rank_zero(partial(choose_row_layout, model, passes)))
 
 
-def lazy_teacher(config: DictConfig) -> TeacherWorker:
-    """The teacher's worker, its model not loaded yet."""
+def teacher_settings(config: DictConfig) -> TeacherSettings:
+    """What the teacher is made of."""
     model = omega_conf_to_dataclass(teacher_model_config(config.model, config.teacher.model))
-    return TeacherWorker(teacher_worker_config(config), model=model, lazy=True)
+    return TeacherSettings(teacher_worker_config(config), model)
 
 
 def checked(config: DictConfig, fills_store: bool = False) -> None:

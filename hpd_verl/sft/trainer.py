@@ -41,7 +41,7 @@ from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
 from hpd_verl.run import checkpoint
 from hpd_verl.run.stopping import StopSignals
 from hpd_verl.sft.demonstrations import DemonstrationDataset, PaddedRows, as_batch, read_demonstrations
-from hpd_verl.sft.start import checked, lazy_teacher, log_store_size, write_row_layouts
+from hpd_verl.sft.start import checked, log_store_size, teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.prompt_date import fix_prompt_date
 
@@ -118,7 +118,7 @@ class HPDSFTTrainer(SFTTrainer):
         needs_teacher = self.hpd.needs_teacher
         self.one_pass = OnePass(
             self.training_client,
-            make_teacher(lazy_teacher(self.config), self.hpd, self.model_config) if needs_teacher else None,
+            make_teacher(teacher_settings(self.config), self.hpd, self.model_config) if needs_teacher else None,
             self.hpd,
             self.config.trainer.loss_agg_mode,
             loss_scale_factor=self.config.data.max_response_length,

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import torch.distributed
-from verl.workers.config import EngineConfig, HFModelConfig
+from verl.workers.config import HFModelConfig
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.engine.causal_lm import head_scaling
 from hpd_verl.engine.ranks import on_every_rank, on_rank_zero
-from hpd_verl.teacher.colocated import ColocatedTeacher, TeacherWorker
+from hpd_verl.teacher.colocated import ColocatedTeacher
 from hpd_verl.teacher.model_config import shared_vocabulary_size
+from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.store.disk import DiskStore
 from hpd_verl.teacher.store.identity import FileHashes, teacher_hashes
 from hpd_verl.teacher.store.records import StoreIdentity, teacher_identity, tokenisation_hash
@@ -18,30 +19,30 @@ from hpd_verl.teacher.stored import StoredTeacher
 from hpd_verl.teacher.teacher import Teacher
 
 
-def make_teacher(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig) -> Teacher:
+def make_teacher(settings: TeacherSettings, config: HPDConfig, student: HFModelConfig) -> Teacher:
     """The teacher of one rank, prepared; all ranks together.
 
     Args:
-        worker: the teacher's model, lazy.
+        settings: of the teacher.
         config: the algorithm's configuration.
         student: whose tokens and vocabulary rows have.
 
     Raises:
         ValueError: the teacher's output layer is not understood, or its store is not usable.
     """
-    teacher: Teacher = ColocatedTeacher(worker, config, shared_vocabulary_size(student, worker.model_config))
-    store = open_store(worker, config, student)
+    teacher: Teacher = ColocatedTeacher(settings.worker(), config, shared_vocabulary_size(student, settings.model))
+    store = open_store(settings, config, student)
     if store is not None:
-        teacher = StoredTeacher(store, teacher, head_scaling(worker.model_config.hf_config))
+        teacher = StoredTeacher(store, teacher, head_scaling(settings.model.hf_config))
     teacher.prepare()
     return teacher
 
 
-def open_store(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig) -> TeacherStore | None:
+def open_store(settings: TeacherSettings, config: HPDConfig, student: HFModelConfig) -> TeacherStore | None:
     """The store of a teacher's features; None where none is kept.
 
     Args:
-        worker: the teacher's model, which need not be loaded.
+        settings: of the teacher.
         config: the algorithm's configuration.
         student: whose tokens and vocabulary rows have.
 
@@ -58,11 +59,11 @@ def open_store(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig)
             teacher,
             teacher_config,
             temperature=config.temperature_of_teacher,
-            vocabulary_size=shared_vocabulary_size(student, worker.model_config),
+            vocabulary_size=shared_vocabulary_size(student, settings.model),
             format=config.teacher_cache_format,
             dtype=config.teacher_cache_dtype,
             top_k=config.teacher_cache_top_k,
-            teacher_dtype=_dtype_name(worker.engine_config),
+            teacher_dtype=settings.dtype_name,
             tokenisation=tokenisation_hash(student.tokenizer.get_vocab(), student.tokenizer.chat_template),
         )
 
@@ -73,12 +74,7 @@ def open_store(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig)
     folder = Path(config.teacher_cache_dir).expanduser()
     hashes = FileHashes(folder / "teacher_files.json")
     # Of rank 0: its copy of the weights is what verl loads, and other nodes need not read theirs.
-    known = identity(*on_rank_zero(lambda: teacher_hashes(worker.model_config, hashes)))
+    known = identity(*on_rank_zero(lambda: teacher_hashes(settings.model, hashes)))
     store = on_every_rank(lambda: DiskStore(folder, known, max_bytes))
     hashes.save()  # once the folder is known to be this teacher's
     return store
-
-
-def _dtype_name(engine: EngineConfig) -> str:
-    """What the teacher's weights are kept and used in."""
-    return f"{engine.model_dtype}, {(engine.mixed_precision or {}).get('param_dtype', 'bf16')}"

@@ -5,6 +5,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 from tensordict import TensorDict
 
@@ -34,3 +35,19 @@ class Teacher(ABC):
     @abstractmethod
     def metrics(self) -> dict[str, float]:
         """For the log, since the run began."""
+
+    def announce(self, data: TensorDict, wanted: Sequence[int] | None = None) -> None:  # noqa: B027
+        """Say which rows come next, so that what can be fetched in the background is; arguments as of ``features``.
+
+        No collectives, and nothing is raised: what fails here is done again when the features are asked for.
+        """
+
+    def save(self, folder: Path) -> None:  # noqa: B027
+        """Write what a resumed run needs of the teacher into a checkpoint's folder; all ranks together."""
+
+    def resume(self, folder: Path) -> None:  # noqa: B027
+        """Take up, or check, what ``save`` wrote; all ranks together.
+
+        Raises:
+            ValueError: the run's teacher was another.
+        """

@@ -1,0 +1,53 @@
+"""What a teacher is made of."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.config import HFModelConfig, TrainingWorkerConfig
+
+from hpd_verl.teacher.colocated import TeacherWorker
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings:
+    """A teacher's model and the engine that would run it beside the student; nothing is loaded, no server asked.
+
+    In main_ppo it stands where verl expects its worker of the reference.
+    """
+
+    config: TrainingWorkerConfig
+    """verl's, of a worker of the reference."""
+    model: HFModelConfig
+    """The teacher's configuration and tokenizer."""
+
+    def worker(self) -> TeacherWorker:
+        """A worker of the model beside the student, not loaded; all ranks together."""
+        engine = copy.deepcopy(self.config.engine_config)  # verl writes the model's own settings into it
+        return TeacherWorker(dataclasses.replace(self.config, engine_config=engine), self.model, lazy=True)
+
+    @property
+    def dtype_name(self) -> str:
+        """What the teacher's weights are kept and used in."""
+        return f"{self.config.engine_config.model_dtype}, {self._param_dtype}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its matrix products."""
+        found: torch.dtype = PrecisionType.to_dtype(self._param_dtype)
+        return found
+
+    @property
+    def _param_dtype(self) -> str:
+        return str((self.config.engine_config.mixed_precision or {}).get("param_dtype", "bf16"))
+
+    # ------------------------------ of verl's worker ------------------------------
+
+    def reset(self) -> None:
+        """verl's call to load the model: a teacher loads what it needs when it is prepared."""
+
+    def get_dispatch_collect(self) -> dict[str, Any]:
+        """How verl shares out the reference's passes: there are none."""
+        return {"dispatch_dp_rank": {}, "collect_dp_rank": {}}
