@@ -17,7 +17,8 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hpd_verl.config import HPDConfig, allowed  # noqa: E402
+from hpd_verl.config import HPDConfig  # noqa: E402
+from hpd_verl.field_text import allowed  # noqa: E402
 from hpd_verl.objectives import OBJECTIVES, Objective  # noqa: E402
 from hpd_verl.objectives.token import HPDParameters  # noqa: E402
 

@@ -1,10 +1,9 @@
-"""Every setting of HPD, declared once with its check and its documentation, and what follows from them for a run."""
+"""Every setting of HPD, declared once with its check and its documentation."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import (
@@ -17,9 +16,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
 from hpd_verl.errors import require
+from hpd_verl.field_text import first_error, says
 from hpd_verl.objectives import OBJECTIVES, Mixture, Objective, ObjectiveParameters, RowObjectives, find_objective
 from hpd_verl.objectives.token import HPDParameters
 
@@ -56,11 +55,6 @@ class FractionSchedule:
 _FRACTION = "give a number from 0 (demonstrations only) to 1 (rollouts only), or {start: .., end: .., steps: ..}"
 
 
-def _says(remedy: str) -> dict[str, Any]:
-    """What to do where a field's type and bounds do not say it themselves."""
-    return {"remedy": remedy}
-
-
 class HPDConfig(HPDParameters):
     """``algorithm.hpd``. The defaults are the paper's method.
 
@@ -91,7 +85,7 @@ class HPDConfig(HPDParameters):
     on_policy_fraction: Annotated[
         Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[FractionSchedule, Tag("schedule")],
         Discriminator(lambda value: "schedule" if isinstance(value, dict | FractionSchedule) else "number"),
-    ] = Field(0.0, json_schema_extra=_says(_FRACTION))
+    ] = Field(0.0, json_schema_extra=says(_FRACTION, steps="give an integer of at least 1"))
     """Share of a batch's rows that the student answers itself: a number, or {start, end, steps} for a line."""
 
     rollouts_per_prompt: int = Field(1, ge=1)
@@ -129,12 +123,12 @@ class HPDConfig(HPDParameters):
     layer where no objective is over the vocabulary."""
 
     teacher_cache: Literal["off", "memory", "disk"] = Field(
-        "off", json_schema_extra=_says('choose "off" (with quotes in a yaml file), memory or disk')
+        "off", json_schema_extra=says('choose "off" (with quotes in a yaml file), memory or disk')
     )
     """Keep the teacher's features of demonstrations for later epochs: off, memory (of the process; one rank only) or
     disk."""
 
-    teacher_cache_dir: str | None = Field(None, min_length=1, json_schema_extra=_says("give a folder, or null"))
+    teacher_cache_dir: str | None = Field(None, min_length=1, json_schema_extra=says("give a folder, or null"))
     """Teacher cache on disk: its folder, shared by all ranks and by later runs with the same teacher."""
 
     teacher_cache_format: Literal["hidden", "topk"] = "hidden"
@@ -163,7 +157,7 @@ class HPDConfig(HPDParameters):
         try:
             super().__init__(**{"objective_parameters": nodes, **own})
         except ValidationError as error:
-            raise ValueError(_one_line(error, HPDConfig.model_fields, PREFIX)) from None
+            raise ValueError(first_error(error, HPDConfig.model_fields, PREFIX)) from None
 
     @field_validator("objective", "on_policy_objective", mode="plain")
     @classmethod
@@ -282,7 +276,7 @@ class HPDConfig(HPDParameters):
         try:
             known.bind(values)
         except ValidationError as error:
-            raise ValueError(_one_line(error, fields, setting)) from None
+            raise ValueError(first_error(error, fields, setting)) from None
         if not is_used:
             for field, value in values.items():
                 self._refuse_unused(f"{known.name}.{field}", value, fields[field].default, [known.name])
@@ -360,127 +354,3 @@ def _nodes() -> dict[str, type[ObjectiveParameters]]:
     return {
         name: each.parameters for name, each in OBJECTIVES.items() if each.has_own_node and each.parameters.model_fields
     }
-
-
-def _one_line(error: ValidationError, fields: Mapping[str, FieldInfo], prefix: str) -> str:
-    """The first error as ``setting=found: remedy``."""
-    first = error.errors()[0]
-    # Whole sentences of ``require``, which know more than one field.
-    cause = first.get("ctx", {}).get("error")
-    if not first["loc"]:
-        return str(cause)
-    path = [str(part) for part in first["loc"] if part not in ("number", "schedule")]
-    setting, found = ".".join([prefix, *path]), first["input"]
-    if path[0] not in fields:
-        return f"{setting}={found}: no such parameter; there are {', '.join(fields) or 'none'}"
-    field = fields[path[0]]
-    takes_text = get_origin(field.annotation) is Literal or str in get_args(field.annotation)
-    if isinstance(found, str) and not (takes_text and found.split() == [found]):
-        found = repr(found)  # a number in quotes is none, and a space is easily overlooked
-    if cause is not None:
-        return f"{setting}={found}: {cause}"
-    if len(path) > 1:  # of a schedule
-        remedy = _FRACTION if path[1] != "steps" else "give an integer of at least 1"
-    else:
-        remedy = (field.json_schema_extra or {}).get("remedy") or allowed(field)  # type: ignore[union-attr, assignment]
-    return f"{setting}={found}: {remedy}"
-
-
-def allowed(field: FieldInfo) -> str:
-    """What a field may be, by its declaration: "give a number above 0", "choose error or rollout"."""
-    kinds = [kind for kind in get_args(field.annotation) or [field.annotation] if kind is not NoneType]
-    if get_origin(field.annotation) is Literal:
-        return f"choose {', '.join(map(str, kinds[:-1]))} or {kinds[-1]}"
-    names: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
-    what = names[kinds[0]]
-    bounds = {
-        name: getattr(part, name) for part in field.metadata for name in ("gt", "ge", "lt", "le") if hasattr(part, name)
-    }
-    words = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
-    limits = " and ".join(f"{words[name]} {value:g}" for name, value in bounds.items())
-    or_null = ", or null" if NoneType in get_args(field.annotation) else ""
-    return f"give {what}{' ' if limits else ''}{limits}{or_null}"
-
-
-def with_dtype(engine: DictConfig) -> DictConfig:
-    """An engine's node with ``dtype`` where verl reads it: in ``mixed_precision``, unless that is set, too."""
-    if engine.get("mixed_precision") is not None or engine.get("dtype") in (None, "bf16", "bfloat16"):  # verl's default
-        return engine
-    copied = OmegaConf.create(OmegaConf.to_container(engine, resolve=True))
-    assert isinstance(copied, DictConfig)
-    copied.mixed_precision = {"param_dtype": engine.dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    return copied
-
-
-def updates_per_batch(config: DictConfig) -> int:
-    """Optimiser steps taken with the weights of one batch."""
-    actor = config.actor_rollout_ref.actor
-    return max(1, config.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
-
-
-def validates(config: DictConfig) -> bool:
-    """Whether the run validates at any time."""
-    return bool(config.trainer.val_before_train or config.trainer.test_freq > 0 or config.trainer.val_only)
-
-
-def needs_rollout_server(config: DictConfig, hpd: HPDConfig) -> bool:
-    """Whether anything is ever generated: rollouts for training, or validation."""
-    return hpd.schedule.highest > 0 or hpd.missing_demonstration == "rollout" or validates(config)
-
-
-def compares_rollouts(config: DictConfig, hpd: HPDConfig) -> bool:
-    """Whether the rollout server's log-probs come with training rollouts and can be compared with the student's.
-
-    They can where both are of one distribution: the student's at ``algorithm.hpd.temperature``, the server's at
-    temperature 1 if vLLM gives them raw, else as it samples.
-    """
-    rollout = config.actor_rollout_ref.rollout
-    is_raw = rollout.name == "vllm" and rollout.logprobs_mode == "raw_logprobs"
-    temperature = 1.0 if is_raw else rollout.temperature
-    samples_from_all = is_raw or (rollout.top_p == 1 and rollout.top_k in (-1, 0))
-    makes_rollouts = hpd.schedule.highest > 0 or hpd.missing_demonstration == "rollout"
-    is_one_distribution = samples_from_all and temperature == hpd.temperature
-    return bool(rollout.calculate_log_probs) and makes_rollouts and is_one_distribution
-
-
-def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
-    """Which pipeline a run takes, one_pass or staged, and why.
-
-    Raises:
-        ValueError: the one that is set, or that another setting needs, cannot work.
-    """
-    actor = config.actor_rollout_ref.actor
-    cannot = {
-        "student and teacher are not both on fsdp2 (actor_rollout_ref.actor.strategy, ref.strategy)": {
-            actor.strategy,
-            config.actor_rollout_ref.ref.strategy,
-        }
-        != {"fsdp2"},
-        "Ulysses sequence parallelism shares sequences out": max(
-            actor.get("ulysses_sequence_parallel_size", 1),
-            config.actor_rollout_ref.ref.get("ulysses_sequence_parallel_size", 1),
-        )
-        > 1,
-        "actor_rollout_ref.actor.entropy_coeff is set": actor.entropy_coeff != 0,
-    }
-    needs = {
-        f"{PREFIX}.teacher_cache={hpd.teacher_cache}": hpd.teacher_cache != "off",
-        f"{PREFIX}.exact_kl_metrics=true": hpd.exact_kl_metrics,
-        f"an objective over the vocabulary ({hpd.objectives.names()})": hpd.objectives.over_vocabulary,
-    }
-    reasons = [reason for reason, holds in cannot.items() if holds]
-    needed_by = [reason for reason, holds in needs.items() if holds]
-    if hpd.pipeline == "one_pass" or needed_by:
-        require(
-            not reasons and hpd.pipeline != "staged",
-            f"{PREFIX}.pipeline",
-            hpd.pipeline,
-            (f"{' and '.join(needed_by)} needs one_pass, which " if needed_by else "")
-            + (f"does not work here: {'; '.join(reasons)}" if reasons else "is not what is set: choose auto"),
-        )
-        return "one_pass", ", ".join(needed_by) or "set"
-    if hpd.pipeline == "staged":
-        return "staged", "set"
-    if updates_per_batch(config) > 1:
-        reasons.append("a batch is several updates")
-    return ("staged", "; ".join(reasons)) if reasons else ("one_pass", "a batch is one update")

@@ -14,11 +14,9 @@ from typing import Any
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 GROUP = "algorithm"
 SCHEME = "hpd-verl"
@@ -110,29 +108,6 @@ class HPDSearchPath(SearchPathPlugin):
             return True
         local = (path or "").removeprefix("file://")
         return bool(local) and "://" not in local and Path(local).resolve() == _verl_config_dir().resolve()
-
-
-class CheckConfig(Callback):
-    """Hydra callback named by hpd.yaml, in the driver.
-
-    Refuses bad settings, data and models before Ray starts; passes a signal that ends the run on to the trainer.
-    """
-
-    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        from hpd_verl.checks.start import check_main_ppo
-        from hpd_verl.ppo.stop_request import Driver
-
-        self.driver = Driver()
-
-        try:
-            check_main_ppo(config)
-        except ValueError as error:
-            # Hydra turns a callback's exceptions into warnings; SystemExit ends the run with this one line.
-            raise SystemExit(f"Error: {error}") from error
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if job_return.status is JobStatus.COMPLETED:
-            self.driver.end()
 
 
 def register() -> None:

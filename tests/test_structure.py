@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "hpd_verl"
 
 ORDER = [
-    {"errors"},
+    {"errors", "field_text"},
     {"objectives"},
     {"head"},
     {"config", "run"},

@@ -458,12 +458,9 @@ def check_models(
     return student_model
 
 
-def can_check_here(student: DictConfig, teacher: DictConfig) -> bool:
-    """Whether both models can be looked at without fetching them; says so where they cannot."""
-    remote = [str(node.path) for node in (student, teacher) if node.get("path") and is_remote(str(node.path))]
-    if remote:
-        logger.info("not checked before the run starts, for they would have to be fetched: %s", ", ".join(remote))
-    return not remote
+def is_remote_model(node: DictConfig) -> bool:
+    """Whether a model would have to be fetched, as from hdfs://."""
+    return is_remote(str(node.get("path")))
 
 
 def without_copies(node: DictConfig) -> DictConfig:

@@ -1,12 +1,11 @@
-"""The settings of a run: HPD's own, and those of verl that would fail late or do something else than they say."""
+"""The settings of a run: HPD's own, and those of verl that would fail late or do something else than they say.
+
+Tables say what a setting may be by itself; what it must be beside others is yielded as ``Relation``, in order.
+"""
 
 import importlib.util
 import math
-import os
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,111 +25,146 @@ from hpd_verl.checks.settings import (
     SWITCH,
     TEXT,
     TEXT_OR_NULL,
+    Relation,
     Rule,
-    check_engine,
     check_known,
-    check_lora,
     check_optimiser,
+    check_relations,
     check_values,
     checkpoint_rules,
+    engine_relations,
     engine_rules,
     is_integer,
+    lora_relations,
     model_rules,
     on_cpu,
     one_of,
     only,
     optimiser_rules,
+    rules_of,
     takes_hdfs,
+    unset,
 )
-from hpd_verl.config import PREFIX, HPDConfig, choose_pipeline, needs_rollout_server
+from hpd_verl.config import PREFIX, HPDConfig
 from hpd_verl.data.files import as_list
-from hpd_verl.errors import Refused, require
-from hpd_verl.teacher.store.disk import check_space
-from hpd_verl.teacher.store.store import DIR_SETTING, GIB, check_memory_store
+from hpd_verl.errors import require
+from hpd_verl.run.choices import choose_pipeline, needs_rollout_server
+from hpd_verl.teacher.store.store import check_memory_store
 
 _COMMON: dict[str, Rule] = {
-    "data.train_batch_size": COUNT,
-    "data.max_prompt_length": COUNT,
-    "data.max_response_length": COUNT,
-    "data.train_files": FILES_OR_NULL,
-    "data.val_files": FILES_OR_NULL,
-    "data.train_max_samples": SAMPLES,
-    "data.val_max_samples": SAMPLES,
-    "data.prompt_key": TEXT,
-    "data.use_shm": SWITCH,
-    "data.filter_overlong_prompts": SWITCH,
-    "data.apply_chat_template_kwargs": MAPPING,
-    "data.apply_chat_template_kwargs.*": ANYTHING,
-    "trainer.n_gpus_per_node": COUNT,
-    "trainer.nnodes": COUNT,
-    "trainer.total_epochs": COUNT,
-    "trainer.total_training_steps": COUNT_OR_NULL,
-    "trainer.resume_mode": one_of("auto", "disable", "resume_path"),
-    "trainer.resume_from_path": TEXT_OR_NULL,
-    "trainer.project_name": TEXT,
-    "trainer.experiment_name": TEXT,
-    "trainer.default_hdfs_dir": (takes_hdfs, "give a folder, null, or an address of hdfs where its command is there"),
+    **rules_of(
+        "data",
+        {
+            "train_batch_size max_prompt_length max_response_length": COUNT,
+            "train_files val_files": FILES_OR_NULL,
+            "train_max_samples val_max_samples": SAMPLES,
+            "prompt_key": TEXT,
+            "use_shm filter_overlong_prompts": SWITCH,
+            "apply_chat_template_kwargs": MAPPING,
+            "apply_chat_template_kwargs.*": ANYTHING,
+        },
+    ),
+    **rules_of(
+        "trainer",
+        {
+            "n_gpus_per_node nnodes total_epochs": COUNT,
+            "total_training_steps": COUNT_OR_NULL,
+            "resume_mode": one_of("auto", "disable", "resume_path"),
+            "resume_from_path": TEXT_OR_NULL,
+            "project_name experiment_name": TEXT,
+            "default_hdfs_dir": (takes_hdfs, "give a folder, null, or an address of hdfs where its command is there"),
+        },
+    ),
 }
 
-_NO_KL = "HPD's loss already holds the teacher"
-_NO_REWARDS = "HPD takes no advantages of rewards"
+_HOLDS_TEACHER = "HPD's loss already holds the teacher"
+_NO_REWARDS = "HPD takes no advantages of rewards; leave it out"
+_NO_PADDING = "verl's logits processor does not know static padding"
+_OWN_LOG_PROBS = "HPD always takes log-probs from the student itself"
+_NO_MICRO_BATCH = "set {}_size_per_gpu instead"
 
 MAIN_PPO_RULES: dict[str, Rule] = {
     **_COMMON,
-    "data.gen_batch_size": COUNT_OR_NULL,
-    "data.val_batch_size": COUNT_OR_NULL,
-    "data.dataloader_num_workers": FROM_ZERO,
-    "data.filter_overlong_prompts_workers": COUNT_OR_NULL,
-    "data.shuffle": SWITCH,
-    "data.validation_shuffle": SWITCH,
-    "data.truncation": one_of("error", "left", "right", "middle"),
-    "trainer.save_freq": INTEGER,
-    "trainer.test_freq": INTEGER,
-    "trainer.val_before_train": SWITCH,
-    "trainer.val_only": SWITCH,
-    "trainer.balance_batch": SWITCH,
-    "trainer.critic_warmup": only(0, "HPD has no critic, and verl would skip the first updates; leave it out"),
-    "trainer.max_actor_ckpt_to_keep": COUNT_OR_NULL,
-    "actor_rollout_ref.actor.ppo_mini_batch_size": COUNT,
-    "actor_rollout_ref.actor.ppo_epochs": COUNT,
-    "actor_rollout_ref.actor.ppo_micro_batch_size": only(None, "set ppo_micro_batch_size_per_gpu instead"),
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": COUNT_OR_NULL,
-    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": COUNT,
-    "actor_rollout_ref.actor.use_dynamic_bsz": SWITCH,
-    "actor_rollout_ref.actor.shuffle": SWITCH,
-    "actor_rollout_ref.actor.calculate_entropy": SWITCH,
-    "actor_rollout_ref.actor.clip_ratio": RATE,
-    "actor_rollout_ref.actor.clip_ratio_low": RATE,
-    "actor_rollout_ref.actor.clip_ratio_high": RATE,
-    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": COUNT,
-    "actor_rollout_ref.actor.entropy_coeff": RATE,
-    "actor_rollout_ref.actor.loss_agg_mode": AGGREGATION,
-    "actor_rollout_ref.actor.loss_scale_factor": COUNT_OR_NULL,
-    "actor_rollout_ref.actor.qat.enable": only(False, "quantisation-aware training is not supported; leave it out"),
-    "actor_rollout_ref.actor.kl_loss_coef": only(0.001, f"{_NO_KL}; leave it out"),
-    "actor_rollout_ref.actor.kl_loss_type": only("low_var_kl", f"{_NO_KL}; leave it out"),
-    "algorithm.gamma": only(1.0, f"{_NO_REWARDS}; leave it out"),
-    "algorithm.lam": only(1.0, f"{_NO_REWARDS}; leave it out"),
-    "algorithm.use_pf_ppo": only(False, f"{_NO_REWARDS}; leave it out"),
-    "algorithm.norm_adv_by_std_in_grpo": only(True, f"{_NO_REWARDS}; leave it out"),
-    "algorithm.kl_ctrl.kl_coef": only(0.001, f"{_NO_KL}; leave it out"),
+    **rules_of(
+        "data",
+        {
+            "gen_batch_size val_batch_size filter_overlong_prompts_workers": COUNT_OR_NULL,
+            "dataloader_num_workers": FROM_ZERO,
+            "shuffle validation_shuffle": SWITCH,
+            "truncation": one_of("error", "left", "right", "middle"),
+        },
+    ),
+    **rules_of(
+        "trainer",
+        {
+            "save_freq test_freq": INTEGER,
+            "val_before_train val_only balance_batch": SWITCH,
+            "critic_warmup": only(0, "HPD has no critic, and verl would skip the first updates; leave it out"),
+            "max_actor_ckpt_to_keep": COUNT_OR_NULL,
+        },
+    ),
+    **rules_of(
+        "actor_rollout_ref.actor",
+        {
+            "ppo_mini_batch_size ppo_epochs ppo_max_token_len_per_gpu ulysses_sequence_parallel_size": COUNT,
+            "ppo_micro_batch_size": only(None, _NO_MICRO_BATCH.format("ppo_micro_batch")),
+            "ppo_micro_batch_size_per_gpu loss_scale_factor": COUNT_OR_NULL,
+            "use_dynamic_bsz shuffle calculate_entropy": SWITCH,
+            "clip_ratio clip_ratio_low clip_ratio_high entropy_coeff": RATE,
+            "loss_agg_mode": AGGREGATION,
+            "qat.enable": only(False, "quantisation-aware training is not supported; leave it out"),
+            "kl_loss_coef": only(0.001, f"{_HOLDS_TEACHER}; leave it out"),
+            "kl_loss_type": only("low_var_kl", f"{_HOLDS_TEACHER}; leave it out"),
+            "use_fused_kernels": unset("HPD reads the student's logits, which fused kernels do not keep"),
+            "use_prefix_grouper": unset("the prefix grouper has its own loss"),
+            "pad_to_length": unset(_NO_PADDING),
+            "use_kl_loss": unset(_HOLDS_TEACHER),
+            "calculate_sum_pi_squared": unset("it belongs to a baseline that HPD has no use for"),
+        },
+    ),
+    **rules_of(
+        "actor_rollout_ref.ref",
+        {
+            "ulysses_sequence_parallel_size log_prob_max_token_len_per_gpu": COUNT,
+            "log_prob_micro_batch_size": only(None, _NO_MICRO_BATCH.format("log_prob_micro_batch")),
+            "log_prob_micro_batch_size_per_gpu": COUNT_OR_NULL,
+            "log_prob_use_dynamic_bsz": SWITCH,
+            "pad_to_length": unset(_NO_PADDING),
+        },
+    ),
+    **rules_of(
+        "actor_rollout_ref.rollout",
+        {
+            "n tensor_model_parallel_size log_prob_max_token_len_per_gpu": COUNT,
+            "temperature": RATE,
+            "gpu_memory_utilization": SHARE,
+            "log_prob_micro_batch_size": only(None, _NO_MICRO_BATCH.format("log_prob_micro_batch")),
+            "log_prob_micro_batch_size_per_gpu": COUNT_OR_NULL,
+            "log_prob_use_dynamic_bsz": SWITCH,
+        },
+    ),
+    **rules_of(
+        "algorithm",
+        {
+            "gamma lam": only(1.0, _NO_REWARDS),
+            "use_pf_ppo": only(False, _NO_REWARDS),
+            "norm_adv_by_std_in_grpo": only(True, _NO_REWARDS),
+            "kl_ctrl.kl_coef": only(0.001, f"{_HOLDS_TEACHER}; leave it out"),
+            "use_kl_in_reward": unset(_HOLDS_TEACHER),
+            "filter_groups.enable": unset("HPD has no rewards to filter groups by"),
+            **{
+                f"rollout_correction.{name}": unset(_OWN_LOG_PROBS)
+                for name in ("bypass_mode", "rollout_is", "rollout_rs")
+            },
+        },
+    ),
+    "distillation.enabled": unset("verl's own distillation is another algorithm"),
+    "critic.enable": unset("HPD has no critic"),
+    "reward.reward_model.enable": unset("HPD uses no reward model"),
     **optimiser_rules("actor_rollout_ref.actor.optim"),
     **checkpoint_rules("actor_rollout_ref.actor.checkpoint"),
     **model_rules("actor_rollout_ref.model", trained=True, uses_megatron_lora=True),
     **model_rules("actor_rollout_ref.ref.model", trained=False),
-    "actor_rollout_ref.ref.ulysses_sequence_parallel_size": COUNT,
-    "actor_rollout_ref.ref.log_prob_micro_batch_size": only(None, "set log_prob_micro_batch_size_per_gpu instead"),
-    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": COUNT_OR_NULL,
-    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": COUNT,
-    "actor_rollout_ref.ref.log_prob_use_dynamic_bsz": SWITCH,
-    "actor_rollout_ref.rollout.n": COUNT,
-    "actor_rollout_ref.rollout.temperature": RATE,
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": COUNT,
-    "actor_rollout_ref.rollout.gpu_memory_utilization": SHARE,
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size": only(None, "set log_prob_micro_batch_size_per_gpu instead"),
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": COUNT_OR_NULL,
-    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": COUNT,
-    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": SWITCH,
 }
 """Of main_ppo. The engines' rules depend on their strategy."""
 
@@ -144,43 +178,57 @@ _MAIN_PPO_NODES = (
 )
 """Whose every setting has a rule."""
 
-_BY_DATA = "data.{} holds for student and teacher; leave it out"
+_MAIN_PPO_NEEDS = {
+    "trainer.v1.trainer_mode": "hpd",
+    "trainer.use_v1": True,
+    "algorithm.adv_estimator": "hpd",
+    "actor_rollout_ref.actor.policy_loss.loss_mode": "hpd",
+    "actor_rollout_ref.hybrid_engine": True,
+}
+
 _NOT_READ = "this trainer does not read it; leave it out"
+_TEMPLATE = f"{_NOT_READ}; data.apply_chat_template_kwargs has it"
+_ROWS = "the rows are demonstrations, read by this trainer; leave it out"
 
 SFT_RULES: dict[str, Rule] = {
     **_COMMON,
-    "data.hpd.*": ANYTHING,  # algorithm.hpd
-    "data.use_dynamic_bsz": SWITCH,
-    "data.micro_batch_size_per_gpu": COUNT,
-    "data.max_token_len_per_gpu": COUNT,
-    "data.num_workers": FROM_ZERO,
-    "data.seed": (is_integer, "give an integer, the seed of the order of the rows"),
-    "data.pad_mode": only("no_padding", "keep no_padding"),
-    "data.tools_key": TEXT,
-    "data.messages_key": only("messages", "the prompt's column is data.prompt_key; leave it out"),
-    "data.enable_thinking_key": only("enable_thinking", f"{_NOT_READ}; data.apply_chat_template_kwargs has it"),
-    "data.enable_thinking_default": only("none", f"{_NOT_READ}; data.apply_chat_template_kwargs has it"),
-    "data.max_length": only(1024, "lengths are data.max_prompt_length and data.max_response_length; leave it out"),
-    "data.truncation": only(
-        "error", "algorithm.hpd.overlong_demonstration says what becomes of long rows; leave it out"
+    **rules_of(
+        "data",
+        {
+            "hpd.*": ANYTHING,  # algorithm.hpd
+            "use_dynamic_bsz": SWITCH,
+            "micro_batch_size_per_gpu max_token_len_per_gpu": COUNT,
+            "num_workers": FROM_ZERO,
+            "seed": (is_integer, "give an integer, the seed of the order of the rows"),
+            "pad_mode": only("no_padding", "keep no_padding"),
+            "tools_key": TEXT,
+            "messages_key": only("messages", "the prompt's column is data.prompt_key; leave it out"),
+            "enable_thinking_key": only("enable_thinking", _TEMPLATE),
+            "enable_thinking_default": only("none", _TEMPLATE),
+            "max_length": only(1024, "lengths are data.max_prompt_length and data.max_response_length; leave it out"),
+            "truncation": only(
+                "error", "algorithm.hpd.overlong_demonstration says what becomes of long rows; leave it out"
+            ),
+            "balance_dp_token ignore_input_ids_mismatch": only(False, _NOT_READ),
+            "custom_cls.path custom_cls.name": only(None, _ROWS),
+        },
     ),
-    "data.balance_dp_token": only(False, _NOT_READ),
-    "data.custom_cls.path": only(None, "the rows are demonstrations, read by this trainer; leave it out"),
-    "data.custom_cls.name": only(None, "the rows are demonstrations, read by this trainer; leave it out"),
-    "data.ignore_input_ids_mismatch": only(False, _NOT_READ),
-    "trainer.default_local_dir": TEXT,
-    "trainer.save_freq": FREQUENCY,
-    "trainer.test_freq": FREQUENCY,
-    "trainer.max_ckpt_to_keep": COUNT_OR_NULL,
-    "trainer.loss_agg_mode": AGGREGATION,
-    "trainer.logger": ANYTHING,  # check_trackers
-    "trainer.device": TEXT,  # set by the platform
-    "trainer.seed": only(1, f"{PREFIX}.seed is that of the draws, data.seed that of the rows' order; leave it out"),
-    "trainer.balance_batch": only(True, _NOT_READ),
-    "trainer.profile_interval": only([-1, -1], _NOT_READ),
+    **rules_of(
+        "trainer",
+        {
+            "default_local_dir": TEXT,
+            "save_freq test_freq": FREQUENCY,
+            "max_ckpt_to_keep": COUNT_OR_NULL,
+            "loss_agg_mode": AGGREGATION,
+            "logger": ANYTHING,  # check_trackers
+            "device": TEXT,  # set by the platform
+            "seed": only(1, f"{PREFIX}.seed is that of the draws, data.seed that of the rows' order; leave it out"),
+            "balance_batch": only(True, _NOT_READ),
+            "profile_interval": only([-1, -1], _NOT_READ),
+        },
+    ),
     "profiler.enable": only(False, _NOT_READ),
     "profiler.*": ANYTHING,  # nothing without enable
-    "teacher.model.path": TEXT_OR_NULL,
     "algorithm.hpd.*": ANYTHING,  # HPDConfig
     **optimiser_rules("optim"),
     **checkpoint_rules("checkpoint"),
@@ -188,21 +236,22 @@ SFT_RULES: dict[str, Rule] = {
     **model_rules("teacher.model", trained=False),
     **engine_rules("engine", trained=True, strategy="fsdp2"),
     **engine_rules("teacher.engine", trained=False, strategy="fsdp2"),
-    "engine.strategy": only("fsdp2", "choose fsdp2"),
-    "teacher.engine.strategy": only("fsdp2", "choose fsdp2"),
-    "engine.ulysses_sequence_parallel_size": only(1, "one_pass does not share sequences out; use main_ppo with staged"),
-    "teacher.engine.ulysses_sequence_parallel_size": only(
-        1, "one_pass does not share sequences out; use main_ppo with staged"
-    ),
     **{
-        f"{node}.{key}": (lambda value: False, _BY_DATA.format(of_data))
+        f"{node}.{name}": rule
         for node in ("engine", "teacher.engine")
-        for key, of_data in {
-            "infer_max_token_len_per_gpu": "max_token_len_per_gpu",
-            "max_token_len_per_gpu": "max_token_len_per_gpu",
-            "infer_micro_batch_size_per_gpu": "micro_batch_size_per_gpu",
-            "micro_batch_size_per_gpu": "micro_batch_size_per_gpu",
-            "use_dynamic_bsz": "use_dynamic_bsz",
+        for name, rule in {
+            "strategy": only("fsdp2", "choose fsdp2"),
+            "ulysses_sequence_parallel_size": only(
+                1, "one_pass does not share sequences out; use main_ppo with staged"
+            ),
+            **{
+                f"{start}{of_data}": (
+                    lambda value: False,
+                    f"data.{of_data} holds for student and teacher; leave it out",
+                )
+                for start in ("", "infer_")
+                for of_data in ("max_token_len_per_gpu", "micro_batch_size_per_gpu", "use_dynamic_bsz")
+            },
         }.items()
     },
 }
@@ -243,247 +292,175 @@ def check_trackers(config: DictConfig) -> None:
         )
 
 
-def _check_parallel_sizes(config: DictConfig, ranks: int, counted: str) -> None:
-    for role in ("actor", "ref"):
-        node = config.actor_rollout_ref[role]
-        size = node.get("ulysses_sequence_parallel_size", 1)
-        setting = f"actor_rollout_ref.{role}.ulysses_sequence_parallel_size"
-        require(ranks % size == 0, setting, size, f"must divide the ranks, {counted}")
-        setting = f"actor_rollout_ref.{role}.fsdp_config.fsdp_size"
-        _check_group(setting, OmegaConf.select(node, "fsdp_config.fsdp_size"), ranks, counted)
-
-
-def _check_group(setting: str, size: Any, ranks: int, counted: str) -> None:
-    """A group of ranks within which weights are sharded."""
-    if size is None or size < 0 or size >= ranks:
-        return  # one group of all ranks
-    require(ranks % size == 0, setting, size, f"must divide the ranks, {counted} ({ranks})")
-
-
-def _check_budget(config: DictConfig, budgets: Mapping[str, tuple[bool, int]]) -> None:
-    """A micro-batch that is packed by tokens must hold the longest row.
+def _micro_batches(
+    config: DictConfig, rows: str, tokens: str, by_tokens: bool, of_rank: int, sharing: int = 1
+) -> Iterator[Relation]:
+    """Micro-batches of a pass: packed by tokens they hold the longest row, of fixed size they fill what a rank gets.
 
     Args:
-        budgets: setting to (batches are packed by tokens, ranks that share a sequence).
+        config: the composed configuration.
+        rows: setting of their size in rows.
+        tokens: setting of their size in tokens.
+        by_tokens: which of the two holds.
+        of_rank: rows that a rank gets at once.
+        sharing: ranks that share a sequence.
     """
-    data = config.data
-    longest = data.max_prompt_length + data.max_response_length
-    for setting, (is_dynamic, shared) in budgets.items():
-        budget = OmegaConf.select(config, setting)
-        require(
-            not is_dynamic or budget * shared >= longest,
-            setting,
-            budget,
-            f"below data.max_prompt_length + data.max_response_length = {longest}, and a row must fit; raise it",
-        )
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    if by_tokens:
+        said = f"below data.max_prompt_length + data.max_response_length = {longest}, and a row must fit; raise it"
+        yield tokens, OmegaConf.select(config, tokens) * sharing >= longest, said
+    else:
+        size = OmegaConf.select(config, rows)
+        yield rows, size is not None, "micro-batches are not packed by tokens; give their size in rows"
+        yield rows, of_rank % size == 0, f"must divide the {of_rank} sequences that a rank gets at once"
 
 
-def check_main_ppo_engines(config: DictConfig) -> None:
-    """Check the settings of main_ppo's two engines, and that the nodes around them have no others than verl knows."""
-    nodes, rules = config.actor_rollout_ref, dict(MAIN_PPO_RULES)
+def _group(config: DictConfig, engine: str, ranks: int, counted: str) -> Relation:
+    """A group of ranks within which weights are sharded; all ranks are one group."""
+    size = OmegaConf.select(config, f"{engine}.fsdp_size")
+    is_part = size is not None and 0 <= size < ranks
+    return f"{engine}.fsdp_size", not is_part or ranks % size == 0, f"must divide the ranks, {counted} ({ranks})"
+
+
+def _engine_rules_of_main_ppo(config: DictConfig) -> dict[str, Rule]:
+    """Of its two engines, by their strategies and the ranks that share a sequence."""
+    rules: dict[str, Rule] = {}
     for role, trained in (("actor", True), ("ref", False)):
-        node, strategy = f"actor_rollout_ref.{role}.fsdp_config", nodes[role].strategy
-        own = engine_rules(node, trained, strategy)
-        sharing = nodes[role].get("ulysses_sequence_parallel_size", 1)
-        own[f"{node}.strategy"] = one_of("fsdp", strategy)
-        own[f"{node}.ulysses_sequence_parallel_size"] = one_of(*dict.fromkeys((1, sharing)))
-        check_values(config, own)
-        check_engine(config, node)
-        rules |= own
-    check_known(config, _MAIN_PPO_NODES, rules)
-    check_lora(config, "actor_rollout_ref.model", trained=True)
-    check_lora(config, "actor_rollout_ref.ref.model", trained=False)
-    check_optimiser(config, "actor_rollout_ref.actor.optim")
+        node, of_role = f"actor_rollout_ref.{role}.fsdp_config", config.actor_rollout_ref[role]
+        sharing = of_role.get("ulysses_sequence_parallel_size", 1)
+        rules |= engine_rules(node, trained, of_role.strategy)
+        rules[f"{node}.strategy"] = one_of("fsdp", of_role.strategy)
+        rules[f"{node}.ulysses_sequence_parallel_size"] = one_of(*dict.fromkeys((1, sharing)))
+    return rules
 
 
-def _check_micro_batches(config: DictConfig, rows_by_setting: Mapping[str, tuple[bool, int]]) -> None:
-    """Micro-batches of fixed size must fill what a rank gets.
+def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
+    """What must hold between the settings of main_ppo."""
+    for role in ("actor", "ref"):
+        yield from engine_relations(config, f"actor_rollout_ref.{role}.fsdp_config")
+    yield from lora_relations(config, "actor_rollout_ref.model", trained=True)
+    yield from lora_relations(config, "actor_rollout_ref.ref.model", trained=False)
+    models, batch = config.actor_rollout_ref, config.data.train_batch_size
+    actor, rollout = models.actor, models.rollout
+    teacher = "actor_rollout_ref.ref.model.path"
+    has_teacher = bool(OmegaConf.select(config, teacher))
+    yield teacher, has_teacher or not hpd.needs_teacher, "give the teacher's folder or hub name"
+    for key, value in _MAIN_PPO_NEEDS.items():
+        yield key, OmegaConf.select(config, key) == value, f"algorithm=hpd works only with {key}={value}"
+    attention = "actor_rollout_ref.model.override_config.attn_implementation"
+    for role in ("actor", "ref"):
+        yield (
+            f"actor_rollout_ref.{role}.strategy",
+            models[role].strategy in ("fsdp", "fsdp2"),
+            "HPD runs on fsdp2 and fsdp; megatron and the other engines are not supported",
+        )
+        sharing = models[role].get("ulysses_sequence_parallel_size", 1)
+        yield (
+            attention,
+            sharing == 1 or OmegaConf.select(config, attention) not in ("sdpa", "eager"),
+            f"with actor_rollout_ref.{role}.ulysses_sequence_parallel_size={sharing} each rank would see its own part "
+            "of a sequence alone; unset it",
+        )
+    yield (
+        "actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy",
+        not on_cpu() or {actor.strategy, models.ref.strategy} == {"fsdp2"},
+        "verl's fsdp needs an accelerator; a CPU runs fsdp2",
+    )
+    mini_batch, prompts = "actor_rollout_ref.actor.ppo_mini_batch_size", config.data.get("gen_batch_size")
+    yield mini_batch, batch % actor.ppo_mini_batch_size == 0, f"must divide data.train_batch_size={batch}"
+    yield "data.gen_batch_size", prompts is None or batch % prompts == 0, f"must divide data.train_batch_size={batch}"
+    yield (
+        "actor_rollout_ref.actor.loss_scale_factor",
+        actor.loss_scale_factor is not None or actor.loss_agg_mode != "seq-mean-token-sum-norm",
+        "verl would divide by a micro-batch's longest response; leave it out for data.max_response_length, or give a "
+        "number",
+    )
+    likelihood = hpd.objectives.names(lambda bound: bound.objective.is_likelihood)
+    yield (
+        "actor_rollout_ref.actor.ppo_epochs",
+        actor.ppo_epochs == 1 or not likelihood,
+        f"objective {likelihood} has no ratio to clip; repeat by trainer.total_epochs instead",
+    )
+    yield (
+        "actor_rollout_ref.rollout.n",
+        rollout.n == 1 or hpd.schedule.lowest == 1.0,
+        f"several answers a prompt need {PREFIX}.on_policy_fraction=1: a demonstration is one answer",
+    )
+    yield (
+        "actor_rollout_ref.rollout.name",
+        rollout.name != "hf" or not needs_rollout_server(config, hpd),
+        "rollouts come from a server: choose vllm or sglang",
+    )
+    pipeline, reason = choose_pipeline(config, hpd)
+    yield (
+        teacher,
+        has_teacher or pipeline == "one_pass",
+        f"the staged pipeline ({reason}) runs a teacher with every objective; give one",
+    )
+    yield from _main_ppo_ranks(config, hpd, is_staged=pipeline == "staged")
 
-    Args:
-        rows_by_setting: setting to (batches are packed by tokens, rows of a rank).
-    """
-    for setting, (is_dynamic, rows) in rows_by_setting.items():
-        size = OmegaConf.select(config, setting)
-        if not is_dynamic:
-            require(size is not None, setting, size, "micro-batches are not packed by tokens; give their size in rows")
-            require(rows % size == 0, setting, size, f"must divide the {rows} sequences that a rank gets at once")
 
-
-def check_ranks(config: DictConfig, hpd: HPDConfig) -> None:
-    """Check that an update's sequences divide among main_ppo's ranks.
+def _main_ppo_ranks(config: DictConfig, hpd: HPDConfig, is_staged: bool) -> Iterator[Relation]:
+    """An update's sequences divide among main_ppo's ranks.
 
     An update takes ``ppo_mini_batch_size * rollout.n`` sequences, in equal parts a data-parallel rank. verl pads a
     batch to whole updates only, and passes without an update take unequal parts.
-
-    Raises:
-        ValueError: they do not.
     """
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    actor, ref, rollout = (config.actor_rollout_ref[role] for role in ("actor", "ref", "rollout"))
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     counted = f"trainer.n_gpus_per_node * trainer.nnodes = {ranks}"
-    _check_parallel_sizes(config, ranks, counted)
-    data_parallel = ranks // actor.get("ulysses_sequence_parallel_size", 1)
+    sharing = {"actor": 1, "ref": 1}
+    for role in sharing:
+        node = f"actor_rollout_ref.{role}"
+        sharing[role] = config.actor_rollout_ref[role].get("ulysses_sequence_parallel_size", 1)
+        said = f"must divide the ranks, {counted}"
+        yield f"{node}.ulysses_sequence_parallel_size", ranks % sharing[role] == 0, said
+        yield _group(config, f"{node}.fsdp_config", ranks, counted)
+    data_parallel = ranks // sharing["actor"]
     batch, mini_batch = config.data.train_batch_size, actor.ppo_mini_batch_size
-    name = "data.train_batch_size" if batch == mini_batch else "actor_rollout_ref.actor.ppo_mini_batch_size"
     multiple = data_parallel // math.gcd(data_parallel, rollout.n)
-    require(
+    yield (
+        "data.train_batch_size" if batch == mini_batch else "actor_rollout_ref.actor.ppo_mini_batch_size",
         mini_batch % multiple == 0,
-        name,
-        mini_batch,
         f"an update's sequences must divide among {data_parallel} data-parallel ranks ({counted}"
         + (", over Ulysses' size" if data_parallel != ranks else "")
         + f"); choose a multiple of {multiple}",
     )
-    require(
-        actor.use_dynamic_bsz or batch * rollout.n % ranks == 0,
+    yield (
         "data.train_batch_size",
-        batch,
+        actor.use_dynamic_bsz or batch * rollout.n % ranks == 0,
         f"without actor_rollout_ref.actor.use_dynamic_bsz verl wants a multiple of all ranks, {counted}",
     )
-    require(
-        not actor.shuffle or batch == mini_batch or data_parallel == 1,
+    yield (
         "actor_rollout_ref.actor.shuffle",
-        actor.shuffle,
+        not actor.shuffle or batch == mini_batch or data_parallel == 1,
         f"each of {data_parallel} data-parallel ranks would shuffle its own rows, and the updates depend on their "
         "number; leave it false: data.shuffle shuffles the rows",
     )
-    pipeline, _ = choose_pipeline(config, hpd)
-    ref = config.actor_rollout_ref.ref
-    updated, whole = mini_batch * rollout.n // data_parallel, batch * rollout.n // data_parallel
-    per_rank = {"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": (bool(actor.use_dynamic_bsz), updated)}
-    if pipeline == "staged":
-        per_rank["actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu"] = (
-            bool(rollout.log_prob_use_dynamic_bsz),
-            whole,
-        )
-    of_teacher = batch * rollout.n * ref.get("ulysses_sequence_parallel_size", 1) // ranks
-    per_rank["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"] = (
-        bool(ref.log_prob_use_dynamic_bsz),
-        of_teacher if pipeline == "staged" else 0,  # in one pass the teacher's rows are filled up
-    )
-    _check_micro_batches(config, per_rank)
-    require(
-        actor.use_dynamic_bsz == rollout.log_prob_use_dynamic_bsz,
+    # In one pass the teacher's rows are filled up.
+    of_teacher = batch * rollout.n * sharing["ref"] // ranks if is_staged else 0
+    passes = [
+        ("actor.ppo", actor.use_dynamic_bsz, mini_batch * rollout.n // data_parallel, sharing["actor"]),
+        ("ref.log_prob", ref.log_prob_use_dynamic_bsz, of_teacher, sharing["ref"]),
+    ]
+    if is_staged:
+        of_student = batch * rollout.n // data_parallel
+        passes.append(("rollout.log_prob", rollout.log_prob_use_dynamic_bsz, of_student, sharing["actor"]))
+    for name, by_tokens, of_rank, shared in passes:
+        start = f"actor_rollout_ref.{name}"
+        sizes = (f"{start}_micro_batch_size_per_gpu", f"{start}_max_token_len_per_gpu")
+        yield from _micro_batches(config, *sizes, by_tokens, of_rank, shared)
+    yield (
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
-        rollout.log_prob_use_dynamic_bsz,
+        actor.use_dynamic_bsz == rollout.log_prob_use_dynamic_bsz,
         f"verl wants what actor_rollout_ref.actor.use_dynamic_bsz={actor.use_dynamic_bsz} is; leave it out",
     )
-    shared = {
-        role: config.actor_rollout_ref[role].get("ulysses_sequence_parallel_size", 1) for role in ("actor", "ref")
-    }
-    budgets = {
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": (bool(actor.use_dynamic_bsz), shared["actor"]),
-        "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": (bool(ref.log_prob_use_dynamic_bsz), shared["ref"]),
-    }
-    if pipeline == "staged":
-        budgets["actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu"] = (
-            bool(rollout.log_prob_use_dynamic_bsz),
-            shared["actor"],
-        )
-    _check_budget(config, budgets)
-    if needs_rollout_server(config, hpd):
-        size = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
-        require(
-            ranks % size == 0,
-            "actor_rollout_ref.rollout.tensor_model_parallel_size",
-            rollout.tensor_model_parallel_size,
-            f"a rollout server takes {size} ranks, which must divide {counted}",
-        )
-
-
-def check_sft_ranks(config: DictConfig, ranks: int, fills_store: bool) -> None:
-    """Check that a batch divides among the lean trainer's ranks; filling the store takes any part of it.
-
-    Raises:
-        ValueError: it does not.
-    """
-    batch = config.data.train_batch_size
-    if fills_store:
-        require(batch >= ranks, "data.train_batch_size", batch, f"less than a row for each of {ranks} ranks; raise it")
-        return
-    require(
-        batch % ranks == 0,
-        "data.train_batch_size",
-        batch,
-        f"must divide among {ranks} ranks (torchrun's processes); choose a multiple of {ranks}",
+    size = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
+    yield (
+        "actor_rollout_ref.rollout.tensor_model_parallel_size",
+        ranks % size == 0 or not needs_rollout_server(config, hpd),
+        f"a rollout server takes {size} ranks, which must divide {counted}",
     )
-    _check_micro_batches(config, {"data.micro_batch_size_per_gpu": (bool(config.data.use_dynamic_bsz), batch // ranks)})
-
-
-def check_folder(setting: str, folder: Any, what: str) -> Path:
-    """Check that a folder can be made and written; nothing is left there.
-
-    Args:
-        setting: its name.
-        folder: its value.
-        what: it is for, in words.
-
-    Returns:
-        The folder itself, or the nearest above it that is there.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    require(isinstance(folder, str) and folder != "", setting, folder, f"give a folder for {what}")
-    missing = Path(folder).expanduser().absolute()
-    existing = missing
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    require(existing.is_dir(), setting, folder, f"{existing} is not a folder; choose another place for {what}")
-    try:
-        with tempfile.TemporaryDirectory(prefix=".hpd_verl_", dir=existing) as trial:
-            inside = Path(trial) / missing.relative_to(existing)
-            inside.mkdir(parents=True, exist_ok=True)
-            (inside / "trial").write_bytes(b"0")
-    except OSError as error:
-        raise Refused(
-            f"{setting}={folder}: cannot be written ({error.strerror or error}); choose another place for {what}"
-        ) from error
-    return existing
-
-
-def check_checkpoint_folder(folder: Any) -> None:
-    """Check that the folder ``trainer.default_local_dir`` can be made and written.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    check_folder("trainer.default_local_dir", folder, "checkpoints")
-
-
-def check_store(hpd: HPDConfig) -> None:
-    """Check that the teacher's store can be written, and that its disk holds what the limit allows.
-
-    Raises:
-        ValueError: it cannot, or does not.
-    """
-    if hpd.teacher_cache != "disk" or not hpd.needs_teacher:
-        return
-    check_folder(DIR_SETTING, hpd.teacher_cache_dir, "the teacher's store")
-    check_space(Path(str(hpd.teacher_cache_dir)).expanduser(), int(hpd.teacher_cache_max_gib * GIB))
-
-
-def _is_set(config: DictConfig, key: str) -> bool:
-    return bool(OmegaConf.select(config, key, default=None))
-
-
-# Settings that would silently do something else than they say, or that HPD's passes cannot serve.
-_UNSUPPORTED = {
-    "actor_rollout_ref.actor.use_fused_kernels": "HPD reads the student's logits, which fused kernels do not keep",
-    "actor_rollout_ref.actor.use_prefix_grouper": "the prefix grouper has its own loss",
-    "actor_rollout_ref.actor.pad_to_length": "verl's logits processor does not know static padding",
-    "actor_rollout_ref.ref.pad_to_length": "verl's logits processor does not know static padding",
-    "actor_rollout_ref.actor.use_kl_loss": "HPD's loss already holds the teacher",
-    "actor_rollout_ref.actor.calculate_sum_pi_squared": "it belongs to a baseline that HPD has no use for",
-    "algorithm.use_kl_in_reward": "HPD's loss already holds the teacher",
-    "algorithm.filter_groups.enable": "HPD has no rewards to filter groups by",
-    "algorithm.rollout_correction.bypass_mode": "HPD always takes log-probs from the student itself",
-    "algorithm.rollout_correction.rollout_is": "HPD always takes log-probs from the student itself",
-    "algorithm.rollout_correction.rollout_rs": "HPD always takes log-probs from the student itself",
-    "distillation.enabled": "verl's own distillation is another algorithm",
-    "critic.enable": "HPD has no critic",
-    "reward.reward_model.enable": "HPD uses no reward model",
-}
 
 
 def check_config(config: DictConfig) -> HPDConfig:
@@ -495,8 +472,10 @@ def check_config(config: DictConfig) -> HPDConfig:
     Raises:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
-    check_values(config, MAIN_PPO_RULES)
-    check_main_ppo_engines(config)
+    rules = MAIN_PPO_RULES | _engine_rules_of_main_ppo(config)
+    check_values(config, rules)
+    check_known(config, _MAIN_PPO_NODES, rules)
+    check_optimiser(config, "actor_rollout_ref.actor.optim")
     check_trackers(config)
     require(
         OmegaConf.select(config, PREFIX) is not None,
@@ -505,103 +484,39 @@ def check_config(config: DictConfig) -> HPDConfig:
         "HPD's trainer needs algorithm=hpd on the command line",
     )
     hpd = HPDConfig.from_config(config.algorithm.hpd)
-    actor_rollout_ref = config.actor_rollout_ref
-
-    teacher = OmegaConf.select(config, "actor_rollout_ref.ref.model.path")
-    require(
-        bool(teacher) or not hpd.needs_teacher,
-        "actor_rollout_ref.ref.model.path",
-        teacher,
-        "give the teacher's folder or hub name",
-    )
-    for key, value in {
-        "trainer.v1.trainer_mode": "hpd",
-        "trainer.use_v1": True,
-        "algorithm.adv_estimator": "hpd",
-        "actor_rollout_ref.actor.policy_loss.loss_mode": "hpd",
-        "actor_rollout_ref.hybrid_engine": True,
-    }.items():
-        found = OmegaConf.select(config, key)
-        require(found == value, key, found, f"algorithm=hpd works only with {key}={value}")
-    for role in ("actor", "ref"):
-        strategy = actor_rollout_ref[role].strategy
-        require(
-            strategy in ("fsdp", "fsdp2"),
-            f"actor_rollout_ref.{role}.strategy",
-            strategy,
-            "HPD runs on fsdp2 and fsdp; megatron and the other engines are not supported",
-        )
-        sequence_parallel = actor_rollout_ref[role].get("ulysses_sequence_parallel_size", 1)
-        attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
-        require(
-            sequence_parallel == 1 or attention not in ("sdpa", "eager"),
-            "actor_rollout_ref.model.override_config.attn_implementation",
-            attention,
-            f"with actor_rollout_ref.{role}.ulysses_sequence_parallel_size={sequence_parallel} each rank would see its "
-            "own part of a sequence alone; unset it",
-        )
-    require(
-        not on_cpu() or {actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy} == {"fsdp2"},
-        "actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy",
-        f"{actor_rollout_ref.actor.strategy}, {actor_rollout_ref.ref.strategy}",
-        "verl's fsdp needs an accelerator; a CPU runs fsdp2",
-    )
-    for key, reason in _UNSUPPORTED.items():
-        require(not _is_set(config, key), key, OmegaConf.select(config, key), f"not supported: {reason}; unset it")
-
-    batch, mini_batch = config.data.train_batch_size, actor_rollout_ref.actor.ppo_mini_batch_size
-    require(
-        batch % mini_batch == 0,
-        "actor_rollout_ref.actor.ppo_mini_batch_size",
-        mini_batch,
-        f"must divide data.train_batch_size={batch}",
-    )
-    prompts = OmegaConf.select(config, "data.gen_batch_size")
-    require(
-        prompts is None or batch % prompts == 0,
-        "data.gen_batch_size",
-        prompts,
-        f"must divide data.train_batch_size={batch}",
-    )
-    require(
-        actor_rollout_ref.actor.loss_scale_factor is not None
-        or actor_rollout_ref.actor.loss_agg_mode != "seq-mean-token-sum-norm",
-        "actor_rollout_ref.actor.loss_scale_factor",
-        None,
-        "verl would divide by a micro-batch's longest response; leave it out for data.max_response_length, or give a "
-        "number",
-    )
-    likelihood = hpd.objectives.names(lambda bound: bound.objective.is_likelihood)
-    epochs = actor_rollout_ref.actor.ppo_epochs
-    require(
-        epochs == 1 or not likelihood,
-        "actor_rollout_ref.actor.ppo_epochs",
-        epochs,
-        f"objective {likelihood} has no ratio to clip; repeat by trainer.total_epochs instead",
-    )
-    require(
-        actor_rollout_ref.rollout.n == 1 or hpd.schedule.lowest == 1.0,
-        "actor_rollout_ref.rollout.n",
-        actor_rollout_ref.rollout.n,
-        f"several answers a prompt need {PREFIX}.on_policy_fraction=1: a demonstration is one answer",
-    )
-    if needs_rollout_server(config, hpd):
-        require(
-            actor_rollout_ref.rollout.name != "hf",
-            "actor_rollout_ref.rollout.name",
-            actor_rollout_ref.rollout.name,
-            "rollouts come from a server: choose vllm or sglang",
-        )
-    pipeline, reason = choose_pipeline(config, hpd)
-    require(
-        bool(teacher) or pipeline == "one_pass",
-        "actor_rollout_ref.ref.model.path",
-        teacher,
-        f"the staged pipeline ({reason}) runs a teacher with every objective; give one",
-    )
-    check_ranks(config, hpd)
+    check_relations(config, _of_main_ppo(config, hpd))
     check_memory_store(hpd.teacher_cache, config.trainer.n_gpus_per_node * config.trainer.nnodes)
     return hpd
+
+
+def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -> Iterator[Relation]:
+    """What must hold between the settings of the lean trainer, and its ranks."""
+    yield from engine_relations(config, "engine")
+    yield from engine_relations(config, "teacher.engine", inherited="engine")
+    yield from lora_relations(config, "model", trained=True)
+    yield from lora_relations(config, "teacher.model", trained=False)
+    data, trainer = config.data, config.trainer
+    needs_teacher, has_teacher = hpd.needs_teacher or fills_store, bool(config.teacher.model.path)
+    yield "teacher.model.path", has_teacher or not needs_teacher, "give the teacher's folder or hub name"
+    rollouts = "this trainer has demonstrations only; python -m verl.trainer.main_ppo algorithm=hpd makes rollouts"
+    yield f"{PREFIX}.on_policy_fraction", hpd.schedule.highest == 0, rollouts
+    yield f"{PREFIX}.missing_demonstration", hpd.missing_demonstration == "error", rollouts
+    yield f"{PREFIX}.pipeline", hpd.pipeline in ("auto", "one_pass"), "this trainer is one_pass only"
+    for engine in ("engine", "teacher.engine"):
+        yield _group(config, engine, ranks, "torchrun's processes")
+    yield (
+        "trainer.n_gpus_per_node",
+        trainer.n_gpus_per_node * trainer.nnodes in (1, ranks),
+        f"torchrun has started {ranks} processes, which decide; leave it out",
+    )
+    batch, least = data.train_batch_size, f"less than a row for each of {ranks} ranks; raise it"
+    if fills_store:  # any part of a batch
+        yield "data.train_batch_size", batch >= ranks, least
+    else:
+        said = f"must divide among {ranks} ranks (torchrun's processes); choose a multiple of {ranks}"
+        yield "data.train_batch_size", batch % ranks == 0, said
+    sizes = ("data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu")
+    yield from _micro_batches(config, *sizes, data.use_dynamic_bsz, 0 if fills_store else batch // ranks)
 
 
 def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = False) -> HPDConfig:
@@ -620,36 +535,9 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
     """
     check_values(config, SFT_RULES)
     check_known(config, tuple(map(str, config)), SFT_RULES)
+    check_optimiser(config, "optim")
     check_trackers(config)
     hpd = HPDConfig.from_config(config.algorithm.hpd)
-    require(
-        bool(config.teacher.model.path) or not (hpd.needs_teacher or fills_store),
-        "teacher.model.path",
-        config.teacher.model.path,
-        "give the teacher's folder or hub name",
-    )
-    rollouts = "this trainer has demonstrations only; python -m verl.trainer.main_ppo algorithm=hpd makes rollouts"
-    require(hpd.schedule.highest == 0, f"{PREFIX}.on_policy_fraction", hpd.on_policy_fraction, rollouts)
-    require(
-        hpd.missing_demonstration == "error", f"{PREFIX}.missing_demonstration", hpd.missing_demonstration, rollouts
-    )
-    require(hpd.pipeline in ("auto", "one_pass"), f"{PREFIX}.pipeline", hpd.pipeline, "this trainer is one_pass only")
-    check_engine(config, "engine")
-    check_engine(config, "teacher.engine", inherited="engine")
-    check_optimiser(config, "optim")
-    check_lora(config, "model", trained=True)
-    check_lora(config, "teacher.model", trained=False)
-    data = config.data
-    _check_budget(config, {"data.max_token_len_per_gpu": (bool(data.use_dynamic_bsz), 1)})
-    for role in ("engine", "teacher.engine"):
-        _check_group(f"{role}.fsdp_size", OmegaConf.select(config, f"{role}.fsdp_size"), ranks, "torchrun's processes")
-    asked = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    require(
-        asked in (1, ranks),
-        "trainer.n_gpus_per_node",
-        config.trainer.n_gpus_per_node,
-        f"torchrun has started {ranks} processes, which decide; leave it out",
-    )
-    check_sft_ranks(config, ranks, fills_store)
+    check_relations(config, _of_sft(config, hpd, ranks, fills_store))
     check_memory_store(hpd.teacher_cache, ranks)
     return hpd

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,13 @@ Rule = tuple[Callable[[Any], bool], str]
 """What a value must be, and the remedy where it is not."""
 Rules = Mapping[str, Rule]
 """By setting; ``a.b.*`` stands for all settings below ``a.b`` that have no rule of their own."""
+Relation = tuple[str, bool, str]
+"""A setting (or several, "a, b"), whether it fits the others, and the remedy where it does not."""
+
+
+def rules_of(node: str, rules: Rules) -> dict[str, Rule]:
+    """Rules of a node's settings; of several that have one rule, the names are separated by spaces."""
+    return {f"{node}.{name}": rule for names, rule in rules.items() for name in names.split()}
 
 
 def is_integer(value: Any) -> bool:
@@ -48,6 +55,11 @@ def one_of(*choices: Any) -> Rule:
 def only(value: Any, why: str) -> Rule:
     """The one value that is not refused."""
     return lambda found: found == value and type(found) is type(value), why
+
+
+def unset(reason: str) -> Rule:
+    """Of what HPD's passes cannot serve, or what would silently do something else than it says."""
+    return lambda value: not value, f"not supported: {reason}; unset it"
 
 
 COUNT: Rule = (lambda value: is_integer(value) and value >= 1, "give an integer of at least 1")
@@ -169,18 +181,6 @@ def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
 _ENGINE_FILE, _MODEL_FILE = "engine/fsdp.yaml", "model/hf_model.yaml"
 
 
-_ENGINE_SWITCHES = (
-    "param_offload",
-    "optimizer_offload",
-    "offload_policy",
-    "reshard_after_forward",
-    "forward_prefetch",
-    "full_determinism",
-    "use_torch_compile",
-    "use_no_sync_for_gradient_accumulation",
-)
-
-
 def engine_rules(node: str, trained: bool, strategy: str) -> dict[str, Rule]:
     """Of a node of verl's FSDP engine.
 
@@ -189,38 +189,41 @@ def engine_rules(node: str, trained: bool, strategy: str) -> dict[str, Rule]:
         trained: the student's, not the teacher's.
         strategy: with which it runs, fsdp or fsdp2.
     """
-    no_entropy = "nothing here takes the entropy of logits"
-    fsdp1 = "fsdp2 does not read it"
-    rules: dict[str, Rule] = {
-        **dict.fromkeys([f"{node}.{key}" for key in _ENGINE_SWITCHES], SWITCH),
-        f"{node}.fsdp_size": (
-            lambda value: is_integer(value) and (value == -1 or value >= 1),
-            "give a number of ranks, or -1 for all",
+    rules = rules_of(
+        node,
+        {
+            "param_offload optimizer_offload offload_policy reshard_after_forward forward_prefetch full_determinism "
+            "use_torch_compile use_no_sync_for_gradient_accumulation use_orig_params": SWITCH,
+            "fsdp_size": (
+                lambda value: is_integer(value) and (value == -1 or value >= 1),
+                "give a number of ranks, or -1 for all",
+            ),
+            "model_dtype": _dtype(trained, or_null=True),
+            "dtype mixed_precision.param_dtype mixed_precision.reduce_dtype mixed_precision.buffer_dtype": _dtype(
+                trained
+            ),
+            "mixed_precision": one_of(None),
+            "seed": INTEGER,
+            "ulysses_sequence_parallel_size": COUNT,
+            "strategy": TEXT,
+            "forward_only": only(not trained, f"it is {str(not trained).lower()} here; leave it out"),
+            "pad_to_length": only(False, "verl's logits processor does not know static padding; leave it out"),
+            "wrap_policy.transformer_layer_cls_to_wrap": TEXTS_TEXT_OR_NULL,
+            "wrap_policy.min_num_params": FROM_ZERO,
+        },
+    )
+    unused = {
+        "entropy_from_logits_with_chunking entropy_from_logits_chunk_size entropy_checkpointing": (
+            "nothing here takes the entropy of logits"
         ),
-        f"{node}.model_dtype": _dtype(trained, or_null=True),
-        f"{node}.dtype": _dtype(trained),
-        f"{node}.mixed_precision": one_of(None),
-        **{f"{node}.mixed_precision.{key}": _dtype(trained) for key in ("param_dtype", "reduce_dtype", "buffer_dtype")},
-        f"{node}.seed": INTEGER,
-        f"{node}.ulysses_sequence_parallel_size": COUNT,
-        f"{node}.strategy": TEXT,
-        f"{node}.forward_only": only(not trained, f"it is {str(not trained).lower()} here; leave it out"),
-        f"{node}.pad_to_length": only(False, "verl's logits processor does not know static padding; leave it out"),
-        f"{node}.wrap_policy.transformer_layer_cls_to_wrap": TEXTS_TEXT_OR_NULL,
-        f"{node}.wrap_policy.min_num_params": FROM_ZERO,
-        f"{node}.use_orig_params": SWITCH,
-        **_unused(
-            _ENGINE_FILE,
-            node,
-            "entropy_from_logits_with_chunking entropy_from_logits_chunk_size entropy_checkpointing",
-            no_entropy,
-        ),
-        **_unused(_ENGINE_FILE, node, "pad_to_length_bucket", "only static padding reads it"),
-        **_unused(_ENGINE_FILE, node, "qat", "quantisation-aware training is not supported"),
-        **_unused(_ENGINE_FILE, node, "turbo_config", "only fsdp_turbo reads it"),
+        "pad_to_length_bucket": "only static padding reads it",
+        "qat": "quantisation-aware training is not supported",
+        "turbo_config": "only fsdp_turbo reads it",
     }
     if strategy == "fsdp2":
-        rules |= _unused(_ENGINE_FILE, node, "use_orig_params wrap_policy.min_num_params", fsdp1)
+        unused["use_orig_params wrap_policy.min_num_params"] = "fsdp2 does not read it"
+    for keys, why in unused.items():
+        rules |= _unused(_ENGINE_FILE, node, keys, why)
     return rules
 
 
@@ -232,99 +235,95 @@ def model_rules(node: str, trained: bool, uses_megatron_lora: bool = False) -> d
         trained: the student's, not the teacher's.
         uses_megatron_lora: verl reads ``lora`` beside ``lora_rank``, as main_ppo does for its rollouts.
     """
-    rules: dict[str, Rule] = {
-        f"{node}.path": TEXT if trained else TEXT_OR_NULL,
-        **dict.fromkeys(
-            [
-                f"{node}.{key}"
-                for key in ["hf_config_path", "tokenizer_path", "custom_chat_template", "lora_adapter_path"]
-            ],
-            TEXT_OR_NULL,
-        ),
-        **dict.fromkeys(
-            [f"{node}.{key}" for key in ["use_shm", "trust_remote_code", "enable_gradient_checkpointing"]],
-            SWITCH,
-        ),
-        f"{node}.external_lib": (
-            lambda value: value is None or _module(value) or (_are(value, _module) and len(value) > 0),
-            "give the name of a module that can be imported, or null",
-        ),
-        f"{node}.override_config": MAPPING,
-        f"{node}.override_config.attn_implementation": TEXT_OR_NULL,
-        f"{node}.use_remove_padding": one_of(True, False, "auto"),
-        f"{node}.override_config.*": ANYTHING,  # checked with the model
-        f"{node}.enable_activation_offload": (
-            lambda value: value is False or (value is True and not on_cpu()),
-            "give false; a CPU has no other memory to move activations to" if on_cpu() else "choose true or false",
-        ),
-        f"{node}.lora_rank": FROM_ZERO,
-        f"{node}.lora_alpha": POSITIVE,
-        f"{node}.target_modules": TEXTS_OR_TEXT,
-        f"{node}.target_parameters": TEXTS_TEXT_OR_NULL,
-        f"{node}.exclude_modules": TEXTS_TEXT_OR_NULL,
-        f"{node}.use_liger": (
-            lambda value: value is False or (value is True and _module("liger_kernel")),
-            "its package liger_kernel is not installed; pip install liger-kernel, or give false"
-            if not _module("liger_kernel")
-            else "choose true or false",
-        ),
-        f"{node}.use_fused_kernels": only(
-            False, "not supported: HPD reads the student's logits, which fused kernels do not keep; unset it"
-        ),
-        f"{node}.mtp.enable": only(False, "not supported: multi-token prediction heads have no teacher; unset it"),
-        **_unused(_MODEL_FILE, node, "fused_kernel_options", "only fused kernels read it"),
-        **_unused(_MODEL_FILE, node, "tiled_mlp", "verl's FSDP engine does not read it"),
-        **_unused(
-            _MODEL_FILE,
-            node,
-            "mtp.enable_train mtp.enable_rollout mtp.detach_encoder mtp.mtp_loss_scaling_factor mtp.method "
-            "mtp.speculative_algorithm mtp.speculative_num_steps mtp.speculative_eagle_topk "
-            "mtp.speculative_num_draft_tokens mtp.num_speculative_tokens",
-            "only multi-token prediction reads it",
-        ),
+    has_liger = _module("liger_kernel")
+    rules = rules_of(
+        node,
+        {
+            "path": TEXT if trained else TEXT_OR_NULL,
+            "hf_config_path tokenizer_path custom_chat_template lora_adapter_path": TEXT_OR_NULL,
+            "use_shm trust_remote_code enable_gradient_checkpointing": SWITCH,
+            "external_lib": (
+                lambda value: value is None or _module(value) or (_are(value, _module) and len(value) > 0),
+                "give the name of a module that can be imported, or null",
+            ),
+            "override_config": MAPPING,
+            "override_config.attn_implementation": TEXT_OR_NULL,
+            "use_remove_padding": one_of(True, False, "auto"),
+            "override_config.*": ANYTHING,  # checked with the model
+            "enable_activation_offload": (
+                lambda value: value is False or (value is True and not on_cpu()),
+                "give false; a CPU has no other memory to move activations to" if on_cpu() else "choose true or false",
+            ),
+            "lora_rank": FROM_ZERO,
+            "lora_alpha": POSITIVE,
+            "target_modules": TEXTS_OR_TEXT,
+            "target_parameters exclude_modules": TEXTS_TEXT_OR_NULL,
+            "use_liger": (
+                lambda value: value is False or (value is True and has_liger),
+                "choose true or false"
+                if has_liger
+                else "its package liger_kernel is not installed; pip install liger-kernel, or give false",
+            ),
+            "use_fused_kernels": only(
+                False, unset("HPD reads the student's logits, which fused kernels do not keep")[1]
+            ),
+            "mtp.enable": only(False, unset("multi-token prediction heads have no teacher")[1]),
+        },
+    )
+    unused = {
+        "fused_kernel_options": "only fused kernels read it",
+        "tiled_mlp": "verl's FSDP engine does not read it",
+        "mtp.enable_train mtp.enable_rollout mtp.detach_encoder mtp.mtp_loss_scaling_factor mtp.method "
+        "mtp.speculative_algorithm mtp.speculative_num_steps mtp.speculative_eagle_topk "
+        "mtp.speculative_num_draft_tokens mtp.num_speculative_tokens": "only multi-token prediction reads it",
     }
     if uses_megatron_lora:
-        rules |= {f"{node}.lora.rank": FROM_ZERO, f"{node}.lora.merge": SWITCH, f"{node}.lora.*": ANYTHING}
+        rules |= rules_of(node, {"lora.rank": FROM_ZERO, "lora.merge": SWITCH, "lora.*": ANYTHING})
     else:
-        rules |= _unused(_MODEL_FILE, node, "lora", "verl's FSDP engine does not read it; LoRA is set by lora_rank")
+        unused["lora"] = "verl's FSDP engine does not read it; LoRA is set by lora_rank"
+    for keys, why in unused.items():
+        rules |= _unused(_MODEL_FILE, node, keys, why)
     return rules
 
 
 def optimiser_rules(node: str) -> dict[str, Rule]:
     """Of the optimiser's node."""
-    return {
-        f"{node}.lr": RATE,
-        f"{node}.weight_decay": RATE,
-        f"{node}.clip_grad": NORM,
-        f"{node}.lr_warmup_steps_ratio": SHARE,
-        f"{node}.lr_warmup_steps": (is_integer, "give a number of steps, or -1 to take lr_warmup_steps_ratio"),
-        f"{node}.min_lr_ratio": SHARE_OR_NULL,
-        f"{node}.lr_scheduler_type": one_of("constant", "cosine"),
-        f"{node}.num_cycles": POSITIVE,
-        f"{node}.zero_indexed_step": SWITCH,
-        f"{node}.betas": (
-            lambda value: _are(value, lambda each: is_number(each) and 0 <= each < 1) and len(value) == 2,
-            "give two numbers from 0 to 1, 1 left out",
-        ),
-        f"{node}.optimizer": TEXT,
-        f"{node}.optimizer_impl": (_module, "give the name of a module that can be imported, as torch.optim"),
-        f"{node}.override_optimizer_config": MAPPING_OR_NULL,
-        **{f"{node}.override_optimizer_config.{key}": one_of(True, False, None) for key in ("fused", "foreach")},
-        f"{node}.override_optimizer_config.*": ANYTHING,  # checked by building the optimiser
-        f"{node}.warmup_style": only(None, "set lr_scheduler_type instead"),
-        f"{node}.total_training_steps": only(-1, "it follows from the data; set trainer.total_training_steps instead"),
-    }
+    return rules_of(
+        node,
+        {
+            "lr weight_decay": RATE,
+            "clip_grad": NORM,
+            "lr_warmup_steps_ratio": SHARE,
+            "lr_warmup_steps": (is_integer, "give a number of steps, or -1 to take lr_warmup_steps_ratio"),
+            "min_lr_ratio": SHARE_OR_NULL,
+            "lr_scheduler_type": one_of("constant", "cosine"),
+            "num_cycles": POSITIVE,
+            "zero_indexed_step": SWITCH,
+            "betas": (
+                lambda value: _are(value, lambda each: is_number(each) and 0 <= each < 1) and len(value) == 2,
+                "give two numbers from 0 to 1, 1 left out",
+            ),
+            "optimizer": TEXT,
+            "optimizer_impl": (_module, "give the name of a module that can be imported, as torch.optim"),
+            "override_optimizer_config": MAPPING_OR_NULL,
+            "override_optimizer_config.fused override_optimizer_config.foreach": one_of(True, False, None),
+            "override_optimizer_config.*": ANYTHING,  # checked by building the optimiser
+            "warmup_style": only(None, "set lr_scheduler_type instead"),
+            "total_training_steps": only(-1, "it follows from the data; set trainer.total_training_steps instead"),
+        },
+    )
 
 
 def checkpoint_rules(node: str) -> dict[str, Rule]:
     """Of the checkpoints' node."""
-    return {
-        f"{node}.save_contents": _contents("model", "optimizer", "extra", "hf_model"),
-        f"{node}.load_contents": _contents("model", "optimizer", "extra", "hf_model"),
-        f"{node}.async_save": only(False, "not supported: a checkpoint could not be told complete; unset it"),
-        f"{node}.strict": SWITCH,
-        f"{node}.save_lora_only": SWITCH,
-    }
+    return rules_of(
+        node,
+        {
+            "save_contents load_contents": _contents("model", "optimizer", "extra", "hf_model"),
+            "async_save": only(False, "not supported: a checkpoint could not be told complete; unset it"),
+            "strict save_lora_only": SWITCH,
+        },
+    )
 
 
 def check_values(config: DictConfig, rules: Rules) -> None:
@@ -341,6 +340,17 @@ def check_values(config: DictConfig, rules: Rules) -> None:
         if isinstance(value, ListConfig):
             value = OmegaConf.to_container(value, resolve=True)
         require(accepts(value), setting, value, remedy)
+
+
+def check_relations(config: DictConfig, relations: Iterable[Relation]) -> None:
+    """Check that settings fit one another.
+
+    Raises:
+        Refused: the first that does not fit.
+    """
+    for settings, fits, remedy in relations:
+        found = ", ".join(str(OmegaConf.select(config, setting)) for setting in settings.split(", "))
+        require(fits, settings, found, remedy)
 
 
 def check_known(config: DictConfig, nodes: tuple[str, ...], rules: Rules) -> None:
@@ -394,53 +404,41 @@ def check_optimiser(config: DictConfig, node: str) -> None:
         require(False, f"{node}.{first}", given.get(first), f"the optimiser cannot be built ({words}); change it")
 
 
-def check_lora(config: DictConfig, node: str, trained: bool) -> None:
-    """Check that settings of LoRA stand beside a rank, and a teacher's rank beside the adapter that it is for.
-
-    Raises:
-        Refused: they would change nothing.
-    """
+def lora_relations(config: DictConfig, node: str, trained: bool) -> Iterator[Relation]:
+    """Settings of LoRA stand beside a rank, and a teacher's rank beside the adapter that it is for."""
     model = OmegaConf.select(config, node)
     if model is None or not model.get("path"):
         return
     rank, adapter = model.get("lora_rank", 0), model.get("lora_adapter_path")
-    require(
-        adapter is None or rank > 0,
+    yield (
         f"{node}.lora_adapter_path",
-        adapter,
+        adapter is None or rank > 0,
         "verl loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both",
     )
-    require(
-        trained or rank == 0 or adapter is not None,
+    yield (
         f"{node}.lora_rank",
-        rank,
+        trained or rank == 0 or adapter is not None,
         "a teacher is not trained; give its adapter by lora_adapter_path, or leave it out",
     )
-    for key in ("lora_alpha", "target_modules", "target_parameters", "exclude_modules"):
+    is_off = rank == 0 and not OmegaConf.select(model, "lora.rank")
+    for key in ("lora_alpha", "target_modules", "target_parameters", "exclude_modules") if is_off else ():
         default = OmegaConf.select(_verl_defaults(_MODEL_FILE), key)
-        value = model.get(key, default)
-        value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
-        off = rank == 0 and not (OmegaConf.select(model, "lora.rank") or 0)
-        require(value == default or not off, f"{node}.{key}", value, "LoRA is off; set lora_rank, or leave it out")
+        yield f"{node}.{key}", model.get(key, default) == default, "LoRA is off; set lora_rank, or leave it out"
 
 
-def check_engine(config: DictConfig, node: str, inherited: str | None = None) -> None:
-    """Check that ``dtype``, where it is set, is what ``mixed_precision`` says, which verl reads, and the seed's use.
+def engine_relations(config: DictConfig, node: str, inherited: str | None = None) -> Iterator[Relation]:
+    """``dtype``, where it is set, is what ``mixed_precision`` says, which verl reads; something reads the seed.
 
     Args:
         config: the configuration.
         node: the engine's.
         inherited: a node whose ``mixed_precision`` holds where this one has none.
-
-    Raises:
-        Refused: they differ, or nothing reads the seed.
     """
     seed, of_run = OmegaConf.select(config, f"{node}.seed"), OmegaConf.select(config, f"{PREFIX}.seed")
-    require(
+    yield (
+        f"{node}.seed",
         seed in (None, of_run, _verl_defaults(_ENGINE_FILE).seed)
         or bool(OmegaConf.select(config, f"{node}.full_determinism")),
-        f"{node}.seed",
-        seed,
         f"only full_determinism reads it; {PREFIX}.seed is that of the draws",
     )
     wanted = OmegaConf.select(config, f"{node}.dtype")
@@ -449,10 +447,9 @@ def check_engine(config: DictConfig, node: str, inherited: str | None = None) ->
     if wanted is None or PrecisionType.is_bf16(wanted) or found is None:
         return
     param_dtype = found.get("param_dtype", "bfloat16")
-    require(
-        PrecisionType.to_dtype(param_dtype) == PrecisionType.to_dtype(wanted),
+    yield (
         f"{node}.dtype",
-        wanted,
+        PrecisionType.to_dtype(param_dtype) == PrecisionType.to_dtype(wanted),
         f"mixed_precision.param_dtype={param_dtype} says otherwise; set them alike, or one of them",
     )
 

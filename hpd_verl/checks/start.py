@@ -1,8 +1,6 @@
 """All checks of a command, the cheap ones first, before Ray, ranks or models start."""
 
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,17 +9,19 @@ from verl.workers.config import HFModelConfig
 
 from hpd_verl.checks.data import check_prompts_fit, template_kwargs, texts_of_rows
 from hpd_verl.checks.files_of_model import check_student_files
-from hpd_verl.checks.models import ModelUse, can_check_here, check_models, without_copies
+from hpd_verl.checks.folders import check_checkpoint_folder, check_store, check_temporary_folders
+from hpd_verl.checks.models import ModelUse, check_models, is_remote_model, load_model_config, without_copies
 from hpd_verl.checks.resume import check_resume
 from hpd_verl.checks.row_layouts import Passes, choose_row_layout, model_nodes
-from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config, check_store
+from hpd_verl.checks.run import check_config, check_sft_config
 from hpd_verl.checks.settings import on_cpu
 from hpd_verl.checks.vocabulary import check_embedded
-from hpd_verl.config import HPDConfig, choose_pipeline, needs_rollout_server
+from hpd_verl.config import HPDConfig
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote
 from hpd_verl.engine.families import head_size
 from hpd_verl.errors import require
 from hpd_verl.run.checkpoint import ACTOR, LEAN
+from hpd_verl.run.choices import choose_pipeline, needs_rollout_server
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,9 @@ def _check_data_and_models(
                 + (f" with {setting.removesuffix('files')}max_samples={limit}" if used < rows else "")
                 + ", less than one batch; lower it"
             )
-    if not can_check_here(models["student"], models["teacher"]):
+    remote = [str(node.path) for node in models.values() if is_remote_model(node)]
+    if remote:
+        logger.info("not checked before the run starts, for they would have to be fetched: %s", ", ".join(remote))
         return None
     student = check_models(
         student=without_copies(models["student"]),
@@ -177,23 +179,6 @@ def sft_passes(config: DictConfig) -> Passes:
     )
 
 
-def check_temporary_folders(*variables: str) -> None:
-    """Check that the folders for temporary files, which these variables of the environment name, can be written to.
-
-    Raises:
-        ValueError: one cannot, or without any of them there is none.
-    """
-    for variable in variables:
-        folder = os.environ.get(variable)
-        if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-            found = "cannot be written to" if os.path.isdir(folder) else "no such folder"
-            raise ValueError(f"{variable}={folder}: {found}; make it, or unset the variable")
-    try:
-        tempfile.gettempdir()
-    except FileNotFoundError as error:
-        raise ValueError(f"TMPDIR=: {error.strerror}; set it to a folder that can be written to") from error
-
-
 def check_main_ppo(config: DictConfig) -> None:
     """Check a run of main_ppo with ``algorithm=hpd`` in the driver, before Ray starts.
 
@@ -239,6 +224,24 @@ def check_main_ppo(config: DictConfig) -> None:
             f"attention heads of {size}, and vLLM generates on a CPU with {', '.join(map(str, VLLM_CPU_HEAD_SIZES))} "
             "only; choose another student, or train on demonstrations alone without validation",
         )
+
+
+def check_fetched_models(config: DictConfig, hpd: HPDConfig) -> HFModelConfig:
+    """The student's configuration, where the models may be fetched: those that the driver left out are checked.
+
+    Raises:
+        ValueError: as ``check_models``.
+    """
+    nodes, (of_student, of_teacher) = config.actor_rollout_ref, main_ppo_uses(config, hpd)
+    if not any(map(is_remote_model, (nodes.model, nodes.ref.model))):
+        return load_model_config(nodes.model, of_student.setting)
+    return check_models(
+        student=nodes.model,
+        teacher=nodes.ref.model,
+        uses=(of_student, of_teacher),
+        needed_context=config.data.max_prompt_length + config.data.max_response_length,
+        template_kwargs=template_kwargs(config.data),
+    )
 
 
 def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False) -> None:

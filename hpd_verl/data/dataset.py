@@ -13,7 +13,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.chat_template import ChatTemplate
 from hpd_verl.data.demonstration import DemonstrationTokenizer, PromptTokenizer, demonstration_of, has_demonstration
-from hpd_verl.data.files import RowRules, as_list, check_files
+from hpd_verl.data.files import RowRules, as_list, check_files, is_remote, local_files
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, as_written, tools_of
 
 __all__ = ["DEMONSTRATION", "HPDDataset"]
@@ -25,7 +25,8 @@ class HPDDataset(RLHFDataset):
     """Rows of verl's columns, ``tools`` and, for training, ``demonstration``: a string or a chat list of one assistant
     message.
 
-    ``config`` is verl's ``data`` node; its ``hpd`` holds ``algorithm.hpd``. Files are parquet, json or jsonl.
+    ``config`` is verl's ``data`` node; its ``hpd`` holds ``algorithm.hpd``, and ``files_are_checked`` whether the files
+    have been checked, by a run's start: all but remote ones are then only read. Files are parquet, json or jsonl.
 
     Raises:
         ValueError: at construction, naming file and row: a file that cannot be read, no prompt or one that is not a
@@ -42,11 +43,12 @@ class HPDDataset(RLHFDataset):
         # verl tells no one which split a data set is for; the validation rows need no demonstration.
         self.is_train = list(self.original_data_files) == as_list(self.config.train_files)
         setting = "data.train_files" if self.is_train else "data.val_files"
-        check_files(
-            setting,
-            self.data_files,
-            RowRules.of(self.config, HPDConfig.from_config(self.config.hpd), self.is_train),
-        )
+        if self.config.get("files_are_checked", False) and not any(map(is_remote, self.original_data_files)):
+            for file in self.data_files:  # this may be another machine
+                local_files(setting, file)
+        else:
+            hpd = HPDConfig.from_config(self.config.hpd)
+            check_files(setting, self.data_files, RowRules.of(self.config, hpd, self.is_train))
         super()._read_files_and_tokenize()
         if self.is_train and self.config.hpd.overlong_demonstration != "truncate":
             self._handle_overlong()

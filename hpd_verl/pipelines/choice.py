@@ -1,4 +1,4 @@
-"""The pipelines by the name that ``config.choose_pipeline`` returns."""
+"""The pipelines by the name that ``run.choices.choose_pipeline`` returns."""
 
 from hpd_verl.pipelines.one_pass import ONE_PASS
 from hpd_verl.pipelines.pipeline import Pipeline

@@ -12,11 +12,12 @@ from verl.utils.ray_utils import auto_await
 from verl.utils.tensordict_utils import index_select_tensor_dict, list_of_dict_to_tensordict
 from verl.workers.config import HFModelConfig
 
-from hpd_verl.config import HPDConfig, needs_rollout_server
+from hpd_verl.config import HPDConfig
 from hpd_verl.data.dataset import DEMONSTRATION
 from hpd_verl.data.demonstration import SequenceBuilder, demonstration_of
 from hpd_verl.data.fields import ON_POLICY, ROLLOUT_LOG_PROBS
 from hpd_verl.data.row import TOOLS, tools_of
+from hpd_verl.run.choices import needs_rollout_server
 
 
 def _row(batch: TensorDict, index: int) -> dict[str, Any]:

@@ -29,21 +29,20 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from hpd_verl.checks.models import check_models
 from hpd_verl.checks.row_layouts import choose_row_layout, model_nodes, write_row_layout
-from hpd_verl.checks.run import check_config
-from hpd_verl.checks.start import main_ppo_passes, main_ppo_uses
-from hpd_verl.config import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
+from hpd_verl.checks.start import DATASET_MODULE, check_fetched_models, check_main_ppo, main_ppo_passes
+from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import has_demonstration
 from hpd_verl.data.on_policy import choose_rollouts, rollout_quota, shared_prompts
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.pipelines.updates import rows_of_ranks
-from hpd_verl.ppo import stop_request
+from hpd_verl.ppo import messages
 from hpd_verl.ppo.queue_batch import QueueBatch
 from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
 from hpd_verl.run import checkpoint
+from hpd_verl.run.choices import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 from hpd_verl.teacher.prompt_date import fix_prompt_date
 from hpd_verl.teacher.store.size import log_size
 
@@ -73,7 +72,9 @@ class HPDTrainer(PPOTrainerSync):
     total_training_steps: int
 
     def __init__(self, config: DictConfig) -> None:
-        hpd = check_config(config)
+        if not messages.is_checked():  # started by another driver than that of algorithm=hpd
+            check_main_ppo(config)
+        hpd = HPDConfig.from_config(config.algorithm.hpd)
         pipeline, reason = choose_pipeline(config, hpd)
         logger.info("pipeline %s: %s", pipeline, reason)
         with open_dict(config):
@@ -82,12 +83,7 @@ class HPDTrainer(PPOTrainerSync):
         self.pipeline = PIPELINES[pipeline].driver(
             self.hpd, updates_per_batch(config), compares_rollouts(config, self.hpd)
         )
-        student = check_models(
-            student=config.actor_rollout_ref.model,
-            teacher=config.actor_rollout_ref.ref.model,
-            uses=main_ppo_uses(config, hpd),
-            needed_context=config.data.max_prompt_length + config.data.max_response_length,
-        )
+        student = check_fetched_models(config, hpd)
         fix_prompt_date(config.data, self.hpd, student.tokenizer.chat_template)
         nodes = config.actor_rollout_ref
         names = ("actor_rollout_ref.model", "actor_rollout_ref.ref.model")
@@ -113,7 +109,8 @@ class HPDTrainer(PPOTrainerSync):
         return replay_buffer
 
     def _init_dataloader(self) -> None:
-        super()._init_dataloader()
+        with _settings(self.config.data, files_are_checked=self.config.data.custom_cls.path == DATASET_MODULE):
+            super()._init_dataloader()
         rows, batch_size = len(self.train_dataset), self.config.data.train_batch_size
         if rows < batch_size:
             raise ValueError(
@@ -335,7 +332,7 @@ class HPDTrainer(PPOTrainerSync):
 
     def on_train_begin(self) -> None:
         super().on_train_begin()
-        stop_request.say_begun()
+        messages.say_begun()
 
     def on_validate_end(self) -> None:
         super().on_validate_end()
@@ -344,12 +341,12 @@ class HPDTrainer(PPOTrainerSync):
     def _stop_if_asked(self) -> None:
         """Save this step, and make it the last: what verl does after it, as its validation, still happens."""
         is_last = self.global_steps >= self.total_training_steps
-        if is_last or not stop_request.is_asked():
+        if is_last or not messages.is_asked():
             return
         saved = self._checkpoint_root() / f"global_step_{self.global_steps}"
         if self.previous_checkpoint != saved:
             self._save_checkpoint()
-        stop_request.say_stopped(stop_request.Stopped(self.global_steps, self.total_training_steps, str(saved)))
+        messages.say_stopped(messages.Stopped(self.global_steps, self.total_training_steps, str(saved)))
         self.is_stopping = True
         self.total_training_steps = self.global_steps
 

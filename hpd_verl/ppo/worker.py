@@ -12,11 +12,12 @@ from verl.utils.profiler import DistProfiler
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
-from hpd_verl.config import HPDConfig, with_dtype
+from hpd_verl.config import HPDConfig
 from hpd_verl.engine.ranks import seed_rank
 from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.run.checkpoint import remove_files
+from hpd_verl.run.choices import with_dtype
 from hpd_verl.teacher.model_config import teacher_model_config
 
 

@@ -65,8 +65,9 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
 def read_demonstrations(
     config: DictConfig, model: HFModelConfig, files: Any, max_samples: int = -1
 ) -> DemonstrationDataset:
-    """The rows of ``files`` (a path or a list of them), checked, as sequences of the student's tokens."""
+    """The rows of ``files`` (a path or a list of them), which the start has checked, as the student's tokens."""
     data = OmegaConf.merge(config.data, {"train_files": files})  # validation rows need demonstrations too
+    OmegaConf.update(data, "files_are_checked", True, force_add=True)
     files = [files] if isinstance(files, str) else list(files)
     rows = HPDDataset(files, model.tokenizer, data, max_samples=max_samples)
     sequences = SequenceBuilder(

@@ -12,8 +12,9 @@ from verl.workers.config import TrainingWorkerConfig
 
 from hpd_verl.checks.row_layouts import choose_row_layout, model_nodes, write_row_layout
 from hpd_verl.checks.start import check_sft_run, sft_passes
-from hpd_verl.config import HPDConfig, with_dtype
+from hpd_verl.config import HPDConfig
 from hpd_verl.engine.ranks import on_rank_zero
+from hpd_verl.run.choices import with_dtype
 from hpd_verl.sft.demonstrations import DemonstrationDataset
 from hpd_verl.teacher.model_config import teacher_model_config
 from hpd_verl.teacher.settings import TeacherSettings

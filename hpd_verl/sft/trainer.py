@@ -30,7 +30,7 @@ from verl.utils.metric import Metric, reduce_metrics
 from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 
-from hpd_verl.config import HPDConfig, with_dtype
+from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.engine.ranks import seed_rank, sums_of_ranks
 from hpd_verl.engine.saved_model import SavedModelError
@@ -39,6 +39,7 @@ from hpd_verl.errors import Refused
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
 from hpd_verl.run import checkpoint
+from hpd_verl.run.choices import with_dtype
 from hpd_verl.run.stopping import StopSignals
 from hpd_verl.sft.demonstrations import DemonstrationDataset, PaddedRows, as_batch, read_demonstrations
 from hpd_verl.sft.start import checked, log_store_size, teacher_settings, write_row_layouts

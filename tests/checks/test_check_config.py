@@ -13,9 +13,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from verl.utils.tracking import Tracking
 
 from hpd_verl.checks import run
-from hpd_verl.checks.run import check_checkpoint_folder, check_config, check_sft_config
-from hpd_verl.config import HPDConfig, choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
+from hpd_verl.checks.folders import check_checkpoint_folder
+from hpd_verl.checks.run import check_config, check_sft_config
+from hpd_verl.config import HPDConfig
 from hpd_verl.hydra_config import config_dir
+from hpd_verl.run.choices import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 
 MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from hpd_verl.checks.folders import check_store
 from hpd_verl.checks.resume import check_resume
-from hpd_verl.checks.run import check_store
 from hpd_verl.config import HPDConfig
 from hpd_verl.errors import Refused
 from hpd_verl.run.checkpoint import check_whole, mark_complete

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hpd_verl.checks.files_of_model import check_student_files
-from hpd_verl.checks.start import check_temporary_folders
+from hpd_verl.checks.folders import check_temporary_folders
 
 
 def student(folder: Path, **settings: Any) -> Any:

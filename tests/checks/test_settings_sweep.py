@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from hpd_verl.checks import run
 from hpd_verl.checks.run import check_config, check_sft_config
 from hpd_verl.checks.settings import Rule, check_values, leaves
-from hpd_verl.config import with_dtype
 from hpd_verl.errors import Refused
 from hpd_verl.hydra_config import config_dir
+from hpd_verl.run.choices import with_dtype
 
 ELSEWHERE = ("algorithm.", "data.hpd.", "profiler.", "trainer.logger")
 """Settings whose values other checks read: HPDConfig, the trackers; the profiler's, which is off."""
