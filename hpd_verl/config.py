@@ -21,6 +21,7 @@ from hpd_verl.errors import require
 from hpd_verl.field_text import first_error, says
 from hpd_verl.objectives import OBJECTIVES, Mixture, Objective, ObjectiveParameters, RowObjectives, find_objective
 from hpd_verl.objectives.token import HPDParameters
+from hpd_verl.teacher_server import TeacherServer
 
 PREFIX = "algorithm.hpd"
 
@@ -145,6 +146,9 @@ class HPDConfig(HPDParameters):
     Rows beyond it are not kept. A token takes 2 (float32: 4) bytes a hidden unit and 8 more, or 8 bytes a top-k entry
     and 8 more."""
 
+    teacher_server: TeacherServer = TeacherServer()
+    """A teacher that servers of its own run."""
+
     objective_parameters: dict[str, dict[str, Any]] = Field({}, repr=False, exclude=True)
     """Parameters by their objective's name: the keys of ``algorithm.hpd`` that are objectives. Not a setting itself."""
 
@@ -154,6 +158,8 @@ class HPDConfig(HPDParameters):
         settings = type(self).model_fields.keys() - {"objective_parameters"}
         own = {name: value for name, value in values.items() if name in settings}
         nodes = {name: value for name, value in values.items() if name not in own}
+        if "teacher_server" in own:
+            own["teacher_server"] = TeacherServer.from_node(own["teacher_server"])
         try:
             super().__init__(**{"objective_parameters": nodes, **own})
         except ValidationError as error:

@@ -14,7 +14,7 @@ ORDER = [
     {"errors", "field_text"},
     {"objectives"},
     {"head"},
-    {"config", "run"},
+    {"config", "run", "teacher_server"},
     {"data"},
     {"engine"},
     {"teacher"},

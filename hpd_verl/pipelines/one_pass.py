@@ -208,6 +208,8 @@ class OnePass(RankPipeline):
     ) -> None:
         self.student = student
         self.teacher = teacher
+        self.following: TensorDict | None = None
+        """The rows of the next update, if they are known: the teacher may fetch their features during this one."""
         self.loss = OnePassLoss(config, loss_agg_mode, loss_scale_factor, self.student.engine.compiles)
         self.student.set_loss_fn(self.loss)
 
@@ -221,6 +223,9 @@ class OnePass(RankPipeline):
     def update(self, data: TensorDict) -> TensorDict | None:
         """The student's updates, with the teacher's metrics added."""
         metrics = self._take_teacher_features(data)
+        if self.following is not None and self.teacher is not None:
+            self.teacher.announce(self.following)
+            self.following = None
         start = time.perf_counter()
         output = train(self.student, data, self.loss.loss_agg_mode)
         return self._with_metrics(output, metrics | {"timing_s/student": time.perf_counter() - start})

@@ -1,7 +1,7 @@
 """Rows of demonstrations as token sequences, and batches of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +60,45 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         flags = {fields.ROW: index, fields.IS_PADDING: int(index >= len(self.rows))}
         return self.rows[index % len(self.rows)] | {name: torch.tensor([value]) for name, value in flags.items()}
+
+
+class LookAhead:
+    """The batches of a stateful loader, each with the one after it; its state is that of what was trained on.
+
+    Args:
+        loader: verl's.
+        looks: whether the batch after is taken out early; the last of an epoch has none.
+    """
+
+    def __init__(self, loader: Any, looks: bool) -> None:
+        self.loader = loader
+        self.looks = looks
+        self._state: dict[str, Any] | None = None
+        self._after_this: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        if self._state is None:
+            self._state = self.loader.state_dict()
+        batches = iter(self.loader)
+        batch = next(batches, None)
+        while batch is not None:
+            self._after_this = self.loader.state_dict()
+            following = next(batches, None) if self.looks else None
+            yield batch, following
+            batch = following if self.looks else next(batches, None)
+
+    def trained(self) -> None:
+        """The batch that was handed out last is trained on."""
+        self._state = self._after_this
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.loader.state_dict() if self._state is None else self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)
 
 
 def read_demonstrations(

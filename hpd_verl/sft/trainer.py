@@ -40,11 +40,12 @@ from hpd_verl.hydra_config import config_dir
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
 from hpd_verl.run import checkpoint
 from hpd_verl.run.choices import with_dtype
-from hpd_verl.run.stopping import StopSignals
-from hpd_verl.sft.demonstrations import DemonstrationDataset, PaddedRows, as_batch, read_demonstrations
+from hpd_verl.run.stopping import EXIT_CODE, StopSignals
+from hpd_verl.sft.demonstrations import DemonstrationDataset, LookAhead, PaddedRows, as_batch, read_demonstrations
 from hpd_verl.sft.start import checked, log_store_size, teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.prompt_date import fix_prompt_date
+from hpd_verl.teacher.teacher import TeacherUnavailable
 
 Value = TypeVar("Value")
 
@@ -57,6 +58,8 @@ class HPDSFTTrainer(SFTTrainer):
         self.checkpoint_root = Path(config.trainer.default_local_dir).absolute()
         write_row_layouts(config)
         super().__init__(config)
+        if self.previous_checkpoint is not None and self.one_pass.teacher is not None:
+            self.one_pass.teacher.resume(self.previous_checkpoint)
 
     def _build_config(self) -> None:
         super()._build_config()
@@ -128,9 +131,11 @@ class HPDSFTTrainer(SFTTrainer):
     def _batch(self, tensors: Mapping[str, Any], step: int) -> TensorDict:
         return as_batch(self.config, self.model_config, tensors, step)
 
-    def _train_step(self, tensors: Mapping[str, Any], step: int) -> dict[str, Any]:
+    def _train_step(self, tensors: Mapping[str, Any], following: Mapping[str, Any] | None, step: int) -> dict[str, Any]:
         start = time.perf_counter()
         data = self._batch(tensors, step)
+        if following is not None and self.one_pass.teacher is not None:
+            self.one_pass.following = self._batch(following, step + 1)
         tu.assign_non_tensor(
             data, mini_batch_size=self.global_batch_size, epochs=1, seed=0, dataloader_kwargs={"shuffle": False}
         )
@@ -202,9 +207,13 @@ class HPDSFTTrainer(SFTTrainer):
         bar = tqdm(total=self.total_training_steps, initial=step, desc="training", unit="step", disable=not leads)
         while step < self.total_training_steps:
             self.train_sampler.set_epoch(step // self.steps_per_epoch)
-            for tensors in self.train_dataloader:
+            for tensors, following in self.batches:
                 step += 1
-                metrics = self._train_step(tensors, step)
+                try:
+                    metrics = self._train_step(tensors, following, step)
+                except TeacherUnavailable as error:
+                    raise self._without_teacher(step - 1, error) from error
+                self.batches.trained()
                 is_last = step >= self.total_training_steps
                 saves = is_last or (self.save_freq > 0 and step % self.save_freq == 0)
                 stops = self._is_asked(signals)
@@ -228,6 +237,12 @@ class HPDSFTTrainer(SFTTrainer):
                     break
         bar.close()
 
+    def _without_teacher(self, step: int, error: TeacherUnavailable) -> TeacherUnavailable:
+        """Save the last step that was made; the error with where that is."""
+        if step > self.resume_global_step and self.previous_checkpoint != self.checkpoint_root / f"global_step_{step}":
+            self._save(step)
+        return type(error)(f"{error} (step {step} is saved: {self.previous_checkpoint})" if step else str(error))
+
     def _is_asked(self, signals: StopSignals) -> bool:
         """Whether a signal asked any rank to end the run, the same on all of them."""
         asked = torch.tensor(int(signals.asked_by is not None), device=self.device_name)
@@ -236,6 +251,8 @@ class HPDSFTTrainer(SFTTrainer):
 
     def _build_ckpt_handler(self) -> None:
         """verl's, told which checkpoint to resume from and that old ones are removed here."""
+        ahead = self.hpd.teacher_server.prefetch if self.hpd.teacher_server.urls else 0
+        self.train_dataloader = self.batches = LookAhead(self.train_dataloader, bool(ahead))
         super()._build_ckpt_handler()
         handler = self.ckpt_handler
         handler.max_ckpt_to_keep = None
@@ -259,6 +276,8 @@ class HPDSFTTrainer(SFTTrainer):
             checkpoint.mark_incomplete(root, step, self.previous_checkpoint)
         torch.distributed.barrier()
         self.ckpt_handler.save_checkpoint(step=step)
+        if self.one_pass.teacher is not None:
+            self.one_pass.teacher.save(root / f"global_step_{step}")
         torch.distributed.barrier()
         if leads:
             checkpoint.save_settings(root, step, self.config)
@@ -295,6 +314,9 @@ def main(config: DictConfig) -> None:
     initialize_global_process_group()
     try:
         HPDSFTTrainer(config).fit(signals)
+    except TeacherUnavailable as error:
+        print(f"Error: {error}, exit code {EXIT_CODE}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
     except (Refused, SavedModelError) as error:  # what only the loaded models show
         sys.exit(f"Error: {error}")
     signals.ignore()

@@ -10,6 +10,7 @@ from hpd_verl.engine.causal_lm import head_scaling
 from hpd_verl.engine.ranks import on_every_rank, on_rank_zero
 from hpd_verl.teacher.colocated import ColocatedTeacher
 from hpd_verl.teacher.model_config import shared_vocabulary_size
+from hpd_verl.teacher.served.teacher import ServedTeacher
 from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.store.disk import DiskStore
 from hpd_verl.teacher.store.identity import FileHashes, teacher_hashes
@@ -28,23 +29,33 @@ def make_teacher(settings: TeacherSettings, config: HPDConfig, student: HFModelC
         student: whose tokens and vocabulary rows have.
 
     Raises:
-        ValueError: the teacher's output layer is not understood, or its store is not usable.
+        ValueError: the teacher's output layer is not understood, its store is not usable, or its server does not
+            answer, or is another's.
     """
-    teacher: Teacher = ColocatedTeacher(settings.worker(), config, shared_vocabulary_size(student, settings.model))
-    store = open_store(settings, config, student)
+    vocabulary_size = shared_vocabulary_size(student, settings.model)
+    teacher: Teacher
+    served = None
+    if config.teacher_server.urls:
+        teacher = served = ServedTeacher(settings, config, vocabulary_size)
+    else:
+        teacher = ColocatedTeacher(settings.worker(), config, vocabulary_size)
+    store = open_store(settings, config, student, served)
     if store is not None:
         teacher = StoredTeacher(store, teacher, head_scaling(settings.model.hf_config))
     teacher.prepare()
     return teacher
 
 
-def open_store(settings: TeacherSettings, config: HPDConfig, student: HFModelConfig) -> TeacherStore | None:
+def open_store(
+    settings: TeacherSettings, config: HPDConfig, student: HFModelConfig, served: ServedTeacher | None = None
+) -> TeacherStore | None:
     """The store of a teacher's features; None where none is kept.
 
     Args:
         settings: of the teacher.
         config: the algorithm's configuration.
         student: whose tokens and vocabulary rows have.
+        served: the teacher, where a server runs it.
 
     Raises:
         ValueError: a store in memory on several ranks, a folder that is another teacher's or cannot be used, weights of
@@ -72,6 +83,11 @@ def open_store(settings: TeacherSettings, config: HPDConfig, student: HFModelCon
         return MemoryStore(identity("", ""), max_bytes)  # of this process, which has one teacher
     assert config.teacher_cache_dir is not None  # HPDConfig requires it
     folder = Path(config.teacher_cache_dir).expanduser()
+    if served is not None:
+        known = identity(*served.hashes(folder))
+        store = on_every_rank(lambda: DiskStore(folder, known, max_bytes))
+        served.save(folder)  # once the folder is known to be this teacher's
+        return store
     hashes = FileHashes(folder / "teacher_files.json")
     # Of rank 0: its copy of the weights is what verl loads, and other nodes need not read theirs.
     known = identity(*on_rank_zero(lambda: teacher_hashes(settings.model, hashes)))

@@ -77,6 +77,25 @@ class FeatureForm:
             return cls(top_k=config.teacher_cache_top_k)
         return cls(rounded_to=DTYPES[config.teacher_cache_dtype])
 
+    def features(
+        self,
+        hidden: Tensor,
+        head: OutputHead,
+        labels: Tensor,
+        temperature: float,
+        chunk_size: int | None,
+        compiled: bool,
+    ) -> TeacherFeatures:
+        """Features of hidden states; arguments as of ``teacher_features``."""
+        if self.top_k is not None:
+            k = min(self.top_k, head.vocabulary_size)
+            return teacher_top_k(hidden, head, labels, temperature, chunk_size, k=k)
+        if not self.complete:
+            return HiddenFeatures(hidden.detach(), head, temperature)
+        if self.rounded_to is not None:
+            hidden = hidden.to(self.rounded_to).to(hidden.dtype)
+        return teacher_features(hidden, head, labels, temperature, chunk_size, compiled)
+
 
 class _FeatureLoss(HeadLoss):
     """The teacher's loss function: keeps the features of each row, and has no loss."""
@@ -91,23 +110,16 @@ class _FeatureLoss(HeadLoss):
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
         responses = response_tokens(data)
-        features = self._features(hidden[responses.positions], head, responses.labels)
+        features = self.form.features(
+            hidden[responses.positions], head, responses.labels, self.temperature, self.chunk_size, self.compiled
+        )
+        if isinstance(features, HiddenFeatures):
+            features = dataclasses.replace(features, head=self.head)  # of this pass, the engine's own is sharded again
         start = 0
         for row, length in zip(row_numbers(data).tolist(), responses.lengths.tolist(), strict=True):
             self.rows[row] = features[start : start + length]
             start += length
         return torch.zeros((), device=hidden.device), {}
-
-    def _features(self, hidden: Tensor, head: OutputHead, labels: Tensor) -> TeacherFeatures:
-        if self.form.top_k is not None:
-            k = min(self.form.top_k, head.vocabulary_size)
-            return teacher_top_k(hidden, head, labels, self.temperature, self.chunk_size, k=k)
-        if not self.form.complete:
-            return HiddenFeatures(hidden.detach(), self.head, self.temperature)
-        if self.form.rounded_to is not None:
-            hidden = hidden.to(self.form.rounded_to).to(hidden.dtype)
-        features = teacher_features(hidden, head, labels, self.temperature, self.chunk_size, self.compiled)
-        return dataclasses.replace(features, head=self.head)  # of this pass, the engine's own is sharded again
 
 
 class ColocatedTeacher(Teacher):

@@ -1,6 +1,7 @@
 """The teacher as everything above sees it: features of a batch's rows, wherever they come from.
 
-``ColocatedTeacher`` runs the model beside the student, ``StoredTeacher`` keeps what another teacher computes.
+``ColocatedTeacher`` runs the model beside the student, ``ServedTeacher`` asks servers, ``StoredTeacher`` keeps what
+another teacher computes.
 """
 
 from abc import ABC, abstractmethod
@@ -9,7 +10,12 @@ from pathlib import Path
 
 from tensordict import TensorDict
 
+from hpd_verl.errors import Refused
 from hpd_verl.head.features import TeacherFeatures
+
+
+class TeacherUnavailable(Refused):
+    """The teacher gives no features any more. The run ends with a checkpoint, and the same command goes on."""
 
 
 class Teacher(ABC):
@@ -26,6 +32,9 @@ class Teacher(ABC):
 
         Returns:
             Row number to features, on the device.
+
+        Raises:
+            TeacherUnavailable: on all ranks, where one has none.
         """
 
     @abstractmethod

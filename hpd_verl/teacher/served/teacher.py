@@ -1,0 +1,264 @@
+"""The teacher behind a URL."""
+
+import concurrent.futures
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils.device import get_device_id
+
+from hpd_verl.config import HPDConfig
+from hpd_verl.data.response_tokens import response_tokens, row_numbers
+from hpd_verl.engine.causal_lm import head_scaling
+from hpd_verl.engine.ranks import on_every_rank, on_rank_zero, sums_of_ranks
+from hpd_verl.errors import Refused, one_line
+from hpd_verl.head.features import TeacherFeatures
+from hpd_verl.head.output_head import OutputHead
+from hpd_verl.teacher.colocated import FeatureForm
+from hpd_verl.teacher.served.client import HiddenStates, Servers
+from hpd_verl.teacher.served.output_layer import output_layer
+from hpd_verl.teacher.served.probe import Probe, probe_tokens
+from hpd_verl.teacher.settings import TeacherSettings
+from hpd_verl.teacher.store.identity import PATH_SETTING, config_hash
+from hpd_verl.teacher.teacher import Teacher
+from hpd_verl.teacher_server import URLS
+
+logger = logging.getLogger(__name__)
+
+REPORT = 20.0
+"""Seconds between two reports of ranks that wait: far below the process group's timeout."""
+
+Answer = tuple["concurrent.futures.Future[list[Tensor]]", int]
+"""Where a row's hidden states will be: of a request, and which of its rows."""
+
+
+class ServedTeacher(Teacher):
+    """Hidden states from servers; the output layer is on each rank.
+
+    Args:
+        settings: of the teacher: its files hold the output layer.
+        config: the algorithm's configuration, with ``teacher_server.urls``.
+        vocabulary_size: the teacher's logits that are used.
+
+    Raises:
+        ValueError: an API key that no header can hold.
+    """
+
+    def __init__(self, settings: TeacherSettings, config: HPDConfig, vocabulary_size: int) -> None:
+        self.model = settings.model
+        self.dtype = settings.dtype
+        self.compiled = bool(settings.config.engine_config.use_torch_compile)
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        self.servers = make_servers(settings, config, vocabulary_size)
+        self._head: OutputHead | None = None
+        self._ahead: dict[bytes, Answer] = {}
+        self._waited = 0.0
+
+    def prepare(self) -> None:
+        """Wait for the servers, and read the output layer.
+
+        Raises:
+            TeacherUnavailable: a server does not answer in time.
+            Refused: it serves another model, or the output layer is not in the teacher's files.
+        """
+        self._loaded()
+
+    def _loaded(self) -> OutputHead:
+        if self._head is not None:
+            return self._head
+        self._meet()
+        weight, bias = on_every_rank(lambda: output_layer(self.model, PATH_SETTING))
+        assert weight is not None
+        scale, soft_cap = head_scaling(self.model.hf_config)
+        weight, bias = (None if each is None else each.to(get_device_id(), self.dtype) for each in (weight, bias))
+        assert weight is not None
+        self._head = OutputHead(weight, self.vocabulary_size, bias, scale, soft_cap)
+        return self._head
+
+    def _meet(self) -> Probe:
+        """Which model answers, the same for all ranks: a rank's servers must answer as rank 0's do."""
+
+        def meet() -> Probe | Refused:
+            try:
+                self.servers.connect()
+            except Refused as error:  # on all ranks as what it is
+                return error
+            assert self.servers.reference is not None
+            return self.servers.reference
+
+        found = on_rank_zero(meet)
+        if isinstance(found, Refused):
+            raise found
+        self.servers.reference = found
+        return found
+
+    def features(self, data: TensorDict, wanted: Sequence[int] | None = None) -> dict[int, TeacherFeatures]:
+        head = self._loaded()
+        numbers, keys = row_numbers(data).tolist(), _keys(data)
+        rows = range(len(keys)) if wanted is None else wanted
+        answers = {key: self._ahead.pop(key) for key in {keys[index] for index in rows} if key in self._ahead}
+        answers = {key: answer for key, answer in answers.items() if not _has_failed(answer)}
+        answers |= self._ask({index: keys[index] for index in rows if keys[index] not in answers}, data)
+        start = time.perf_counter()
+        self._wait({id(future): future for future, _ in answers.values()}.values())
+        self._waited += time.perf_counter() - start
+        responses, starts = response_tokens(data), data["input_ids"].offsets()[:-1]
+        ends = responses.lengths.cumsum(0).tolist()
+        found = {}
+        for index, length, end in zip(range(len(keys)), responses.lengths.tolist(), ends, strict=True):
+            if keys[index] not in answers:
+                continue
+            future, place = answers[keys[index]]
+            own = slice(end - length, end)
+            hidden = future.result()[place][(responses.positions[own] - starts[index]).cpu()]
+            found[numbers[index]] = FeatureForm.of(self.config).features(
+                hidden.to(get_device_id(), self.dtype),
+                head,
+                responses.labels[own].to(get_device_id()),
+                self.config.temperature_of_teacher,
+                self.config.token_chunk_size,
+                self.compiled,
+            )
+        return found
+
+    def announce(self, data: TensorDict, wanted: Sequence[int] | None = None) -> None:
+        keys = _keys(data)
+        rows = range(len(keys)) if wanted is None else wanted
+        for future, _ in self._ahead.values():
+            future.cancel()
+        self._ahead = self._ask({index: keys[index] for index in rows}, data)
+
+    def _ask(self, rows: dict[int, bytes], data: TensorDict) -> dict[bytes, Answer]:
+        """Ask for rows, those of the same tokens once."""
+        by_key = {key: index for index, key in rows.items()}
+        if not by_key:
+            return {}
+        ids = data["input_ids"].unbind()
+        # No hidden state is needed at the last token, which predicts nothing.
+        future = self.servers.submit([ids[index][:-1].tolist() for index in by_key.values()])
+        return {key: (future, place) for place, key in enumerate(by_key)}
+
+    @staticmethod
+    def _wait(futures: "Sequence[concurrent.futures.Future[list[Tensor]]] | object") -> None:
+        """Until all ranks have their answers; all ranks together.
+
+        Raises:
+            TeacherUnavailable: on all ranks, where one has none.
+            Refused: the same of what repeating does not mend.
+        """
+        waiting = list(futures)  # type: ignore[call-overload]
+        is_alone = torch.distributed.get_world_size() == 1
+        while True:
+            done, left = concurrent.futures.wait(waiting, None if is_alone else REPORT, "FIRST_EXCEPTION")
+            errors = [error for each in done if (error := each.exception()) is not None]
+            state = (len(left), errors[0] if errors else None)
+            states = [state]
+            if not is_alone:
+                states = [state] * torch.distributed.get_world_size()
+                torch.distributed.all_gather_object(states, state)
+            error = next((error for _, error in states if error is not None), None)
+            if error is not None:
+                raise error
+            if not any(count for count, _ in states):
+                return
+
+    def metrics(self) -> dict[str, float]:
+        counts, waited = self.servers.counts, self._waited
+        self._waited = 0.0
+        own = [counts.tokens, counts.bytes, counts.retries, waited, counts.tokens / max(counts.seconds, 1e-9)]
+        tokens, size, retries, seconds, speed = sums_of_ranks(own)
+        return {
+            "timing_s/teacher_wait": seconds / torch.distributed.get_world_size(),
+            "hpd/teacher_server_tokens": tokens,
+            "hpd/teacher_server_tokens_per_s": speed,
+            "hpd/teacher_server_gib": size / 2**30,
+            "hpd/teacher_server_retries": retries,
+        }
+
+    # ------------------------------ which model it is ------------------------------
+
+    def save(self, folder: Path) -> None:
+        if torch.distributed.get_rank() == 0 and self.servers.reference is not None:
+            self.servers.reference.write_new(folder)
+
+    def resume(self, folder: Path) -> None:
+        def compare() -> Probe | Refused | None:
+            try:
+                saved = Probe.read(folder)
+                if saved is not None and self.servers.reference is not None:
+                    self._compare(saved, self.servers.reference, f"trained up to {folder.name}")
+            except ValueError as error:
+                return Refused(one_line(error))
+            return saved
+
+        found = on_rank_zero(compare)
+        if isinstance(found, Refused):
+            raise found
+        self.servers.reference = found or self.servers.reference
+
+    def _compare(self, saved: Probe, answer: Probe, did: str) -> None:
+        difference = "another probe" if saved.tokens != answer.tokens else saved.difference(answer.hidden, self.dtype)
+        if difference is not None:
+            raise Refused(
+                f"{URLS}={self.config.teacher_server.urls}: not the teacher that {did} ({difference}); serve that one, "
+                "or begin anew in another folder"
+            )
+
+    def hashes(self, folder: Path) -> tuple[str, str]:
+        """What identifies this teacher in a store, as ``teacher_hashes`` of one beside the student; all ranks together.
+
+        The store's folder keeps the probe's answer, so that a server whose last bits differ is the same teacher, and a
+        full store needs no server.
+
+        Raises:
+            Refused: the server is another teacher than the store's.
+        """
+
+        def known() -> Probe | Refused | None:
+            try:
+                return Probe.read(folder)
+            except ValueError as error:
+                return Refused(one_line(error))
+
+        found = on_rank_zero(known)
+        if isinstance(found, Refused):
+            raise found
+        if found is None:
+            found = self._meet()
+        self.servers.reference = found
+        weight, bias = output_layer(self.model, PATH_SETTING)
+        digest = hashlib.sha256(found.digest.encode())
+        for each in (weight, bias):
+            if each is not None:
+                digest.update(each.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest(), config_hash(self.model.hf_config, self.model.external_lib)
+
+
+def make_servers(settings: TeacherSettings, config: HPDConfig, vocabulary_size: int) -> Servers:
+    """The servers of a teacher, not asked yet.
+
+    Raises:
+        ValueError: an API key that no header can hold.
+    """
+    hidden_size = settings.model.hf_config.get_text_config().hidden_size
+    dtype = torch.float32 if settings.dtype == torch.float32 else torch.bfloat16
+    special = list(getattr(settings.model.tokenizer, "all_special_ids", []))
+    tokens = probe_tokens(settings.model.hf_config, special, vocabulary_size)
+    return Servers(config.teacher_server, HiddenStates(hidden_size, dtype), tokens, dtype)
+
+
+def _keys(data: TensorDict) -> list[bytes]:
+    return [row.to("cpu").numpy().tobytes() for row in data["input_ids"].unbind()]
+
+
+def _has_failed(answer: Answer) -> bool:
+    """What failed in the background is asked for again."""
+    future, _ = answer
+    return future.done() and (future.cancelled() or future.exception() is not None)
