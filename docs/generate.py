@@ -21,6 +21,7 @@ from hpd_verl.config import HPDConfig  # noqa: E402
 from hpd_verl.field_text import allowed  # noqa: E402
 from hpd_verl.objectives import OBJECTIVES, Objective  # noqa: E402
 from hpd_verl.objectives.token import HPDParameters  # noqa: E402
+from hpd_verl.teacher_server import TeacherServer  # noqa: E402
 
 GENERATED = "<!-- Written by docs/generate.py: change the declarations in the code instead. -->"
 
@@ -38,7 +39,7 @@ SECTIONS: dict[str, list[str]] = {
     "Checkpoints": ["check_saved_model"],
     "The teacher's store": [name for name in HPDConfig.model_fields if name.startswith("teacher_cache")],
 }
-NOT_SETTINGS = {"objective_parameters"}
+NOT_SETTINGS = {"objective_parameters", "teacher_server"}
 
 SETTINGS = """# Settings
 
@@ -128,6 +129,8 @@ def settings_page() -> str:
     parts = [SETTINGS, GENERATED]
     for title, names in SECTIONS.items():
         parts.append(f"## {title}\n\n{_table({name: fields[name] for name in names})}")
+    served = {f"teacher_server.{name}": field for name, field in TeacherServer.model_fields.items()}
+    parts.append(f"## A served teacher\n\nSee [served](served.md).\n\n{_table(served)}")
     nodes = {
         f"{name}.{parameter}": field
         for name, each in OBJECTIVES.items()

@@ -28,6 +28,7 @@ from hpd_verl.engine import on_meta
 from hpd_verl.engine.families import head_counts, layers_to_wrap
 from hpd_verl.errors import one_line, require
 from hpd_verl.teacher.model_config import teacher_model_config
+from hpd_verl.teacher.served.output_layer import output_layer, plain_config
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class ModelUse:
     """Ranks that share a sequence."""
     layers: Any = None
     """Of its engine, wrap_policy.transformer_layer_cls_to_wrap: classes that FSDP wraps."""
+    served: bool = False
+    """Servers run it; here are its configuration, its tokenizer and its output layer."""
 
     @property
     def node(self) -> str:
@@ -278,6 +281,37 @@ def _check_build(use: ModelUse, model: HFModelConfig) -> PreTrainedModel:
     return built
 
 
+def _check_context(use: ModelUse, model: HFModelConfig, needed_context: int) -> None:
+    context = getattr(model.hf_config, "max_position_embeddings", None)
+    if context is not None and context < needed_context:
+        raise ValueError(
+            f"{use.setting}={model.path}: its context has {context} tokens, but data.max_prompt_length + "
+            f"data.max_response_length = {needed_context}; shorten them or choose another model"
+        )
+
+
+def _check_served(use: ModelUse, model: HFModelConfig) -> None:
+    """A teacher that servers run, however they keep its weights: its output layer is here, and understood.
+
+    Raises:
+        ValueError: it is not.
+    """
+    require(
+        model.lora_adapter_path is None,
+        f"{use.node}.lora_adapter_path",
+        model.lora_adapter_path,
+        "algorithm.hpd.teacher_server.urls names servers, which have the whole teacher; leave it out",
+    )
+    config = plain_config(model.hf_config)
+    try:
+        check_architecture(use.setting, model.path, config, trust_remote_code=model.trust_remote_code)
+    except on_meta.CannotBuild as error:
+        raise ValueError(
+            f"{use.setting}={model.path}: transformers cannot build it: {one_line(error)}; choose another model"
+        ) from error
+    output_layer(model, use.setting, read=False)
+
+
 def _check_wrapping(use: ModelUse, built: PreTrainedModel) -> None:
     """FSDP wraps layers by their classes' names."""
     setting, known = f"{use.engine}.wrap_policy.transformer_layer_cls_to_wrap", layers_to_wrap(built)
@@ -426,18 +460,17 @@ def check_models(
             "verl loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both",
         )
         _check_overrides(use, model)
+        if use.served:
+            _check_served(use, model)
+            _check_context(use, model, needed_context)
+            continue
         files = check_weights(use.setting, Path(model.local_path)) if Path(model.local_path).is_dir() else []
         built = _check_build(use, model)
         if files:
             _check_tensors(use, model, built, files)
         if model.lora_rank > 0:
             _check_lora(use, model, built)
-        context = getattr(model.hf_config, "max_position_embeddings", None)
-        if context is not None and context < needed_context:
-            raise ValueError(
-                f"{use.setting}={model.path}: its context has {context} tokens, but data.max_prompt_length + "
-                f"data.max_response_length = {needed_context}; shorten them or choose another model"
-            )
+        _check_context(use, model, needed_context)
     student_model = models[uses[0].setting]
     _check_chat_template(student_model, uses[0].setting, dict(template_kwargs or {}))
     if uses[1].setting in models:

@@ -15,6 +15,7 @@ from hpd_verl.checks.resume import check_resume
 from hpd_verl.checks.row_layouts import Passes, choose_row_layout, model_nodes
 from hpd_verl.checks.run import check_config, check_sft_config
 from hpd_verl.checks.settings import on_cpu
+from hpd_verl.checks.teacher_server import check_teacher_server
 from hpd_verl.checks.vocabulary import check_embedded
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote
@@ -22,6 +23,7 @@ from hpd_verl.engine.families import head_size
 from hpd_verl.errors import require
 from hpd_verl.run.checkpoint import ACTOR, LEAN
 from hpd_verl.run.choices import choose_pipeline, needs_rollout_server
+from hpd_verl.teacher.model_config import teacher_model_config
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,10 @@ def _check_data_and_models(
         texts_of_rows([file for found in checked.values() for file in found], data.get("prompt_key", "prompt")),
     )
     nodes = (without_copies(models["student"]), without_copies(models["teacher"]))
+    if uses[1].served and hpd.needs_teacher and nodes[1].get("path"):
+        teacher = load_model_config(teacher_model_config(*nodes), uses[1].setting)
+        longest = data.max_prompt_length + data.max_response_length
+        check_teacher_server(hpd, uses[1].setting, teacher, student, longest)
     for model in model_nodes(*nodes, [use.node for use in uses]):
         choose_row_layout(model, passes)
     for setting, found in checked.items():
@@ -134,6 +140,7 @@ def main_ppo_uses(config: DictConfig, hpd: HPDConfig) -> tuple[ModelUse, ModelUs
             one_pass=pipeline == "one_pass",
             ulysses=nodes[role].get("ulysses_sequence_parallel_size", 1),
             layers=_wrapped(nodes[role].fsdp_config),
+            served=role == "ref" and bool(hpd.teacher_server.urls),
         )
         for role, path in (("actor", "actor_rollout_ref.model"), ("ref", "actor_rollout_ref.ref.model"))
     )
@@ -278,7 +285,12 @@ def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False)
         {"student": config.model, "teacher": config.teacher.model},
         (
             ModelUse("model.path", "engine", layers=_wrapped(config.engine)),
-            ModelUse("teacher.model.path", "teacher.engine", layers=_wrapped(config.teacher.engine, config.engine)),
+            ModelUse(
+                "teacher.model.path",
+                "teacher.engine",
+                layers=_wrapped(config.teacher.engine, config.engine),
+                served=bool(hpd.teacher_server.urls),
+            ),
         ),
         rows_needed,
         sft_passes(config),

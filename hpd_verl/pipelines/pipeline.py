@@ -11,6 +11,7 @@ from verl.workers.config import ActorConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.teacher.teacher import Teacher
 
 
 class Batch(ABC):
@@ -80,6 +81,9 @@ class Driver:
 
 class RankPipeline(ABC):
     """Student and teacher of one rank, ready for the passes and the update."""
+
+    teacher: Teacher | None = None
+    """What gives the update its features; None where none are needed, or the teacher has a pass of its own."""
 
     @classmethod
     @abstractmethod

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from hpd_verl.run import checkpoint
 from hpd_verl.run.choices import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 from hpd_verl.teacher.prompt_date import fix_prompt_date
 from hpd_verl.teacher.store.size import log_size
+from hpd_verl.teacher.teacher import TeacherUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +166,7 @@ class HPDTrainer(PPOTrainerSync):
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
         """The next prompts, numbered within the batch, each marked as demonstration or rollout."""
+        self.state_before = self.train_dataloader.state_dict()
         batch = super()._next_train_batch(num_prompts)
         rows = len(batch)
         demonstrations = list(batch[DEMONSTRATION]) if DEMONSTRATION in batch else [None] * rows
@@ -330,8 +333,30 @@ class HPDTrainer(PPOTrainerSync):
         with _settings(trainer, **chosen):
             super()._load_checkpoint()
 
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """verl's; where the teacher gives no features any more, the run ends with a checkpoint of its last step."""
+        try:
+            super().fit(*args, **kwargs)
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, TeacherUnavailable):
+                raise
+            self._end_without_teacher(str(error.cause))
+
+    def _end_without_teacher(self, error: str) -> None:
+        """Save the last step that was made, with the data's order as it was before the one that failed."""
+        self.global_steps -= 1
+        saved = self._checkpoint_root() / f"global_step_{self.global_steps}"
+        if self.global_steps > self.first_step and self.previous_checkpoint != saved:
+            self.train_dataloader = _WithState(self.train_dataloader, self.state_before)
+            self._save_checkpoint()
+        if self.previous_checkpoint is not None:
+            error = f"{error} (step {self.global_steps} is saved: {self.previous_checkpoint})"
+        where = messages.Stopped(self.global_steps, self.total_training_steps, str(self.previous_checkpoint), error)
+        messages.say_stopped(where)
+
     def on_train_begin(self) -> None:
         super().on_train_begin()
+        self.first_step = self.global_steps - 1  # that the run goes on from
         messages.say_begun()
 
     def on_validate_end(self) -> None:
@@ -366,6 +391,17 @@ class HPDTrainer(PPOTrainerSync):
         if old:
             checkpoint.remove(old)
             self.actor_rollout_wg.remove_checkpoints([str(folder) for folder in old])
+
+
+@dataclass
+class _WithState:
+    """A loader with the state that it had earlier."""
+
+    loader: Any
+    state: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
 
 
 @contextmanager

@@ -52,6 +52,20 @@ class HPDWorker(ActorRolloutRefWorker):
         return self.pipeline.update(data)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """verl's, with what a resumed run needs of the teacher."""
+        super().save_checkpoint(local_path, *args, **kwargs)
+        if self.pipeline.teacher is not None:
+            self.pipeline.teacher.save(Path(local_path).parent)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> None:
+        """verl's, with the teacher's part."""
+        super().load_checkpoint(local_path, *args, **kwargs)
+        if self.pipeline.teacher is not None and local_path is not None:
+            self.pipeline.teacher.resume(Path(local_path).parent)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def remove_checkpoints(self, folders: list[str]) -> None:
         """Remove this machine's files of checkpoints that the driver gave up, where it has a disk of its own."""
         for folder in folders:

@@ -225,6 +225,19 @@ class Servers:
 
         return self._start(ask()).result()
 
+    def close(self) -> None:
+        """End the thread and its connections."""
+        if self._loop is None:
+            return
+
+        async def end() -> None:
+            if self._client is not None:
+                await self._client.aclose()
+
+        self._start(end()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop, self._client = None, None
+
     def _start(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
         if self._loop is None:
             self._loop = asyncio.new_event_loop()

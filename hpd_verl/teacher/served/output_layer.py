@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from verl.workers.config import HFModelConfig
 
@@ -27,10 +28,7 @@ def output_layer(model: HFModelConfig, setting: str, read: bool = True) -> tuple
         Refused: they are not there, or are no plain floating-point matrix.
     """
     said = f"{setting}={model.path}"
-    config = copy.deepcopy(model.hf_config)
-    for part in (config, config.get_text_config()):  # the layers are the server's business
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+    config = plain_config(model.hf_config)
     names = weight_names(config, model.trust_remote_code)
     places = _places(str(model.local_path), said)
     text = config.get_text_config()
@@ -63,6 +61,15 @@ def output_layer(model: HFModelConfig, setting: str, read: bool = True) -> tuple
     except (OSError, SafetensorError) as error:
         raise Refused(f"{said}: its output layer cannot be read ({one_line(error)}); copy the file again") from error
     return weight, bias
+
+
+def plain_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A model's configuration without its quantisation, which is the server's business."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def _places(source: str, said: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils.device import get_device_id
+from verl.workers.config import HFModelConfig
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.response_tokens import response_tokens, row_numbers
@@ -26,7 +27,7 @@ from hpd_verl.teacher.served.output_layer import output_layer
 from hpd_verl.teacher.served.probe import Probe, probe_tokens
 from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.store.identity import PATH_SETTING, config_hash
-from hpd_verl.teacher.teacher import Teacher
+from hpd_verl.teacher.teacher import Teacher, TeacherUnavailable
 from hpd_verl.teacher_server import URLS
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class ServedTeacher(Teacher):
         self.compiled = bool(settings.config.engine_config.use_torch_compile)
         self.config = config
         self.vocabulary_size = vocabulary_size
-        self.servers = make_servers(settings, config, vocabulary_size)
+        self.servers = make_servers(settings.model, settings.dtype, config, vocabulary_size)
         self._head: OutputHead | None = None
         self._ahead: dict[bytes, Answer] = {}
         self._waited = 0.0
@@ -150,8 +151,7 @@ class ServedTeacher(Teacher):
         """Until all ranks have their answers; all ranks together.
 
         Raises:
-            TeacherUnavailable: on all ranks, where one has none.
-            Refused: the same of what repeating does not mend.
+            TeacherUnavailable: on all ranks, where one gets none.
         """
         waiting = list(futures)  # type: ignore[call-overload]
         is_alone = torch.distributed.get_world_size() == 1
@@ -164,6 +164,8 @@ class ServedTeacher(Teacher):
                 states = [state] * torch.distributed.get_world_size()
                 torch.distributed.all_gather_object(states, state)
             error = next((error for _, error in states if error is not None), None)
+            if isinstance(error, Refused):  # what repeating does not mend, too: the run has steps to save
+                raise TeacherUnavailable(str(error)) from error
             if error is not None:
                 raise error
             if not any(count for count, _ in states):
@@ -241,16 +243,22 @@ class ServedTeacher(Teacher):
         return digest.hexdigest(), config_hash(self.model.hf_config, self.model.external_lib)
 
 
-def make_servers(settings: TeacherSettings, config: HPDConfig, vocabulary_size: int) -> Servers:
+def make_servers(model: HFModelConfig, dtype: torch.dtype, config: HPDConfig, vocabulary_size: int) -> Servers:
     """The servers of a teacher, not asked yet.
+
+    Args:
+        model: the teacher.
+        dtype: of its products.
+        config: the algorithm's configuration.
+        vocabulary_size: the teacher's logits that are used.
 
     Raises:
         ValueError: an API key that no header can hold.
     """
-    hidden_size = settings.model.hf_config.get_text_config().hidden_size
-    dtype = torch.float32 if settings.dtype == torch.float32 else torch.bfloat16
-    special = list(getattr(settings.model.tokenizer, "all_special_ids", []))
-    tokens = probe_tokens(settings.model.hf_config, special, vocabulary_size)
+    hidden_size = model.hf_config.get_text_config().hidden_size
+    dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    special = list(getattr(model.tokenizer, "all_special_ids", []))
+    tokens = probe_tokens(model.hf_config, special, vocabulary_size)
     return Servers(config.teacher_server, HiddenStates(hidden_size, dtype), tokens, dtype)
 
 

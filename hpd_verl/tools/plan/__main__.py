@@ -37,6 +37,7 @@ HELP = {
     "prompt_tokens": "of a row, on average",
     "response_tokens": "of a row, on average",
     "batch_size": "rows of a step: data.train_batch_size",
+    "teacher_served": "servers on other GPUs run the teacher (algorithm.hpd.teacher_server.urls)",
     "offload_policy": "FSDP2 keeps student and optimiser in the machine's memory",
     "optimizer_offload": "with param_offload: both leave the GPU while the rollout server runs",
     "store_is_full": "the teacher's store was filled ahead; the teacher is not loaded",

@@ -96,20 +96,26 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memo
         if not (keeps_top_k and run.store_is_full):
             always["teacher's whole output layer"] = width * teacher.output
         if not run.store_is_full:
+            chunk = min(_chunk(run), responses)
+            logits = width * chunk * teacher.vocabulary + _ELEMENTWISE[run.platform]
             stored = (4 if run.teacher_dtype == "fp32" else 2) * teacher.parameters
+        if run.teacher_served and not run.store_is_full:
+            phases["teacher"] = {**shard, **always, "logits of a chunk": logits, "teacher's features": features}
+            # Prompts too, of this batch and of the one that is fetched ahead.
+            machine["the teacher's hidden states"] = 2 * run.batch_size * run.row_tokens * width * teacher.hidden
+        elif not run.store_is_full:
             if on_cpu:
                 always["teacher's weights"] = (
                     stored / run.gpus + 4 * teacher.parameters
                 )  # and gathered, which they stay
             else:
                 machine["teacher's weights"] = stored
-            chunk = min(_chunk(run), responses)
             phases["teacher"] = {
                 **shard,
                 **always,
                 "teacher's layers, gathered": 0 if on_cpu else width * (2 * teacher.layer + teacher.output),
                 "teacher's activations": tokens * (_passing(teacher, width) + 8 * teacher.hidden),
-                "logits of a chunk": width * chunk * teacher.vocabulary + _ELEMENTWISE[run.platform],
+                "logits of a chunk": logits,
                 "teacher's features": features,
             }
 
@@ -187,6 +193,8 @@ def _settings(run: Run) -> list[tuple[str, Run]]:
     ]
     if run.tokens // 2 >= run.row_tokens:
         tried.append((f"{length}={run.tokens // 2}", replace(run, tokens=run.tokens // 2)))
+    if not run.teacher_served:
+        tried.append(("algorithm.hpd.teacher_server.urls, on other GPUs", replace(run, teacher_served=True)))
     if run.teacher_cache == "off" and not run.serves_rollouts:
         filled = replace(run, teacher_cache="disk", store_is_full=True)
         tried.append(("algorithm.hpd.teacher_cache=disk, filled ahead", filled))
