@@ -21,7 +21,7 @@ from hpd_verl.errors import require
 from hpd_verl.field_text import first_error, says
 from hpd_verl.objectives import OBJECTIVES, Mixture, Objective, ObjectiveParameters, RowObjectives, find_objective
 from hpd_verl.objectives.token import HPDParameters
-from hpd_verl.teacher_server import TeacherServer
+from hpd_verl.teacher_server import NODE, TeacherServer
 
 PREFIX = "algorithm.hpd"
 
@@ -236,7 +236,37 @@ class HPDConfig(HPDParameters):
             self.exact_kl_metrics,
             f"{PREFIX}.teacher_cache_format=topk keeps a part of the teacher's distribution; choose hidden",
         )
+        if self.teacher_server.urls and self.teacher_server.features == "topk":
+            self.check_served_top_k()
         return self
+
+    def check_served_top_k(self) -> None:
+        """Check that the most likely tokens' log-probs at temperature 1, all that a server gives, are enough.
+
+        Raises:
+            ValueError: they are not.
+        """
+        only = f"{NODE}.features=topk gives the server's top {self.teacher_server.top_k} log-probs at temperature 1"
+        require(
+            not self.exact_kl_metrics,
+            f"{PREFIX}.exact_kl_metrics",
+            self.exact_kl_metrics,
+            f"{only}; leave it out, or serve hidden states",
+        )
+        require(
+            self.temperature_of_teacher == 1,
+            f"{PREFIX}.temperature" if self.teacher_temperature is None else f"{PREFIX}.teacher_temperature",
+            self.temperature_of_teacher,
+            f"{only}; set it to 1, or serve hidden states",
+        )
+        stores = self.teacher_cache_format == "topk" and self.teacher_cache_top_k == self.teacher_server.top_k
+        require(
+            self.teacher_cache == "off" or stores,
+            f"{PREFIX}.teacher_cache_format",
+            self.teacher_cache_format,
+            f"{only}; set teacher_cache_format=topk and teacher_cache_top_k={self.teacher_server.top_k}, or serve "
+            "hidden states",
+        )
 
     def _bind_objectives(self) -> RowObjectives:
         """The objectives in use with their parameters; refuses parameters of others.

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
@@ -24,6 +24,13 @@ class TeacherServer(ObjectiveParameters):
     urls: list[str] = Field([], json_schema_extra=says("give a list of addresses, as [http://host:8000]"))
     """Servers of the teacher (vLLM with --runner pooling); several share the rows, and stand in for one another.
     Empty: the teacher's model runs beside the student."""
+
+    features: Literal["auto", "hidden", "topk"] = "auto"
+    """hidden (exact: what the output layer takes), topk (the most likely tokens' log-probs, from a server of OpenAI's
+    completions with prompt_logprobs, which cannot pool), or auto: hidden where the server offers it."""
+
+    top_k: int = Field(20, ge=1)
+    """With topk: tokens a position, at most the server's --max-logprobs."""
 
     timeout_s: float = Field(600.0, gt=0)
     """Seconds for which every server may fail to answer, at the start or later; then the run ends, with a checkpoint. A

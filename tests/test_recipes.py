@@ -105,6 +105,11 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
         "actor_rollout_ref.model.path": "meta-llama/Llama-3.2-1B-Instruct",
         "actor_rollout_ref.ref.model.path": "meta-llama/Llama-3.1-8B-Instruct",
     },
+    ("math/hpd_served.sh", ""): MATH
+    | {
+        "actor_rollout_ref.ref.model.path": "Qwen/Qwen2.5-72B-Instruct",
+        "algorithm.hpd.teacher_server.urls": ["http://localhost:8000"],
+    },
     ("math/hpd_then_opd.sh", ""): MATH
     | {
         "algorithm.hpd.on_policy_fraction": {"start": 0, "end": 1, "steps": 2000},

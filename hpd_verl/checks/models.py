@@ -28,7 +28,7 @@ from hpd_verl.engine import on_meta
 from hpd_verl.engine.families import head_counts, layers_to_wrap
 from hpd_verl.errors import one_line, require
 from hpd_verl.teacher.model_config import teacher_model_config
-from hpd_verl.teacher.served.output_layer import output_layer, plain_config
+from hpd_verl.teacher.served.output_layer import plain_config
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +291,7 @@ def _check_context(use: ModelUse, model: HFModelConfig, needed_context: int) -> 
 
 
 def _check_served(use: ModelUse, model: HFModelConfig) -> None:
-    """A teacher that servers run, however they keep its weights: its output layer is here, and understood.
+    """A teacher that servers run, however they keep its weights: its output layer is understood.
 
     Raises:
         ValueError: it is not.
@@ -309,7 +309,6 @@ def _check_served(use: ModelUse, model: HFModelConfig) -> None:
         raise ValueError(
             f"{use.setting}={model.path}: transformers cannot build it: {one_line(error)}; choose another model"
         ) from error
-    output_layer(model, use.setting, read=False)
 
 
 def _check_wrapping(use: ModelUse, built: PreTrainedModel) -> None:

@@ -9,6 +9,8 @@ from verl.workers.config import HFModelConfig
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.errors import Refused, one_line, require
+from hpd_verl.teacher.served.client import TopLogProbs
+from hpd_verl.teacher.served.output_layer import output_layer
 from hpd_verl.teacher.served.teacher import make_servers
 from hpd_verl.teacher.store.identity import config_hash
 from hpd_verl.teacher_server import URLS
@@ -47,6 +49,11 @@ def check_teacher_server(
                 f"{needed_context}; start it with --max-model-len {needed_context}, or shorten the rows",
             )
             _check_root(served.url, served.root, setting, teacher)
+        if isinstance(servers.question, TopLogProbs):
+            hpd.check_served_top_k()
+            logger.info("%s gives log-probs, not hidden states: top %d", URLS, hpd.teacher_server.top_k)
+        else:
+            output_layer(teacher, setting, read=False)
         _check_tokens(servers.tokenise(_TEXT), hpd, student.tokenizer)
     finally:
         servers.close()

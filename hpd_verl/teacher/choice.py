@@ -70,7 +70,9 @@ def open_store(
             teacher,
             teacher_config,
             temperature=config.temperature_of_teacher,
-            vocabulary_size=shared_vocabulary_size(student, settings.model),
+            vocabulary_size=shared_vocabulary_size(student, settings.model)
+            if served is None
+            else served.used_vocabulary_size,
             format=config.teacher_cache_format,
             dtype=config.teacher_cache_dtype,
             top_k=config.teacher_cache_top_k,

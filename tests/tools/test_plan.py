@@ -111,6 +111,19 @@ def test_memory_by_hand(student: ModelSize, teacher: ModelSize) -> None:
     assert plan_memory(student, teacher, run).machine == {"teacher's weights": 2 * 7_615_616_512}
 
 
+def test_a_served_teacher_by_hand(student: ModelSize, teacher: ModelSize) -> None:
+    """Of the teacher there is its output layer, and the hidden states of two batches, prompts included."""
+    run = Run(gpus=4, tokens=8192, rows=1000, prompt_tokens=24, response_tokens=1000, batch_size=64)
+    served = plan_memory(student, teacher, replace(run, teacher_served=True))
+    assert served.machine == {"the teacher's hidden states": 2 * 64 * 1024 * 2 * 3584}
+    beside = plan_memory(student, teacher, run).phases
+    gone = {"teacher's layers, gathered", "teacher's activations"}
+    assert served.phases["teacher"] == {name: size for name, size in beside["teacher"].items() if name not in gone}
+    assert served.phases["backward"] == beside["backward"]
+    operations = plan_work(student, teacher, replace(run, teacher_served=True)).operations
+    assert operations["teacher"] == 3 * 1000 * 2 * 152_064 * 3584 * 1000  # three epochs of the output layer
+
+
 def test_operations_by_hand(student: ModelSize, teacher: ModelSize) -> None:
     run = Run(gpus=1, rows=10, epochs=2, prompt_tokens=100, response_tokens=300, gradient_checkpointing=False)
     work = plan_work(student, teacher, run)

@@ -37,6 +37,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before a failed server is asked again; they double in between."""
 _SHORT = 1 << 20
 """Bytes of an answer that holds no features, at most."""
+_NOT_OFFERED = {400, 404, 405, 422}
+"""Statuses of a server that is met for the first time, and does not pool."""
 _MAY_PASS = {404, 408, 409, 425, 429}
 """Statuses below 500 that pass by themselves; 404 while a server starts behind a proxy."""
 
@@ -47,6 +49,10 @@ class _Failure(Exception):
     """A request that may go well the next time."""
 
 
+class _NotOffered(Exception):
+    """The server knows nothing of the kind; the text says how it answered."""
+
+
 # ------------------------------ what is asked ------------------------------
 
 
@@ -54,6 +60,8 @@ class Question(ABC):
     """What a server is asked for rows of tokens."""
 
     path: str
+    sends_last: bool
+    """A row's last token is sent, too."""
 
     @abstractmethod
     def body(self, model: str, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -71,6 +79,10 @@ class Question(ABC):
             ValueError: the answer is not one to these rows; in a few words.
         """
 
+    def known_by(self, answer: Tensor) -> Tensor:
+        """What of the answer to the probe the model is known by."""
+        return answer.float()
+
 
 @dataclass(frozen=True)
 class HiddenStates(Question):
@@ -79,6 +91,7 @@ class HiddenStates(Question):
     hidden_size: int
     dtype: torch.dtype
     path = "/pooling"
+    sends_last = False  # it predicts nothing
 
     def body(self, model: str, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
         return {
@@ -105,6 +118,48 @@ class HiddenStates(Question):
         values = torch.from_numpy(np.frombuffer(bytearray(body), dtype=kind))
         hidden = (values.view(self.dtype) if self.dtype.itemsize == 2 else values).view(-1, self.hidden_size)
         return list(hidden.split(lengths))
+
+
+@dataclass(frozen=True)
+class TopLogProbs(Question):
+    """OpenAI's completions with ``prompt_logprobs``, as vLLM's server gives them.
+
+    A row of the answer is the next token's log-prob, then k tokens, then their log-probs, [tokens - 1, 1 + 2 k].
+    """
+
+    k: int
+    path = "/v1/completions"
+    sends_last = True
+
+    def body(self, model: str, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        return {"model": model, "prompt": [list(row) for row in rows], "max_tokens": 1, "prompt_logprobs": self.k}
+
+    def limit(self, rows: Sequence[Sequence[int]]) -> int:
+        return _SHORT + 400 * (self.k + 1) * sum(map(len, rows))
+
+    def read(self, body: bytes, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        try:
+            choices = {int(choice["index"]): choice["prompt_logprobs"] for choice in json.loads(body)["choices"]}
+            if sorted(choices) != list(range(len(rows))):
+                raise ValueError(f"{len(choices)} answers to {len(rows)} rows")
+            return [self._row(choices[index], row) for index, row in enumerate(rows)]
+        except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError("no prompt_logprobs of these rows") from error
+
+    def _row(self, found: Any, row: Sequence[int]) -> Tensor:
+        if len(found) != len(row):
+            raise ValueError(f"prompt_logprobs of {len(found)} tokens for {len(row)}")
+        lines = []
+        for token, entries in zip(row[1:], found[1:], strict=True):
+            known = {int(name): float(each["logprob"]) for name, each in entries.items()}
+            top = sorted(known, key=lambda name: -known[name])[: self.k]
+            if len(top) < self.k:
+                raise ValueError(f"{len(top)} log-probs a token for {self.k}")
+            lines.append([known[token], *top, *(known[name] for name in top)])
+        return torch.tensor(lines, dtype=torch.float64).view(len(row) - 1, 1 + 2 * self.k)
+
+    def known_by(self, answer: Tensor) -> Tensor:
+        return answer[:, 0].float().unsqueeze(0)
 
 
 # ------------------------------ servers ------------------------------
@@ -162,7 +217,7 @@ class Servers:
 
     Args:
         settings: addresses and time.
-        question: what they are asked for rows.
+        questions: what they are asked for rows; of several, the first that they understand.
         probe_tokens: of the sequence by which the model is known.
         dtype: of the teacher's products, for what counts as the same model.
 
@@ -171,10 +226,10 @@ class Servers:
     """
 
     def __init__(
-        self, settings: TeacherServer, question: Question, probe_tokens: list[int], dtype: torch.dtype
+        self, settings: TeacherServer, questions: list[Question], probe_tokens: list[int], dtype: torch.dtype
     ) -> None:
         self.settings = settings
-        self.question = question
+        self.questions = questions
         self.probe_tokens = probe_tokens
         self.dtype = dtype
         self.reference: Probe | None = None
@@ -187,6 +242,11 @@ class Servers:
         self._client: httpx.AsyncClient | None = None
         self._running = 0
         self._since = 0.0
+
+    @property
+    def question(self) -> Question:
+        """The one that the servers understand, once they have been met."""
+        return self.questions[0]
 
     # ------------------------------ from other threads ------------------------------
 
@@ -218,7 +278,7 @@ class Servers:
             body = {"model": (await self._until_ready(server)).name, "prompt": text, "add_special_tokens": False}
             try:
                 answer = json.loads(await self._request(server, "POST", "/tokenize", body, _SHORT, 30.0))
-            except (_Failure, Refused, ValueError):
+            except (_Failure, _NotOffered, ValueError):
                 return None
             found = answer.get("tokens") if isinstance(answer, dict) else None
             return found if isinstance(found, list) else None
@@ -340,38 +400,48 @@ class Servers:
             listed = json.loads(await self._request(server, "GET", "/v1/models", None, _SHORT, limit))
             model = listed["data"][0]
             found = Served(server.url, str(model["id"]), model.get("root"), model.get("max_model_len"))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        except Refused:
+            raise
+        except (_NotOffered, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise Refused(f"{URLS}={server.url}: /v1/models names no model; give the address of the teacher's server, "
                           "as http://host:8000") from error  # fmt: skip
-        rows = [self.probe_tokens]
-        body = self.question.body(found.name, rows)
-        answer = await self._request(
-            server, "POST", self.question.path, body, self.question.limit(rows) + _SHORT, limit
-        )
-        try:
-            (hidden,) = self.question.read(answer, rows)
-        except ValueError as error:
-            raise Refused(f"{URLS}={server.url}: {found.name} answers {error}; give the teacher's server") from error
-        hidden = hidden.float()
+        answer = await self._first_answer(server, found.name, limit)
+        named = f"{URLS}={server.url}"
         if self.reference is None:
-            if not hidden.isfinite().all():
+            if not answer.isfinite().all():
+                raise Refused(f"{named}: NaN or infinity in what {found.name} answers; check the server's dtype")
+            if isinstance(self.question, HiddenStates) and (answer.norm(dim=-1) - 1).abs().max() < 1e-2:
                 raise Refused(
-                    f"{URLS}={server.url}: NaN or infinity in the hidden states of {found.name}; check the server and "
-                    "its dtype"
-                )
-            if (hidden.norm(dim=-1) - 1).abs().max() < 1e-2:
-                raise Refused(
-                    f"{URLS}={server.url}: its vectors have length 1, they are normalised; start the server with "
+                    f"{named}: its vectors have length 1, they are normalised; start the server with "
                     '"use_activation": false in --pooler-config'
                 )
-            self.reference = Probe(self.probe_tokens, hidden)
-        difference = self.reference.difference(hidden, self.dtype)
+            self.reference = Probe(self.probe_tokens, answer)
+        difference = self.reference.difference(answer, self.dtype)
         if difference is not None:
             raise Refused(
-                f"{URLS}={server.url}: not the model that answered before ({difference}); serve the same model, "
-                "revision and quantisation, or begin a new run and store"
+                f"{named}: not the model that answered before ({difference}); serve the same model, revision and "
+                "quantisation, or begin a new run and store"
             )
         server.served, server.is_ready = found, True
+
+    async def _first_answer(self, server: _Server, name: str, seconds: float) -> Tensor:
+        """The answer to the probe, by which the model is known; settles which question is asked from here on."""
+        rows, refusals = [self.probe_tokens], []
+        for question in self.questions:
+            most = question.limit(rows) + _SHORT
+            try:
+                body = await self._request(server, "POST", question.path, question.body(name, rows), most, seconds)
+                (answer,) = question.read(body, rows)
+            except _NotOffered as error:
+                refusals.append(str(error))
+                continue
+            except ValueError as error:
+                if isinstance(error, Refused):
+                    raise
+                raise Refused(f"{URLS}={server.url}: {name} answers {error}; give the teacher's server") from error
+            self.questions = [question]
+            return question.known_by(answer)
+        raise Refused(f"{URLS}={server.url}: {'; '.join(refusals)}; see docs/served.md for how the server is started")
 
     async def _ask(self, server: _Server, rows: list[list[int]]) -> list[Tensor]:
         assert server.served is not None
@@ -422,6 +492,8 @@ class Servers:
             return found
         text = " ".join(self._masked(found[:400].decode(errors="replace")).split())
         said = f"{path}: status {answer.status_code} {text}"
+        if answer.status_code in _NOT_OFFERED and server.served is None:
+            raise _NotOffered(said)
         if answer.status_code >= 500 or answer.status_code in _MAY_PASS:
             raise _Failure(said)
         remedy = {

@@ -16,10 +16,12 @@ from hpd_verl.engine.saved_model import token_rows
 FILE = "teacher_probe.safetensors"
 """Name of a probe's file, in a store's folder and in a checkpoint's."""
 
-_LONGEST = 24
+_LONGEST = 16
 _FAR = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 """Mean of 1 - cosine over the tokens above which another model answers. Kernels and batches move float32 by 1e-12 and
 bfloat16 by some 1e-4; 8-bit weights move them by 1e-3 to 5e-3, other weights by 1."""
+_FAR_LOG_PROBS = 1e-4
+"""The same of log-probs, of which there is one a token: bfloat16 moves them by some 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Probe:
 
     tokens: list[int]
     hidden: Tensor
-    """float32 [tokens, d], on the CPU."""
+    """float32 [tokens, d], on the CPU; of a server that gives log-probs alone, those of the tokens, [1, tokens - 1]."""
 
     def difference(self, other: Tensor, dtype: torch.dtype) -> str | None:
         """How the answer of a server differs; None where the same model gave it.
@@ -44,7 +46,7 @@ class Probe:
         mine, its = self.hidden.double(), other.double()
         far = 1 - torch.nn.functional.cosine_similarity(mine, its, dim=-1).mean().item()
         longer = abs(its.norm().item() / max(mine.norm().item(), 1e-30) - 1)
-        limit = _FAR.get(dtype, _FAR[torch.bfloat16])
+        limit = _FAR_LOG_PROBS if len(self.hidden) == 1 else _FAR.get(dtype, _FAR[torch.bfloat16])
         if far > limit or longer > limit**0.5:
             return f"hidden states of a fixed sequence have cosine {1 - far:.6f} and {1 + longer:.4f} times the norm"
         return None

@@ -19,16 +19,17 @@ from hpd_verl.data.response_tokens import response_tokens, row_numbers
 from hpd_verl.engine.causal_lm import head_scaling
 from hpd_verl.engine.ranks import on_every_rank, on_rank_zero, sums_of_ranks
 from hpd_verl.errors import Refused, one_line
-from hpd_verl.head.features import TeacherFeatures
+from hpd_verl.head.features import TeacherFeatures, TopKFeatures
 from hpd_verl.head.output_head import OutputHead
+from hpd_verl.objectives import LOG_ZERO
 from hpd_verl.teacher.colocated import FeatureForm
-from hpd_verl.teacher.served.client import HiddenStates, Servers
+from hpd_verl.teacher.served.client import HiddenStates, Question, Servers, TopLogProbs
 from hpd_verl.teacher.served.output_layer import output_layer
 from hpd_verl.teacher.served.probe import Probe, probe_tokens
 from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.store.identity import PATH_SETTING, config_hash
 from hpd_verl.teacher.teacher import Teacher, TeacherUnavailable
-from hpd_verl.teacher_server import URLS
+from hpd_verl.teacher_server import NODE, URLS
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class ServedTeacher(Teacher):
         self.vocabulary_size = vocabulary_size
         self.servers = make_servers(settings.model, settings.dtype, config, vocabulary_size)
         self._head: OutputHead | None = None
+        self._is_prepared = False
         self._ahead: dict[bytes, Answer] = {}
         self._waited = 0.0
 
@@ -69,19 +71,21 @@ class ServedTeacher(Teacher):
             TeacherUnavailable: a server does not answer in time.
             Refused: it serves another model, or the output layer is not in the teacher's files.
         """
-        self._loaded()
+        self._load()
 
-    def _loaded(self) -> OutputHead:
-        if self._head is not None:
-            return self._head
+    def _load(self) -> None:
+        if self._is_prepared:
+            return
         self._meet()
+        self._is_prepared = True
+        if isinstance(self.servers.question, TopLogProbs):
+            return
         weight, bias = on_every_rank(lambda: output_layer(self.model, PATH_SETTING))
         assert weight is not None
         scale, soft_cap = head_scaling(self.model.hf_config)
         weight, bias = (None if each is None else each.to(get_device_id(), self.dtype) for each in (weight, bias))
         assert weight is not None
         self._head = OutputHead(weight, self.vocabulary_size, bias, scale, soft_cap)
-        return self._head
 
     def _meet(self) -> Probe:
         """Which model answers, the same for all ranks: a rank's servers must answer as rank 0's do."""
@@ -97,11 +101,39 @@ class ServedTeacher(Teacher):
         found = on_rank_zero(meet)
         if isinstance(found, Refused):
             raise found
-        self.servers.reference = found
+        self._know(found)
         return found
 
+    def _know(self, answer: Probe) -> None:
+        """Which model it is; that also says what is asked of it.
+
+        Raises:
+            ValueError: log-probs are not enough for the run.
+        """
+        self.servers.reference = answer
+        kind = HiddenStates if len(answer.hidden) > 1 else TopLogProbs
+        self.servers.questions = [each for each in self.servers.questions if isinstance(each, kind)]
+        if kind is TopLogProbs:
+            self.config.check_served_top_k()
+            if self.server_tokens > self.vocabulary_size:
+                raise Refused(
+                    f"{NODE}.features=topk: the teacher has {self.server_tokens} tokens, the student "
+                    f"{self.vocabulary_size}; serve hidden states, or choose a student with all tokens"
+                )
+
+    @property
+    def server_tokens(self) -> int:
+        """Tokens over which a server normalises its log-probs: vLLM masks the vocabulary beyond the tokenizer's."""
+        return min(len(self.model.tokenizer), self.model.hf_config.get_text_config().vocab_size)
+
+    @property
+    def used_vocabulary_size(self) -> int:
+        """Tokens over which its features are normalised."""
+        is_top_k = isinstance(self.servers.question, TopLogProbs)
+        return min(self.server_tokens, self.vocabulary_size) if is_top_k else self.vocabulary_size
+
     def features(self, data: TensorDict, wanted: Sequence[int] | None = None) -> dict[int, TeacherFeatures]:
-        head = self._loaded()
+        self._load()
         numbers, keys = row_numbers(data).tolist(), _keys(data)
         rows = range(len(keys)) if wanted is None else wanted
         answers = {key: self._ahead.pop(key) for key in {keys[index] for index in rows} if key in self._ahead}
@@ -118,18 +150,36 @@ class ServedTeacher(Teacher):
                 continue
             future, place = answers[keys[index]]
             own = slice(end - length, end)
-            hidden = future.result()[place][(responses.positions[own] - starts[index]).cpu()]
-            found[numbers[index]] = FeatureForm.of(self.config).features(
-                hidden.to(get_device_id(), self.dtype),
-                head,
-                responses.labels[own].to(get_device_id()),
-                self.config.temperature_of_teacher,
-                self.config.token_chunk_size,
-                self.compiled,
-            )
+            answer = future.result()[place][(responses.positions[own] - starts[index]).cpu()]
+            found[numbers[index]] = self._features(answer, responses.labels[own])
         return found
 
+    def _features(self, answer: Tensor, labels: Tensor) -> TeacherFeatures:
+        """Of tokens: what a server has answered, and the labels."""
+        device = get_device_id()
+        if self._head is None:
+            k = (answer.shape[1] - 1) // 2
+            top = answer[:, 1 + k :].clamp_max(0.0)
+            rest = torch.log1p(-top.exp().sum(-1).clamp_max(1 - 1e-12))
+            return TopKFeatures(
+                label_log_probs=answer[:, 0].float().clamp_min(LOG_ZERO).to(device),
+                rest_log_prob=rest.float().clamp_min(LOG_ZERO).to(device),
+                top_tokens=answer[:, 1 : 1 + k].long().to(device),
+                top_log_probs=top.float().clamp_min(LOG_ZERO).to(device),
+                teacher_vocabulary_size=self.used_vocabulary_size,
+            )
+        return FeatureForm.of(self.config).features(
+            answer.to(device, self.dtype),
+            self._head,
+            labels.to(device),
+            self.config.temperature_of_teacher,
+            self.config.token_chunk_size,
+            self.compiled,
+        )
+
     def announce(self, data: TensorDict, wanted: Sequence[int] | None = None) -> None:
+        if not self._is_prepared:  # behind a store that has had all rows so far
+            return
         keys = _keys(data)
         rows = range(len(keys)) if wanted is None else wanted
         for future, _ in self._ahead.values():
@@ -142,8 +192,8 @@ class ServedTeacher(Teacher):
         if not by_key:
             return {}
         ids = data["input_ids"].unbind()
-        # No hidden state is needed at the last token, which predicts nothing.
-        future = self.servers.submit([ids[index][:-1].tolist() for index in by_key.values()])
+        end = None if self.servers.question.sends_last else -1
+        future = self.servers.submit([ids[index][:end].tolist() for index in by_key.values()])
         return {key: (future, place) for place, key in enumerate(by_key)}
 
     @staticmethod
@@ -234,8 +284,11 @@ class ServedTeacher(Teacher):
             raise found
         if found is None:
             found = self._meet()
-        self.servers.reference = found
-        weight, bias = output_layer(self.model, PATH_SETTING)
+        else:
+            self._know(found)
+        weight, bias = None, None
+        if isinstance(self.servers.question, HiddenStates):
+            weight, bias = output_layer(self.model, PATH_SETTING)
         digest = hashlib.sha256(found.digest.encode())
         for each in (weight, bias):
             if each is not None:
@@ -259,7 +312,13 @@ def make_servers(model: HFModelConfig, dtype: torch.dtype, config: HPDConfig, vo
     dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     special = list(getattr(model.tokenizer, "all_special_ids", []))
     tokens = probe_tokens(model.hf_config, special, vocabulary_size)
-    return Servers(config.teacher_server, HiddenStates(hidden_size, dtype), tokens, dtype)
+    asked: dict[str, Question] = {
+        "hidden": HiddenStates(hidden_size, dtype),
+        "topk": TopLogProbs(config.teacher_server.top_k),
+    }
+    chosen = config.teacher_server.features
+    questions = list(asked.values()) if chosen == "auto" else [asked[chosen]]
+    return Servers(config.teacher_server, questions, tokens, dtype)
 
 
 def _keys(data: TensorDict) -> list[bytes]:

@@ -26,6 +26,8 @@ class PoolingServer:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.max_model_len, self.key = max_model_len, key
+        self.pools = True
+        """Or it has completions with ``prompt_logprobs``, over the tokenizer's tokens."""
         self.misbehave: Callable[[int], Deed] = lambda number: None
         self.requests = 0
         """For rows, probes among them."""
@@ -41,8 +43,7 @@ class PoolingServer:
 
     def start(self) -> None:
         handler = type("Handler", (_Handler,), {"of": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
-        self._server.daemon_threads = True
+        self._server = _Quiet(("127.0.0.1", self.port), handler)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -56,6 +57,13 @@ class PoolingServer:
     @property
     def is_up(self) -> bool:
         return self._server is not None
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is none."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -76,8 +84,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/tokenize":
             self._send(200, json.dumps({"tokens": self.of.tokenizer.encode(body["prompt"])}).encode())
-        elif self.path == "/pooling":
+        elif self.path == "/pooling" and self.of.pools:
             self._pool(body)
+        elif self.path == "/v1/completions" and not self.of.pools:
+            self._complete(body)
         else:
             self._send(404, b'{"detail": "Not Found"}')
 
@@ -121,6 +131,23 @@ class _Handler(BaseHTTPRequestHandler):
         dtype = getattr(torch, body["embed_dtype"])
         self.of.rows += len(rows)
         self._send(200, b"".join(each.to(dtype).contiguous().view(torch.uint8).numpy().tobytes() for each in hidden))
+
+    def _complete(self, body: dict[str, Any]) -> None:
+        self.of.requests += 1
+        deed = self.of.misbehave(self.of.requests)
+        if isinstance(deed, int):
+            self._send(deed, b"on purpose")
+            return
+        choices = []
+        for index, row in enumerate(body["prompt"]):
+            with torch.no_grad():
+                logits = self.of.model(torch.tensor([row])).logits[0, :-1, : len(self.of.tokenizer)]
+            found: list[Any] = [None]
+            for token, log_probs in zip(row[1:], logits.log_softmax(-1), strict=True):
+                chosen = {*log_probs.topk(body["prompt_logprobs"]).indices.tolist(), token}
+                found.append({str(each): {"logprob": log_probs[each].item(), "rank": 1} for each in chosen})
+            choices.append({"index": index, "prompt_logprobs": found})
+        self._send(200, json.dumps({"choices": choices[::-1]}).encode())
 
     def _send(self, status: int, content: bytes) -> None:
         self.send_response(status)
