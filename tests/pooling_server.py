@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(deed, f"on purpose, {self.headers.get('Authorization')}".encode())
             return
         if deed == "hang":
-            time.sleep(3)
+            time.sleep(10)
         if deed in ("hang", "reset"):
             self.connection.close()
             self.close_connection = True

@@ -33,6 +33,8 @@ PART_TOKENS = 8192
 """Tokens of a request, or one row where that has more."""
 CONCURRENCY = 4
 """Requests of a process to a server at a time."""
+GIVEN_UP_AFTER = 0.25
+"""A request is repeated after this share of ``timeout_s``."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before a failed server is asked again; they double in between."""
 _SHORT = 1 << 20
@@ -395,7 +397,7 @@ class Servers:
 
     async def _meet(self, server: _Server) -> None:
         """One try of it."""
-        limit = min(60.0, self.timeout / 4)
+        limit = min(60.0, self.timeout * GIVEN_UP_AFTER)
         try:
             listed = json.loads(await self._request(server, "GET", "/v1/models", None, _SHORT, limit))
             model = listed["data"][0]
@@ -447,7 +449,7 @@ class Servers:
         assert server.served is not None
         body = self.question.body(server.served.name, rows)
         answer = await self._request(
-            server, "POST", self.question.path, body, self.question.limit(rows), self.timeout / 4
+            server, "POST", self.question.path, body, self.question.limit(rows), self.timeout * GIVEN_UP_AFTER
         )
         try:
             found = self.question.read(answer, rows)

@@ -74,7 +74,7 @@ def calm(server: PoolingServer) -> Iterator[PoolingServer]:
         server.start()
 
 
-def configured(tiny: Tiny, *urls: str, timeout: float = 8.0, overrides: tuple[str, ...] = ()) -> DictConfig:
+def configured(tiny: Tiny, *urls: str, timeout: float = 120.0, overrides: tuple[str, ...] = ()) -> DictConfig:
     settings = [
         f"model.path={tiny.student}",
         f"teacher.model.path={tiny.teacher}",
@@ -132,7 +132,7 @@ def test_features_are_those_of_the_model_beside_the_student(
         teacher.announce(batch)
         teacher.announce(batch, [1, 2, 3])
         assert isinstance(teacher, ServedTeacher)
-        concurrent.futures.wait({future for future, _ in teacher._ahead.values()}, timeout=10)
+        concurrent.futures.wait({future for future, _ in teacher._ahead.values()}, timeout=60)
         calm.stop()
         second.stop()
         assert_equal(some := teacher.features(batch, [1, 2, 3]), colocated)
@@ -152,10 +152,16 @@ def first(count: int, deed: Deed) -> Callable[[PoolingServer], Callable[[int], D
 
 @pytest.mark.parametrize("deed", [500, 503, 429, "reset", "hang", "row left out", "wide"])
 def test_a_request_that_fails_is_repeated(
-    deed: Deed, tiny: Tiny, calm: PoolingServer, colocated: dict[int, TeacherFeatures], caplog: pytest.LogCaptureFixture
+    deed: Deed,
+    tiny: Tiny,
+    calm: PoolingServer,
+    colocated: dict[int, TeacherFeatures],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    timeout = 2.0 if deed == "hang" else 8.0
-    teacher, batch = teacher_and_batch(configured(tiny, calm.url, timeout=timeout))
+    teacher, batch = teacher_and_batch(configured(tiny, calm.url))
+    if deed == "hang":
+        monkeypatch.setattr(client, "GIVEN_UP_AFTER", 0.02)
     calm.misbehave = first(2, deed)(calm)
     with caplog.at_level(logging.WARNING):
         assert_equal(teacher.features(batch), colocated)
@@ -175,7 +181,7 @@ def test_a_server_that_dies_and_comes_back(
         assert_equal(two.features(batch), colocated)
         threading.Timer(0.5, calm.start).start()
         assert_equal(alone.features(batch), colocated)
-        before, deadline = calm.rows, time.monotonic() + 10
+        before, deadline = calm.rows, time.monotonic() + 60
         while calm.rows < before + 2 and time.monotonic() < deadline:  # the other may be faster
             assert_equal(two.features(batch), colocated)
         assert calm.rows >= before + 2
@@ -184,7 +190,9 @@ def test_a_server_that_dies_and_comes_back(
 
 
 def test_a_server_that_does_not_come_back(tiny: Tiny, calm: PoolingServer) -> None:
-    teacher, batch = teacher_and_batch(configured(tiny, calm.url, timeout=0.5))
+    teacher, batch = teacher_and_batch(configured(tiny, calm.url))
+    assert isinstance(teacher, ServedTeacher)
+    teacher.servers.timeout = 0.5
     calm.stop()
     start = time.monotonic()
     line = (
@@ -192,19 +200,20 @@ def test_a_server_that_does_not_come_back(tiny: Tiny, calm: PoolingServer) -> No
     )
     with pytest.raises(TeacherUnavailable, match=line):
         teacher.features(batch)
-    assert 0.4 < time.monotonic() - start < 4
+    assert 0.4 < time.monotonic() - start < 20
     calm.start()
+    teacher.servers.timeout = 60
     assert len(teacher.features(batch)) == 8
 
 
 @pytest.mark.parametrize("deed", [400, 401])
 def test_what_repeating_does_not_mend_ends_at_once(deed: int, tiny: Tiny, calm: PoolingServer) -> None:
-    teacher, batch = teacher_and_batch(configured(tiny, calm.url, timeout=60))
+    teacher, batch = teacher_and_batch(configured(tiny, calm.url, timeout=600))
     calm.misbehave = lambda number: deed
     start = time.monotonic()
     with pytest.raises(TeacherUnavailable, match=f"status {deed} on purpose"):
         teacher.features(batch)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_another_model_is_refused(tiny: Tiny, calm: PoolingServer, tmp_path: Path) -> None:
@@ -260,11 +269,13 @@ def test_the_key_is_sent_and_never_shown(
     with pytest.raises(Refused, match=f"status 401 .*set {KEY_VARIABLE} in the environment"):
         teacher_and_batch(configured(tiny, calm.url))
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    config = configured(tiny, calm.url, timeout=0.5)
+    config = configured(tiny, calm.url)
     teacher, batch = teacher_and_batch(config)
+    assert isinstance(teacher, ServedTeacher)
     with caplog.at_level(logging.DEBUG):
         assert len(teacher.features(batch)) == 8
         calm.misbehave = lambda number: 500
+        teacher.servers.timeout = 0.5
         with pytest.raises(TeacherUnavailable, match=r"Bearer \*\*\*") as refusal:
             teacher.features(batch)
     assert KEY not in f"{caplog.text} {refusal.value} {config}"
@@ -294,7 +305,7 @@ def test_a_store_in_front(tiny: Tiny, calm: PoolingServer, tmp_path: Path) -> No
         f"algorithm.hpd.teacher_cache_dir={store}",
         "algorithm.hpd.teacher_cache_max_gib=0.01",
     )
-    config = configured(tiny, calm.url, timeout=0.5, overrides=disk)
+    config = configured(tiny, calm.url, overrides=disk)
     assert fill(config)["hpd/teacher_is_loaded"] == 1
     calm.stop()
     assert fill(config)["hpd/teacher_is_loaded"] == 0
@@ -386,9 +397,9 @@ def test_a_top_k_store_filled_by_a_server(tiny: Tiny, completing: PoolingServer,
         assert_equal({row: features}, fresh)
 
 
-def refused(tiny: Tiny, url: str, message: str, *overrides: str) -> None:
+def refused(tiny: Tiny, url: str, message: str, *overrides: str, timeout: float = 120.0) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
-        check_sft_run(configured(tiny, url, timeout=0.3, overrides=overrides))
+        check_sft_run(configured(tiny, url, timeout=timeout, overrides=overrides))
     assert "\n" not in str(refusal.value)
 
 
@@ -427,4 +438,6 @@ def test_what_is_refused_before_anything_starts(tiny: Tiny, calm: PoolingServer,
     calm.tokenizer.add_tokens(["Let"])
     refused(tiny, calm.url, "its tokenizer makes", save)
     calm.stop()
-    refused(tiny, calm.url, rf"urls=\[{calm.url}\]: no answer for 0.3 s \(.*/v1/models: ConnectError", save)
+    refused(
+        tiny, calm.url, rf"urls=\[{calm.url}\]: no answer for 0.3 s \(.*/v1/models: ConnectError", save, timeout=0.3
+    )
