@@ -146,7 +146,7 @@ class HPDConfig(HPDParameters):
     Rows beyond it are not kept. A token takes 2 (float32: 4) bytes a hidden unit and 8 more, or 8 bytes a top-k entry
     and 8 more."""
 
-    teacher_server: TeacherServer = TeacherServer()
+    teacher_server: TeacherServer = TeacherServer.from_node({})
     """A teacher that servers of its own run."""
 
     objective_parameters: dict[str, dict[str, Any]] = Field({}, repr=False, exclude=True)

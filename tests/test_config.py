@@ -137,7 +137,7 @@ REFUSED = [
     *(("teacher_cache_dtype", value) for value in ("float16", "bfloat16", None)),
     *(("teacher_cache_top_k", value) for value in NOT_POSITIVE_INTEGERS),
     *(("teacher_cache_max_gib", value) for value in (0, -1.0, *NOT_NUMBERS)),
-    *(("teacher_server", value) for value in ([], "http://host:8000", None)),
+    *(("teacher_server", value) for value in ([1], "http://host:8000", None)),
 ]
 
 
@@ -176,7 +176,7 @@ def test_every_setting_has_a_refused_value() -> None:
     assert {name for name, _ in REFUSED} == HPDConfig.model_fields.keys() - {"objective_parameters"}
 
 
-OF_THE_SERVER = [
+OF_THE_SERVER: list[tuple[str, Any, str]] = [
     ("urls", "http://host:8000", "give a list of addresses"),
     ("urls", [1], "give a list of addresses"),
     *(("urls", [url], "give addresses with http") for url in ("host:8000", "ftp://host", "http://", "http://a b")),

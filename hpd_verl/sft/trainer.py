@@ -53,6 +53,9 @@ Value = TypeVar("Value")
 class HPDSFTTrainer(SFTTrainer):
     """verl's SFT trainer with a teacher."""
 
+    previous_checkpoint: Path | None
+    train_dataloader: Any
+
     def __init__(self, config: DictConfig) -> None:
         self.hpd = HPDConfig.from_config(config.algorithm.hpd)
         self.checkpoint_root = Path(config.trainer.default_local_dir).absolute()

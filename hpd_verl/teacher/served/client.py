@@ -74,7 +74,7 @@ class Question(ABC):
         """Bytes of the answer, at most."""
 
     @abstractmethod
-    def read(self, body: bytes, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    def read(self, body: bytes | bytearray, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """A tensor [tokens, width] a row.
 
         Raises:
@@ -108,7 +108,7 @@ class HiddenStates(Question):
     def limit(self, rows: Sequence[Sequence[int]]) -> int:
         return sum(map(len, rows)) * self.hidden_size * self.dtype.itemsize
 
-    def read(self, body: bytes, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    def read(self, body: bytes | bytearray, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         lengths = [len(row) for row in rows]
         if len(body) != self.limit(rows):
             width = len(body) / (sum(lengths) * self.dtype.itemsize)
@@ -139,7 +139,7 @@ class TopLogProbs(Question):
     def limit(self, rows: Sequence[Sequence[int]]) -> int:
         return _SHORT + 400 * (self.k + 1) * sum(map(len, rows))
 
-    def read(self, body: bytes, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    def read(self, body: bytes | bytearray, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         try:
             choices = {int(choice["index"]): choice["prompt_logprobs"] for choice in json.loads(body)["choices"]}
             if sorted(choices) != list(range(len(rows))):

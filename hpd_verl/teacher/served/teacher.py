@@ -4,7 +4,7 @@ import concurrent.futures
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -197,13 +197,13 @@ class ServedTeacher(Teacher):
         return {key: (future, place) for place, key in enumerate(by_key)}
 
     @staticmethod
-    def _wait(futures: "Sequence[concurrent.futures.Future[list[Tensor]]] | object") -> None:
+    def _wait(futures: "Iterable[concurrent.futures.Future[list[Tensor]]]") -> None:
         """Until all ranks have their answers; all ranks together.
 
         Raises:
             TeacherUnavailable: on all ranks, where one gets none.
         """
-        waiting = list(futures)  # type: ignore[call-overload]
+        waiting = list(futures)
         is_alone = torch.distributed.get_world_size() == 1
         while True:
             done, left = concurrent.futures.wait(waiting, None if is_alone else REPORT, "FIRST_EXCEPTION")
