@@ -72,6 +72,7 @@ class HPDTrainer(PPOTrainerSync):
     """``trainer.v1.trainer_mode=hpd``."""
 
     total_training_steps: int
+    train_dataloader: Any
 
     def __init__(self, config: DictConfig) -> None:
         if not messages.is_checked():  # started by another driver than that of algorithm=hpd

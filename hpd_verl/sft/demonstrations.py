@@ -63,11 +63,11 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
 
 
 class LookAhead:
-    """The batches of a stateful loader, each with the one after it; its state is that of what was trained on.
+    """A stateful loader, of which a batch may be known early; its state is that of what was trained on.
 
     Args:
         loader: verl's.
-        looks: whether the batch after is taken out early; the last of an epoch has none.
+        looks: whether the batch after is taken out early.
     """
 
     def __init__(self, loader: Any, looks: bool) -> None:
@@ -79,7 +79,11 @@ class LookAhead:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def pairs(self) -> Iterator[tuple[Any, Any]]:
+        """Each batch of an epoch with the one after it, None at its end; call ``trained`` after each."""
         if self._state is None:
             self._state = self.loader.state_dict()
         batches = iter(self.loader)

@@ -134,7 +134,9 @@ class HPDSFTTrainer(SFTTrainer):
     def _batch(self, tensors: Mapping[str, Any], step: int) -> TensorDict:
         return as_batch(self.config, self.model_config, tensors, step)
 
-    def _train_step(self, tensors: Mapping[str, Any], following: Mapping[str, Any] | None, step: int) -> dict[str, Any]:
+    def _train_step(
+        self, tensors: Mapping[str, Any], step: int, following: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         start = time.perf_counter()
         data = self._batch(tensors, step)
         if following is not None and self.one_pass.teacher is not None:
@@ -210,13 +212,13 @@ class HPDSFTTrainer(SFTTrainer):
         bar = tqdm(total=self.total_training_steps, initial=step, desc="training", unit="step", disable=not leads)
         while step < self.total_training_steps:
             self.train_sampler.set_epoch(step // self.steps_per_epoch)
-            for tensors, following in self.batches:
+            for tensors, following in self.train_dataloader.pairs():
                 step += 1
                 try:
-                    metrics = self._train_step(tensors, following, step)
+                    metrics = self._train_step(tensors, step, following)
                 except TeacherUnavailable as error:
                     raise self._without_teacher(step - 1, error) from error
-                self.batches.trained()
+                self.train_dataloader.trained()
                 is_last = step >= self.total_training_steps
                 saves = is_last or (self.save_freq > 0 and step % self.save_freq == 0)
                 stops = self._is_asked(signals)
@@ -255,7 +257,7 @@ class HPDSFTTrainer(SFTTrainer):
     def _build_ckpt_handler(self) -> None:
         """verl's, told which checkpoint to resume from and that old ones are removed here."""
         ahead = self.hpd.teacher_server.prefetch if self.hpd.teacher_server.urls else 0
-        self.train_dataloader = self.batches = LookAhead(self.train_dataloader, bool(ahead))
+        self.train_dataloader = LookAhead(self.train_dataloader, bool(ahead))
         super()._build_ckpt_handler()
         handler = self.ckpt_handler
         handler.max_ckpt_to_keep = None

@@ -21,7 +21,7 @@ def test_goes_on_after_what_was_trained(looks: bool, workers: int) -> None:
         first, seen = LookAhead(loader(workers), looks), 0
         state = None
         while state is None:
-            for number, (batch, following) in enumerate(first):
+            for number, (batch, following) in enumerate(first.pairs()):
                 assert batch == batches[number]
                 assert following == (batches[number + 1] if looks and number < 3 else None)
                 if seen == trained:
@@ -31,6 +31,6 @@ def test_goes_on_after_what_was_trained(looks: bool, workers: int) -> None:
                 seen += 1
         second = LookAhead(loader(workers), looks)
         second.load_state_dict(state)
-        left = [batch for batch, _ in second]
+        left = [batch for batch, _ in second.pairs()]
         # At an epoch's end the state is that, or the start of the next.
         assert left in ([batches[trained % 4 :]] if trained != 4 else [[], batches]), trained

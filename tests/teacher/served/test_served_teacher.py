@@ -147,7 +147,12 @@ def test_features_are_those_of_the_model_beside_the_student(
 
 def first(count: int, deed: Deed) -> Callable[[PoolingServer], Callable[[int], Deed]]:
     """What a server does at its first requests from now on, the probe left out."""
-    return lambda server: lambda number, start=server.requests: deed if number <= start + count else None
+
+    def of(server: PoolingServer) -> Callable[[int], Deed]:
+        last = server.requests + count
+        return lambda number: deed if number <= last else None
+
+    return of
 
 
 @pytest.mark.parametrize("deed", [500, 503, 429, "reset", "hang", "row left out", "wide"])
