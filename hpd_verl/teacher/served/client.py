@@ -182,11 +182,13 @@ class _Server:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def fail(self, failure: str) -> None:
+        """Note a failure of a request; those that were on their way together count once."""
+        if self.is_ready:
+            self.failures += 1
         if self.down_since is None:
             logger.warning("%s: %s; it is asked again", self.url, failure)
             self.down_since = time.monotonic()
         self.is_ready, self.last = False, failure
-        self.failures += 1
 
     @property
     def down_for(self) -> float:
@@ -386,11 +388,14 @@ class Servers:
                 if server.is_ready and server.served is not None:
                     return server.served
                 if server.failures and server.down_for < self.timeout:
-                    pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (server.failures - 1)) * random.uniform(0.75, 1.0)
+                    pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(server.failures - 1, 20)) * random.uniform(
+                        0.75, 1.0
+                    )
                     await asyncio.sleep(min(pause, max(0.0, self.timeout - server.down_for)))
                 try:
                     await self._meet(server)
                 except _Failure as failure:
+                    server.failures += 1
                     server.fail(str(failure))
                     if server.down_for >= self.timeout:
                         raise self._unavailable() from None
