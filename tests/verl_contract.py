@@ -111,6 +111,7 @@ CONTRACT: tuple[Entry, ...] = (
             "_get_n_gpus_for_throughput(self)": "the throughput in the log",
             "_load_checkpoint(self)": "resumes from complete checkpoints only",
             "_save_checkpoint(self)": "old checkpoints go after the new one is complete",
+            "fit(self, agent_loop_manager)": "without its teacher the run ends with a checkpoint",
         },
     ),
     *_attributes(
@@ -121,6 +122,7 @@ CONTRACT: tuple[Entry, ...] = (
             "global_steps total_training_steps": "counters of the draws and of the schedules; the second set to the "
             "first, the run ends after this step",
             "train_dataset": "number of rows and of dropped ones",
+            "train_dataloader": "its state before a step, for a checkpoint where the step fails",
             "actor_rollout_wg ref_policy_wg": "workers that run the passes and the update",
             "checkpoint_manager": "weights to the rollout server",
             "role_worker_mapping mapping": "which worker class a role has",
@@ -185,6 +187,7 @@ CONTRACT: tuple[Entry, ...] = (
         [
             ('.get("max_actor_ckpt_to_keep"', "max_actor_ckpt_to_keep", "off during verl's own save"),
             ('.get("remove_previous_ckpt_in_save"', "remove_previous_ckpt_in_save", "off during verl's own save"),
+            ("torch.save(self.train_dataloader.state_dict(),", "_WithState(", "the state of the data's order"),
         ],
     ),
     *_texts(
@@ -212,6 +215,8 @@ CONTRACT: tuple[Entry, ...] = (
         {
             "init_model(self)": "builds the pipeline of the two models after it",
             "update_actor(self, data)": "the pipeline's update",
+            "save_checkpoint(self, local_path, hdfs_path, global_step, max_ckpt_to_keep)": "with the teacher's part",
+            "load_checkpoint(self, local_path, hdfs_path, del_local_after_load)": "with the teacher's part",
             "__init__(self, config, role, distillation_config, **kwargs)": "the role without rollout is set after it",
         },
     ),
@@ -260,6 +265,19 @@ CONTRACT: tuple[Entry, ...] = (
             ("omega_conf_to_dataclass(self.config.ref)", "del self.config.ref.model", "its dataclass has no model"),
         ],
     ),
+    *_texts(
+        f"{_WORKER}.init_model",
+        "teacher/settings.py",
+        [
+            ("self.ref.reset()", "def reset(", "loads nothing: a teacher loads what it needs when it is prepared"),
+            ("**self.ref.get_dispatch_collect()", "def get_dispatch_collect(", "the reference has no pass of its own"),
+        ],
+    ),
+    *_texts(
+        "verl.utils.checkpoint.checkpoint_handler:CheckpointHandler.save_checkpoint",
+        "sft/demonstrations.py",
+        [("self.train_dataloader.state_dict()", "def state_dict(", "of what was trained on, not of what is fetched")],
+    ),
     *_methods(
         _TRAINING_WORKER,
         "teacher/colocated.py",
@@ -284,7 +302,7 @@ CONTRACT: tuple[Entry, ...] = (
     *_attributes(
         _TRAINING_WORKER,
         "teacher/colocated.py",
-        {"engine": "the teacher's engine"},
+        {"engine engine_config": "the teacher's engine"},
     ),
     *_methods(_TRAINING_WORKER, "pipelines/updates.py", {"train_mini_batch(self, data)": "the updates of a batch"}),
     *_texts(
@@ -320,11 +338,6 @@ CONTRACT: tuple[Entry, ...] = (
             ('final_metrics["mfu"]', '"actor/mfu"', "renamed in the log"),
             ('final_metrics["grad_norm"]', '"actor/grad_norm"', "a norm that is not finite ends the run"),
         ],
-    ),
-    *_attributes(
-        _TRAINING_WORKER,
-        "teacher/choice.py",
-        {"engine_config model_config": "the teacher's dtype and its model, which need not be loaded"},
     ),
     # The engine
     *_methods(
