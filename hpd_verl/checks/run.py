@@ -27,23 +27,23 @@ from hpd_verl.checks.settings import (
     TEXT_OR_NULL,
     Relation,
     Rule,
-    check_known,
-    check_optimiser,
     check_relations,
-    check_values,
     checkpoint_rules,
     engine_relations,
     engine_rules,
     is_integer,
+    known,
     lora_relations,
     model_rules,
     on_cpu,
     one_of,
     only,
+    optimiser_relation,
     optimiser_rules,
     rules_of,
     takes_hdfs,
     unset,
+    values,
 )
 from hpd_verl.config import PREFIX, HPDConfig
 from hpd_verl.data.files import as_list
@@ -336,6 +336,7 @@ def _engine_rules_of_main_ppo(config: DictConfig) -> dict[str, Rule]:
 
 def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
     """What must hold between the settings of main_ppo."""
+    yield optimiser_relation(config, "actor_rollout_ref.actor.optim")
     for role in ("actor", "ref"):
         yield from engine_relations(config, f"actor_rollout_ref.{role}.fsdp_config")
     yield from lora_relations(config, "actor_rollout_ref.model", trained=True)
@@ -473,9 +474,7 @@ def check_config(config: DictConfig) -> HPDConfig:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
     rules = MAIN_PPO_RULES | _engine_rules_of_main_ppo(config)
-    check_values(config, rules)
-    check_known(config, _MAIN_PPO_NODES, rules)
-    check_optimiser(config, "actor_rollout_ref.actor.optim")
+    check_relations(config, values(config, rules), known(config, _MAIN_PPO_NODES, rules))
     check_trackers(config)
     require(
         OmegaConf.select(config, PREFIX) is not None,
@@ -491,6 +490,7 @@ def check_config(config: DictConfig) -> HPDConfig:
 
 def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -> Iterator[Relation]:
     """What must hold between the settings of the lean trainer, and its ranks."""
+    yield optimiser_relation(config, "optim")
     yield from engine_relations(config, "engine")
     yield from engine_relations(config, "teacher.engine", inherited="engine")
     yield from lora_relations(config, "model", trained=True)
@@ -533,9 +533,7 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
     Raises:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
-    check_values(config, SFT_RULES)
-    check_known(config, tuple(map(str, config)), SFT_RULES)
-    check_optimiser(config, "optim")
+    check_relations(config, values(config, SFT_RULES), known(config, tuple(map(str, config)), SFT_RULES))
     check_trackers(config)
     hpd = HPDConfig.from_config(config.algorithm.hpd)
     check_relations(config, _of_sft(config, hpd, ranks, fills_store))

@@ -75,7 +75,8 @@ class HPDTrainer(PPOTrainerSync):
     train_dataloader: Any
 
     def __init__(self, config: DictConfig) -> None:
-        if not messages.is_checked():  # started by another driver than that of algorithm=hpd
+        if not messages.is_checked():
+            logger.info("the trainer checks settings, data and models: the driver has not said that it did")
             check_main_ppo(config)
         hpd = HPDConfig.from_config(config.algorithm.hpd)
         pipeline, reason = choose_pipeline(config, hpd)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from hpd_verl.checks import run
 from hpd_verl.checks.run import check_config, check_sft_config
-from hpd_verl.checks.settings import Rule, check_values, leaves
+from hpd_verl.checks.settings import Rule, check_relations, leaves, values
 from hpd_verl.errors import Refused
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.run.choices import with_dtype
@@ -99,7 +99,7 @@ def changed(config: DictConfig, **values: Any) -> DictConfig:
 def refusal(config: DictConfig, rules: Mapping[str, Rule]) -> str | None:
     """The line that refuses a configuration's values, None where nothing does."""
     try:
-        check_values(config, rules)
+        check_relations(config, values(config, rules))
     except Refused as error:
         return str(error)
     return None

@@ -219,11 +219,13 @@ def test_lora_student_with_an_external_teacher(
 
 
 def test_nan_logits_stop_the_run(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
-    """A teacher with NaN logits: one error with step and rows, and no checkpoint."""
+    """A teacher with NaN logits: one error with step and rows, and no checkpoint. Only the driver checks."""
     broken = make_nan_model(tiny.teacher, tmp_path / "broken")
     run = run_main_ppo(f"actor_rollout_ref.ref.model.path={broken}", "trainer.save_freq=1")
     assert run.returncode != 0
     assert "step 1: NaN in the teacher's logits" in run.output
+    assert "pipeline one_pass" in run.output
+    assert "the trainer checks" not in run.output
     assert not (tmp_path / "checkpoints").exists()
 
 
