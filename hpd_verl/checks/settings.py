@@ -1,7 +1,7 @@
-"""What verl's settings may be: one table for both trainers, student and teacher.
+"""Allowed values of verl's settings: one table for both trainers, student and teacher.
 
-verl checks most of them late, by an assertion, or not at all; some it never reads. The tables of a node name every key
-that it has; a key without an entry is refused, and so is a value that would change nothing.
+verl checks most of them late, by an assertion, or not at all; some it never reads. The tables name every key of a node;
+keys without an entry are rejected, and so are values without effect.
 """
 
 import functools
@@ -25,7 +25,7 @@ from hpd_verl.config import PREFIX, is_number
 from hpd_verl.errors import one_line, require
 
 Rule = tuple[Callable[[Any], bool], str]
-"""What a value must be, and the remedy where it is not."""
+"""Check of a value, and the remedy if it fails."""
 Rules = Mapping[str, Rule]
 """By setting; ``a.b.*`` stands for all settings below ``a.b`` that have no rule of their own."""
 Relation = tuple[str, bool, str]
@@ -182,7 +182,7 @@ _ENGINE_FILE, _MODEL_FILE = "engine/fsdp.yaml", "model/hf_model.yaml"
 
 
 def engine_rules(node: str, trained: bool, strategy: str) -> dict[str, Rule]:
-    """Of a node of verl's FSDP engine.
+    """Rules of a node of verl's FSDP engine.
 
     Args:
         node: its name.
@@ -228,7 +228,7 @@ def engine_rules(node: str, trained: bool, strategy: str) -> dict[str, Rule]:
 
 
 def model_rules(node: str, trained: bool, uses_megatron_lora: bool = False) -> dict[str, Rule]:
-    """Of verl's model node.
+    """Rules of verl's model node.
 
     Args:
         node: its name.
@@ -393,7 +393,7 @@ def lora_relations(config: DictConfig, node: str, trained: bool) -> Iterator[Rel
     yield (
         f"{node}.lora_adapter_path",
         adapter is None or rank > 0,
-        "verl loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both",
+        "verl loads an adapter only if lora_rank is above 0; set lora_rank too, or leave both out",
     )
     yield (
         f"{node}.lora_rank",
@@ -419,7 +419,7 @@ def engine_relations(config: DictConfig, node: str, inherited: str | None = None
         f"{node}.seed",
         seed in (None, of_run, _verl_defaults(_ENGINE_FILE).seed)
         or bool(OmegaConf.select(config, f"{node}.full_determinism")),
-        f"only full_determinism reads it; {PREFIX}.seed is that of the draws",
+        f"read only with full_determinism; set {PREFIX}.seed",
     )
     wanted = OmegaConf.select(config, f"{node}.dtype")
     nodes = [node] if inherited is None else [node, inherited]
@@ -430,7 +430,7 @@ def engine_relations(config: DictConfig, node: str, inherited: str | None = None
     yield (
         f"{node}.dtype",
         PrecisionType.to_dtype(param_dtype) == PrecisionType.to_dtype(wanted),
-        f"mixed_precision.param_dtype={param_dtype} says otherwise; set them alike, or one of them",
+        f"differs from mixed_precision.param_dtype={param_dtype}; set one of them",
     )
 
 

@@ -17,6 +17,7 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import ResponseTokens, column, response_tokens, row_numbers
 from hpd_verl.engine.head_engine import MODEL_TYPE, HeadLoss
+from hpd_verl.engine.sequence_parallel import SequenceGroup
 from hpd_verl.head.distillation_head import HeadOutput, distillation_head
 from hpd_verl.head.features import TeacherFeatures
 from hpd_verl.head.metrics import token_metrics
@@ -48,33 +49,42 @@ class OnePassLoss(HeadLoss):
         self.loss_scale_factor = loss_scale_factor
         self.compiled = compiled
         self.teacher_features: dict[int, TeacherFeatures] = {}
-        """Features of the current batch, by row number."""
+        """Features of the current batch, by row number; under Ulysses of the rows that this rank owns."""
+        self.owners: dict[int, int] = {}
+        """Under Ulysses, the rank of the group that has a row's features, by row number."""
+        self.template: TeacherFeatures | None = None
+        """Under Ulysses, features of no tokens."""
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
-        responses = response_tokens(data)
+        sharing = SequenceGroup.current()
+        parts = sharing.parts(response_tokens(data), len(hidden))
+        responses = parts[sharing.rank]
         rows = row_numbers(data)
-        teacher = self._teacher(rows)
         output = distillation_head(
-            hidden=hidden[responses.positions],
+            hidden=responses.take(hidden),
             head=head,
             labels=responses.labels,
             uniforms=self._uniforms(responses, rows, data),
-            token_scale=self._token_scale(data),
+            token_scale=self._token_scale(data)[responses.place],
             is_rollout=column(data, fields.IS_ROLLOUT).bool()[responses.row],
-            teacher=teacher,
+            teacher=self._teacher(rows.tolist(), parts, sharing),
             objectives=self.config.objectives,
             temperature=self.config.temperature,
             chunk_size=self.config.token_chunk_size,
             exact_kl=self.config.exact_kl_metrics,
             compiled=self.compiled,
         )
-        self._refuse_nan(output, responses, rows, data)
+        self._refuse_nan(output, responses, rows, data, sharing)
         return output.loss, self._metrics(output, responses, data)
 
-    def _teacher(self, rows: Tensor) -> TeacherFeatures | None:
+    def _teacher(self, rows: list[int], parts: list[ResponseTokens], sharing: SequenceGroup) -> TeacherFeatures | None:
         if not self.config.needs_teacher:
             return None
-        return TeacherFeatures.cat([self.teacher_features[row] for row in rows.tolist()])
+        if sharing.size == 1:
+            return TeacherFeatures.cat([self.teacher_features[row] for row in rows])
+        assert self.template is not None
+        whole = [self.teacher_features.get(row) for row in rows]
+        return sharing.to_parts(whole, self.template, parts, [self.owners[row] for row in rows])
 
     def _uniforms(self, responses: ResponseTokens, rows: Tensor, data: TensorDict) -> Tensor:
         """The numbers that the student's tokens are sampled with, float64 [n, samples]."""
@@ -111,15 +121,18 @@ class OnePassLoss(HeadLoss):
         responses: ResponseTokens,
         rows: Tensor,
         data: TensorDict,
+        sharing: SequenceGroup,
     ) -> None:
         checked = {"student": output.label_log_probs}
         if output.teacher_label_log_probs is not None:
             checked["teacher"] = output.teacher_label_log_probs
         for model, log_probs in checked.items():
-            broken = torch.isnan(log_probs)
+            broken = torch.zeros(len(rows), dtype=torch.bool, device=log_probs.device)
+            broken[responses.row[torch.isnan(log_probs)]] = True
+            broken = sharing.any_of(broken)
             if broken.any():
                 step = tu.get_non_tensor_data(data=data, key=fields.STEP, default=None)
-                numbers = rows[responses.row[broken]].unique().tolist()
+                numbers = rows[broken].sort().values.tolist()
                 raise FloatingPointError(
                     f"step {step}: NaN in the {model}'s logits, in {len(numbers)} of {len(rows)} rows of the "
                     f"micro-batch (rows {', '.join(map(str, numbers[:8]))}); stopped before the update, checkpoints "
@@ -155,7 +168,7 @@ class OnePassLoss(HeadLoss):
     @staticmethod
     def _compare_with_rollout(student: Tensor, responses: ResponseTokens, data: TensorDict) -> dict[str, Tensor]:
         """Sums over the rollouts' tokens: of how far the rollout server's log-probs are off, and of the tokens."""
-        rollout = data[fields.ROLLOUT_LOG_PROBS].values()[data["response_mask"].values().bool()]
+        rollout = data[fields.ROLLOUT_LOG_PROBS].values()[data["response_mask"].values().bool()][responses.place]
         is_rollout = column(data, fields.IS_ROLLOUT).bool()[responses.row]
         difference = (rollout - student.detach())[is_rollout].double().abs().sum()
         return {
@@ -181,7 +194,7 @@ class StudentWorker(TrainingWorker):
 
 
 class OnePassDriver(Driver):
-    """The update does it all, with the rollout server's log-probs where they are to be compared."""
+    """The update does everything, with the rollout server's log-probs if they are compared."""
 
     @property
     def update_inputs(self) -> list[str]:
@@ -255,7 +268,13 @@ class OnePass(RankPipeline):
         if self.teacher is None:
             return {}
         start = time.perf_counter()
-        self.loss.teacher_features = self.teacher.features(data)
+        sharing = SequenceGroup.of(self.student.engine.ulysses_parallel_group)
+        owned = sharing.owned(len(data))
+        self.loss.teacher_features = self.teacher.features(data, owned)
+        if owned is not None:
+            self.loss.owners = {row: index % sharing.size for index, row in enumerate(row_numbers(data).tolist())}
+            assert self.teacher.template is not None
+            self.loss.template = sharing.common_template(self.loss.teacher_features, self.teacher.template)
         return {"timing_s/teacher": time.perf_counter() - start} | self.teacher.metrics()
 
     def _with_metrics(self, output: TensorDict | None, metrics: dict[str, float]) -> TensorDict | None:

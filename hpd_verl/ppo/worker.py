@@ -69,7 +69,7 @@ class HPDWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def remove_checkpoints(self, folders: list[str]) -> None:
-        """Remove this machine's files of checkpoints that the driver gave up, where it has a disk of its own."""
+        """Remove this machine's files of checkpoints that the driver removed, if it has its own disk."""
         for folder in folders:
             remove_files(Path(folder))
 

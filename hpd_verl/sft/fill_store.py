@@ -22,6 +22,7 @@ from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.engine.sequence_parallel import SequenceGroup
 from hpd_verl.errors import Refused
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
@@ -51,19 +52,25 @@ def fill(config: DictConfig) -> dict[str, float]:
     ]
     if torch.distributed.get_rank() == 0:
         log_store_size(config, hpd, [rows for _, rows in datasets])
-    teacher = make_teacher(teacher_settings(config), hpd, model)
+    settings = teacher_settings(config)
+    engine = settings.worker().engine
+    rank, ranks = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
+    sharing = SequenceGroup.of(engine.ulysses_parallel_group)
+    teacher = make_teacher(settings, hpd, model)
     assert isinstance(teacher, StoredTeacher)  # main sets teacher_cache=disk
     broken: list[str] = []
     for name, rows in datasets:
         loader = DataLoader(
             rows,
-            batch_size=config.data.train_batch_size // torch.distributed.get_world_size(),
-            sampler=DistributedSampler(rows, shuffle=False),  # pads, so that ranks take equally many batches
+            batch_size=config.data.train_batch_size // ranks,
+            # Pads, so that ranks take equally many batches.
+            sampler=DistributedSampler(rows, num_replicas=ranks, rank=rank, shuffle=False),
             collate_fn=SFTTensorCollator(config.data.pad_mode),
             num_workers=config.data.num_workers,
         )
         for batch in tqdm(loader, desc=name, unit="batch", disable=torch.distributed.get_rank() != 0):
-            features = teacher.features(as_batch(config, model, batch, step=0))
+            filled = as_batch(config, model, batch, step=0)
+            features = teacher.features(filled, sharing.owned(len(filled)))
             broken += [
                 f"{name} row {row}"
                 for row, each in features.items()

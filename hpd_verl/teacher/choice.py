@@ -13,9 +13,9 @@ from hpd_verl.teacher.model_config import shared_vocabulary_size
 from hpd_verl.teacher.served.teacher import ServedTeacher
 from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.store.disk import DiskStore
-from hpd_verl.teacher.store.identity import FileHashes, teacher_hashes
-from hpd_verl.teacher.store.records import StoreIdentity, teacher_identity, tokenisation_hash
+from hpd_verl.teacher.store.identity import StoreIdentity, teacher_identity, tokenisation_hash
 from hpd_verl.teacher.store.store import GIB, MemoryStore, TeacherStore, check_memory_store
+from hpd_verl.teacher.store.teacher_files import FileHashes, teacher_hashes
 from hpd_verl.teacher.stored import StoredTeacher
 from hpd_verl.teacher.teacher import Teacher
 

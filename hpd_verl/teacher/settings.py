@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -24,7 +25,11 @@ class TeacherSettings:
     """The teacher's configuration and tokenizer."""
 
     def worker(self) -> TeacherWorker:
-        """A worker of the model beside the student, not loaded; all ranks together."""
+        """The worker of the model beside the student, not loaded, the same each time; all ranks together."""
+        return self._worker
+
+    @functools.cached_property
+    def _worker(self) -> TeacherWorker:
         engine = copy.deepcopy(self.config.engine_config)  # verl writes the model's own settings into it
         return TeacherWorker(dataclasses.replace(self.config, engine_config=engine), self.model, lazy=True)
 

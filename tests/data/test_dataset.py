@@ -63,7 +63,9 @@ def test_bad_rows_are_named(tmp_path: Path, columns: dict[str, Any], message: st
 
 def test_what_the_start_could_not_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether this machine has the file, for the start may have been on another one; and what it would have fetched."""
-    with pytest.raises(ValueError, match=r"^data\.train_files=.*none\.parquet: no such file; give parquet, json"):
+    with pytest.raises(
+        ValueError, match=r"^data\.train_files=.*none\.parquet: no such file; give existing parquet, json"
+    ):
         read(tmp_path / "none.parquet", files_are_checked=True)
     bad = write_parquet(change(make_rows(8), demonstration=None), tmp_path / "bad.parquet")
     monkeypatch.setattr("verl.utils.fs.copy_to_local", lambda src, **settings: str(bad))

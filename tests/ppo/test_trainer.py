@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import transfer_queue
-from conftest import Tiny
-from hydra import compose, initialize_config_module
+from conftest import Tiny, main_ppo_config
 from transfer_queue import KVBatchMeta
 
 from hpd_verl.data import fields
@@ -15,22 +14,8 @@ from hpd_verl.ppo.trainer import HPDTrainer
 
 
 def trainer_of(tiny: Tiny, *overrides: str) -> HPDTrainer:
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose(
-            "ppo_trainer",
-            overrides=[
-                "algorithm=hpd",
-                f"actor_rollout_ref.model.path={tiny.student}",
-                f"actor_rollout_ref.ref.model.path={tiny.teacher}",
-                f"data.train_files={tiny.train}",
-                "data.train_batch_size=8",
-                f"trainer.default_local_dir={tiny.folder / 'checkpoints'}",
-                "data.max_prompt_length=16",
-                "data.max_response_length=16",
-                *overrides,
-            ],
-        )
-    return HPDTrainer(config)
+    batch = ["data.train_batch_size=8", f"trainer.default_local_dir={tiny.folder / 'checkpoints'}"]
+    return HPDTrainer(main_ppo_config(*tiny.main_ppo, *batch, *overrides))
 
 
 @pytest.mark.parametrize(("fraction", "workers"), [(0.0, 0), (0.5, 1)])
