@@ -91,6 +91,8 @@ ACCEPTED = [
     {"teacher_cache": "disk", "teacher_cache_dir": "/scratch/teacher"},
     {"teacher_cache_dir": "/scratch/teacher"},
     {"teacher_cache_format": "topk", "teacher_cache_top_k": 1},
+    {"teacher_cache_format": "hybrid", "teacher_cache_bits": 2},
+    {"teacher_cache_bits": 7},
     {"teacher_cache_dtype": "float32"},
     {"teacher_cache_max_gib": 1},
     {"teacher_cache_max_gib": 0.01},
@@ -135,6 +137,7 @@ REFUSED = [
     *(("teacher_cache_format", value) for value in ("logits", None)),
     *(("teacher_cache_dtype", value) for value in ("float16", "bfloat16", None)),
     *(("teacher_cache_top_k", value) for value in NOT_POSITIVE_INTEGERS),
+    *(("teacher_cache_bits", value) for value in (1, 8, *NOT_POSITIVE_INTEGERS)),
     *(("teacher_cache_max_gib", value) for value in (0, -1.0, *NOT_NUMBERS)),
     *(("teacher_server", value) for value in ([1], "http://host:8000", None)),
 ]

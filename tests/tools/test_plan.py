@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[PretrainedConfig, int]] = {
 }
 
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_a_strange_config_is_one_line(content: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, [], "STUDENT={}: its weights are quantised (gptq), which"),
+        ({"quantization_config": {"quant_method": "gptq"}}, [], "STUDENT={}: its weights are quantised (gptq); give"),
         (
             {"architectures": ["Qwen2ForSequenceClassification"]},
             [],
