@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform
 from hpd_verl.objectives import TokenLogProbs
 from hpd_verl.pipelines.pipeline import Driver, Pipeline, RankPipeline
-from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, ROLLOUT_TOKENS, train
+from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, ROLLOUT_TOKENS, of_each_teacher, train
 from hpd_verl.teacher.choice import make_teacher
+from hpd_verl.teacher.rows import teacher_rows
 from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.teacher import Teacher
 
@@ -53,28 +55,52 @@ class OnePassLoss(HeadLoss):
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
         responses = response_tokens(data)
         rows = row_numbers(data)
-        teacher = self._teacher(rows)
-        output = distillation_head(
-            hidden=hidden[responses.positions],
-            head=head,
-            labels=responses.labels,
-            uniforms=self._uniforms(responses, rows, data),
-            token_scale=self._token_scale(data),
-            is_rollout=column(data, fields.IS_ROLLOUT).bool()[responses.row],
-            teacher=teacher,
-            objectives=self.config.objectives,
-            temperature=self.config.temperature,
-            chunk_size=self.config.token_chunk_size,
-            exact_kl=self.config.exact_kl_metrics,
-            compiled=self.compiled,
-        )
+        hidden, uniforms = hidden[responses.positions], self._uniforms(responses, rows, data)
+        token_scale = self._token_scale(data)
+        is_rollout = column(data, fields.IS_ROLLOUT).bool()[responses.row]
+        shares = self._shares(responses, rows, data)
+        outputs = [
+            distillation_head(
+                hidden=hidden[tokens],
+                head=head,
+                labels=responses.labels[tokens],
+                uniforms=uniforms[tokens],
+                token_scale=token_scale[tokens],
+                is_rollout=is_rollout[tokens],
+                teacher=teacher,
+                objectives=self.config.objectives,
+                temperature=self.config.temperature,
+                chunk_size=self.config.token_chunk_size,
+                exact_kl=self.config.exact_kl_metrics,
+                compiled=self.compiled,
+            )
+            for tokens, teacher in shares
+        ]
+        output = outputs[0] if len(outputs) == 1 else _joined(outputs, [tokens for tokens, _ in shares])
         self._refuse_nan(output, responses, rows, data)
         return output.loss, self._metrics(output, responses, data)
 
-    def _teacher(self, rows: Tensor) -> TeacherFeatures | None:
+    def _shares(
+        self, responses: ResponseTokens, rows: Tensor, data: TensorDict
+    ) -> list[tuple[slice | Tensor, TeacherFeatures | None]]:
+        """Response tokens, each once, with their teacher's features: all of them, or those of each of several teachers.
+
+        Sampled tokens hang on row and position alone, so the gradients of the shares add up to those of one batch.
+        """
+        numbers = rows.tolist()
         if not self.config.needs_teacher:
-            return None
-        return TeacherFeatures.cat([self.teacher_features[row] for row in rows.tolist()])
+            return [(slice(None), None)]
+        if fields.TEACHER not in data:
+            return [(slice(None), TeacherFeatures.cat([self.teacher_features[row] for row in numbers]))]
+        of_row = column(data, fields.TEACHER).to(responses.row.device)
+        shares: list[tuple[slice | Tensor, TeacherFeatures | None]] = []
+        for teacher in of_row.unique().tolist():
+            tokens = (of_row[responses.row] == teacher).nonzero().squeeze(1)
+            own = [
+                self.teacher_features[row] for row, of in zip(numbers, of_row.tolist(), strict=True) if of == teacher
+            ]
+            shares.append((tokens, TeacherFeatures.cat(own)))
+        return [(slice(None), shares[0][1])] if len(shares) == 1 else shares
 
     def _uniforms(self, responses: ResponseTokens, rows: Tensor, data: TensorDict) -> Tensor:
         """The numbers that the student's tokens are sampled with, float64 [n, samples]."""
@@ -144,6 +170,9 @@ class OnePassLoss(HeadLoss):
             per_token = token_metrics(log_probs, output.label_weights, weights, output.entropy)
         if output.forward_kl is not None and output.reverse_kl is not None:
             per_token |= {"hpd/forward_kl": output.forward_kl, "hpd/reverse_kl": output.reverse_kl}
+        if fields.TEACHER in data and self.config.teachers is not None:
+            of_token = column(data, fields.TEACHER).to(responses.row.device)[responses.row]
+            per_token |= of_each_teacher(per_token, of_token, list(self.config.teachers))
         share = data["dp_size"] / data["batch_num_tokens"]
         sums = {name: values.double().sum() * share for name, values in per_token.items()}
         sums[RESPONSE_TOKENS] = torch.tensor(float(len(responses.labels) * data["dp_size"]))
@@ -162,6 +191,17 @@ class OnePassLoss(HeadLoss):
             ROLLOUT_DIFFERENCE: difference * data["dp_size"],
             ROLLOUT_TOKENS: is_rollout.sum() * data["dp_size"],
         }
+
+
+def _joined(parts: Sequence[HeadOutput], tokens: Sequence[slice | Tensor]) -> HeadOutput:
+    """The output for all tokens from that for parts of them, which ``tokens`` names."""
+    order = torch.cat([each for each in tokens if isinstance(each, Tensor)]).argsort()
+    joined: dict[str, Any] = {"loss": torch.stack([part.loss for part in parts]).sum()}
+    for field in dataclasses.fields(HeadOutput):
+        values = [getattr(part, field.name) for part in parts]
+        if field.name != "loss":
+            joined[field.name] = None if any(value is None for value in values) else torch.cat(values)[order]
+    return HeadOutput(**joined)
 
 
 class StudentWorker(TrainingWorker):
@@ -217,17 +257,19 @@ class OnePass(RankPipeline):
     def of_workers(
         cls, student: TrainingWorker, teacher: TeacherSettings, config: HPDConfig, actor: ActorConfig
     ) -> "OnePass":
-        of_student = make_teacher(teacher, config, student.model_config) if config.needs_teacher else None
-        return cls(student, of_student, config, actor.loss_agg_mode, actor.loss_scale_factor)
+        made = make_teacher(teacher, config, student.model_config, student) if config.needs_teacher else None
+        return cls(student, made, config, actor.loss_agg_mode, actor.loss_scale_factor)
 
     def update(self, data: TensorDict) -> TensorDict | None:
         """The student's updates, with the teacher's metrics added."""
         metrics = self._take_teacher_features(data)
         if self.following is not None and self.teacher is not None:
-            self.teacher.announce(self.following)
+            self.teacher.announce(teacher_rows(self.following))
             self.following = None
         start = time.perf_counter()
         output = train(self.student, data, self.loss.loss_agg_mode)
+        if self.teacher is not None:
+            self.teacher.follow()
         return self._with_metrics(output, metrics | {"timing_s/student": time.perf_counter() - start})
 
     def evaluate(self, data: TensorDict) -> TensorDict | None:
@@ -255,7 +297,7 @@ class OnePass(RankPipeline):
         if self.teacher is None:
             return {}
         start = time.perf_counter()
-        self.loss.teacher_features = self.teacher.features(data)
+        self.loss.teacher_features = self.teacher.features(teacher_rows(data))
         return {"timing_s/teacher": time.perf_counter() - start} | self.teacher.metrics()
 
     def _with_metrics(self, output: TensorDict | None, metrics: dict[str, float]) -> TensorDict | None:

@@ -22,12 +22,16 @@ from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.data import fields
+from hpd_verl.data.response_tokens import column
 from hpd_verl.errors import Refused
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
 from hpd_verl.sft.start import ALONE, checked, log_store_size, teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.prompt_date import fix_prompt_date
+from hpd_verl.teacher.rows import teacher_rows
+from hpd_verl.teacher.several import SeveralTeachers
 from hpd_verl.teacher.stored import StoredTeacher
 
 
@@ -35,7 +39,7 @@ def fill(config: DictConfig) -> dict[str, float]:
     """Take the features of every row and store them.
 
     Returns:
-        The store's metrics; counts of rows that were not stored are those of all ranks.
+        The stores' metrics, added up; counts of rows that were not stored are those of all ranks.
 
     Raises:
         FloatingPointError: the teacher's logits of some rows are not finite. The other rows are stored.
@@ -51,8 +55,10 @@ def fill(config: DictConfig) -> dict[str, float]:
     ]
     if torch.distributed.get_rank() == 0:
         log_store_size(config, hpd, [rows for _, rows in datasets])
-    teacher = make_teacher(teacher_settings(config), hpd, model)
-    assert isinstance(teacher, StoredTeacher)  # main sets teacher_cache=disk
+    teacher = make_teacher(teacher_settings(config, hpd), hpd, model)
+    # main sets teacher_cache=disk; of several teachers one may have none
+    of_each = list(teacher.teachers.values()) if isinstance(teacher, SeveralTeachers) else [teacher]
+    stored = [each for each in of_each if isinstance(each, StoredTeacher)]
     broken: list[str] = []
     for name, rows in datasets:
         loader = DataLoader(
@@ -63,15 +69,23 @@ def fill(config: DictConfig) -> dict[str, float]:
             num_workers=config.data.num_workers,
         )
         for batch in tqdm(loader, desc=name, unit="batch", disable=torch.distributed.get_rank() != 0):
-            features = teacher.features(as_batch(config, model, batch, step=0))
+            data = teacher_rows(as_batch(config, model, batch, step=0))
+            kept = None
+            if fields.TEACHER in data:
+                of_row = column(data, fields.TEACHER).tolist()
+                kept = [row for row, place in enumerate(of_row) if of_each[place] in stored]
+            features = teacher.features(data, kept)
             broken += [
                 f"{name} row {row}"
-                for row, each in features.items()
-                if not each.tensors["label_log_probs"].isfinite().all()
+                for row, found in features.items()
+                if not found.tensors["label_log_probs"].isfinite().all()
             ]
     torch.distributed.barrier()
-    teacher.store.refresh()  # what the other ranks stored last
-    metrics = teacher.metrics()
+    for each in stored:
+        each.store.refresh()  # what the other ranks stored last
+    metrics: dict[str, float] = {}
+    for each in stored:
+        metrics = {name: metrics.get(name, 0.0) + value for name, value in each.metrics().items()}
     if metrics["hpd/teacher_cache_non_finite_rows"]:
         everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(everywhere, broken)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,10 +23,21 @@ class TeacherSettings:
     """verl's, of a worker of the reference."""
     model: HFModelConfig
     """The teacher's configuration and tokenizer."""
+    several: Mapping[str, HFModelConfig] = dataclasses.field(default_factory=dict)
+    """Those of several teachers by name, in place of ``model``; they share the engine's settings."""
 
-    def worker(self) -> TeacherWorker:
-        """A worker of the model beside the student, not loaded; all ranks together."""
+    def of(self, name: str) -> "TeacherSettings":
+        """One of several teachers."""
+        return dataclasses.replace(self, model=self.several[name], several={})
+
+    def worker(self, **of_engine: Any) -> TeacherWorker:
+        """A worker of the model beside the student, not loaded; all ranks together.
+
+        Args:
+            of_engine: settings of its engine in place of the run's.
+        """
         engine = copy.deepcopy(self.config.engine_config)  # verl writes the model's own settings into it
+        engine = dataclasses.replace(engine, **of_engine) if of_engine else engine
         return TeacherWorker(dataclasses.replace(self.config, engine_config=engine), self.model, lazy=True)
 
     @property

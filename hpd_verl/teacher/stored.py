@@ -91,18 +91,28 @@ class StoredTeacher(Teacher):
     def _take_head(self, computed: dict[int, TeacherFeatures]) -> None:
         """Check and store the output head that the first computed features come with; all ranks together."""
         first = next(iter(computed.values()), None)
-        is_new = self._form is None  # on all ranks, each of which then wanted all of its rows
+        is_new = self._form is None  # on all ranks
+        if is_new and isinstance(self.store, DiskStore) and self.store.identity.format == "hidden":
+            self._save_head(first)
         if first is None or (self._is_head_checked and not is_new):
             return
         if isinstance(self.store, DiskStore) and isinstance(first, HiddenFeatures):
             self.store.check_output_head(first.head.weight, first.head.bias)
-            if is_new:
-                if torch.distributed.get_rank() == 0:
-                    self.store.save_output_head(first.head.weight, first.head.bias)
-                torch.distributed.barrier()
         self._is_head_checked = True
         # With the teacher's own head, in place of an equal one that was stored: one of them is in memory.
         self._form = first.with_tensors({name: torch.empty(0) for name in first.tensors})
+
+    def _save_head(self, first: TeacherFeatures | None) -> None:
+        """Store the output head, by the first rank that has features: one whose rows have other teachers has none."""
+        ranks = torch.distributed.get_world_size()
+        saving = ranks - highest_of_ranks(0 if first is None else ranks - torch.distributed.get_rank())
+        if torch.distributed.get_rank() == saving:
+            assert isinstance(self.store, DiskStore)
+            assert isinstance(first, HiddenFeatures)
+            self.store.save_output_head(first.head.weight, first.head.bias)
+        torch.distributed.barrier()
+        if highest_of_ranks(first is None):
+            self._form = self._stored_form()
 
     def _of_record(self, record: Record) -> TeacherFeatures:
         assert self._form is not None
