@@ -1,7 +1,7 @@
 # make quickstart   set up a virtual environment and run the main job on the CPU
 # make test         set up a virtual environment and run all tests
 # make lint, units, e2e: the parts of make test
-# make debian       Debian's bubblewrap, Slurm, Chromium and shellcheck; without one, the tests that use it are skipped
+# make debian       Debian's bubblewrap, Slurm and shellcheck; without one, the tests that use it are skipped
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -9,7 +9,7 @@ TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
 
-DEBIAN_PACKAGES := bubblewrap chromium iproute2 munge shellcheck slurm-client slurmctld slurmd
+DEBIAN_PACKAGES := bubblewrap iproute2 munge shellcheck slurm-client slurmctld slurmd
 
 .PHONY: debian install quickstart test lint units e2e clean
 

@@ -13,6 +13,7 @@ benchmarks/results/head.csv with the machine and the versions.
     fused_head, fused_head_and_teacher    with the elementwise work fused by torch.compile; not on a CPU unless named
     NAME_and_teacher    an objective over the vocabulary, hpd_exact, fkl, ...: the teacher's hidden states known
     trl_fkl, trl_rkl, trl_jsd    TRL's chunked divergence of the whole vocabulary, where TRL can be imported
+    liger_jsd           Liger's fused Jensen-Shannon divergence, where Liger can be imported; on a GPU only
 
 A ratio is to the bare products with the teacher, without it for head and fused_head. Memory is the
 growth of the peak resident set over what is resident before, measured once in a process of its own, or with
@@ -125,6 +126,12 @@ class Case:
         loss, *_ = _chunked_divergence_loss(hidden, teacher_hidden, self.weight, self.teacher_weight, mask, beta=beta)
         self._backward(loss)
 
+    def liger_jsd(self) -> None:
+        from liger_kernel.transformers import LigerFusedLinearJSD
+
+        loss = LigerFusedLinearJSD(jsd_beta=0.5)
+        self._backward(loss(self.hidden, self.weight, self.teacher_hidden, self.teacher_weight, None))
+
     def plain(self) -> None:
         mask = torch.ones_like(self.token_scale)
         self._backward(
@@ -154,7 +161,7 @@ IMPLEMENTATIONS = ["gemms", "gemms_and_teacher", "head", "head_and_teacher", "pl
 EXACT = [f"{name}_and_teacher" for name, each in OBJECTIVES.items() if each.over == "vocabulary"]
 TRL = {"trl_fkl": 0.0, "trl_rkl": 1.0, "trl_jsd": 0.5}
 """TRL's beta."""
-OPTIONAL = ["fused_head", "fused_head_and_teacher", *EXACT, *TRL]
+OPTIONAL = ["fused_head", "fused_head_and_teacher", *EXACT, *TRL, "liger_jsd"]
 
 
 def _synchronise(device: str) -> None:

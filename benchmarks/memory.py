@@ -1,4 +1,4 @@
-"""How near the planner is to the memory that runs take.
+"""The planner's memory estimate against measured runs.
 
     python benchmarks/memory.py
 
@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hpd_verl.sft.start import ALONE
 from hpd_verl.tools.plan.memory import plan_memory
 from hpd_verl.tools.plan.model_size import model_size, read_config
-from hpd_verl.tools.plan.run import Run
+from hpd_verl.tools.plan.run import PlannedRun
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["<pad>", "<end>", "<turn>", "user", "assistant", *map(str, range(100))]
@@ -53,9 +53,9 @@ class Point:
     gradient_checkpointing: bool = True
     lora_rank: int = 0
 
-    def run(self) -> Run:
+    def run(self) -> PlannedRun:
         """The planner's settings."""
-        return Run(
+        return PlannedRun(
             platform="cpu",
             trainer="lean",
             gpus=self.gpus,

@@ -1,4 +1,4 @@
-"""Where benchmarks put their numbers: rows of a CSV, each with what the numbers depend on."""
+"""Benchmark results as rows of a CSV, each with machine, versions and commit."""
 
 import csv
 import datetime

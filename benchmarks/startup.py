@@ -1,9 +1,9 @@
-"""Where the time to the first step of a command goes: its processes, when each began and what CPU time it took.
+"""Time to the first step of a command: its processes, when each began, and their CPU time.
 
     python benchmarks/startup.py -- python -m verl.trainer.main_ppo algorithm=hpd OVERRIDES
 
 Ends the command once it has printed its first step, and appends a row per process to benchmarks/results/startup.csv.
-CPU time depends less on what else the machine does than the time until the step.
+CPU time depends less on the machine's load than wall-clock time.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How far the teacher's store is from exact: gradient and loss of HPD with stored features, on real text.
+"""Errors of the teacher's store: gradient and loss of HPD with stored features, on real text.
 
     python benchmarks/store.py --student DIR --teacher DIR --data train.parquet
 

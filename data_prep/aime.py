@@ -1,7 +1,7 @@
-"""AIME (30 problems a year, answers are whole numbers from 0 to 999): problems to validate on.
+"""AIME (30 problems a year, answers are whole numbers from 0 to 999): validation problems.
 
-Columns read: problem or Problem, answer or Answer, and solution or Solution as demonstration where there is one. So
-read are HuggingFaceH4/aime_2024 (the default), Maxwell-Jia/AIME_2024, math-ai/aime25 (--hub_split test) and others.
+Columns read: problem or Problem, answer or Answer, and solution or Solution, if present, as demonstration: as in
+HuggingFaceH4/aime_2024 (default), Maxwell-Jia/AIME_2024, math-ai/aime25 (--hub_split test) and others.
 
     python -m data_prep.aime --local_dataset_path ~/data/aime_2024 --local_save_dir ~/data/aime24
 """

@@ -1,7 +1,7 @@
-"""AMC 12 of 2022 and 2023 (83 problems, answers are numbers): problems to validate on.
+"""AMC 12 of 2022 and 2023 (83 problems, answers are numbers): validation problems.
 
-Columns read: problem or question, answer (a number; 142.0 becomes 142), and solution as demonstration where there is
-one. So read are AI-MO/aimo-validation-amc (the default), math-ai/amc23 (--hub_split test) and others.
+Columns read: problem or question, answer (a number; 142.0 becomes 142), and solution, if present, as demonstration: as
+in AI-MO/aimo-validation-amc (default), math-ai/amc23 (--hub_split test) and others.
 
     python -m data_prep.amc --local_dataset_path ~/data/aimo-validation-amc --local_save_dir ~/data/amc
 """

@@ -1,8 +1,8 @@
 """Any set of conversations in the messages format: the last message, the assistant's, becomes the demonstration.
 
-Each record holds a list of messages, ``{"role": ..., "content": ...}``, in the column --messages_key. All before the
-last message is the prompt. There is no ground truth. Reasoning in a field of its own (reasoning_content, reasoning,
-thinking), tool calls and the column tools are kept; other fields of messages are left out, which is said.
+Each record holds a list of messages, ``{"role": ..., "content": ...}``, in the column --messages_key. The messages
+before the last are the prompt. There is no ground truth. Reasoning (reasoning_content, reasoning, thinking), tool
+calls and the column tools are kept; other fields are dropped with a note.
 
     python -m data_prep.chat --local_dataset_path ~/data/chats.jsonl --local_save_dir ~/data/chats --test_fraction 0.01
     python -m data_prep.chat --dataset HuggingFaceH4/no_robots --has_test_split --local_save_dir ~/data/no_robots
@@ -38,7 +38,7 @@ def configure(args: argparse.Namespace) -> tuple[Source, Convert]:
         known = set(left_out)
         prompt, demonstration = split_messages(record[key], key, left_out, args.reasoning_key)
         for name in left_out - known:
-            logger.warning("messages hold %r, which is left out", name)
+            logger.warning("messages hold %r, which is dropped", name)
         tools = record.get("tools") or None
         row = build_row(
             data_source="chat",

@@ -1,17 +1,16 @@
-"""Takes the rows out of a training file that overlap with test sets, and reports every one of them.
+"""Removes training rows that overlap with test sets, and reports each of them.
 
-A row overlaps where its problem is a test problem, word for word, or shares a run of --ngram words with one, half of
-which hold letters; problems of fewer words are compared whole. From the root of the checkout:
+A row overlaps if its problem equals a test problem or shares --ngram consecutive words with one, half of them with
+letters; shorter problems are compared whole. From the root of the checkout:
 
     python -m data_prep.decontaminate --train data/train.parquet --test aime24/test.parquet math500/test.parquet \\
         --local_save_dir data/clean
 
-The problem is extra_info.question where that is there, else the messages of the prompt but the system's. Words are
-compared without case, punctuation, and forms of the same character. What many prompts of a file share, such as an
-instruction, does not count: runs of 5 words that a tenth of a file's prompts have.
+The problem is extra_info.question, if present, else the prompt without its system message. Case, punctuation and
+variants of a character are ignored, and so are instructions: runs of 5 words in a tenth of a file's prompts.
 
-Writes the file's other rows under its name, and NAME.overlap.json: counts, and for each row that is left out both rows'
-numbers, from 0, and the words they share.
+Writes the remaining rows under the file's name, and NAME.overlap.json: counts, and for each removed row both row
+numbers, from 0, and the shared words.
 """
 
 import argparse
@@ -30,8 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_prep.rows import ROWS_PER_GROUP, unfinished
+from data_prep.rows import ROWS_PER_GROUP
 from data_prep.sources import PIECE, Source, read
+from hpd_verl.tools.rows import unfinished
 
 logger = logging.getLogger("data_prep")
 
@@ -108,7 +108,7 @@ def is_text(run: str) -> bool:
 
 
 def shared_runs(texts: Iterable[Words]) -> set[str]:
-    """What many of these different texts share: runs of ``SHARED_WORDS`` words; none if there are few texts."""
+    """Runs of ``SHARED_WORDS`` words that many of these texts share; none if there are few texts."""
     generator, seen = random.Random(0), set()
     sample: list[Words] = []
     for words in texts:
@@ -155,7 +155,7 @@ def parts_of(words: Words, shared: set[str]) -> list[Words]:
 
 @dataclass
 class Match:
-    """What a training row shares with a test set: the longest run of words."""
+    """The longest run of words that a training row shares with a test set."""
 
     test: str
     test_row: int
@@ -196,7 +196,7 @@ class TestSet:
                 self.grams.setdefault(gram, (row, column))
 
     def match(self, column: str, parts: list[Words]) -> Match | None:
-        """What a text shares with this set."""
+        """The overlap of a text with this set."""
         whole = " ".join(word for part in parts for word in part)
         if column == "prompt" and whole and whole in self.whole:
             return Match(self.name, self.whole[whole], "prompt", column, "exact", whole)
@@ -269,7 +269,7 @@ def index_tests(paths: Sequence[Path], columns: Sequence[str], ngram: int, share
 def matches_of(
     record: dict[str, Any], columns: Sequence[str], tests: Sequence[TestSet], shared: set[str]
 ) -> list[Match]:
-    """What one training row shares with each test set."""
+    """The overlap of one training row with each test set."""
     parts = {column: parts_of(words_of(TEXTS[column](record)), shared) for column in columns}
     found = []
     for test in tests:

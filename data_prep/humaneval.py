@@ -1,10 +1,9 @@
-"""HumanEval (164 functions to complete, MIT licence): programs to validate on.
+"""HumanEval (164 functions to complete, MIT licence): validation programs.
 
-Columns read: task_id, prompt, canonical_solution, test, entry_point; HumanEval.jsonl.gz of the release is read too. The
-ground truth is the test program, which calls ``check`` with the function. verl has no reward function for it; with
-``reward.custom_reward_function.path=pkg://hpd_verl.tools.rewards.code`` programs run in a sandbox. For EvalPlus's tests
-give --dataset evalplus/humanevalplus or its files, whose columns are the same; the release HumanEvalPlus.jsonl, with
-inputs in place of tests, is refused.
+Columns read: task_id, prompt, canonical_solution, test, entry_point; also HumanEval.jsonl.gz of the release. The ground
+truth is the test program, which calls ``check`` with the function. verl has no reward function for it; use
+``reward.custom_reward_function.path=pkg://hpd_verl.tools.rewards.code``. EvalPlus's tests: --dataset
+evalplus/humanevalplus or its files. The release HumanEvalPlus.jsonl has inputs instead of tests and is rejected.
 
     python -m data_prep.humaneval --local_dataset_path ~/data/HumanEval.jsonl.gz --local_save_dir ~/data/humaneval
 """

@@ -1,4 +1,4 @@
-"""MATH-500 (500 problems of MATH's test set): problems to validate on, with their worked solutions.
+"""MATH-500 (500 problems of MATH's test set): validation problems with worked solutions.
 
 Columns read: problem, solution, answer, unique_id. verl rewards the last ``\\boxed{}`` for this set.
 

@@ -1,4 +1,4 @@
-"""What the maths test sets share that are published under several names: one split, called train or test."""
+"""Shared by maths test sets that are published under several names: one split, called train or test."""
 
 import argparse
 from dataclasses import replace
@@ -9,7 +9,7 @@ from data_prep.sources import Source
 
 
 def problem_row(record: dict[str, Any], split: str, index: int, answer: str) -> Row:
-    """One row of a problem with this answer; its solution, if there is one, as demonstration."""
+    """The row of a problem with this answer and its solution, if any, as demonstration."""
     has_solution = any(isinstance(record.get(key), str) and record[key].strip() for key in ("solution", "Solution"))
     return build_row(
         data_source=MATH_REWARD,

@@ -1,7 +1,7 @@
-"""What the scripts of this folder share: records in, rows of verl's columns plus ``demonstration`` out, as a stream.
+"""Shared by the scripts of this folder: records in, rows of verl's columns plus ``demonstration`` out, as a stream.
 
-A script is a function from one record to one row. It raises ValueError on a record that it cannot use, and returns None
-for one that is no row of this split::
+A script is a function from a record to a row. It raises ValueError on an unusable record and returns None for a record
+of another split::
 
     def convert(record: dict[str, Any], split: str, index: int) -> dict[str, Any] | None:
         return build_row(...)
@@ -11,11 +11,9 @@ for one that is no row of this split::
 """
 
 import argparse
-import bisect
 import contextlib
 import functools
 import heapq
-import itertools
 import json
 import logging
 import random
@@ -30,6 +28,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_prep.sources import Place, Source, find_files, read
+from hpd_verl.tools.rows import percentiles, unfinished
 
 logger = logging.getLogger("data_prep")
 
@@ -38,14 +37,14 @@ Convert = Callable[[dict[str, Any], str, int], Row | None]
 
 MATH_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 MATH_REWARD = "lighteval/MATH"
-r"""``data_source`` for which verl compares the content of the last \boxed{}, with no package beside verl."""
+r"""``data_source`` for which verl compares the content of the last \boxed{}, without further packages."""
 ROWS_PER_GROUP = 1024
 """Rows held in memory before they are written."""
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message for its reasoning, by the sets' names."""
 KEPT_KEYS = (*REASONING_KEYS, "tool_calls", "tool_call_id", "name")
-"""Fields of a message that are written beside role and content; all are texts, ``tool_calls`` in JSON."""
+"""Fields of a message that are written in addition to role and content; all are texts, ``tool_calls`` in JSON."""
 
 
 def build_row(
@@ -64,7 +63,7 @@ def build_row(
     Args:
         data_source: verl chooses the reward function by it.
         prompt: chat list that ends with the user's turn, or a tool's.
-        demonstration: the answer that HPD learns from, without the turn's end token, or its message where that holds
+        demonstration: the answer that HPD learns from, without the turn's end token, or its message if that holds
             more than text; None if the set has none.
         ability: kind of task, such as "math".
         ground_truth: what the reward function compares an answer with.
@@ -114,7 +113,7 @@ def split_messages(
         reasoning_key: field that reasoning is written into; the set's own if None.
 
     Returns:
-        The demonstration is a text, or a list of its message where that holds reasoning or tool calls beside its text.
+        The demonstration is a text, or a list of its message if that also holds reasoning or tool calls.
 
     Raises:
         ValueError: not a list of messages of texts, or not the assistant's after the user's or a tool's at its end.
@@ -141,7 +140,7 @@ def split_messages(
 def _kept(
     message: Mapping[str, Any], where: str, left_out: set[str] | None, reasoning_key: str | None
 ) -> dict[str, str]:
-    """The fields of a message beside role and content, as texts."""
+    """The fields of a message other than role and content, as texts."""
     found = {}
     for key, value in message.items():
         if key in ("role", "content") or value is None or value in ("", [], {}):
@@ -153,13 +152,13 @@ def _kept(
         elif left_out is not None:
             left_out.add(key)
         else:
-            raise ValueError(f"{where} holds {key!r} beside role and content, which would be lost")
+            raise ValueError(f"{where} holds {key!r} in addition to role and content, which would be lost")
     return found
 
 
 @dataclass
 class Tally:
-    """What became of the records of a split."""
+    """Counts of a split's records by result."""
 
     rows: int = 0
     left_out: int = 0
@@ -213,12 +212,12 @@ def draw(rows: Iterable[Row], max_rows: int, seed: int) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns and fields the rows so far have."""
+    """Columns and fields of the rows so far."""
 
     in_prompts: frozenset[str] = frozenset()
-    """Fields of the prompts' messages beside role and content."""
+    """Fields of the prompts' messages other than role and content."""
     in_answers: frozenset[str] | None = None
-    """Those of the demonstrations; None while all are texts."""
+    """Fields of the demonstrations; None while all are texts."""
     tools: bool = False
 
     def with_row(self, row: Row) -> "_Columns":
@@ -310,19 +309,6 @@ def _names(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be written: {said}; make room and give the same command again") from error
     except (pa.ArrowException, TypeError) as error:
         raise ValueError(f"{path.name}: a row does not fit the rows before it: {error}") from error
-
-
-def unfinished(path: Path) -> Path:
-    """The name of a file that is being written."""
-    return path.with_suffix(".unfinished")
-
-
-def percentiles(lengths: Mapping[int, int]) -> str:
-    """The 50th, 90th, 99th percentile and the longest, of lengths with how many rows have each."""
-    ordered = sorted(lengths)
-    ranks = list(itertools.accumulate(lengths[length] for length in ordered))
-    names = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    return ", ".join(f"{name} {ordered[bisect.bisect_left(ranks, share * ranks[-1])]}" for name, share in names.items())
 
 
 class Lengths:

@@ -1,6 +1,6 @@
 """Where records come from: JSON lines, JSON and parquet files, or a data set of the Hugging Face hub, as a stream.
 
-Every record comes with the place where it stands, for errors. No file is held in memory.
+Each record comes with its file and line for error messages. No file is held in memory.
 """
 
 import gzip

@@ -1,6 +1,6 @@
-"""UltraFeedback (dialogue, MIT licence): prompts with the answer that was rated best as demonstration.
+"""UltraFeedback (dialogue, MIT licence): prompts, with the best-rated answer as demonstration.
 
-Reads HuggingFaceH4/ultrafeedback_binarized, splits train_sft and test_sft, column messages; other splits of it by
+Reads column messages of HuggingFaceH4/ultrafeedback_binarized, splits train_sft and test_sft, or others by
 --hub_splits, such as train_gen and test_gen. HPD's paper replaces the answers by the teacher's. There is no ground
 truth.
 

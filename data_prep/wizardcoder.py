@@ -1,8 +1,7 @@
-"""Evol-Instruct code sets, as WizardCoder was trained on: instructions and answers to train on.
+"""Evol-Instruct code sets, WizardCoder's training data: instructions and answers.
 
-Columns read: instruction, and output or response. So read are nickrosh/Evol-Instruct-Code-80k-v1 (the default) and
-ise-uiuc/Magicoder-Evol-Instruct-110K. The answers are those of the set's own model; HPD's paper replaces them by the
-teacher's. There is no ground truth.
+Columns read: instruction, and output or response: as in nickrosh/Evol-Instruct-Code-80k-v1 (default) and
+ise-uiuc/Magicoder-Evol-Instruct-110K. HPD's paper replaces the answers by the teacher's. There is no ground truth.
 
     python -m data_prep.wizardcoder --local_dataset_path ~/data/EvolInstruct-Code-80k.json \\
         --local_save_dir ~/data/wizardcoder --test_fraction 0.01

@@ -43,9 +43,9 @@ NOT_SETTINGS = {"objective_parameters", "teacher_server"}
 
 SETTINGS = """# Settings
 
-All are under `algorithm.hpd`, with the same names and meaning in main_ppo and the lean trainer
-(`configs/settings/hpd.yaml`). A wrong name or value ends the run with one line before anything loads. Values for verl's
-own keys are in `configs/algorithm/hpd.yaml` and `configs/sft_trainer.yaml`, with comments.
+All are under `algorithm.hpd`, the same in main_ppo and the lean trainer (`configs/settings/hpd.yaml`). Parameters of
+single objectives: [objectives.md](objectives.md). Defaults for verl's own keys: `configs/algorithm/hpd.yaml` and
+`configs/sft_trainer.yaml`.
 
     python -m verl.trainer.main_ppo algorithm=hpd algorithm.hpd.temperature=2 \\
         'algorithm.hpd.objective={hpd: 1.0, sft: 0.1}' \\
@@ -55,44 +55,42 @@ own keys are in `configs/algorithm/hpd.yaml` and `configs/sft_trainer.yaml`, wit
 
 REPRODUCIBLE = """## Reproducibility
 
-Two runs of one command on one machine give equal numbers; another `seed` changes all random draws. Limits:
+Two runs of one command on one machine give equal numbers; `seed` sets all random draws. Exceptions:
 
-- vLLM: each answer has its own seed, but log-probs depend in their last bits on which requests share a batch. A token
-  may differ, rarely in float32, more often in bfloat16. `VLLM_BATCH_INVARIANT=1` prevents that on GPUs that support it,
-  at a cost in speed.
+- vLLM seeds each answer, but the last bits of log-probs depend on the requests in a batch. A token may differ, rarely
+  in float32, more often in bfloat16. `VLLM_BATCH_INVARIANT=1` prevents this on some GPUs and costs speed.
 - sglang: rollouts have no seed.
-- GPU kernels that add in any order differ in the last bits. verl's switch against that is
-  `actor_rollout_ref.actor.fsdp_config.full_determinism=true` (lean trainer: `engine.full_determinism=true`).
+- Nondeterministic GPU kernels: set `actor_rollout_ref.actor.fsdp_config.full_determinism=true` (lean trainer:
+  `engine.full_determinism=true`).
 """
 
 OBJECTIVES_PAGE = """# Objectives
 
-`algorithm.hpd.objective` is the objective on demonstrations, `algorithm.hpd.on_policy_objective` on rollouts (default:
-the same). Each is a name or a mixture; a mixture adds up the objectives' gradients with factors, in one pass.
+`algorithm.hpd.objective` applies to demonstrations, `algorithm.hpd.on_policy_objective` to rollouts (default: the
+same). Each is a name or a mixture; a mixture sums the objectives' gradients with factors, in one pass.
 
     algorithm.hpd.objective=fkl
     'algorithm.hpd.objective={hpd: 1.0, sft: 0.1}'
     algorithm.hpd.objective=skew_fkl algorithm.hpd.skew_fkl.skew=0.2
     algorithm.hpd.objective=path/file.py:my_objective     # or package.module:my_objective
 
-Which one to take: [choosing.md](choosing.md). Your own is a function with a decorator:
-[CONTRIBUTING.md](../CONTRIBUTING.md#add-an-objective).
+Which one: [choosing.md](choosing.md). Your own: [CONTRIBUTING.md](../CONTRIBUTING.md#add-an-objective).
 
 An objective weighs the student's log-likelihood: `loss = -sum w log q`, with detached weights. `q` is the student, `p`
 the teacher, `y` the label, `a` the token that the student samples, `gap(v) = q(v) (log p(v) - log q(v))`.
 
-Parameters are under the objective's name, `algorithm.hpd.<name>.<parameter>`; those of `hpd` and `hpd_exact` are beside
-`algorithm.hpd.objective`. Parameters of objectives not in use are rejected.
+Parameters are `algorithm.hpd.<name>.<parameter>`, for `hpd` and `hpd_exact` `algorithm.hpd.<parameter>`. Parameters of
+objectives not in use are rejected.
 
 | | over tokens | over the vocabulary |
 |---|---|---|
 | weights | the label, for `hpd` also the sampled token | every token; nothing is sampled |
-| the teacher costs | its forward and one dot product a token | its forward and a product with its output layer |
-| pipelines | one pass; staged, with several updates a batch and Ulysses | one pass |
-| the teacher's own temperature | no | `algorithm.hpd.teacher_temperature` |
+| teacher cost | forward and one dot product per token | forward and a product with its output layer |
+| pipelines | one pass; staged, with several updates per batch | one pass |
+| teacher's own temperature | no | `algorithm.hpd.teacher_temperature` |
 
-Objectives of other papers agree with their authors' published code to 1e-13 in value and gradient, except `akl` (its
-entry says where it differs) and `symmetric_kl` and `tvd`, written from their definitions.
+Values and gradients agree with the authors' published code to 1e-13, except `akl` (see its entry) and `symmetric_kl`
+and `tvd`, which follow their definitions.
 """
 
 
@@ -107,7 +105,7 @@ def _default(field: FieldInfo) -> str:
 def _row(name: str, field: FieldInfo) -> str:
     described: Mapping[str, Any] = field.json_schema_extra if isinstance(field.json_schema_extra, Mapping) else {}
     if name in ("objective", "on_policy_objective"):
-        what = "a name, module:name, file.py:name, or {name: factor, ...}"
+        what = "name, module:name, file.py:name or {name: factor, ...}"
     else:
         what = str(described.get("remedy") or allowed(field))
     what = what.removeprefix("give ").removeprefix("choose ")
@@ -131,13 +129,6 @@ def settings_page() -> str:
         parts.append(f"## {title}\n\n{_table({name: fields[name] for name in names})}")
     served = {f"teacher_server.{name}": field for name, field in TeacherServer.model_fields.items()}
     parts.append(f"## A served teacher\n\nSee [served](served.md).\n\n{_table(served)}")
-    nodes = {
-        f"{name}.{parameter}": field
-        for name, each in OBJECTIVES.items()
-        if each.has_own_node
-        for parameter, field in each.parameters.model_fields.items()
-    }
-    parts.append(f"## Parameters of objectives\n\nSee [objectives](objectives.md).\n\n{_table(nodes)}")
     parts.append(REPRODUCIBLE)
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

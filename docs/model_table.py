@@ -26,10 +26,10 @@ START, END = "<!-- Written by docs/model_table.py -->", "<!-- end -->"
 def _why(tried: Tried) -> str:
     reason = next(iter(tried.wrong.values()), "")
     if not reason:
-        return "each row is computed as it is alone"
+        return "rows do not affect each other"
     if "off by" in reason:
-        return "packed rows move one another: state, chunks or positions of the pack"
-    return "its code takes no other attention"
+        return "packed rows affect each other: state, chunks or positions"
+    return "its code supports no other attention"
 
 
 def table() -> str:
@@ -40,9 +40,9 @@ def table() -> str:
         tried = try_layouts(tiny_config(family), candidates, LONGEST)
         right: RowLayout | None = tried.right
         if right is None:
-            groups["one row", "-", "padded rows move one another too: refused, unless each micro-batch has one"].append(
-                family
-            )
+            groups[
+                "one row", "-", "padded rows affect each other too: rejected unless each micro-batch has one row"
+            ].append(family)
         else:
             groups["packed" if right.packed else "padded", f"`{right.attention}`", _why(tried)].append(family)
     lines = ["| rows | attention | model types | why |", "|---|---|---|---|"]
@@ -64,7 +64,7 @@ def refused() -> str:
             check_head(model)
         except Refused:
             reasons[
-                "the output layer does more than one pass knows: main_ppo with `algorithm.hpd.pipeline=staged`"
+                "one pass does not support its output layer: use main_ppo with `algorithm.hpd.pipeline=staged`"
             ].append(family)
     return "\n".join(f"- {', '.join(f'`{name}`' for name in names)}: {reason}." for reason, names in reasons.items())
 
@@ -73,7 +73,7 @@ def main() -> None:
     page = ROOT / "docs" / "models.md"
     text = page.read_text()
     before, after = text.split(START)[0], text.split(END)[1]
-    page.write_text(f"{before}{START}\n{table()}\n\nRefused for something else:\n\n{refused()}\n{END}{after}")
+    page.write_text(f"{before}{START}\n{table()}\n\nRejected for other reasons:\n\n{refused()}\n{END}{after}")
 
 
 if __name__ == "__main__":

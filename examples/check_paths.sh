@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sourced: check_paths NAME... refuses variables whose value cannot be a setting of the trainer as it stands.
+# Sourced: check_paths NAME... rejects variables whose value Hydra would misread.
 #
-# Hydra reads = ' " ( [ { # , $ and letters with accents in a value otherwise, and says so only once the training starts.
+# Hydra gives = ' " ( [ { # , $ and accented letters a meaning, and complains only when training starts.
 check_paths() {
     local name LC_ALL=C
     for name in "$@"; do

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a data set and a teacher to a student with a score; math/pipeline.sh and code/pipeline.sh give the defaults.
 #
-# Stages: prepare, answers, train, export, evaluate, report. The same command continues after a stop, within a stage too.
+# Stages: prepare, answers, train, export, evaluate, report. The same command resumes after a stop, also within a stage.
 # Stages don't track variables; after changing one, use a new RUN_DIR.
 set -euo pipefail
 
@@ -13,7 +13,7 @@ N_ANSWERS=${N_ANSWERS:-4}          # of the teacher to each training prompt
 KEEP=${KEEP:-best}                 # of its answers: best, all or first
 MIN_REWARD=${MIN_REWARD:-1}        # an answer below it is no demonstration
 TEMPERATURE=${TEMPERATURE:-0.7}    # of the teacher's answers
-GENERATE_ARGS=${GENERATE_ARGS:-}   # further words of data_prep.generate_demonstrations, as "--tensor_parallel_size 2"
+GENERATE_ARGS=${GENERATE_ARGS:-}   # further words of hpd-verl generate, as "--tensor_parallel_size 2"
 TEST_ROWS=${TEST_ROWS:-}           # problems of each test set; all
 EVALUATE_ARGS=${EVALUATE_ARGS:-}   # further words of the evaluation, as "--n 8 --temperature 0.6"
 EVALUATED=${EVALUATED-teacher before after} # models; empty for none
@@ -75,7 +75,7 @@ for set in $TEST_SETS; do
 done
 
 # shellcheck disable=SC2086 # words
-stage answers python -m data_prep.generate_demonstrations --prompts "$RUN_DIR/data/$TRAIN_SET/train.parquet" \
+stage answers hpd-verl generate --prompts "$RUN_DIR/data/$TRAIN_SET/train.parquet" \
     --local_save_dir "$RUN_DIR/answers" --model "$TEACHER" --tokenizer "$STUDENT" --n "$N_ANSWERS" \
     --temperature "$TEMPERATURE" --max_tokens "$MAX_RESPONSE_LENGTH" --reward "$REWARDED" --keep "$KEEP" \
     --min_reward "$MIN_REWARD" $GENERATE_ARGS
@@ -99,7 +99,7 @@ done
 
 # What is shown is made anew each time.
 mkdir -p "$RUN_DIR/report" "$RUN_DIR/scores"
-hpd-verl report "$RUN_DIR/train" --out "$RUN_DIR/report/training"
+hpd-verl report "$RUN_DIR/train" --out "$RUN_DIR/report/training.png"
 for set in $TEST_SETS; do
     mapfile -t files < <(results "$set")
     [[ ${#files[@]} -gt 0 ]] || continue

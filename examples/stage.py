@@ -1,12 +1,11 @@
-"""Run one stage of a pipeline, once: its output to a log, its time and memory to a file that says it is done.
+"""Run one stage of a pipeline once. Output goes to a log, time and memory to a file that marks it done.
 
     python examples/stage.py RUN_DIR NAME -- COMMAND...     the stage
     python examples/stage.py RUN_DIR                        a table of the stages that are done
 
-RUN_DIR/NAME.done is written after the command has succeeded; with it there, nothing runs. Processes that an earlier
-start of the same run left behind, as a kill does, are ended first. If the command fails, the end of its log is shown.
-SIGTERM and SIGUSR1 go to the command, whose exit code is the stage's then.
-Memory is the highest sum over the stage's processes of their proportional sets (pages shared are counted once).
+RUN_DIR/NAME.done is written after success; a stage with it is skipped. Processes left behind by an earlier start are
+ended first. If the command fails, the end of its log is shown. SIGTERM and SIGUSR1 go to the command, whose exit code
+is the stage's. Memory is the peak sum of the processes' proportional sets (shared pages count once).
 """
 
 import argparse
@@ -23,7 +22,7 @@ from types import FrameType
 import psutil
 
 VARIABLE = "HPD_RUN_DIR"
-"""Of the environment of all processes of a run, by which those of an earlier start are found."""
+"""Environment variable of all processes of a run, by which an earlier start's are found."""
 STAGE = "HPD_STAGE"
 """The process id of the stage's own."""
 INTERVAL = 2.0
@@ -33,7 +32,7 @@ LEAST_ROOM = 1 << 20
 
 
 def of_run(run_dir: Path, stage: int | None = None) -> list[psutil.Process]:
-    """Processes of this run, but this one and those above it; with ``stage`` those that it started."""
+    """Processes of this run except this one and its ancestors; with ``stage`` only those that it started."""
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = []
     for process in psutil.process_iter():

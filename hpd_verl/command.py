@@ -8,13 +8,14 @@ import importlib
 import sys
 
 COMMANDS = {
-    "export": ("hpd_verl.tools.export", "a checkpoint becomes a folder that transformers and vLLM load"),
+    "export": ("hpd_verl.tools.export", "export a checkpoint as a folder that transformers and vLLM load"),
     "fill-store": (
         "hpd_verl.sft.fill_store",
         "fill the teacher's store ahead of training (several ranks: torchrun)",
     ),
+    "generate": ("hpd_verl.tools.demonstrations.__main__", "a teacher's answers to the prompts of a file become rows"),
     "plan": ("hpd_verl.tools.plan.__main__", "memory, time and disk that a run takes, from the models' config.json"),
-    "report": ("hpd_verl.tools.report", "curves of one or several runs, from their logs"),
+    "report": ("hpd_verl.tools.report", "curves of one or several runs in one picture, from their logs"),
 }
 """Name of each command: its module, whose ``main`` reads ``sys.argv``, and what it does."""
 
@@ -27,7 +28,7 @@ def usage() -> str:
 
 
 def main() -> None:
-    """Run the command that the first argument names; exit code 2 where there is no such command."""
+    """Run the command that the first argument names; exit code 2 if there is no such command."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help", "help"):
         print(usage())

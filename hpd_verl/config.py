@@ -71,83 +71,75 @@ class HPDConfig(HPDParameters):
     model_config = ConfigDict(revalidate_instances="always")
 
     objective: str | dict[str, float] = "hpd"
-    """What is optimised on demonstrations: an objective's name, your own as module:name or file.py:name, or a mixture,
-    {name: factor, ...}. See docs/objectives.md."""
+    """The objective on demonstrations, or a mixture (docs/objectives.md)."""
 
     on_policy_objective: str | dict[str, float] | None = None
-    """The same for rows whose label is the student's own rollout; null: as ``objective``."""
+    """The objective on rollouts; null: as ``objective``."""
 
     num_student_samples: int = Field(1, ge=1)
-    """Tokens the student samples per position; their terms are averaged."""
+    """Tokens that the student samples per position; their terms are averaged."""
 
     temperature: float = Field(1.0, gt=0)
-    """Distillation temperature of student and teacher (rollouts keep actor_rollout_ref.rollout.temperature)."""
+    """Divides both models' logits in the objective; rollouts use actor_rollout_ref.rollout.temperature."""
 
     teacher_temperature: float | None = Field(None, gt=0)
-    """Objectives over the vocabulary: another temperature of the teacher's distribution; null: ``temperature``."""
+    """The teacher's own temperature, for objectives over the vocabulary; null: ``temperature``."""
 
     on_policy_fraction: Annotated[
         Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[FractionSchedule, Tag("schedule")],
         Discriminator(lambda value: "schedule" if isinstance(value, dict | FractionSchedule) else "number"),
     ] = Field(0.0, json_schema_extra=says(_FRACTION, steps="give an integer of at least 1"))
-    """Share of a batch's rows that the student answers itself: a number, or {start, end, steps} for a line."""
+    """Share of rollouts in a batch; {start, end, steps} changes it linearly."""
 
     rollouts_per_prompt: int = Field(1, ge=1)
-    """Of the rows of a batch that the student answers, so many at a time take one of their prompts: as many sequences,
-    fewer prompts (counted). For rollouts alone actor_rollout_ref.rollout.n leaves no prompt out."""
+    """Rollouts of a batch that share one prompt; the others' prompts are dropped (counted). With rollouts only, use
+    actor_rollout_ref.rollout.n, which drops none."""
 
     missing_demonstration: Literal["error", "rollout"] = "error"
-    """Rows without a demonstration where one is needed: error, or rollout (the student answers; counted)."""
+    """Rows without a demonstration: error, or rollout (the student answers; counted)."""
 
     overlong_demonstration: Literal["truncate", "drop", "error"] = "truncate"
     """Demonstrations longer than data.max_response_length: truncate (no EOS; counted), drop (counted) or error."""
 
     score_rollouts: bool = False
-    """Run the reward function on training rollouts too, for their score in the log; the loss never uses it."""
+    """Log the reward of training rollouts; the loss never uses it."""
 
     seed: int = 42
-    """The run's seed: order of the rows (data.seed, if set, replaces it there), LoRA's first weights, dropout, the
-    student's draws, choice of rows to roll out and, with vLLM, each rollout's tokens."""
+    """Seeds row order (unless data.seed is set), LoRA initialisation, dropout, the student's samples, the choice of
+    rollouts and, with vLLM, their tokens."""
 
     check_saved_model: bool = True
-    """After the first checkpoint of a run with ``hf_model`` among its contents, rank 0 loads what was saved by plain
-    transformers, on the CPU in float32, and compares its log-probs with the trained model's. Another model ends the
-    run."""
+    """Compare a run's first saved ``hf_model`` with the trained model (docs/export.md); a difference ends the run."""
 
     token_chunk_size: int | None = Field(None, ge=1)
-    """Tokens whose logits exist at once; memory only, never the result. null: 1024, and 8192 in one_pass off the CPU,
-    where the logits of a chunk stay in the student's dtype."""
+    """Tokens whose logits exist at once; changes memory only. null: 1024, or 8192 in one_pass on a GPU."""
 
     pipeline: Literal["auto", "one_pass", "staged"] = "auto"
-    """one_pass (one student forward, loss inside the output layer), staged (verl's passes, with PPO's ratio over
-    several updates a batch), or auto: one_pass where a batch is one update and nothing stands against it."""
+    """See docs/cost.md. auto: one_pass if a batch is one update and the configuration allows it."""
 
     exact_kl_metrics: bool = False
-    """one_pass: log exact KL(teacher || student) and KL(student || teacher); costs a product with the teacher's output
-    layer where no objective is over the vocabulary."""
+    """one_pass: log exact KL(teacher || student) and KL(student || teacher). Costs a product with the teacher's output
+    layer unless an objective over the vocabulary needs it anyway."""
 
     teacher_cache: Literal["off", "memory", "disk"] = Field(
         "off", json_schema_extra=says('choose "off" (with quotes in a yaml file), memory or disk')
     )
-    """Keep the teacher's features of demonstrations for later epochs: off, memory (of the process; one rank only) or
-    disk."""
+    """Store the teacher's features of demonstrations (docs/store.md); memory: one rank only."""
 
     teacher_cache_dir: str | None = Field(None, min_length=1, json_schema_extra=says("give a folder, or null"))
-    """Teacher cache on disk: its folder, shared by all ranks and by later runs with the same teacher."""
+    """Folder of the store on disk, shared by all ranks and runs with this teacher."""
 
     teacher_cache_format: Literal["hidden", "topk"] = "hidden"
-    """What is kept of a token: hidden (the final hidden state) or topk (the most likely tokens' log-probs)."""
+    """Stored per token: the final hidden state, or the likeliest tokens' log-probs."""
 
     teacher_cache_dtype: Literal["bf16", "float32"] = "bf16"
-    """Format hidden: bf16 or float32."""
+    """Format hidden: dtype on disk."""
 
     teacher_cache_top_k: int = Field(64, ge=1)
-    """Format topk: tokens kept per position."""
+    """Format topk: tokens stored per position."""
 
     teacher_cache_max_gib: float = Field(100.0, gt=0)
-    """Size limit: of the folder, all ranks and runs together and the output head left out, or of the process's memory.
-    Rows beyond it are not kept. A token takes 2 (float32: 4) bytes a hidden unit and 8 more, or 8 bytes a top-k entry
-    and 8 more."""
+    """Size limit of the folder without the output layer, or of the process's memory; rows beyond it are not stored."""
 
     teacher_server: TeacherServer = TeacherServer.from_node({})
     """A teacher that servers of its own run."""
@@ -189,7 +181,7 @@ class HPDConfig(HPDParameters):
     @classmethod
     def _known_objectives(cls, value: Any) -> Any:
         if isinstance(value, str) and value.lstrip().startswith("{"):
-            raise ValueError("this is a text; a mixture, {objective: factor, ...}, has no quotes around it")
+            raise ValueError("this is text; write a mixture without quotes: {objective: factor, ...}")
         names = list(value) if isinstance(value, Mapping) else [value]
         if isinstance(value, Mapping) and (
             not names or not all(is_number(factor) and 1e-6 <= factor <= 1e6 for factor in value.values())
@@ -234,7 +226,7 @@ class HPDConfig(HPDParameters):
             self.rollouts_per_prompt == 1 or self.schedule.highest > 0 or self.missing_demonstration == "rollout",
             f"{PREFIX}.rollouts_per_prompt",
             self.rollouts_per_prompt,
-            f"the student answers nothing: set {PREFIX}.on_policy_fraction, or leave it out",
+            f"there are no rollouts; set {PREFIX}.on_policy_fraction, or leave it out",
         )
         over_tokens = objectives.names(lambda bound: bound.objective.over == "token")
         require(
@@ -254,7 +246,7 @@ class HPDConfig(HPDParameters):
             not self.exact_kl_metrics or self.teacher_cache == "off" or self.teacher_cache_format == "hidden",
             f"{PREFIX}.exact_kl_metrics",
             self.exact_kl_metrics,
-            f"{PREFIX}.teacher_cache_format=topk keeps a part of the teacher's distribution; choose hidden",
+            f"{PREFIX}.teacher_cache_format=topk stores only part of the teacher's distribution; choose hidden",
         )
         if self.teacher_server.urls and self.teacher_server.features == "topk":
             self.check_served_top_k()
@@ -327,9 +319,7 @@ class HPDConfig(HPDParameters):
         used = {reference: find_objective(reference) for mixture in factors for reference in mixture}
         by_name = {each.name: each for each in used.values()}
         for name in by_name.keys() & type(self).model_fields.keys():
-            raise ValueError(
-                f"{PREFIX}.objective={self.objective}: {name} is the name of a setting, too; give the objective another"
-            )
+            raise ValueError(f"{PREFIX}.objective={self.objective}: {name} is also a setting; rename the objective")
         for name, values in self.objective_parameters.items():
             known = by_name.get(name) or OBJECTIVES.get(name)
             if known is None or not known.has_own_node:

@@ -1,10 +1,10 @@
-"""How a run refuses what it cannot do: one line, ``SETTING=VALUE: what was found; what to do``."""
+"""Errors in one line: ``SETTING=VALUE: what was found; what to do``."""
 
 from typing import Any
 
 
 class Refused(ValueError):
-    """What a run cannot do, in one line ``SETTING=VALUE: what was found; what to do`` that needs no traceback."""
+    """A rejected setting, in one line ``SETTING=VALUE: what was found; what to do``, without a traceback."""
 
 
 def require(condition: bool, setting: str, found: Any, remedy: str) -> None:

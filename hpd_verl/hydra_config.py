@@ -24,7 +24,7 @@ VERL_CONFIGS = "pkg://verl.trainer.config"
 
 
 def config_dir() -> Path:
-    """Our own config folder: inside the package once installed, beside it in a checkout."""
+    """Our config folder: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -113,8 +113,8 @@ class HPDSearchPath(SearchPathPlugin):
 def register() -> None:
     """Register the search path, the config source and the resolvers that hpd.yaml uses."""
     OmegaConf.register_new_resolver("hpd.is_null", lambda value: value is None, replace=True)
-    # What a Ray that the run starts must be told of: a logical GPU a rank; verl reserves 3 CPUs beside each, and a few
-    # for its own actors. A cluster that is there already has been told.
+    # Resources for a Ray that the run starts: a logical GPU per rank; verl reserves 3 CPUs for each, and a few for its
+    # own actors. A running cluster has its own.
     for name, count in {"hpd.ray_gpus": lambda ranks: ranks, "hpd.ray_cpus": lambda ranks: 3 * ranks + 2}.items():
         OmegaConf.register_new_resolver(
             name, lambda ranks, count=count: None if os.environ.get("RAY_ADDRESS") else count(ranks), replace=True

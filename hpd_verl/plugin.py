@@ -7,31 +7,37 @@ import importlib.metadata
 import logging
 import os
 import traceback
+from typing import NoReturn
 
-from hpd_verl.run.import_hooks import when_imported
+from wrapt import register_post_import_hook
 
 VERL_VERSION = "0.9.1"
 
-
-def _register_hydra() -> None:
-    import hpd_verl.hydra_config  # noqa: F401
-
-
-def _register_core_algorithms() -> None:
-    import hpd_verl.pipelines.advantage
-    import hpd_verl.pipelines.policy_loss  # noqa: F401
-
-
-def _register_attention() -> None:
-    import hpd_verl.engine.attention  # noqa: F401
+BESIDE = {
+    "hydra": ("hpd_verl.hydra_config",),
+    "transformers.modeling_utils": ("hpd_verl.engine.attention",),
+    "verl.trainer.ppo.core_algos": ("hpd_verl.pipelines.advantage", "hpd_verl.pipelines.policy_loss"),
+    "verl.experimental.agent_loop": ("hpd_verl.ppo.agent_loop",),
+    "verl.trainer.ppo.v1": ("hpd_verl.ppo.trainer",),
+}
+"""Modules and ours that add to them, imported right after: most processes (reward workers, vLLM's servers) never touch
+the trainer, and pay nothing for it."""
 
 
-def _register_agent_loop() -> None:
-    import hpd_verl.ppo.agent_loop  # noqa: F401
+def import_beside(module: str, *ours: str) -> None:
+    """Import modules of ours once another one has been imported; now, if it already is.
 
+    What they raise ends the process: whoever imports the other module may take an error for its absence.
+    """
 
-def _register_trainer() -> None:
-    import hpd_verl.ppo.trainer  # noqa: F401
+    def hook(_: object) -> None:
+        try:
+            for name in ours:
+                importlib.import_module(name)
+        except Exception as error:
+            _end(error)
+
+    register_post_import_hook(hook, module)
 
 
 def register() -> None:
@@ -51,18 +57,19 @@ def register() -> None:
         from hpd_verl import cpu
 
         cpu.register()
-    when_imported("hydra", _register_hydra)
-    when_imported("transformers.modeling_utils", _register_attention)
-    when_imported("verl.trainer.ppo.core_algos", _register_core_algorithms)
-    when_imported("verl.experimental.agent_loop", _register_agent_loop)
-    when_imported("verl.trainer.ppo.v1", _register_trainer)
+    for module, ours in BESIDE.items():
+        import_beside(module, *ours)
 
 
-try:
-    register()
-except Exception as error:
+def _end(error: Exception) -> NoReturn:
     traceback.print_exc()
     raise SystemExit(
         f"hpd-verl could not register with verl: {error}\n"
         "Run verl without it by VERL_USE_EXTERNAL_PLUGINS=none, or uninstall hpd-verl."
     ) from error
+
+
+try:
+    register()
+except Exception as error:
+    _end(error)

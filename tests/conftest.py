@@ -206,6 +206,23 @@ class Tiny:
     validation: Path
     reward: Path
 
+    @property
+    def rows(self) -> list[str]:
+        """Settings of both trainers for the rows."""
+        lengths = ["data.max_prompt_length=16", "data.max_response_length=16"]
+        return [f"data.train_files={self.train}", "data.train_batch_size=8", *lengths]
+
+    @property
+    def main_ppo(self) -> list[str]:
+        """Settings of main_ppo for models and rows."""
+        models = [f"actor_rollout_ref.model.path={self.student}", f"actor_rollout_ref.ref.model.path={self.teacher}"]
+        return [*models, *self.rows]
+
+    @property
+    def sft(self) -> list[str]:
+        """The same of the lean trainer."""
+        return [f"model.path={self.student}", f"teacher.model.path={self.teacher}", *self.rows]
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
@@ -225,8 +242,42 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     )
 
 
+def main_ppo_config(*overrides: str) -> Any:
+    """main_ppo's configuration with ``algorithm=hpd``."""
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", ["algorithm=hpd", *overrides])
+
+
+def sft_config(*overrides: str) -> Any:
+    """The lean trainer's configuration."""
+    from hydra import compose, initialize_config_dir
+
+    from hpd_verl.hydra_config import config_dir
+
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        return compose("sft_trainer", list(overrides))
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """torch.distributed with this process alone."""
+    from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
+
+    from hpd_verl.sft.start import ALONE
+
+    kept = dict(os.environ)
+    os.environ.update(ALONE)
+    initialize_global_process_group()
+    yield
+    destroy_global_process_group()
+    os.environ.clear()
+    os.environ.update(kept)
+
+
 @dataclass
-class Run:
+class FinishedRun:
     """A finished run of the command."""
 
     returncode: int
@@ -238,7 +289,7 @@ class Run:
         return [step["hpd/loss"] for step in self.steps]
 
 
-RunMainPPO = Callable[..., Run]
+RunMainPPO = Callable[..., FinishedRun]
 
 
 @pytest.fixture(scope="session")
@@ -303,17 +354,12 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> Ru
         terminate_after_step: int | None = None,
         timeout: float = 800,
         new_interpreter: bool = False,
-    ) -> Run:
+    ) -> FinishedRun:
         log, output = tmp_path / "metrics.jsonl", tmp_path / "output.txt"
         log.unlink(missing_ok=True)
         arguments = [
             "algorithm=hpd",
-            f"actor_rollout_ref.model.path={tiny.student}",
-            f"actor_rollout_ref.ref.model.path={tiny.teacher}",
-            f"data.train_files={tiny.train}",
-            "data.train_batch_size=8",
-            "data.max_prompt_length=16",
-            "data.max_response_length=16",
+            *tiny.main_ppo,
             "actor_rollout_ref.actor.optim.lr=1e-2",
             "trainer.logger=[console,file]",
             "trainer.total_training_steps=2",
@@ -327,7 +373,7 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> Ru
             with open(output, "w") as stream:
                 command = [sys.executable, "-m", module, *arguments]
                 done = subprocess.run(command, cwd=tmp_path, env=whole, stdout=stream, stderr=stream, timeout=timeout)
-            return Run(done.returncode, output.read_text(), read_steps(log))
+            return FinishedRun(done.returncode, output.read_text(), read_steps(log))
         process = start_module(processes, module, arguments, tmp_path, output, **variables)
         assert process.pid is not None
         try:
@@ -343,7 +389,7 @@ def run_main_ppo(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> Ru
                 os.killpg(process.pid, signal.SIGKILL)
                 process.join()
         assert process.exitcode is not None
-        return Run(process.exitcode, output.read_text(), read_steps(log))
+        return FinishedRun(process.exitcode, output.read_text(), read_steps(log))
 
     return run
 

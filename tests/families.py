@@ -19,6 +19,7 @@ from typing import Any
 os.environ |= {"VERL_PLATFORM": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
+from conftest import sft_config
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
@@ -238,30 +239,22 @@ def write_rows(file: Path) -> None:
 
 def lean_config(folder: Path, *overrides: str) -> Any:
     """The lean trainer's configuration for the models and rows of a folder."""
-    from hydra import compose, initialize_config_dir
-
-    from hpd_verl.hydra_config import config_dir
-
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        return compose(
-            "sft_trainer",
-            [
-                f"model.path={folder}/student",
-                f"teacher.model.path={folder}/teacher",
-                f"data.train_files={folder}/rows.parquet",
-                "data.train_batch_size=8",
-                f"data.max_prompt_length={LONGEST // 2}",
-                f"data.max_response_length={LONGEST // 2}",
-                "data.max_token_len_per_gpu=1024",
-                "data.num_workers=0",
-                "trainer.total_training_steps=1",
-                "trainer.logger=[console]",
-                f"trainer.default_local_dir={folder}/run",
-                "algorithm.hpd.objective=fkl",
-                "optim.clip_grad=1e9",
-                *overrides,
-            ],
-        )
+    return sft_config(
+        f"model.path={folder}/student",
+        f"teacher.model.path={folder}/teacher",
+        f"data.train_files={folder}/rows.parquet",
+        "data.train_batch_size=8",
+        f"data.max_prompt_length={LONGEST // 2}",
+        f"data.max_response_length={LONGEST // 2}",
+        "data.max_token_len_per_gpu=1024",
+        "data.num_workers=0",
+        "trainer.total_training_steps=1",
+        "trainer.logger=[console]",
+        f"trainer.default_local_dir={folder}/run",
+        "algorithm.hpd.objective=fkl",
+        "optim.clip_grad=1e9",
+        *overrides,
+    )
 
 
 def reference(folder: Path, rows: list[Any]) -> tuple[float, dict[str, Tensor]]:

@@ -161,7 +161,7 @@ def test_texts_are_shown_with_their_quotes(values: dict[str, Any]) -> None:
 
 
 def test_a_mixture_in_quotes_is_no_module() -> None:
-    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.objective='{hpd: 1\.0}': this is a text; a mixture"):
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.objective='{hpd: 1\.0}': this is text; write a mixture"):
         HPDConfig(objective="{hpd: 1.0}")
 
 
@@ -382,7 +382,7 @@ def test_from_config_refuses_bad_values() -> None:
 
 def test_exact_kl_needs_the_whole_teacher() -> None:
     with pytest.raises(
-        ValueError, match=r"exact_kl_metrics=True: algorithm\.hpd\.teacher_cache_format=topk keeps a part"
+        ValueError, match=r"exact_kl_metrics=True: algorithm\.hpd\.teacher_cache_format=topk stores only part"
     ):
         HPDConfig(exact_kl_metrics=True, teacher_cache="memory", teacher_cache_format="topk")
 

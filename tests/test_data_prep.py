@@ -221,7 +221,7 @@ def test_chat_keeps_reasoning_calls_and_tools(tmp_path: Path, monkeypatch: pytes
     }
     found, said = chat_rows(tmp_path, [text, text, text])
     assert [row["demonstration"] for row in found] == ["a", "a", "a"]
-    assert "messages hold 'weight', which is left out" in said
+    assert "messages hold 'weight', which is dropped" in said
     assert "tools" not in found[0]
     found, said = chat_rows(tmp_path, [text, text, thought, text, calls], "--reasoning_key", "reasoning_content")
     read = HPDDataset(str(tmp_path / "out" / "train.parquet"), None, _data(tmp_path / "out" / "train.parquet"))

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir, initialize_config_module
+from conftest import main_ppo_config, sft_config
 from omegaconf import DictConfig, OmegaConf
 
 from hpd_verl.checks.run import check_config, check_sft_config
-from hpd_verl.hydra_config import config_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (".", "docs", "benchmarks", "tests/golden")
@@ -38,11 +37,8 @@ METRIC = re.compile(r"\b(?:hpd|timing_s)/[a-z_0-9]+")
 
 @functools.cache
 def composed(trainer: str, *overrides: str) -> DictConfig:
-    if trainer == "main_ppo":
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            return compose("ppo_trainer", overrides=["algorithm=hpd", *overrides])
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        return compose("sft_trainer", overrides=list(overrides))
+    config: DictConfig = (main_ppo_config if trainer == "main_ppo" else sft_config)(*overrides)
+    return config
 
 
 def commands(document: Path) -> list[list[str]]:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir, initialize_config_module
+from conftest import sft_config
+from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hpd_verl.checks.run import check_config, check_sft_config
-from hpd_verl.hydra_config import config_dir
+from hpd_verl.command import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -201,21 +202,26 @@ def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
     return passed_on | {"PATH": PATH, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"} | variables
 
 
-def command_of(script: str, tmp_path: Path, *overrides: str, **variables: str) -> list[str]:
-    """The words of the command that a script ends in; another program stands in for python."""
-    programs, file = tmp_path / "programs", tmp_path / "command"
-    programs.mkdir(exist_ok=True)
-    (programs / "python").write_text(COMMAND)
-    (programs / "python").chmod(0o755)
-    path = f"{programs}{os.pathsep}{PATH}"
-    result = subprocess.run(
+def run_script(script: str, tmp_path: Path, *overrides: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
         ["bash", EXAMPLES / script, *overrides],
         cwd=tmp_path,
-        env=environment(tmp_path, PATH=path, COMMAND_FILE=str(file), **variables),
+        env=environment(tmp_path, **variables),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
     )
+
+
+def command_of(script: str, tmp_path: Path, *overrides: str, **variables: str) -> list[str]:
+    """The words of the command that a script ends in; another program stands in for python and hpd-verl."""
+    programs, file = tmp_path / "programs", tmp_path / "command"
+    programs.mkdir(exist_ok=True)
+    for name in ("python", "hpd-verl"):
+        (programs / name).write_text(COMMAND)
+        (programs / name).chmod(0o755)
+    path = f"{programs}{os.pathsep}{PATH}"
+    result = run_script(script, tmp_path, *overrides, PATH=path, COMMAND_FILE=str(file), **variables)
     assert result.returncode == 0, result.stderr
     return file.read_text().split("\0")[:-1]
 
@@ -231,8 +237,7 @@ def composed(command: list[str]) -> DictConfig:
         return config
     (ranks,) = (int(word.split("=")[1]) for word in command if word.startswith("--nproc_per_node="))
     fills_store = module == "hpd_verl.sft.fill_store"
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        config = compose("sft_trainer", overrides=overrides)
+    config = sft_config(*overrides)
     check_sft_config(config, ranks, fills_store)
     return config
 
@@ -331,40 +336,27 @@ def test_stages_of_a_pipeline(script: str, tmp_path: Path) -> None:
     for words in by_name.values():
         if words[:2] == ["python", "-m"]:
             assert importlib.util.find_spec(words[2]) is not None
-
-
-def test_a_set_that_is_not_there(tmp_path: Path) -> None:
-    result = subprocess.run(
-        ["bash", EXAMPLES / "math/pipeline.sh"],
-        env=environment(tmp_path, RUN_DIR=str(tmp_path / "run"), DATA_DIR=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 1
-    assert result.stderr == f"Error: DATA_DIR={tmp_path}: holds no gsm8k and no gsm8k.*; put the set's files there\n"
+        elif words[0] == "hpd-verl":
+            assert words[1] in COMMANDS
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "found"),
+    ("script", "variables", "code", "found"),
     [
-        ("EVALUATED", "teacher befor", "choose of teacher, before and after"),
-        ("RECIPE", "/nowhere.sh", "no such file; give a script of examples"),
+        ("math/hpd.sh", {"PAIR": "qwen"}, 2, "choose qwen2.5-1.5b, qwen2.5-3b or llama3-1b"),
+        ("math/pipeline.sh", {"EVALUATED": "teacher befor"}, 2, "choose of teacher, before and after"),
+        ("math/pipeline.sh", {"RECIPE": "/nowhere.sh"}, 2, "no such file; give a script of examples"),
+        ("math/pipeline.sh", {"DATA_DIR": "."}, 1, "holds no gsm8k and no gsm8k.*; put the set's files there"),
     ],
 )
-def test_a_pipeline_checks_its_variables_before_the_first_stage(
-    variable: str, value: str, found: str, tmp_path: Path
+def test_variables_are_checked_before_anything_runs(
+    script: str, variables: dict[str, str], code: int, found: str, tmp_path: Path
 ) -> None:
-    result = subprocess.run(
-        ["bash", EXAMPLES / "math/pipeline.sh"],
-        env=environment(tmp_path, RUN_DIR=str(tmp_path / "run"), **{variable: value}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 2
-    assert result.stderr == f"Error: {variable}={value}: {found}\n"
-    assert not (tmp_path / "run").exists()
+    result = run_script(script, tmp_path, RUN_DIR=str(tmp_path / "run"), **variables)
+    ((name, value),) = variables.items()
+    assert result.returncode == code
+    assert result.stderr == f"Error: {name}={value}: {found}\n"
+    assert code == 1 or not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -379,14 +371,7 @@ def test_a_path_that_cannot_be_a_setting_is_refused_at_once(
 ) -> None:
     """What Hydra would refuse when the training starts, after the teacher has answered."""
     value = f"{tmp_path}/{name}"
-    result = subprocess.run(
-        ["bash", EXAMPLES / script],
-        env=environment(tmp_path, **({"RUN_DIR": str(tmp_path / "run")} | {variable: value})),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    result = run_script(script, tmp_path, **({"RUN_DIR": str(tmp_path / "run")} | {variable: value}))
     assert result.returncode == 2
     assert result.stderr.startswith(
         f"Error: {variable}={value}: a path with other characters than A-Z a-z 0-9 / . _ - "
@@ -413,13 +398,7 @@ def test_a_set_without_test_rows(tmp_path: Path) -> None:
     answer = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": answer}) + "\n")
     variables = {"RUN_DIR": str(tmp_path / "run"), "DATA_DIR": str(tmp_path), "TRAIN_SET": "chat", "TEST_SETS": "chat"}
-    result = subprocess.run(
-        ["bash", EXAMPLES / "math/pipeline.sh"],
-        env=environment(tmp_path, **variables),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    result = run_script("math/pipeline.sh", tmp_path, **variables)
     assert result.returncode == 1
     assert result.stderr.startswith(
         "Error: TEST_SETS=chat: chat has no rows to test on; choose another set, or add --tes"
@@ -427,26 +406,8 @@ def test_a_set_without_test_rows(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "answers.log").exists()
 
 
-def test_unknown_pair(tmp_path: Path) -> None:
-    result = subprocess.run(
-        ["bash", EXAMPLES / "math/hpd.sh"],
-        env=environment(tmp_path, PAIR="qwen"),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 2
-    assert result.stderr == "Error: PAIR=qwen: choose qwen2.5-1.5b, qwen2.5-3b or llama3-1b\n"
-
-
 def test_smollm2_asks_for_the_data(tmp_path: Path) -> None:
-    result = subprocess.run(
-        ["bash", EXAMPLES / SMOLLM2],
-        env=environment(tmp_path, OUT_DIR=str(tmp_path / "out")),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    result = run_script(SMOLLM2, tmp_path, OUT_DIR=str(tmp_path / "out"))
     assert result.returncode != 0
     assert "GSM8K_DIR: set it to the folder with train.jsonl and test.jsonl" in result.stderr
 

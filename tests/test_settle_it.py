@@ -15,12 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from hydra import compose, initialize_config_module
+from conftest import main_ppo_config
 from settle_it import grid, measures, models, on_policy, task
-from settle_it.intervals import compare, estimate, holm, pass_at, right_shares
 from settle_it.jobs import Data, right_demonstrations
 from settle_it.report import PAGES, filled, tables, write_report
-from settle_it.results import FOLDER, Results
+from settle_it.results import FOLDER, Results, pass_at, right_shares
 
 from hpd_verl.checks.run import check_config
 from hpd_verl.objectives import VocabularyLogProbs, find_objective, registry
@@ -261,26 +260,7 @@ def test_candidates_have_the_gradients_of_their_definitions(monkeypatch: pytest.
 @pytest.mark.parametrize("method", grid.ROLLOUT_METHODS)
 def test_runs_with_rollouts_pass_the_check(method: str, tmp_path: Path) -> None:
     named = on_policy.overrides(tmp_path, tmp_path / "student", Data(tmp_path, few=True), method, 1e-3, seed=1)
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        check_config(compose("ppo_trainer", overrides=["algorithm=hpd", *named]))
-
-
-def test_holm() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-
-
-def test_a_comparison_is_paired() -> None:
-    """Problems that differ much between one another do not hide a difference that all of them have."""
-    rng = np.random.default_rng(0)
-    scores = rng.uniform(0, 0.9, size=(5, 60))
-    found = compare(scores + 0.05, scores)
-    assert found.difference == pytest.approx(0.05)
-    assert (found.low, found.high) == pytest.approx((0.05, 0.05))
-    assert found.verdict == "better"
-    value = estimate(scores)
-    assert value.low < scores.mean() < value.high
-    assert compare(scores, scores).p == 1
+    check_config(main_ppo_config(*named))
 
 
 def test_pass_at_k_is_that_of_all_choices() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,13 @@ def violations(module: str, text: str) -> list[str]:
 def test_arrows_go_downwards(module: str) -> None:
     found = violations(module, modules()[module].read_text())
     assert not found, "; ".join(found)
+
+
+def test_contributing_lists_the_rooms_in_their_order() -> None:
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text()
+    rooms = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", text, re.MULTILINE)
+    levels = [{rooms.pop() for _ in level} for level in ORDER]
+    assert (levels, rooms) == (ORDER, [])
 
 
 def test_every_room_has_a_place_in_the_order() -> None:

@@ -1,4 +1,4 @@
-"""Objectives that were tried for a better one, given to the trainer as a user would give his own: ``file.py:name``.
+"""Candidates for a better objective, chosen as a user's own: ``file.py:name``.
 
 All are over the vocabulary, with weights w(v) of log q_T(v), T the student's distillation temperature.
 """

@@ -1,4 +1,4 @@
-"""The candidate for a better objective: chosen on validation problems, compared once on what nothing was chosen on."""
+"""The candidate for a better objective: chosen on validation problems, compared once on fresh seeds and problems."""
 
 from settle_it.grid import FRESH_SEEDS, METHODS, RATES, Suite
 from settle_it.results import Results

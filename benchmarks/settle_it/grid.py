@@ -1,4 +1,4 @@
-"""What is run: regimes, methods, learning rates and seeds, fixed before any test score was seen."""
+"""Regimes, methods, learning rates and seeds, fixed before any test score was seen."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace

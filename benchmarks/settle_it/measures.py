@@ -1,4 +1,4 @@
-"""What is measured of a trained student: accuracy greedy and sampled, divergence from the teacher, entropy."""
+"""Measures of a trained student: greedy and sampled accuracy, divergence from the teacher, entropy."""
 
 import json
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
 """The student's own rollouts: the same students and measures, trained by ``main_ppo`` with vLLM.
 
-    python benchmarks/settle_it/on_policy.py [METHOD ...]    goes on where it was interrupted
+    python benchmarks/settle_it/on_policy.py [METHOD ...]    resumes after a stop
 
-A run starts Ray and a server, so that there are few: the students of "warm", 100 steps of 32 sequences, one learning
-rate for all. Fraction 0 is what the lean trainer does too: it runs the same jobs, to show that both agree.
+Each run starts Ray and a server, so there are few: the students of "warm", 100 steps of 32 sequences, one learning rate
+for all. Fraction 0 also runs on the lean trainer, to show that both agree.
 """
 
 import argparse

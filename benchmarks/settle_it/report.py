@@ -2,8 +2,8 @@
 
     python benchmarks/settle_it/report.py [--results DIR] [--out DIR]
 
-A table fills the place between ``<!-- table NAME -->`` and ``<!-- end -->`` of a page; the words around it are written
-by hand. ``--out DIR`` writes one page of all tables to DIR instead.
+A table replaces the text between ``<!-- table NAME -->`` and ``<!-- end -->`` of a page; the rest is written by hand.
+``--out DIR`` writes one page of all tables to DIR instead.
 """
 
 import argparse
@@ -24,10 +24,10 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from hpd_verl.tools.intervals import Comparison, Estimate, bootstrap_seeds, compare_seeds, holm  # noqa: E402
 from settle_it import grid  # noqa: E402
 from settle_it.confirmation import BESIDE, BEST_OF, CANDIDATE, ranking  # noqa: E402
-from settle_it.intervals import Comparison, Estimate, compare, estimate, holm, pass_at, right_shares  # noqa: E402
-from settle_it.results import FOLDER, Results  # noqa: E402
+from settle_it.results import FOLDER, Results, pass_at, right_shares  # noqa: E402
 
 FOLLOWED = ("sft", "hpd", "hpd_no_sampling", "fkl", "rkl_exact", "jsd_exact", "fkl T2")
 """Methods whose curves are drawn."""
@@ -56,6 +56,11 @@ def accuracy(results: Sequence[dict[str, Any]], measure: str = "sampled") -> np.
     return right_shares(results, measure, samples=1 if measure == "greedy" else grid.SAMPLES)
 
 
+def less(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]], measure: str = "sampled") -> Comparison:
+    """The first method's accuracy less the second's."""
+    return compare_seeds(accuracy(first, measure), accuracy(second, measure))
+
+
 def mean(results: Sequence[dict[str, Any]], *path: str) -> float:
     """The mean over seeds of a number that results hold at a path."""
     values = []
@@ -78,7 +83,7 @@ def scores(found: Found) -> str:
     head += ["entropy", "in rollouts", "clipped", "CPU s"]
     rows = []
     for name, results in found.items():
-        value = estimate(accuracy(results))
+        value = bootstrap_seeds(accuracy(results))
         others = [accuracy(results, "greedy"), accuracy(results, "tuned"), pass_at(results, "sampled", grid.SAMPLES, 8)]
         numbers = [mean(results, "held_out", each) for each in ("forward_kl", "reverse_kl", "entropy")]
         numbers.append(mean(results, "rollouts", "entropy"))
@@ -91,7 +96,7 @@ def scores(found: Found) -> str:
         else:
             row[1] = ""
             row += ["", ""]
-        rows.append((-value.mean, row))
+        rows.append((-value.value, row))
     return table(head, [row for _, row in sorted(rows)])
 
 
@@ -99,9 +104,9 @@ def summary(found: Found, reference: str) -> str:
     """A row a method, the best first: accuracy, the same at the tuned decode temperature, and the difference to one."""
     rows = []
     for name, results in found.items():
-        value, tuned = estimate(accuracy(results)), 100 * accuracy(results, "tuned").mean()
-        less = "" if name == reference else points(compare(accuracy(results), accuracy(found[reference])))
-        rows.append((-value.mean, [f"`{name}`", percent(value), f"{tuned:.1f}", less]))
+        value, tuned = bootstrap_seeds(accuracy(results)), 100 * accuracy(results, "tuned").mean()
+        difference = "" if name == reference else points(less(results, found[reference]))
+        rows.append((-value.value, [f"`{name}`", percent(value), f"{tuned:.1f}", difference]))
     head = ["method", "avg@8 [95%]", "tuned decode", f"less `{reference}`, points [95%]"]
     return table(head, [row for _, row in sorted(rows)])
 
@@ -109,19 +114,19 @@ def summary(found: Found, reference: str) -> str:
 def named_comparisons(found: Found, pairs: Sequence[tuple[str, str]]) -> str:
     """Comparisons that were named in advance, with Holm's correction over those that there are."""
     pairs = [(first, second) for first, second in pairs if first in found and second in found]
-    results = [compare(accuracy(found[first]), accuracy(found[second])) for first, second in pairs]
-    tuned = [compare(accuracy(found[first], "tuned"), accuracy(found[second], "tuned")) for first, second in pairs]
+    results = [less(found[first], found[second]) for first, second in pairs]
+    tuned = [less(found[first], found[second], "tuned") for first, second in pairs]
     rows = [
         [f"`{first}` - `{second}`", points(each), f"{p:.3f}", points(decoded)]
         for (first, second), each, decoded, p in zip(
-            pairs, results, tuned, holm([each.p for each in results]), strict=True
+            pairs, results, tuned, holm([each.p_value for each in results]), strict=True
         )
     ]
     return table(["comparison", "avg@8, points [95%]", "p, Holm", "at the tuned decode temperature"], rows)
 
 
 def percent(value: Estimate) -> str:
-    return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    return f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
 
 
 def points(comparison: Comparison) -> str:
@@ -136,7 +141,7 @@ def verdicts(results: Results, reference: str) -> str:
         found = results.of("test", regime)
         for name, each in found.items():
             if name != reference and not is_special(name):
-                comparison = compare(accuracy(each), accuracy(found[reference]))
+                comparison = less(each, found[reference])
                 rows[name][regime] = f"{comparison.verdict}, {points(comparison)}"
     ordered = sorted(rows, key=lambda name: (sum("better" not in text for text in rows[name].values()), name))
     cells = [[f"`{name}`", *(rows[name].get(regime, "") for regime in regimes)] for name in ordered]
@@ -176,10 +181,10 @@ def temperatures(results: Results) -> str:
         values = [found.get(each) for each in at_each]
         if not any(values[1:]):
             continue
-        row = [f"`{name}`", *("" if each is None else percent(estimate(accuracy(each))) for each in values)]
+        row = [f"`{name}`", *("" if each is None else percent(bootstrap_seeds(accuracy(each))) for each in values)]
         first, _, last = values
         if first is not None and last is not None:
-            row += [points(compare(accuracy(last, each), accuracy(first, each))) for each in ("sampled", "tuned")]
+            row += [points(less(last, first, each)) for each in ("sampled", "tuned")]
         rows.append(row)
     return table(["objective", "1", "1.5", "2", "2 less 1, points", "the same at the tuned decode temperature"], rows)
 
@@ -201,7 +206,7 @@ def sensitivity(results: Results) -> str:
     found = results.of("test", "warm", grid.SENSITIVITY)
     rows = []
     for name, each in found.items():
-        value = estimate(accuracy(each))
+        value = bootstrap_seeds(accuracy(each))
         rows.append([f"`{name}`", percent(value), f"{mean(each, 'rollouts', 'entropy'):.3f}"])
     return table(["coefficients", "avg@8 [95%]", "entropy in rollouts"], rows)
 
@@ -212,7 +217,7 @@ def clipping(results: Results) -> str:
     for name in grid.WITHOUT_CLIPPING:
         clipped = name.split()[0]
         if name in found and clipped in found:
-            comparison = compare(accuracy(found[name]), accuracy(found[clipped]))
+            comparison = less(found[name], found[clipped])
             share = mean(found[clipped], "training", "clipped_share")
             rows.append([f"`{clipped}`", f"{share:.2f}", points(comparison)])
     return table(["method", "steps clipped", "without clipping, points [95%]"], rows)
@@ -224,10 +229,10 @@ def draw_regime(found: Found, regime: str, file: Path) -> None:
     order = sorted(shown, key=lambda name: accuracy(shown[name]).mean())
     figure, axes = plt.subplots(1, 3, figsize=(15, max(4.0, 0.22 * len(order) + 1)), constrained_layout=True)
     for place, name in enumerate(order):
-        value = estimate(accuracy(shown[name]))
+        value = bootstrap_seeds(accuracy(shown[name]))
         color = "tab:red" if name == "hpd" else "tab:blue"
         axes[0].plot([100 * value.low, 100 * value.high], [place, place], color=color)
-        axes[0].plot(100 * value.mean, place, "o", color=color)
+        axes[0].plot(100 * value.value, place, "o", color=color)
     axes[0].set_yticks(range(len(order)), order, fontsize=8)
     axes[0].set_title(f"{regime}: avg@8, %, with 95% interval", fontsize=10)
     for number, name in enumerate(FOLLOWED):

@@ -1,14 +1,28 @@
-"""Results as lines of JSON, a file a suite: small enough to be kept beside the code, and a run goes on from them."""
+"""Results as lines of JSON, one file per suite, kept beside the code; a run resumes from them."""
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hpd_verl.tools.intervals import pass_at_k
 from settle_it.grid import TUNING_SEEDS, Job
 
 FOLDER = Path(__file__).resolve().with_name("results")
+
+
+def right_shares(results: Sequence[dict[str, Any]], measure: str, samples: int) -> np.ndarray:
+    """Share of right answers, [seeds, problems], from the counts that results keep as digits."""
+    return np.array([[int(count) for count in result[measure]] for result in results]) / samples
+
+
+def pass_at(results: Sequence[dict[str, Any]], measure: str, samples: int, k: int) -> np.ndarray:
+    """pass@k, [seeds, problems]."""
+    by_count = [pass_at_k(samples, right, k) for right in range(samples + 1)]
+    return np.array([[by_count[int(count)] for count in result[measure]] for result in results])
 
 
 def _check_models(results: Iterable[dict[str, Any]]) -> None:

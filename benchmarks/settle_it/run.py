@@ -1,12 +1,12 @@
-"""HPD against its siblings at equal budget: everything from a seed, then the report.
+"""HPD against other objectives at equal budget: all runs from their seeds, then the report.
 
-    python benchmarks/settle_it/run.py               all suites; goes on where it was interrupted
+    python benchmarks/settle_it/run.py               all suites; resumes after a stop
     python benchmarks/settle_it/run.py core long     some of them
     python benchmarks/settle_it/run.py --fast        few methods, seeds, steps and problems
     python benchmarks/settle_it/report.py            the report again, from the stored results
 
-First the teacher and the data. Then for each suite (``grid.SUITES``): every method with every learning rate on the
-tuning seeds, measured on validation problems; the best rate of each on fresh seeds, measured on test problems.
+First come teacher and data, then for each suite (``grid.SUITES``): every method with every learning rate on the tuning
+seeds and validation problems; the best rate of each method on fresh seeds and test problems.
 """
 
 import argparse

@@ -4,16 +4,16 @@
 #   PAIR=qwen2.5-coder TRAIN_FILE=~/data/wizardcoder_teacher/train.parquet VAL_FILE=~/data/mbpp/test.parquet \
 #       bash examples/code/hpd.sh [key=value ...]
 #
-# Pairs: qwen2.5-coder, deepseek-coder; or STUDENT and TEACHER of your own. A student needs a chat template; of
-# DeepSeek-Coder the Instruct models have one, the base model is not known to us to have one.
+# Pairs: qwen2.5-coder, deepseek-coder; or your own STUDENT and TEACHER. The student needs a chat template;
+# DeepSeek-Coder's Instruct models have one.
 # Data: WizardCoder prompts (python -m data_prep.wizardcoder) answered by the teacher
-# (python -m data_prep.generate_demonstrations); validation on MBPP (python -m data_prep.mbpp).
-# Settings from the paper: learning rate 5e-6, 4,096 tokens (split here into 1,024 + 3,072). Ours: 3 epochs, and batch
-# 256 with a cosine to a tenth, which are those of the paper's maths setting.
+# (hpd-verl generate); validation on MBPP (python -m data_prep.mbpp).
+# Settings from the paper: learning rate 5e-6, 4,096 tokens (split here into 1,024 + 3,072). Ours: 3 epochs;
+# batch 256 and cosine to a tenth as in the paper's maths setting.
 # Hardware: 8 GPUs of 80 GB assumed. By the planner, answers of 500 tokens on average: Qwen2.5-Coder
-# 14 GiB a GPU, 22 min; DeepSeek-Coder 10 GiB a GPU, 20 min (docs/recipes.md says how; validation not counted).
-# Expected, the paper's EvalPlus pass rates of Qwen2.5-Coder with greedy decoding, HumanEval / MBPP: SFT 73.8 / 67.7,
-# JSD 77.4 / 74.6, HPD 79.3 / 75.4. Of DeepSeek-Coder we have no number.
+# 14 GiB a GPU, 22 min; DeepSeek-Coder 10 GiB a GPU, 20 min (docs/recipes.md).
+# Expected, the paper's EvalPlus pass rates of Qwen2.5-Coder, greedy, HumanEval / MBPP: SFT 73.8 / 67.7,
+# JSD 77.4 / 74.6, HPD 79.3 / 75.4. DeepSeek-Coder: none.
 # Tested: two steps of tiny models on a CPU; not on a GPU.
 set -euo pipefail
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole way for code: MBPP's training tasks, a teacher's answers that pass their tests, HPD, export, evaluation on
-# MBPP and HumanEval, and report.
+# Code from data set to score: MBPP's training tasks, teacher answers that pass their tests, HPD, export, evaluation on
+# MBPP and HumanEval, report.
 #
 #   bash examples/code/pipeline.sh [key=value ...]
 #
 # Arguments override training settings. More variables: examples/pipeline.sh and the recipe (STEPS, BATCH_SIZE, LR,
-# NGPUS_PER_NODE, ...). Programs run in a sandbox (docs/evaluation.md). With
-# TRAIN_SET=wizardcoder, whose instructions have no tests, set REWARDED=none KEEP=first.
-# Hardware: one GPU of 24 GB assumed for the default pair; docs/recipes.md has time and memory by the planner.
+# NGPUS_PER_NODE, ...). Programs run in a sandbox (docs/evaluation.md).
+# TRAIN_SET=wizardcoder has no tests: set REWARDED=none KEEP=first.
+# Hardware: one GPU of 24 GB assumed for the default pair; time and memory: docs/recipes.md.
 # Expected score: none. Tested: SmolLM2 on a CPU (docs/tutorial.md); not on a GPU.
 set -euo pipefail
 

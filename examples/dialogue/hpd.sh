@@ -5,10 +5,10 @@
 #       bash examples/dialogue/hpd.sh [key=value ...]
 #
 # Data: UltraFeedback prompts (python -m data_prep.ultrafeedback) answered by the teacher
-# (python -m data_prep.generate_demonstrations). There is no reward function for a dialogue: validation is the loss and
-# the KL to the teacher on held-out answers (val/hpd/..., val_kwargs.n has no meaning); examples/evaluation has a judge.
-# Settings from the paper: learning rate 5e-6, 4,096 tokens (split here into 2,048 + 2,048). Ours: 3 epochs, and batch
-# 256 with a cosine to a tenth, which are those of the paper's maths setting.
+# (hpd-verl generate). Validation is the loss and
+# the KL to the teacher on held-out answers (val/hpd/...); examples/evaluation has a judge.
+# Settings from the paper: learning rate 5e-6, 4,096 tokens (split here into 2,048 + 2,048). Ours: 3 epochs;
+# batch 256 and cosine to a tenth as in the paper's maths setting.
 # Hardware: one machine with 8 GPUs of 80 GB assumed. By the planner, answers of 400 tokens on average: 14 GiB a GPU,
 # 15 min (docs/recipes.md).
 # Expected, the paper's AlpacaEval 2 (length-controlled) / Arena-Hard: SFT 12.74 / 18.1, HPD 13.75 / 21.8.

@@ -1,9 +1,9 @@
-"""Results of several runs side by side: a table, and one HTML page with pictures that needs nothing else.
+"""Compare results of several runs: a table, and a self-contained HTML page with pictures.
 
     python -m examples.evaluation.compare before.json after.json teacher.json --html report.html --png report.png
 
-Runs of one kind on the same problems are compared in pairs, each with the first of its kind: difference of the mean
-score, its bootstrap interval and the p-value of a permutation test.
+Each run is compared with the first of its kind on common problems: difference of the mean score, its bootstrap CI and
+the p-value of a paired permutation test.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from typing import Any
 
 import matplotlib
 
-from examples.evaluation.results import read_result, shown, table, write_file
-from examples.evaluation.statistics import Comparison, avg_at_k, compare
+from examples.evaluation.results import aligned, read_result, shown, table, write_file
+from hpd_verl.tools.intervals import Comparison, avg_at_k, compare
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MEASURES = {"maths": "avg@k", "code": "avg@k", "dialogue": "preference, or ROUGE-L", "divergence": "reverse KL"}
-"""What an item's scores are, by kind."""
+"""Name of an item's scores, by kind."""
 SHOWN_ITEMS = 200
 """Problems of a page, those that runs differ on first."""
 
@@ -200,9 +200,7 @@ def main() -> None:
             print(f"{kind}\n{table([result for result in results if result['kind'] == kind])}\n")
         lines = pair_lines(results, args.bootstrap_seed)
         if len(lines) > 1:
-            widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-            for line in lines:
-                print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+            print(aligned(lines))
         if args.html or args.png:
             image = picture(results)
             if args.png:

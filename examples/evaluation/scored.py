@@ -1,4 +1,4 @@
-"""What maths and code share: every answer has a score from 0 to 1, of a reward function."""
+"""Shared by maths and code: a reward function scores every answer from 0 to 1."""
 
 import argparse
 import os
@@ -17,8 +17,8 @@ from examples.evaluation.results import (
     refused_share,
     truncated_share,
 )
-from examples.evaluation.statistics import avg_at_k, bootstrap, pass_at_k
 from hpd_verl.tools.generation import Answer
+from hpd_verl.tools.intervals import avg_at_k, bootstrap, pass_at_k
 
 Score = Callable[[Row, Answer], tuple[float, str]]
 """From a problem and an answer to its score, and a line that says why."""
@@ -57,7 +57,7 @@ def evaluate(args: argparse.Namespace, score: Score) -> dict[str, Any]:
 
 
 def summary(items: Sequence[dict[str, Any]], ks: Sequence[int], seed: int) -> dict[str, Any]:
-    """Estimates over all problems, and the mean score of each data set where there are several."""
+    """Estimates over all problems, and the mean score of each data set if there are several."""
     n = len(items[0]["scores"])
     right = [sum(score == 1.0 for score in item["scores"]) for item in items]
     found: dict[str, Any] = {

@@ -4,16 +4,15 @@
 #   PAIR=qwen2.5-1.5b TRAIN_FILE=~/data/openr1_math/train.parquet VAL_FILE=~/data/math500/test.parquet \
 #       bash examples/math/hpd.sh [key=value ...]
 #
-# Pairs: qwen2.5-1.5b, qwen2.5-3b, llama3-1b; or STUDENT and TEACHER of your own.
-# Teacher of the Qwen2.5 pairs: not the plain Instruct model. The paper first trains it on the same data and then
-# refines it by GRPO; its authors publish it as wh-zhu/Qwen2.5-7B-PSFT-RL-DAPO-90 (52.74 on average by their
-# evaluation). The scores below are that teacher's students'; with Qwen/Qwen2.5-7B-Instruct expect others. For Llama 3
-# the authors' teacher is not published as far as we know: here it is the Instruct model, so expect another score.
+# Pairs: qwen2.5-1.5b, qwen2.5-3b, llama3-1b; or your own STUDENT and TEACHER.
+# Teacher of the Qwen2.5 pairs: wh-zhu/Qwen2.5-7B-PSFT-RL-DAPO-90, which the authors trained on the same data and
+# refined by GRPO (their average: 52.74). The scores below need this teacher. The Llama 3 teacher is the Instruct model,
+# because the authors' is not published to our knowledge; expect another score.
 # Data: OpenR1-Math-8192, 40k rows (python -m data_prep.openr1_math), MATH-500 (python -m data_prep.math500).
 # Settings from the paper: batch 256, about 2,000 steps, context 10,240 (split here into 2,048 + 8,192), learning rate
 # 1e-4 (3B: 8e-5) with a cosine to a tenth, temperature 1. Ours: the Llama student's learning rate, validation.
 # Hardware: 8 GPUs of 80 GB assumed. By the planner, answers of 4,000 tokens on average: 1.5B 15 GiB a GPU, 5.3 h; 3B
-# 19 GiB a GPU, 7.8 h; Llama 14 GiB a GPU, 5.0 h (docs/recipes.md says how; validation not counted).
+# 19 GiB a GPU, 7.8 h; Llama 14 GiB a GPU, 5.0 h (docs/recipes.md).
 # Expected, the paper's average over AIME24, AIME25, AMC, MATH, Olympiad and GPQA: 1.5B base 18.46, SFT 22.80,
 # SeqKD 26.27, RKLD 26.15, JSD 26.43, HPD 30.24; 3B: SFT 32.67, JSD 36.61, HPD 39.83; Llama 1B: SFT 13.88, HPD 18.01.
 # Evaluated at temperature 0.7, top-p 0.95, avg@32 for AIME and AMC, avg@8 for the others.

@@ -3,13 +3,12 @@
 #
 #   bash examples/math/hpd_then_opd.sh [key=value ...]
 #
-# Variables, pairs and data: hpd.sh. The share of rollouts grows from 0 to 1 over MIX_STEPS steps and stays 1
-# until STEPS; rows with a demonstration have HPD's objective, rollouts on-policy distillation's (opd).
-# A step has 256 sequences; once all are rollouts, they are the paper's 64 prompts x 4 rollouts. hpd.sh, then opd.sh, is
-# the same in two runs.
+# Variables, pairs and data: hpd.sh. The share of rollouts grows from 0 to 1 over MIX_STEPS steps and stays 1 until
+# STEPS. Demonstrations train with objective hpd, rollouts with opd. A step has 256 sequences; with rollouts only, the
+# paper's 64 prompts x 4 rollouts. hpd.sh and then opd.sh do the same in two runs.
 # Hardware: 8 GPUs of 80 GB assumed. By the planner: 46 GiB a GPU, 10.0 h (docs/recipes.md).
 # Expected score: none for one run. The paper's two separate stages: HPD 30.24, then 33.41 (after SFT 29.56).
-# Ours: the schedule, learning rate 1e-5 as a compromise of the two stages.
+# Ours: the schedule; learning rate 1e-5, between those of the two stages.
 # Tested: two steps of tiny models on a CPU; not on a GPU.
 set -euo pipefail
 

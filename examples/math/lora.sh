@@ -4,12 +4,11 @@
 #   TRAIN_FILE=~/data/gsm8k_teacher/train.parquet VAL_FILE=~/data/gsm8k_teacher/test.parquet \
 #       bash examples/math/lora.sh [key=value ...]
 #
-# Variables and data: one_gpu.sh. The student's own weights stay as they are; gradients and the optimiser's
-# states are the adapter's only. Ours: rank 64, alpha 128, all linear layers, learning rate 2e-4.
-# `hpd-verl export` makes a model or an adapter folder of a checkpoint. main_ppo takes the same settings as
-# actor_rollout_ref.model.lora_rank and so on, and wants actor_rollout_ref.rollout.load_format=safetensors to generate.
+# Variables and data: one_gpu.sh. Only the adapter is trained. Ours: rank 64, alpha 128, all linear layers, learning
+# rate 2e-4. `hpd-verl export` writes a merged model or the adapter. main_ppo has the same settings under
+# actor_rollout_ref.model, and needs actor_rollout_ref.rollout.load_format=safetensors for rollouts.
 # Hardware: one GPU of 24 GB assumed. By the planner: 14 GiB a GPU, 1.1 h (docs/recipes.md).
-# Expected score: none. Qwen reports GSM8K 73.2 for the student before training, 91.6 for the teacher.
+# Expected score: none. Qwen reports GSM8K 73.2 for the untrained student, 91.6 for the teacher.
 # Tested: two steps of tiny models on a CPU; not on a GPU.
 set -euo pipefail
 

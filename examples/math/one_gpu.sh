@@ -5,11 +5,11 @@
 #       bash examples/math/one_gpu.sh [key=value ...]
 #
 # Data: GSM8K (python -m data_prep.gsm8k), its problems answered by the teacher
-# (python -m data_prep.generate_demonstrations). pipeline.sh does all of that, and the evaluation, in one command.
-# Validation is the loss and the KL to the teacher on held-out answers (val/hpd/...; val_kwargs.n is main_ppo's).
+# (hpd-verl generate). pipeline.sh does this and the evaluation in one command.
+# Validation: loss and KL to the teacher on held-out answers (val/hpd/...).
 # All settings are ours. By the planner, on the default pair and GSM8K: 13 GiB a GPU, 18 min (docs/recipes.md).
-# Other pairs: STUDENT, TEACHER, and LR, as hpd.sh of any task has them; NGPUS_PER_NODE for more GPUs of one machine.
-# Expected score: none. Qwen reports GSM8K 49.6 for the student before training, 73.2 for the teacher.
+# Other pairs: STUDENT, TEACHER and LR. More GPUs of one machine: NGPUS_PER_NODE.
+# Expected score: none. Qwen reports GSM8K 49.6 for the untrained student, 73.2 for the teacher.
 # Tested: two steps of tiny models on a CPU; not on a GPU.
 set -euo pipefail
 

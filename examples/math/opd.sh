@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On-policy distillation of a student that HPD has trained: the paper's second stage, after hpd.sh.
+# On-policy distillation of a student trained by hpd.sh: the paper's second stage.
 #
 #   bash examples/math/hpd.sh
 #   STUDENT=checkpoints/hpd_math/Qwen2.5-1.5B_from_.../global_step_2000/actor/huggingface bash examples/math/opd.sh

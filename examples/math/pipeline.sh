@@ -5,8 +5,8 @@
 #
 # Arguments override training settings. More variables: examples/pipeline.sh and the recipe (STEPS, BATCH_SIZE, LR,
 # NGPUS_PER_NODE, ...). docs/tutorial.md explains each stage.
-# Hardware: one GPU of 24 GB assumed for the default pair; docs/recipes.md has time and memory by the planner.
-# Expected score: none. Tested: the miniature (examples/quickstart/pipeline.sh) on a CPU; not on a GPU.
+# Hardware: one GPU of 24 GB assumed for the default pair; time and memory: docs/recipes.md.
+# Expected score: none. Tested: tiny models on a CPU (examples/quickstart/pipeline.sh); not on a GPU.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

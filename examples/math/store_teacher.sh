@@ -3,8 +3,8 @@
 #
 #   bash examples/math/store_teacher.sh [key=value ...]
 #
-# Rows that are stored are skipped, so the same command goes on after an interruption. It ends with the number of rows
-# and GiB. Variables as strong_teacher.sh; those of the data, the teacher and the store must be the same there.
+# Stored rows are skipped: the same command resumes. It ends with the number of rows and GiB. Variables:
+# strong_teacher.sh; data, teacher and store must be the same there.
 # Hardware: 8 GPUs of 80 GB assumed. By the planner, 40,000 answers of 6,000 tokens: 12 GiB a GPU, 21 min,
 # 918 GiB on disk (docs/recipes.md).
 # Tested: tiny models on a CPU; not on a GPU.

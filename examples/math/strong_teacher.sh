@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # A stronger teacher: Qwen3-30B-A3B teaches Qwen3-0.6B with reasoning of 20k tokens. The teacher's features are stored
-# ahead, so that teacher and student never share memory.
+# first, so teacher and student never share memory.
 #
 #   bash examples/math/store_teacher.sh    # on GPUs that hold the teacher
 #   bash examples/math/strong_teacher.sh   # on any others that see STORE_DIR; the teacher is not loaded
 #
-# Both take the same variables. The teacher's folder must be visible to both, for the store belongs to its weights.
+# Both take the same variables and need the teacher's folder, which identifies the store.
 # Data: OpenR1-Math's problems (python -m data_prep.openr1_math) answered by the teacher
-# (python -m data_prep.generate_demonstrations). A token's features take 2 x 2,048 + 8 bytes.
-# Validation is the loss and the KL to the teacher on held-out answers (val/hpd/...; val_kwargs.n is main_ppo's).
-# All settings are ours. Hardware: 8 GPUs of 80 GB assumed for either. By the planner, 40,000 answers of 6,000 tokens:
+# (hpd-verl generate). A token's features take 2 x 2,048 + 8 bytes.
+# Validation: loss and KL to the teacher on held-out answers (val/hpd/...).
+# All settings are ours. Hardware: 8 GPUs of 80 GB assumed. By the planner, 40,000 answers of 6,000 tokens:
 # 11 GiB a GPU, 28 min, and the store 918 GiB on disk (docs/recipes.md).
 # Expected score: none.
 # Tested: two steps of tiny models on a CPU; not on a GPU.

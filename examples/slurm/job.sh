@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034 # the sbatch files use what is set here
-# Sourced by the sbatch files of this folder, in the job's batch shell, which Slurm runs on the first node: addresses,
-# containers, an end by a signal, and what follows from the run's exit code. docs/clusters.md explains the variables.
+# Sourced by the sbatch files of this folder in the job's batch shell, on the first node: addresses, containers,
+# signals, requeue by the run's exit code. Variables: docs/clusters.md.
 set -euo pipefail
 
 STOPPED=75 # exit code of a run that was asked to end: its checkpoint is saved, the same command goes on from it

@@ -1,4 +1,4 @@
-"""What is refused before Ray starts or a model loads: settings (run.py), data files (data.py), models (models.py).
+"""Checks before Ray starts or a model loads: settings (run.py), data files (data.py), models (models.py).
 
-Each refusal is one ValueError, ``SETTING=VALUE: what was found; what to do``; start.py runs all checks of a command.
+Each raises one ValueError, ``SETTING=VALUE: what was found; what to do``; start.py runs all checks of a command.
 """

@@ -1,4 +1,4 @@
-"""What a model's configuration alone says: whether it can be trained, or teach. For the trainers and the planner."""
+"""Whether a model can be trained, or teach, by its configuration alone. For the trainers and the planner."""
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -16,7 +16,7 @@ def check_architecture(
     gradient_checkpointing: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Check what a model's configuration says of it: whether it can be trained, or teach.
+    """Check by a model's configuration whether it can be trained, or teach.
 
     Args:
         setting, path: its path, for errors.
@@ -37,8 +37,7 @@ def check_architecture(
         quantised is None,
         setting,
         path,
-        f"its weights are quantised ({quantised}), which verl's engine does not load; give the model's unquantised "
-        "weights",
+        f"its weights are quantised ({quantised}); give unquantised weights",
     )
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise Refused(f"{setting}={path}: its configuration has no vocab_size; choose a language model")

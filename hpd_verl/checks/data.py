@@ -17,7 +17,7 @@ from hpd_verl.data.teacher_prompt import LENGTH_SETTING, max_teacher_prompt_leng
 from hpd_verl.errors import one_line
 
 _TOKENISED_DEMONSTRATIONS = 64
-"""So many of the first rows' demonstrations are tokenised, unless more are needed to count those that fit."""
+"""Number of first rows whose demonstrations are tokenised; more if fewer fit than are needed."""
 
 _ROWS_OF_A_KIND = 2
 """So many rows of each kind that is more than texts are tokenised."""
@@ -41,9 +41,9 @@ def check_prompts_fit(
 ) -> None:
     """Check that the chat template writes the rows, and that enough stay once overlong prompts are filtered out.
 
-    Tokenises no more rows than it takes, and of each kind of row that is more than texts (reasoning in a field of its
-    own, tool calls, tools, prompts that begin the answer) the first ones. Where nothing is filtered, overlong prompts
-    lose their beginning: one that fits is enough.
+    Tokenises only as many rows as needed, and the first rows of each kind beyond plain text (a reasoning field, tool
+    calls, tools, prompts that begin the answer). Without filtering, overlong prompts lose their beginning, so one that
+    fits is enough.
 
     Args:
         setting: data.train_files or data.val_files.
@@ -96,8 +96,8 @@ def check_prompts_fit(
         raise ValueError(first_refusal)
     if fitting < needed and drops and shortest is not None and shortest <= limit:
         raise ValueError(
-            f"data.max_response_length={data.max_response_length}: with algorithm.hpd.overlong_demonstration=drop "
-            f"{fitting} of {seen} rows of {setting} stay, {needed} are needed; raise it, or truncate"
+            f"data.max_response_length={data.max_response_length}: algorithm.hpd.overlong_demonstration=drop keeps "
+            f"{fitting} of {seen} rows of {setting}, {needed} are needed; raise it, or truncate"
         )
     if fitting < needed and of_teacher.overlong and shortest is not None and shortest <= limit:
         raise ValueError(of_teacher.refusal(setting, seen, needed))
@@ -207,7 +207,7 @@ class _Rows:
         said = one_line(error)
         if not isinstance(error, ValueError):
             said = f"the student's chat template fails at {what}: {type(error).__name__}: {said}"
-        return f"{file.row_name(index)}: {said}{'; change its messages' if 'refuses the chat' in said else ''}"
+        return f"{file.row_name(index)}: {said}{'; change its messages' if 'rejects the chat' in said else ''}"
 
     def check_kinds(self, files: Sequence[DataFile], filters: bool, max_samples: int) -> None:
         """Tokenise the first rows of each kind that is more than texts.
@@ -236,7 +236,7 @@ class _Rows:
 
 
 def _kind(prompt: Any, tools: Any, demonstration: Any) -> Any:
-    """What a row holds beside texts of other roles than the assistant; None if nothing."""
+    """The kinds of content in a row beyond text of other roles than the assistant; None if nothing."""
 
     def keys(message: Mapping[str, Any]) -> frozenset[str]:
         return frozenset(key for key, value in message.items() if key not in ("role", "content") and value)

@@ -1,14 +1,13 @@
-"""What a student's files say of themselves, where training would go on and something else be saved or served."""
+"""Files of a student that training ignores but that change the saved or served model."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from verl.workers.config import HFModelConfig
 
 from hpd_verl.engine.saved_model import ADAPTER, weight_names
+from hpd_verl.engine.weight_files import in_folder, weight_files
 from hpd_verl.errors import require
 from hpd_verl.run.checkpoint import read_json
 
@@ -36,18 +35,18 @@ def check_student_files(model: HFModelConfig, setting: str, serves_rollouts: boo
     if model.lora_adapter_path is not None:
         _check_adapter(model, setting.removesuffix("path"))
     if serves_rollouts and model.hf_config.get_text_config().tie_word_embeddings and folder.is_dir():
-        name = _own_output_layer(model, folder)
+        name = _own_output_layer(model, folder, setting)
         require(
             name is None,
             setting,
             model.path,
-            f"its config.json says tie_word_embeddings=true, but {name} in its file is not the embeddings, which the "
-            "rollout server would take for it; write tie_word_embeddings=false into its config.json",
+            f"its config.json has tie_word_embeddings=true, but {name} differs from the embeddings that the rollout "
+            "server would use; write tie_word_embeddings=false into its config.json",
         )
 
 
 def _check_adapter(model: HFModelConfig, node: str) -> None:
-    """verl goes on with the adapter's own rank and alpha; settings that say otherwise would be passed over."""
+    """verl keeps the adapter's own rank and alpha; other settings would be ignored."""
     folder = Path(str(model.lora_adapter_path))
     if not (folder / ADAPTER).is_file():
         return
@@ -61,17 +60,24 @@ def _check_adapter(model: HFModelConfig, node: str) -> None:
             found == own,
             f"{node}{name}",
             found,
-            f"the adapter in {node}lora_adapter_path goes on with its own {key}={own}; set {node}{name}={own}",
+            f"the adapter in {node}lora_adapter_path has {key}={own}; set {node}{name}={own}",
         )
 
 
-def _own_output_layer(model: HFModelConfig, folder: Path) -> str | None:
+def _own_output_layer(model: HFModelConfig, folder: Path, setting: str) -> str | None:
     """The name of an output layer in the folder's files that is not the embeddings; None without one."""
     names = weight_names(model.hf_config, model.trust_remote_code)
-    files = _files_of(folder, names) if names is not None else None
-    if names is None or files is None:
+    if names is None:
         return None
-    with safe_open(files[0], "pt") as first, safe_open(files[1], "pt") as second:
+    explicit = getattr(model.hf_config, "transformers_weights", None)
+    _, weights = weight_files(f"{setting}={model.path}", in_folder(folder), explicit)
+    files: dict[str, Path] = {}
+    for file in (folder / name for name in weights if name.endswith(".safetensors")):
+        with safe_open(file, "pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file)
+    if not files.keys() >= {*names}:
+        return None
+    with safe_open(files[names[0]], "pt") as first, safe_open(files[names[1]], "pt") as second:
         output, embeddings = first.get_slice(names[0]), second.get_slice(names[1])
         if output.get_shape() != embeddings.get_shape():
             return names[0]
@@ -79,17 +85,3 @@ def _own_output_layer(model: HFModelConfig, folder: Path) -> str | None:
             if not torch.equal(output[start : start + _ROWS], embeddings[start : start + _ROWS]):
                 return names[0]
     return None
-
-
-def _files_of(folder: Path, names: tuple[str, str]) -> tuple[Path, Path] | None:
-    """The safetensors files of two tensors; None where not both are there, or the files are of another kind."""
-    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    places: dict[str, Any] = {}
-    if single.is_file():
-        with safe_open(single, "pt") as tensors:
-            places = dict.fromkeys(tensors.keys(), SAFE_WEIGHTS_NAME)
-    elif index.is_file():
-        places = read_json(index).get("weight_map", {})
-    if names[0] not in places or names[1] not in places:
-        return None
-    return folder / places[names[0]], folder / places[names[1]]

@@ -76,8 +76,8 @@ def check_temporary_folders(*variables: str) -> None:
         folder = os.environ.get(variable)
         if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
             found = "cannot be written to" if os.path.isdir(folder) else "no such folder"
-            raise ValueError(f"{variable}={folder}: {found}; make it, or unset the variable")
+            raise ValueError(f"{variable}={folder}: {found}; create it, or unset the variable")
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
-        raise ValueError(f"TMPDIR=: {error.strerror}; set it to a folder that can be written to") from error
+        raise ValueError(f"TMPDIR=: {error.strerror}; set it to a writable folder") from error

@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig
 
@@ -25,15 +24,17 @@ from hpd_verl.checks.vocabulary import check_vocabularies
 from hpd_verl.data.chat_template import ChatTemplate
 from hpd_verl.data.files import is_remote
 from hpd_verl.engine import on_meta
-from hpd_verl.engine.families import head_counts, layers_to_wrap
+from hpd_verl.engine.families import divides_heads, head_counts, layers_to_wrap
+from hpd_verl.engine.saved_model import ADAPTER
+from hpd_verl.engine.weight_files import ADAPTER_WEIGHTS, in_folder, weight_files
 from hpd_verl.errors import one_line, require
+from hpd_verl.run.checkpoint import read_json
 from hpd_verl.several_teachers import STUDENT
 from hpd_verl.teacher.model_config import teacher_model_config
 from hpd_verl.teacher.served.output_layer import plain_config
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER = "adapter_config.json"
 _LFS_POINTER = b"version https://git-lfs"
 _PICKLE = b"\x80"
 """First byte of a file of torch.save before it wrote zip archives."""
@@ -41,18 +42,18 @@ _PICKLE = b"\x80"
 
 @dataclass(frozen=True)
 class ModelUse:
-    """How a run uses a model, and what its settings are called."""
+    """How a run uses a model, and the names of its settings."""
 
     setting: str
-    """Of its path, as ``teacher.model.path``."""
+    """Setting of its path, such as ``teacher.model.path``."""
     engine: str
-    """Of its engine's node, as ``teacher.engine``."""
+    """Node of its engine, such as ``teacher.engine``."""
     one_pass: bool = True
     """The loss takes the place of its output layer."""
     ulysses: int = 1
     """Ranks that share a sequence."""
     layers: Any = None
-    """Of its engine, wrap_policy.transformer_layer_cls_to_wrap: classes that FSDP wraps."""
+    """Its engine's wrap_policy.transformer_layer_cls_to_wrap: classes that FSDP wraps."""
     served: bool = False
     """Servers run it; here are its configuration, its tokenizer and its output layer."""
 
@@ -72,7 +73,7 @@ def _safetensors_names(file: Path) -> set[str]:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
-            raise ValueError("is not a whole safetensors file")
+            raise ValueError("is not a complete safetensors file")
         try:
             header = json.loads(stream.read(length))
             tensors = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
@@ -85,7 +86,7 @@ def _safetensors_names(file: Path) -> set[str]:
 
 
 def _check_weights_file(file: Path, names: set[str]) -> None:
-    """Check that a file of weights is whole; ``names`` are the tensors that the index expects there.
+    """Check that a file of weights is complete; ``names`` are the tensors that the index expects there.
 
     Raises:
         ValueError: what is wrong with the file.
@@ -99,50 +100,29 @@ def _check_weights_file(file: Path, names: set[str]) -> None:
     if file.suffix == ".safetensors":
         missing = names - _safetensors_names(file)
         if missing:
-            raise ValueError(f"lacks {len(missing)} tensors that the index names, as {min(missing)}")
+            raise ValueError(f"lacks {len(missing)} tensors of its index, such as {min(missing)}")
     elif not zipfile.is_zipfile(file) and not start.startswith(_PICKLE):
-        raise ValueError("is not a whole file of torch.save")
+        raise ValueError("is not a complete file of torch.save")
 
 
 def check_weights(setting: str, folder: Path) -> list[Path]:
-    """Check that the weights in a model's folder are there and whole, by sizes and headers; no tensor is read.
+    """Check that the weights in a model's folder are complete, by sizes and headers; no tensor is read.
 
     Returns:
-        The files; none where the configuration names a file of its own.
+        The files.
 
     Raises:
         ValueError: there are none, or a file is missing or cut short.
     """
-    remedy = "copy or download the model again"
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):  # as transformers looks
-        found = folder / name
-        if not found.is_file():
-            continue
-        files: dict[str, set[str]] = {} if name.endswith(".json") else {name: set()}
-        if name.endswith(".json"):
-            try:
-                for tensor, file in json.loads(found.read_bytes())["weight_map"].items():
-                    files.setdefault(file, set()).add(tensor)
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise ValueError(f"{setting}={folder}: {name} is not an index of weights; {remedy}") from None
-        for file, names in files.items():
-            try:
-                _check_weights_file(folder / file, names)
-            except ValueError as error:
-                raise ValueError(f"{setting}={folder}: {file} {error}; {remedy}") from error
-        return [folder / file for file in files]
-    if _names_its_weights(folder):
-        return []
-    raise ValueError(
-        f"{setting}={folder}: no weights there; give a folder with {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, "
-        "whole or in parts with their index"
-    )
-
-
-def _names_its_weights(folder: Path) -> bool:
-    """Whether the configuration names a file of weights of its own, which transformers then takes."""
-    file = folder / "config.json"
-    return file.is_file() and json.loads(file.read_bytes()).get("transformers_weights") is not None
+    config = folder / "config.json"
+    explicit = read_json(config).get("transformers_weights") if config.is_file() else None
+    _, files = weight_files(f"{setting}={folder}", in_folder(folder), explicit)
+    for file, names in files.items():
+        try:
+            _check_weights_file(folder / file, names)
+        except ValueError as error:
+            raise ValueError(f"{setting}={folder}: {file} {error}; copy or download the model again") from error
+    return [folder / file for file in files]
 
 
 def _check_no_adapter(use: ModelUse, folder: Path) -> None:
@@ -151,10 +131,10 @@ def _check_no_adapter(use: ModelUse, folder: Path) -> None:
     Raises:
         ValueError: the folder holds an adapter.
     """
-    if not (folder / _ADAPTER).is_file():
+    if not (folder / ADAPTER).is_file():
         return
     try:
-        settings = dict(json.loads((folder / _ADAPTER).read_bytes()))
+        settings = dict(json.loads((folder / ADAPTER).read_bytes()))
     except (ValueError, TypeError):
         settings = {}
     base, rank = settings.get("base_model_name_or_path") or "BASE", settings.get("r") or "RANK"
@@ -172,9 +152,9 @@ def load_model_config(node: DictConfig, setting: str) -> HFModelConfig:
     """
     path = str(node.path)
     if path.startswith("~"):
-        raise ValueError(f"{setting}={path}: the shell leaves ~ as it is after =; write the whole path, or $HOME")
+        raise ValueError(f"{setting}={path}: the shell does not expand ~ after =; write the whole path, or $HOME")
     if path.startswith(("/", "./", "../")) and not Path(path).exists():
-        raise ValueError(f"{setting}={path}: no such folder; give a folder that is there, or a hub name")
+        raise ValueError(f"{setting}={path}: no such folder; give an existing folder, or a hub name")
     try:
         return omega_conf_to_dataclass(node)
     except Exception as error:  # Hydra wraps whatever Hugging Face raised
@@ -189,8 +169,8 @@ def _check_chat_template(model: HFModelConfig, setting: str, template_kwargs: di
     node = setting.removesuffix(".path")
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{setting}={model.path}: its tokenizer has no chat template, which prompts and demonstrations are written "
-            f"with; choose an instruction-tuned model, or give one by {node}.custom_chat_template"
+            f"{setting}={model.path}: its tokenizer has no chat template; choose an instruction-tuned model, or set "
+            f"{node}.custom_chat_template"
         )
     written = str(tokenizer.chat_template)
     known = {*inspect.signature(tokenizer.apply_chat_template).parameters, *re.findall(r"\w+", written)}
@@ -206,7 +186,7 @@ def _check_chat_template(model: HFModelConfig, setting: str, template_kwargs: di
     except Exception as error:  # templates are programs: any error of Jinja or of what they call
         raise ValueError(
             f"{setting}={model.path}: its chat template cannot write a question and an answer: {one_line(error)}; "
-            f"give another by {node}.custom_chat_template"
+            f"set {node}.custom_chat_template"
         ) from error
 
 
@@ -224,14 +204,14 @@ def _check_overrides(use: ModelUse, model: HFModelConfig) -> None:
                 key in ("model_config", "attn_implementation"),
                 f"{node}.{key}",
                 value,
-                f"nothing reads it beside {node}.model_config; write it there, or leave model_config out",
+                f"not read together with {node}.model_config; write it there, or leave model_config out",
             )
         node, overrides = f"{node}.model_config", dict(overrides["model_config"] or {})
         require(
             "attn_implementation" not in overrides,
             f"{node}.attn_implementation",
             overrides.get("attn_implementation"),
-            f"nothing reads it there; give {use.node}.override_config.attn_implementation",
+            f"not read there; set {use.node}.override_config.attn_implementation",
         )
 
     def check(part: Any, values: Mapping[str, Any], name: str) -> None:
@@ -274,10 +254,10 @@ def _check_build(use: ModelUse, model: HFModelConfig) -> PreTrainedModel:
     _check_wrapping(use, built)
     heads, key_heads = head_counts(config)
     require(
-        heads % use.ulysses == 0 and (key_heads % use.ulysses == 0 or use.ulysses % key_heads == 0),
-        f"{use.engine.removesuffix('.fsdp_config')}.ulysses_sequence_parallel_size",
+        divides_heads(use.ulysses, heads, key_heads),
+        f"{use.engine.removesuffix('.fsdp_config').removeprefix('teacher.')}.ulysses_sequence_parallel_size",
         use.ulysses,
-        f"{use.setting} has {heads} heads, {key_heads} of keys, which it must divide",
+        f"must divide the {heads} heads and {key_heads} key heads of {use.setting}",
     )
     return built
 
@@ -321,13 +301,13 @@ def _check_wrapping(use: ModelUse, built: PreTrainedModel) -> None:
         {type(module).__name__ for module in built.modules()}.issuperset(wanted),
         setting,
         use.layers,
-        f"not all are classes of {use.setting}; choose of {', '.join(known)}, or leave it out",
+        f"not all are layer classes of {use.setting}; choose from {', '.join(known)}, or leave it out",
     )
     require(bool(wanted), use.setting, type(built).__name__, "it has no layers; choose a language model")
 
 
 def _check_tensors(use: ModelUse, model: HFModelConfig, built: PreTrainedModel, files: list[Path]) -> None:
-    """The files' tensors are those that the model's configuration asks for.
+    """Check that the files hold the tensors of the model's configuration.
 
     Raises:
         ValueError: some are missing, or have another shape.
@@ -342,13 +322,13 @@ def _check_tensors(use: ModelUse, model: HFModelConfig, built: PreTrainedModel, 
     if found.mismatched:
         name, in_file, by_config = found.mismatched[0]
         raise ValueError(
-            f"{use.setting}={model.path}: {len(found.mismatched)} tensors of another size than by its config.json, as "
-            f"{name} with {_shape(in_file)} for {_shape(by_config)}; {remedy}"
+            f"{use.setting}={model.path}: {len(found.mismatched)} tensors with another size than in its config.json, "
+            f"such as {name} with {_shape(in_file)} for {_shape(by_config)}; {remedy}"
         )
     if found.missing:
         raise ValueError(
-            f"{use.setting}={model.path}: its files lack {len(found.missing)} tensors, as {found.missing[0]}, which "
-            f"transformers would draw at random; {remedy}"
+            f"{use.setting}={model.path}: its files lack {len(found.missing)} tensors, such as {found.missing[0]}; "
+            f"transformers would initialise them at random; {remedy}"
         )
 
 
@@ -357,7 +337,7 @@ def _shape(sizes: tuple[int, ...]) -> str:
 
 
 def _check_lora(use: ModelUse, model: HFModelConfig, built: PreTrainedModel) -> None:
-    """An adapter as verl makes or loads it: its modules are there, and are such as FSDP and the loss can take.
+    """Check an adapter as verl makes or loads it: its modules exist, and FSDP and the loss support them.
 
     Raises:
         ValueError: it cannot be.
@@ -377,16 +357,16 @@ def _check_lora(use: ModelUse, model: HFModelConfig, built: PreTrainedModel) -> 
         setting, value = path, folder
         if is_remote(folder):
             return
-        if not (Path(folder) / _ADAPTER).is_file():
-            raise ValueError(f"{path}={folder}: no {_ADAPTER} there; give the folder of an adapter that peft saved")
+        if not (Path(folder) / ADAPTER).is_file():
+            raise ValueError(f"{path}={folder}: no {ADAPTER} there; give the folder of an adapter that peft saved")
         try:
             config = peft.PeftConfig.from_pretrained(folder)
         except Exception as error:  # whatever peft raises on what the file may hold
-            raise ValueError(f"{path}={folder}: {_ADAPTER} cannot be read: {one_line(error)}") from error
+            raise ValueError(f"{path}={folder}: {ADAPTER} cannot be read: {one_line(error)}") from error
         if not isinstance(config, peft.LoraConfig) or config.modules_to_save:
             raise ValueError(
-                f"{path}={folder}: more than LoRA ({config.peft_type}, modules_to_save={config.modules_to_save}), "
-                "which is not supported; merge it into its base"
+                f"{path}={folder}: not only LoRA ({config.peft_type}, modules_to_save={config.modules_to_save}); "
+                "merge it into its base"
             )
     try:
         adapted = peft.get_peft_model(built, config)
@@ -399,16 +379,16 @@ def _check_lora(use: ModelUse, model: HFModelConfig, built: PreTrainedModel) -> 
                 base is None or base is not layer,
                 setting,
                 value,
-                f"an adapter on {name} is not supported; leave it out, the layers between can be adapted",
+                f"an adapter on {name} is not supported; leave it out",
             )
     if folder is not None:
         _check_adapter_tensors(path, Path(folder), adapted)
 
 
 def _check_adapter_tensors(setting: str, folder: Path, adapted: Any) -> None:
-    file = next((folder / name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
+    file = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise ValueError(f"{setting}={folder}: no weights there; give a folder with {_ADAPTER_FILES[0]}")
+        raise ValueError(f"{setting}={folder}: no weights there; give a folder with {ADAPTER_WEIGHTS[0]}")
     try:
         _check_weights_file(file, set())
     except ValueError as error:
@@ -418,9 +398,6 @@ def _check_adapter_tensors(setting: str, folder: Path, adapted: Any) -> None:
         if found.get(name) != tuple(tensor.shape):
             has = "is missing" if name not in found else f"has {_shape(found[name])} for {_shape(tuple(tensor.shape))}"
             raise ValueError(f"{setting}={folder}: not an adapter of this model: {name} {has}; choose its base")
-
-
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def check_models(
@@ -461,7 +438,7 @@ def check_models(
             model.lora_adapter_path is None or model.lora_rank > 0,
             f"{use.node}.lora_adapter_path",
             model.lora_adapter_path,
-            "verl loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both",
+            "verl loads an adapter only if lora_rank is above 0; set lora_rank too, or leave both out",
         )
         _check_overrides(use, model)
         context = needed_context if use is uses[0] or teacher_context is None else teacher_context
@@ -482,7 +459,7 @@ def check_models(
         teacher_model = models[uses[1].setting]
         if student_model.path == teacher_model.path and teacher.path != STUDENT:
             logger.warning(
-                "%s and %s are both %s: the gap between them starts at zero",
+                "%s and %s are both %s: student and teacher start equal",
                 *models,
                 student_model.path,
             )

@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: whole, and saved by as many ranks."""
+"""The checkpoint that a run resumes from: complete, and saved by as many ranks."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ def _chosen(trainer: DictConfig, contents: str, auto_takes_path: bool) -> tuple[
             path,
             "give the folder of a checkpoint, global_step_N",
         )
-        require(Path(path).is_dir(), setting, path, "no such folder; give that of a checkpoint, global_step_N")
+        require(Path(path).is_dir(), setting, path, "no such folder; give a checkpoint's folder, global_step_N")
         return setting, path, Path(path).absolute()
     require(
         path is None,
@@ -87,5 +87,5 @@ def check_resume(
             content not in _KINDS or any(name.startswith(start) for name in files),
             setting,
             value,
-            f"{found} holds no {content}, which checkpoint.load_contents asks for; leave it out there",
+            f"{found} holds no {content}; leave it out of checkpoint.load_contents",
         )

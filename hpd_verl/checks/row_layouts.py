@@ -1,4 +1,4 @@
-"""Which attention each model takes and whether its rows are packed: chosen where nothing is set, else checked."""
+"""Attention and packing of each model: chosen if unset, else checked."""
 
 import functools
 import logging
@@ -12,6 +12,7 @@ from verl.workers.config import HFModelConfig
 
 from hpd_verl.checks.models import without_copies
 from hpd_verl.checks.settings import on_cpu
+from hpd_verl.engine.attention import FORMER_NAME, NAME
 from hpd_verl.engine.causal_lm import check_head, offer_head
 from hpd_verl.engine.replica import Replica, rope_switch
 from hpd_verl.engine.row_layout import RowLayout, Tried, default_attentions, layouts, try_layouts
@@ -23,19 +24,19 @@ logger = logging.getLogger(__name__)
 ATTENTION = "override_config.attn_implementation"
 PACKING = "use_remove_padding"
 AUTO = "auto"
-"""Of ``use_remove_padding``: whatever is right for the model, packed rows where they are."""
+"""Value of ``use_remove_padding``: packed rows if the model allows them, else padded."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What the passes of a run ask of its models."""
+    """Requirements of a run's passes on its models."""
 
     longest_row: int
     """Tokens of prompt and response."""
     one_pass: bool
     """The pipeline reads hidden states in front of the output layer."""
-    ulysses: bool = False
-    """Sequences are shared out among ranks."""
+    ulysses: str = ""
+    """The setting, with its value, by which ranks share sequences out; empty where they do not."""
     one_row: str = ""
     """The settings by which each micro-batch has one row."""
     fixed_rows: str | None = None
@@ -51,7 +52,7 @@ class ModelNode:
     name: str
     """As ``actor_rollout_ref.model``."""
     node: DictConfig
-    """With what it takes from the student, where it is the teacher's."""
+    """The teacher's includes what it inherits from the student."""
     own: DictConfig
     """As it is written, without that."""
 
@@ -63,7 +64,7 @@ class ModelNode:
 
 
 def model_nodes(student: DictConfig, teachers: Mapping[str, DictConfig], names: Sequence[str]) -> list[ModelNode]:
-    """The models of a run: the student, and the teachers that there are.
+    """The models of a run: the student, and its teachers, if any.
 
     Args:
         student: its node.
@@ -91,9 +92,15 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
         not passes.ulysses or packing is not False,
         f"{model.name}.{PACKING}",
         packing,
-        "Ulysses sequence parallelism shares out packed rows; leave it out",
+        f"{passes.ulysses} shares out packed rows; leave it out, or that",
     )
     attention = str(model.get(ATTENTION))
+    require(
+        not passes.ulysses or attention in ("None", NAME, FORMER_NAME) or attention.startswith("flash"),
+        f"{model.name}.{ATTENTION}",
+        attention,
+        f"with {passes.ulysses} each rank would see its own part of a sequence alone; leave it out",
+    )
     require(
         not (on_cpu() and attention.startswith("flash")),
         f"{model.name}.{ATTENTION}",
@@ -101,14 +108,21 @@ def choose_row_layout(model: ModelNode, passes: Passes) -> RowLayout:
         "flash attention needs a GPU; leave it out",
     )
     config = _hf_config(model)
+    if passes.ulysses and hasattr(config, "vision_config"):  # verl slices the inputs of such models by their names
+        raise ValueError(f"{passes.ulysses}: {_called(model)} is a model of images too; leave it out")
     _check_rope(config, model, passes)
     candidates = _candidates(model, passes)
     try:
         tried = _tried(config, candidates, model, passes)
     except Exception as error:  # a replica that is large too, or whatever a model file raises at sizes of its own
+        if passes.ulysses:
+            raise ValueError(
+                f"{passes.ulysses}: {_called(model)} cannot be tried before it loads ({one_line(error)}), and only a "
+                "trial tells whether it can be shared out; leave it out"
+            ) from error
         # Eager attention, the last, is the one that no family computes wrongly or ignores.
         layout = next((each for each in reversed(candidates) if not each.packed), candidates[-1])
-        logger.warning("%s: %s, without a trial before it loads: %s", _called(model), layout, one_line(error))
+        logger.warning("%s: %s, not tried before it loads: %s", _called(model), layout, one_line(error))
         _check_offload(model, layout)
         return layout
     if tried.right is None:
@@ -135,7 +149,7 @@ def write_row_layout(model: ModelNode, layout: RowLayout) -> None:
 
 
 def _tried(config: Any, candidates: list[RowLayout], model: ModelNode, passes: Passes) -> Tried:
-    asked = (passes.longest_row, passes.rows_share, passes.ulysses, bool(model.get("trust_remote_code")))
+    asked = (passes.longest_row, passes.rows_share, bool(passes.ulysses), bool(model.get("trust_remote_code")))
     return try_layouts(config, candidates, *asked)
 
 
@@ -153,7 +167,7 @@ def _hf_config(model: ModelNode) -> Any:
 def _candidates(model: ModelNode, passes: Passes, ignores_settings: bool = False) -> list[RowLayout]:
     free = ignores_settings or not model.is_set(ATTENTION)
     attentions = ([] if ignores_settings else [model.get(ATTENTION)]) + (
-        default_attentions(passes.ulysses) if free else []
+        default_attentions(bool(passes.ulysses)) if free else []
     )
     packing = None if ignores_settings or model.get(PACKING) == AUTO else model.get(PACKING)
     names, packing = list(dict.fromkeys(filter(None, attentions))), True if passes.ulysses else packing
@@ -165,11 +179,16 @@ def _candidates(model: ModelNode, passes: Passes, ignores_settings: bool = False
 
 def _check_rope(config: Any, model: ModelNode, passes: Passes) -> None:
     switch = rope_switch(config)
+    if switch is not None and passes.longest_row > switch and passes.ulysses:
+        raise ValueError(
+            f"{passes.ulysses}: {_called(model)} takes other rotary factors for rows of more than {switch} tokens, "
+            "which a rank with a part of a row cannot tell; leave it out, or keep data.max_prompt_length + "
+            f"data.max_response_length at {switch}"
+        )
     if switch is not None and passes.longest_row > switch and passes.fixed_rows is not None and passes.rows_share:
         raise ValueError(
-            f"{passes.fixed_rows}: {_called(model)} takes other rotary factors for all rows of a micro-batch once one "
-            f"has more than {switch} tokens; give 1, or leave it out: micro-batches by tokens keep short and long rows "
-            "apart"
+            f"{passes.fixed_rows}: one row of more than {switch} tokens changes the rotary factors of all rows of "
+            f"its micro-batch in {_called(model)}; give 1, or leave it out"
         )
 
 
@@ -178,7 +197,7 @@ def _check_offload(model: ModelNode, layout: RowLayout) -> None:
         layout.packed or not model.get("enable_activation_offload"),
         f"{model.name}.enable_activation_offload",
         True,
-        f"{_called(model)} takes padded rows, with which verl's offloading of activations gives wrong gradients; set "
+        f"{_called(model)} needs padded rows, and verl's activation offloading gives wrong gradients with them; set "
         "it to false",
     )
 
@@ -198,6 +217,8 @@ def _refusal(config: Any, model: ModelNode, passes: Passes, tried: Tried) -> str
     other = _tried(config, _candidates(model, passes, ignores_settings=True), model, passes).right
     if set_here and other is not None:
         return f"{' '.join(set_here)}: with {_called(model)}, {found}; leave it out for {other}"
+    if passes.ulysses:
+        return f"{passes.ulysses}: {_called(model)}: {found}; leave it out, or choose another model"
     tried_all = ", ".join(sorted({each.attention for each in tried.wrong}))
     return (
         f"{_called(model)}: {found}, nor does any other ({tried_all}, packed or padded); choose another model, or one "

@@ -27,23 +27,23 @@ from hpd_verl.checks.settings import (
     TEXT_OR_NULL,
     Relation,
     Rule,
-    check_known,
-    check_optimiser,
     check_relations,
-    check_values,
     checkpoint_rules,
     engine_relations,
     engine_rules,
     is_integer,
+    known,
     lora_relations,
     model_rules,
     on_cpu,
     one_of,
     only,
+    optimiser_relation,
     optimiser_rules,
     rules_of,
     takes_hdfs,
     unset,
+    values,
 )
 from hpd_verl.config import PREFIX, HPDConfig
 from hpd_verl.data.files import as_list
@@ -79,7 +79,7 @@ _COMMON: dict[str, Rule] = {
             "resume_mode": one_of("auto", "disable", "resume_path"),
             "resume_from_path": TEXT_OR_NULL,
             "project_name experiment_name": TEXT,
-            "default_hdfs_dir": (takes_hdfs, "give a folder, null, or an address of hdfs where its command is there"),
+            "default_hdfs_dir": (takes_hdfs, "give a folder, null, or an address of hdfs if its command is installed"),
         },
     ),
 }
@@ -173,7 +173,7 @@ MAIN_PPO_RULES: dict[str, Rule] = {
     **model_rules("actor_rollout_ref.model", trained=True, uses_megatron_lora=True),
     **model_rules("actor_rollout_ref.ref.model", trained=False),
 }
-"""Of main_ppo. The engines' rules depend on their strategy."""
+"""Rules of main_ppo. The engines' rules depend on their strategy."""
 
 _MAIN_PPO_NODES = (
     "actor_rollout_ref.model",
@@ -213,9 +213,7 @@ SFT_RULES: dict[str, Rule] = {
             "enable_thinking_key": only("enable_thinking", _TEMPLATE),
             "enable_thinking_default": only("none", _TEMPLATE),
             "max_length": only(1024, "lengths are data.max_prompt_length and data.max_response_length; leave it out"),
-            "truncation": only(
-                "error", "algorithm.hpd.overlong_demonstration says what becomes of long rows; leave it out"
-            ),
+            "truncation": only("error", "algorithm.hpd.overlong_demonstration decides about long rows; leave it out"),
             "balance_dp_token ignore_input_ids_mismatch": only(False, _NOT_READ),
             "custom_cls.path custom_cls.name": only(None, _ROWS),
         },
@@ -248,9 +246,6 @@ SFT_RULES: dict[str, Rule] = {
         for node in ("engine", "teacher.engine")
         for name, rule in {
             "strategy": only("fsdp2", "choose fsdp2"),
-            "ulysses_sequence_parallel_size": only(
-                1, "one_pass does not share sequences out; use main_ppo with staged"
-            ),
             **{
                 f"{start}{of_data}": (
                     lambda value: False,
@@ -262,7 +257,7 @@ SFT_RULES: dict[str, Rule] = {
         }.items()
     },
 }
-"""Of the lean trainer: of all its settings."""
+"""Rules of all settings of the lean trainer."""
 
 
 _TRACKERS = {
@@ -289,7 +284,7 @@ def check_trackers(config: DictConfig) -> None:
     """
     setting = "trainer.logger"
     for name in as_list(OmegaConf.select(config, setting)):
-        require(name in _TRACKERS, setting, name, f"verl knows no such tracker; choose of {', '.join(_TRACKERS)}")
+        require(name in _TRACKERS, setting, name, f"verl knows no such tracker; choose from {', '.join(_TRACKERS)}")
         package = _TRACKERS[name]
         require(
             package is None or importlib.util.find_spec(package) is not None,
@@ -324,12 +319,12 @@ def _micro_batches(
         name, longest = "max_teacher_prompt_length", max_teacher_prompt_length(config.data)
     longest += config.data.max_response_length
     if by_tokens:
-        said = f"below data.{name} + data.max_response_length = {longest}, and a row must fit; raise it"
+        said = f"below data.{name} + data.max_response_length = {longest}; raise it"
         yield tokens, OmegaConf.select(config, tokens) * sharing >= longest, said
     else:
         size = OmegaConf.select(config, rows)
         yield rows, size is not None, "micro-batches are not packed by tokens; give their size in rows"
-        yield rows, of_rank % size == 0, f"must divide the {of_rank} sequences that a rank gets at once"
+        yield rows, of_rank % size == 0, f"must divide the {of_rank} sequences of a rank"
 
 
 def _of_teachers(
@@ -400,6 +395,7 @@ def _engine_rules_of_main_ppo(config: DictConfig) -> dict[str, Rule]:
 
 def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
     """What must hold between the settings of main_ppo."""
+    yield optimiser_relation(config, "actor_rollout_ref.actor.optim")
     for role in ("actor", "ref"):
         yield from engine_relations(config, f"actor_rollout_ref.{role}.fsdp_config")
     yield from lora_relations(config, "actor_rollout_ref.model", trained=True)
@@ -418,19 +414,11 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
     )
     for key, value in _MAIN_PPO_NEEDS.items():
         yield key, OmegaConf.select(config, key) == value, f"algorithm=hpd works only with {key}={value}"
-    attention = "actor_rollout_ref.model.override_config.attn_implementation"
     for role in ("actor", "ref"):
         yield (
             f"actor_rollout_ref.{role}.strategy",
             models[role].strategy in ("fsdp", "fsdp2"),
             "HPD runs on fsdp2 and fsdp; megatron and the other engines are not supported",
-        )
-        sharing = models[role].get("ulysses_sequence_parallel_size", 1)
-        yield (
-            attention,
-            sharing == 1 or OmegaConf.select(config, attention) not in ("sdpa", "eager"),
-            f"with actor_rollout_ref.{role}.ulysses_sequence_parallel_size={sharing} each rank would see its own part "
-            "of a sequence alone; unset it",
         )
     yield (
         "actor_rollout_ref.actor.strategy, actor_rollout_ref.ref.strategy",
@@ -455,7 +443,8 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
     yield (
         "actor_rollout_ref.rollout.n",
         rollout.n == 1 or hpd.schedule.lowest == 1.0,
-        f"several answers a prompt need {PREFIX}.on_policy_fraction=1: a demonstration is one answer",
+        f"several answers per prompt need {PREFIX}.on_policy_fraction=1; with demonstrations set "
+        f"{PREFIX}.rollouts_per_prompt",
     )
     yield (
         "actor_rollout_ref.rollout.name",
@@ -466,7 +455,7 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
     yield (
         teacher,
         bool(OmegaConf.select(config, teacher)) or pipeline == "one_pass",
-        f"the staged pipeline ({reason}) runs a teacher with every objective; give one",
+        f"the staged pipeline ({reason}) always needs a teacher",
     )
     yield from _main_ppo_ranks(config, hpd, is_staged=pipeline == "staged")
 
@@ -500,13 +489,13 @@ def _main_ppo_ranks(config: DictConfig, hpd: HPDConfig, is_staged: bool) -> Iter
     yield (
         "data.train_batch_size",
         actor.use_dynamic_bsz or batch * rollout.n % ranks == 0,
-        f"without actor_rollout_ref.actor.use_dynamic_bsz verl wants a multiple of all ranks, {counted}",
+        f"must be a multiple of all ranks, {counted}, without actor_rollout_ref.actor.use_dynamic_bsz",
     )
     yield (
         "actor_rollout_ref.actor.shuffle",
         not actor.shuffle or batch == mini_batch or data_parallel == 1,
-        f"each of {data_parallel} data-parallel ranks would shuffle its own rows, and the updates depend on their "
-        "number; leave it false: data.shuffle shuffles the rows",
+        f"each of the {data_parallel} data-parallel ranks would shuffle its own rows; leave it false and set "
+        "data.shuffle",
     )
     # In one pass the teacher's rows are filled up.
     of_teacher = batch * rollout.n * sharing["ref"] // ranks if is_staged else 0
@@ -524,7 +513,7 @@ def _main_ppo_ranks(config: DictConfig, hpd: HPDConfig, is_staged: bool) -> Iter
     yield (
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
         actor.use_dynamic_bsz == rollout.log_prob_use_dynamic_bsz,
-        f"verl wants what actor_rollout_ref.actor.use_dynamic_bsz={actor.use_dynamic_bsz} is; leave it out",
+        f"must equal actor_rollout_ref.actor.use_dynamic_bsz={actor.use_dynamic_bsz}; leave it out",
     )
     size = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
     yield (
@@ -544,9 +533,7 @@ def check_config(config: DictConfig) -> HPDConfig:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
     rules = MAIN_PPO_RULES | _engine_rules_of_main_ppo(config)
-    check_values(config, rules)
-    check_known(config, _MAIN_PPO_NODES, rules)
-    check_optimiser(config, "actor_rollout_ref.actor.optim")
+    check_relations(config, values(config, rules), known(config, _MAIN_PPO_NODES, rules))
     check_trackers(config)
     require(
         OmegaConf.select(config, PREFIX) is not None,
@@ -561,8 +548,14 @@ def check_config(config: DictConfig) -> HPDConfig:
     return hpd
 
 
+def sft_ulysses(config: DictConfig) -> int:
+    """Ranks that share a sequence in the lean trainer."""
+    return int(config.engine.get("ulysses_sequence_parallel_size", 1))
+
+
 def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -> Iterator[Relation]:
     """What must hold between the settings of the lean trainer, and its ranks."""
+    yield optimiser_relation(config, "optim")
     yield from engine_relations(config, "engine")
     yield from engine_relations(config, "teacher.engine", inherited="engine")
     yield from lora_relations(config, "model", trained=True)
@@ -579,17 +572,26 @@ def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -
     yield (
         "trainer.n_gpus_per_node",
         trainer.n_gpus_per_node * trainer.nnodes in (1, ranks),
-        f"torchrun has started {ranks} processes, which decide; leave it out",
+        f"torchrun has started {ranks} processes; leave it out",
     )
-    batch, least = data.train_batch_size, f"less than a row for each of {ranks} ranks; raise it"
+    batch, shared, setting = data.train_batch_size, sft_ulysses(config), "engine.ulysses_sequence_parallel_size"
+    yield setting, ranks % shared == 0, f"must divide the ranks, torchrun's processes ({ranks})"
+    yield (
+        f"teacher.{setting}",
+        OmegaConf.select(config, f"teacher.{setting}") in (None, shared),
+        f"student and teacher share the same sequences; leave it out for {setting}={shared}",
+    )
+    counted = f"torchrun's {ranks} processes" + (f" over {setting}" if shared > 1 else "")
+    data_parallel = ranks // shared
     if fills_store:  # any part of a batch
-        yield "data.train_batch_size", batch >= ranks, least
+        said = f"less than a row for each of {data_parallel} data-parallel ranks ({counted}); raise it"
+        yield "data.train_batch_size", batch >= data_parallel, said
     else:
-        said = f"must divide among {ranks} ranks (torchrun's processes); choose a multiple of {ranks}"
-        yield "data.train_batch_size", batch % ranks == 0, said
+        said = f"must divide among {data_parallel} data-parallel ranks ({counted}); choose a multiple"
+        yield "data.train_batch_size", batch % data_parallel == 0, said
     sizes = ("data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu")
-    of_rank = 0 if fills_store else batch // ranks
-    yield from _micro_batches(config, *sizes, data.use_dynamic_bsz, of_rank, has_teacher=True)
+    of_rank = 0 if fills_store else batch // data_parallel
+    yield from _micro_batches(config, *sizes, data.use_dynamic_bsz, of_rank, shared, has_teacher=True)
 
 
 def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = False) -> HPDConfig:
@@ -606,9 +608,7 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
     Raises:
         ValueError: one sentence that names the setting, what was found and what to do.
     """
-    check_values(config, SFT_RULES)
-    check_known(config, tuple(map(str, config)), SFT_RULES)
-    check_optimiser(config, "optim")
+    check_relations(config, values(config, SFT_RULES), known(config, tuple(map(str, config)), SFT_RULES))
     check_trackers(config)
     hpd = HPDConfig.from_config(config.algorithm.hpd)
     check_relations(config, _of_sft(config, hpd, ranks, fills_store))

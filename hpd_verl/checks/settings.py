@@ -1,12 +1,12 @@
-"""What verl's settings may be: one table for both trainers, student and teacher.
+"""Allowed values of verl's settings: one table for both trainers, student and teacher.
 
-verl checks most of them late, by an assertion, or not at all; some it never reads. The tables of a node name every key
-that it has; a key without an entry is refused, and so is a value that would change nothing.
+verl checks most of them late, by an assertion, or not at all; some it never reads. The tables name every key of a node;
+keys without an entry are rejected, and so are values without effect.
 """
 
 import functools
-import importlib
 import importlib.util
+import itertools
 import math
 import os
 import shutil
@@ -22,10 +22,10 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config.optimizer import build_optimizer
 
 from hpd_verl.config import PREFIX, is_number
-from hpd_verl.errors import Refused, require
+from hpd_verl.errors import one_line, require
 
 Rule = tuple[Callable[[Any], bool], str]
-"""What a value must be, and the remedy where it is not."""
+"""Check of a value, and the remedy if it fails."""
 Rules = Mapping[str, Rule]
 """By setting; ``a.b.*`` stands for all settings below ``a.b`` that have no rule of their own."""
 Relation = tuple[str, bool, str]
@@ -182,7 +182,7 @@ _ENGINE_FILE, _MODEL_FILE = "engine/fsdp.yaml", "model/hf_model.yaml"
 
 
 def engine_rules(node: str, trained: bool, strategy: str) -> dict[str, Rule]:
-    """Of a node of verl's FSDP engine.
+    """Rules of a node of verl's FSDP engine.
 
     Args:
         node: its name.
@@ -228,7 +228,7 @@ def engine_rules(node: str, trained: bool, strategy: str) -> dict[str, Rule]:
 
 
 def model_rules(node: str, trained: bool, uses_megatron_lora: bool = False) -> dict[str, Rule]:
-    """Of verl's model node.
+    """Rules of verl's model node.
 
     Args:
         node: its name.
@@ -326,12 +326,19 @@ def checkpoint_rules(node: str) -> dict[str, Rule]:
     )
 
 
-def check_values(config: DictConfig, rules: Rules) -> None:
-    """Check values of settings; one that the configuration does not have is passed over.
+def check_relations(config: DictConfig, *relations: Iterable[Relation]) -> None:
+    """Check what settings may be, by themselves and beside others.
 
     Raises:
-        Refused: the first that its rule refuses.
+        Refused: the first that does not fit.
     """
+    for settings, fits, remedy in itertools.chain(*relations):
+        found = ", ".join(str(OmegaConf.select(config, setting)) for setting in settings.split(", "))
+        require(fits, settings, found, remedy)
+
+
+def values(config: DictConfig, rules: Rules) -> Iterator[Relation]:
+    """Values of settings are such as their rules accept; one that the configuration does not have is passed over."""
     absent = object()
     for setting, (accepts, remedy) in rules.items():
         value = OmegaConf.select(config, setting, default=absent)
@@ -339,41 +346,23 @@ def check_values(config: DictConfig, rules: Rules) -> None:
             continue  # its parts have rules
         if isinstance(value, ListConfig):
             value = OmegaConf.to_container(value, resolve=True)
-        require(accepts(value), setting, value, remedy)
+        yield setting, accepts(value), remedy
 
 
-def check_relations(config: DictConfig, relations: Iterable[Relation]) -> None:
-    """Check that settings fit one another.
-
-    Raises:
-        Refused: the first that does not fit.
-    """
-    for settings, fits, remedy in relations:
-        found = ", ".join(str(OmegaConf.select(config, setting)) for setting in settings.split(", "))
-        require(fits, settings, found, remedy)
-
-
-def check_known(config: DictConfig, nodes: tuple[str, ...], rules: Rules) -> None:
-    """Check that every setting below some nodes has a rule.
-
-    Raises:
-        Refused: one has none, which nothing would read.
-    """
+def known(config: DictConfig, nodes: tuple[str, ...], rules: Rules) -> Iterator[Relation]:
+    """Every setting below some nodes has a rule; nothing would read another."""
     for node in nodes:
         found = OmegaConf.select(config, node)
         if not isinstance(found, DictConfig):
-            require(found is None or node in rules, node, found, "no such setting; settings stand in its nodes")
+            yield node, found is None or node in rules, "no such setting; settings stand in its nodes"
             continue
         for setting, value in leaves(found, f"{node}."):
             parts = setting.split(".")
             parents = [".".join(parts[:end]) + ".*" for end in range(len(parts) - 1, 0, -1)]
-            known = setting in rules or any(parent in rules for parent in parents)
             # An empty node stands for its parts.
-            known = known or (value == {} and any(name.startswith(f"{setting}.") for name in rules))
-            if not known:
-                raise Refused(
-                    f"{setting}={value}: no such setting; there are {', '.join(_beside(setting, rules)) or 'none'}"
-                )
+            is_node = value == {} and any(name.startswith(f"{setting}.") for name in rules)
+            if not (is_node or setting in rules or any(parent in rules for parent in parents)):
+                yield setting, False, f"no such setting; there are {', '.join(_beside(setting, rules)) or 'none'}"
 
 
 def _beside(setting: str, rules: Rules) -> list[str]:
@@ -384,24 +373,15 @@ def _beside(setting: str, rules: Rules) -> list[str]:
     )
 
 
-def check_optimiser(config: DictConfig, node: str) -> None:
-    """Check that the optimiser can be built.
-
-    Raises:
-        Refused: it cannot.
-    """
-    settings = OmegaConf.select(config, node)
+def optimiser_relation(config: DictConfig, node: str) -> Relation:
+    """The optimiser can be built."""
+    first, words = "optimizer", ""
     try:
-        build_optimizer([torch.nn.Parameter(torch.zeros(1))], omega_conf_to_dataclass(settings))
+        build_optimizer([torch.nn.Parameter(torch.zeros(1))], omega_conf_to_dataclass(OmegaConf.select(config, node)))
     except Exception as error:  # whatever an optimiser raises on its arguments
-        given = {
-            key: settings.get(key)
-            for key in ("optimizer_impl", "optimizer", "override_optimizer_config")
-            if settings.get(key) is not None
-        }
         first = "optimizer" if isinstance(error, AttributeError) else "override_optimizer_config"
-        words = " ".join(str(error).split())[:160]
-        require(False, f"{node}.{first}", given.get(first), f"the optimiser cannot be built ({words}); change it")
+        words = one_line(error)[:160]
+    return f"{node}.{first}", not words, f"the optimiser cannot be built ({words}); change it"
 
 
 def lora_relations(config: DictConfig, node: str, trained: bool) -> Iterator[Relation]:
@@ -413,7 +393,7 @@ def lora_relations(config: DictConfig, node: str, trained: bool) -> Iterator[Rel
     yield (
         f"{node}.lora_adapter_path",
         adapter is None or rank > 0,
-        "verl loads an adapter only where lora_rank is above 0; set lora_rank beside it, or leave both",
+        "verl loads an adapter only if lora_rank is above 0; set lora_rank too, or leave both out",
     )
     yield (
         f"{node}.lora_rank",
@@ -439,7 +419,7 @@ def engine_relations(config: DictConfig, node: str, inherited: str | None = None
         f"{node}.seed",
         seed in (None, of_run, _verl_defaults(_ENGINE_FILE).seed)
         or bool(OmegaConf.select(config, f"{node}.full_determinism")),
-        f"only full_determinism reads it; {PREFIX}.seed is that of the draws",
+        f"read only with full_determinism; set {PREFIX}.seed",
     )
     wanted = OmegaConf.select(config, f"{node}.dtype")
     nodes = [node] if inherited is None else [node, inherited]
@@ -450,7 +430,7 @@ def engine_relations(config: DictConfig, node: str, inherited: str | None = None
     yield (
         f"{node}.dtype",
         PrecisionType.to_dtype(param_dtype) == PrecisionType.to_dtype(wanted),
-        f"mixed_precision.param_dtype={param_dtype} says otherwise; set them alike, or one of them",
+        f"differs from mixed_precision.param_dtype={param_dtype}; set one of them",
     )
 
 

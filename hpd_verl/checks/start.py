@@ -14,7 +14,7 @@ from hpd_verl.checks.folders import check_checkpoint_folder, check_store, check_
 from hpd_verl.checks.models import ModelUse, check_models, is_remote_model, load_model_config, without_copies
 from hpd_verl.checks.resume import check_resume
 from hpd_verl.checks.row_layouts import Passes, choose_row_layout, model_nodes
-from hpd_verl.checks.run import check_config, check_sft_config
+from hpd_verl.checks.run import check_config, check_sft_config, sft_ulysses
 from hpd_verl.checks.settings import on_cpu
 from hpd_verl.checks.teacher_server import check_teacher_server
 from hpd_verl.checks.vocabulary import check_embedded
@@ -39,7 +39,7 @@ DATASET_MODULE = "pkg://hpd_verl.data.dataset"
 """``data.custom_cls.path`` of configs/algorithm/hpd.yaml: the data set whose rows are known here."""
 
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Of vLLM's attention on a CPU, which is asked without importing vLLM."""
+"""Head sizes of vLLM's attention on a CPU, without importing vLLM."""
 
 
 def _has_remote(files: list[Any]) -> bool:
@@ -222,7 +222,7 @@ def _longest_row(data: DictConfig) -> int:
 
 
 def main_ppo_passes(config: DictConfig, pipeline: str) -> Passes:
-    """What the passes of a run of main_ppo ask of its models.
+    """Requirements of main_ppo's passes on its models.
 
     Args:
         config: the composed configuration.
@@ -239,7 +239,14 @@ def main_ppo_passes(config: DictConfig, pipeline: str) -> Passes:
     return Passes(
         longest_row=_longest_row(config.data),
         one_pass=pipeline == "one_pass",
-        ulysses=max(nodes[role].get("ulysses_sequence_parallel_size", 1) for role in ("actor", "ref")) > 1,
+        ulysses=next(
+            (
+                f"actor_rollout_ref.{role}.ulysses_sequence_parallel_size={size}"
+                for role in ("actor", "ref")
+                if (size := nodes[role].get("ulysses_sequence_parallel_size", 1)) > 1
+            ),
+            "",
+        ),
         # The others follow the actor's where they are not set.
         one_row=" ".join(f"{setting}=1" for setting, size in rows.items() if setting == own or size != rows[own]),
         fixed_rows=shared[0] if shared else None,
@@ -254,6 +261,7 @@ def sft_passes(config: DictConfig) -> Passes:
     return Passes(
         longest_row=_longest_row(data),
         one_pass=True,
+        ulysses=f"engine.ulysses_sequence_parallel_size={shared}" if (shared := sft_ulysses(config)) > 1 else "",
         one_row="data.use_dynamic_bsz=false data.micro_batch_size_per_gpu=1",
         fixed_rows=f"data.micro_batch_size_per_gpu={rows}" if rows is not None else None,
         rows_share=rows != 1,
@@ -303,8 +311,8 @@ def check_main_ppo(config: DictConfig) -> None:
             size in VLLM_CPU_HEAD_SIZES,
             "actor_rollout_ref.model.path",
             student.path,
-            f"attention heads of {size}, and vLLM generates on a CPU with {', '.join(map(str, VLLM_CPU_HEAD_SIZES))} "
-            "only; choose another student, or train on demonstrations alone without validation",
+            f"attention heads of {size}; vLLM on a CPU supports {', '.join(map(str, VLLM_CPU_HEAD_SIZES))} only; "
+            "choose another student, or train on demonstrations alone without validation",
         )
 
 
@@ -363,10 +371,11 @@ def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False)
         config.model,
         config.teacher,
         (
-            ModelUse("model.path", "engine", layers=_wrapped(config.engine)),
+            ModelUse("model.path", "engine", ulysses=sft_ulysses(config), layers=_wrapped(config.engine)),
             ModelUse(
                 "teacher.model.path",
                 "teacher.engine",
+                ulysses=sft_ulysses(config),
                 layers=_wrapped(config.teacher.engine, config.engine),
                 served=bool(hpd.teacher_server.urls),
             ),

@@ -1,5 +1,4 @@
-"""Do student and teacher speak the same tokens, and do they have all that rows hold? Checked once at start, by their
-tokenizers."""
+"""Whether student and teacher share a vocabulary that covers all rows. Checked once at start, by their tokenizers."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -28,9 +27,9 @@ def check_vocabularies(
 ) -> None:
     """Check that the tokenizers of student and teacher agree.
 
-    Models pad their vocabulary: the sizes may differ while the tokenizers agree. The student is normalised over all its
-    logits and the teacher over those that the student has too; what only the student has is taught probability 0.
-    Tokens that only one of the two tokenizers defines are allowed where the other has none.
+    Models pad their vocabulary, so sizes may differ while tokenizers agree. The student is normalised over all its
+    logits, the teacher over the common ones; tokens that only the student has get teacher probability 0. A token that
+    only one tokenizer defines is allowed if the other has none at that id.
 
     Args:
         student, teacher: tokenizers.
@@ -54,8 +53,8 @@ def check_vocabularies(
             for index in differing[:5]
         )
         raise ValueError(
-            f"{settings}: their tokenizers disagree at {len(differing)} token ids ({examples}); "
-            "distillation compares distributions over one vocabulary, so choose models of one family"
+            f"{settings}: their tokenizers disagree at {len(differing)} token ids ({examples}); choose models with "
+            "one vocabulary"
         )
     pieces = {
         name: tokenizer.encode(_PROBE, add_special_tokens=False)
@@ -84,12 +83,10 @@ def check_vocabularies(
             shown = ", ".join(repr(tokens[index]) for index in sorted(only)[:5])
             logger.warning("%d tokens are defined by the %s only: %s", len(only), name, shown)
     if student_size < teacher_size:
-        logger.warning(
-            "of the teacher's %d logits the first %d are used, as many as the student has", teacher_size, size
-        )
+        logger.warning("the teacher's %d logits are cut to the student's %d", teacher_size, size)
     if student_size > teacher_size:
         logger.warning(
-            "the student's last %d logits (of %d) are unknown to the teacher, which gives them probability 0",
+            "the teacher lacks the student's last %d logits (of %d): their teacher probability is 0",
             student_size - teacher_size,
             student_size,
         )
@@ -127,7 +124,7 @@ def check_embedded(
         return ValueError(
             f"{setting}: its tokenizer has {len(beyond)} tokens beyond the {size} rows of the model's embedding, and "
             f"{token!r} (id {beyond[token]}) {where}; resize the embedding to the tokenizer "
-            "(model.resize_token_embeddings), or take the token out"
+            "(model.resize_token_embeddings), or remove the token"
         )
 
     added = tokenizer.added_tokens_decoder

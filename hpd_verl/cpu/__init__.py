@@ -10,7 +10,7 @@ import os
 ENVIRONMENT = {
     # verl registers its FSDP engine for "cuda" and "npu" only; the engine itself is device-agnostic.
     "VERL_ENGINE_DEVICE": "cuda",
-    # Ranks and vLLM share the cores: vLLM's default binds its threads to cores of its own.
+    # Ranks and vLLM share the cores: vLLM's default binds its threads to its own cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # Compiling costs a small model more than it saves.
     "TORCHDYNAMO_DISABLE": "1",

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from hpd_verl.run.import_hooks import replace
+from hpd_verl.run.replacing import replace
 
 
 def _single_gloo_backend(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ def register() -> None:
         return
     from vllm.model_executor.layers import utils
 
-    from hpd_verl.run.import_hooks import replace
+    from hpd_verl.run.replacing import replace
 
     def keep_weight(original: Any) -> Any:
         def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> Any:

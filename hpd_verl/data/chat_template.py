@@ -1,4 +1,4 @@
-"""The student's chat template: what it writes for a prompt and an answer, and the token that ends an answer."""
+"""The student's chat template: its text for a prompt and an answer, and the token that ends an answer."""
 
 import copy
 import functools
@@ -56,7 +56,7 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], r
 def _literal_tokenizer(
     tokenizer: PreTrainedTokenizerBase, controls: frozenset[str]
 ) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
-    """The tokenizer, knowing control tokens by other names only, so that their own text is ordinary text.
+    """The tokenizer with control tokens renamed, so their own text is ordinary text.
 
     Returns:
         ``(tokenizer, control token to its name there, id there to id)``.
@@ -116,7 +116,7 @@ class TurnEnd:
     """How an assistant's turn ends."""
 
     tail: str
-    """What the template writes after the answer's text."""
+    """The template's text after the answer's text."""
     written: int
     """Characters of ``tail`` up to and including the end token; 0 where the template writes none."""
     token: int
@@ -124,7 +124,7 @@ class TurnEnd:
 
 
 @dataclass(frozen=True)
-class Answer:
+class WrittenAnswer:
     """An answer as it follows its prompt."""
 
     prompt: str
@@ -139,10 +139,10 @@ class Answer:
 class ChatTemplate:
     """A tokenizer's chat template.
 
-    Control tokens are those that make up the chat: the tokens of a named role (BOS, EOS, padding, ...), those the
-    template writes for a user's turn, for the generation prompt and around an answer, except reasoning tags. Where the
-    text of a message holds one, ``escape`` and ``encode`` make it ordinary text. All other added tokens (``<think>``,
-    tool and image tags, special or not) are what a rollout's answer may consist of, and stay tokens.
+    Control tokens form the chat: the tokens of a named role (BOS, EOS, padding, ...) and those that the template writes
+    for a user's turn, for the generation prompt and around an answer, except reasoning tags. ``escape`` and ``encode``
+    make them ordinary text within a message. All other added tokens (``<think>``, tool and image tags, special or not)
+    may occur in a rollout's answer, and stay tokens.
 
     A prompt whose last message is the assistant's is the beginning of the answer: the answer continues it.
 
@@ -168,7 +168,7 @@ class ChatTemplate:
         self._last_tools: list[Any] | None = None
 
     def with_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> "ChatTemplate":
-        """The template of rows that offer these tools (JSON schemas); itself where there are none."""
+        """The template for rows with these tools (JSON schemas); itself if there are none."""
         if not tools:
             return self
         if self._last_with_tools is None or self._last_tools != list(tools):
@@ -187,7 +187,7 @@ class ChatTemplate:
                     list(messages), tokenize=False, **kwargs, **self.template_kwargs
                 )
         except Exception as error:  # templates are programs
-            raise ValueError(f"the student's chat template refuses the chat: {one_line(error)}") from error
+            raise ValueError(f"the student's chat template rejects the chat: {one_line(error)}") from error
 
     def render(self, messages: Messages, generation_prompt: bool = False) -> str:
         """The template's text; a refusal stands, where verl would try again behind a made-up user message."""
@@ -200,8 +200,8 @@ class ChatTemplate:
         begun = messages[-1]
         if begun.get("tool_calls"):
             raise ValueError(
-                "the prompt's last message is the assistant's and calls tools: there is no text to continue; add the "
-                "tool's message behind it, or make it the demonstration"
+                "the prompt's last message is a tool call of the assistant, which no answer can continue; add the "
+                "tool's message, or make it the demonstration"
             )
         try:
             return self._apply(messages, continue_final_message=True)
@@ -209,8 +209,8 @@ class ChatTemplate:
             if "continue_final_message" not in str(error):
                 raise
             raise ValueError(
-                "the prompt's last message is the assistant's, and the student's chat template does not write it as it "
-                "is, so that an answer could continue it; make it a part of the demonstration"
+                "the student's chat template rewrites the prompt's last message, the assistant's, so no answer can "
+                "continue it; move it into the demonstration"
             ) from error
 
     def turn_end(self, messages: Messages) -> TurnEnd:
@@ -228,8 +228,8 @@ class ChatTemplate:
         self._refuse_unread(messages, prompt)
         if self._without_tools is not None and self._without_tools.prompt(messages) == prompt:
             raise ValueError(
-                "the student's chat template writes nothing of the row's tools; take them out, or give a template that "
-                "does by the student's custom_chat_template"
+                "the student's chat template ignores the row's tools; remove them, or set the student's "
+                "custom_chat_template"
             )
         return prompt
 
@@ -238,7 +238,7 @@ class ChatTemplate:
         probe = "qzxanswer"
         while probe in str(messages):
             probe += "q"
-        refusal = ValueError("the student's chat template does not write the answer's text, once and as it is")
+        refusal = ValueError("the student's chat template does not write the answer's text exactly once")
         for in_parts in (False, True):
             answer = _assistant(probe, in_parts)
             try:
@@ -275,16 +275,16 @@ class ChatTemplate:
             return TurnEnd(tail, written=0, token=ids[0])
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
-                "the student's chat template ends a turn without a token of its own and "
-                "its tokenizer has no eos_token; set one of them in the model's folder"
+                "the student's chat template has no end-of-turn token and its tokenizer no eos_token; set one of "
+                "them in the model's folder"
             )
         return TurnEnd(tail, written=0, token=self.tokenizer.eos_token_id)
 
-    def answer(self, messages: Messages, answer: str | Message) -> Answer:
+    def answer(self, messages: Messages, answer: str | Message) -> WrittenAnswer:
         """What follows the prompt when a text or a message answers it.
 
-        That is what the template writes there. A text stands as it is where the template rewrites it (some drop the
-        reasoning), writes a second reasoning tag before the text's own, or lets the prompt end in one.
+        As the template writes it. A text is kept as it is if the template rewrites it (some drop the reasoning), writes
+        a second reasoning tag before the text's own, or ends the prompt with one.
         """
         prompt = self.check_prompt(messages)
         return (
@@ -293,7 +293,7 @@ class ChatTemplate:
             else self._message_answer(messages, answer, prompt)
         )
 
-    def _message_answer(self, messages: Messages, answer: Message, prompt: str) -> Answer:
+    def _message_answer(self, messages: Messages, answer: Message, prompt: str) -> WrittenAnswer:
         """An answer of more than text: reasoning in a field of its own, tool calls."""
         _, end, in_parts = self._probe(messages)
         if in_parts:
@@ -303,24 +303,24 @@ class ChatTemplate:
         fields = " and ".join(key for key in answer if key not in ("role", "content") and answer[key])
         if not full.startswith(prompt):
             raise ValueError(
-                f"the student's chat template writes the demonstration with its {fields} otherwise than behind the "
-                f"prompt, which ends with {prompt[-30:]!r}; choose another prompt by {KWARGS_SETTING} "
-                "(enable_thinking), or write the demonstration as one text"
+                f"the student's chat template does not continue the prompt, which ends with {prompt[-30:]!r}, with "
+                f"the demonstration's {fields}; set {KWARGS_SETTING} (enable_thinking), or write the demonstration "
+                "as one text"
             )
         written = full[len(prompt) :]
         if full.endswith(end.tail) and len(end.tail) <= len(written):
-            return Answer(prompt, written[: len(written) - len(end.tail) + end.written], end, reopened=False)
+            return WrittenAnswer(prompt, written[: len(written) - len(end.tail) + end.written], end, reopened=False)
         # Another end than an answer of text has, as <|call|> of gpt-oss.
         tokens = list(self._added.finditer(written))
         last = tokens[-1] if tokens and not written[tokens[-1].end() :].strip() else None
         if last is None or not self.tokenizer.added_tokens_decoder[self._added_ids[last[0]]].special:
             raise ValueError(
-                f"the student's chat template ends a demonstration with {fields} without a token, where it ends an "
-                f"answer of text with {end.tail!r}; write the demonstration as one text"
+                f"the student's chat template ends a text answer with {end.tail!r}, but a demonstration with "
+                f"{fields} without a token; write the demonstration as one text"
             )
         tail = written[last.start() :]
         end = TurnEnd(tail, written=len(last[0]), token=self._added_ids[last[0]])
-        return Answer(prompt, written[: last.end()], end, reopened=False)
+        return WrittenAnswer(prompt, written[: last.end()], end, reopened=False)
 
     def _refuse_unwritten(self, messages: Messages, answer: Message, full: str) -> None:
         """Refuse an answer of which the template, whose text of it is ``full``, leaves something out."""
@@ -336,8 +336,8 @@ class ChatTemplate:
                 continue
             if not is_written({name: other for name, other in answer.items() if name != key}):
                 raise ValueError(
-                    f"the student's chat template writes nothing of the demonstration's {key}; rename it to the field "
-                    "that the template knows, or take it out"
+                    f"the student's chat template ignores the demonstration's {key}; rename it to a field that the "
+                    "template knows, or remove it"
                 )
             if isinstance(value, str) and _squeezed(value) not in _squeezed(full):
                 raise _rewrites(key)
@@ -345,7 +345,7 @@ class ChatTemplate:
                 if not is_written({**answer, key: [*value[:index], *value[index + 1 :]]}):
                     raise ValueError(
                         f"the student's chat template does not write tool call {index} of the demonstration's "
-                        f"{len(value)}; let it call one tool"
+                        f"{len(value)}; use one tool call"
                     )
         content = answer["content"]
         if not isinstance(content, str):  # in parts
@@ -355,7 +355,7 @@ class ChatTemplate:
         if content.strip() and (not is_written(changed) or _squeezed(content) not in _squeezed(full)):
             raise _rewrites("content")
 
-    def _text_answer(self, messages: Messages, text: str, prompt: str) -> Answer:
+    def _text_answer(self, messages: Messages, text: str, prompt: str) -> WrittenAnswer:
         before, end, in_parts = self._probe(messages)
         opener = _reasoning_tag_at_end(prompt)
         own_tag = _TAG.match(text.lstrip())
@@ -367,9 +367,9 @@ class ChatTemplate:
             written = full[len(prompt) : len(full) - len(end.tail)]
             shown, asked = _squeezed((opener or "") + written), _squeezed(text)
             if shown.endswith(asked) and not _tags_twice(shown[: len(shown) - len(asked)], asked):
-                return Answer(prompt, written + end.tail[: end.written], end, repeats)
+                return WrittenAnswer(prompt, written + end.tail[: end.written], end, repeats)
         body = self._rewritten(messages, text, prompt, before, opener)
-        return Answer(prompt, body + end.tail[: end.written], end, repeats)
+        return WrittenAnswer(prompt, body + end.tail[: end.written], end, repeats)
 
     def _rewritten(self, messages: Messages, text: str, prompt: str, before: str, opener: str | None) -> str:
         """The text itself, where the template does not write it as it is."""
@@ -380,7 +380,7 @@ class ChatTemplate:
             if not any(tag in text for tag in _closing_tags(opener)):
                 raise ValueError(
                     f"the student's generation prompt ends with {opener}, and the demonstration does not end this "
-                    f"reasoning ({_closing_tags(opener)[0]}); add it to the demonstration, or choose another prompt by "
+                    f"reasoning ({_closing_tags(opener)[0]}); add it to the demonstration, or set "
                     "data.apply_chat_template_kwargs (enable_thinking) or the student's custom_chat_template"
                 )
             return text
@@ -389,8 +389,8 @@ class ChatTemplate:
                 raise _ended_reasoning(tag)
         if not before.startswith(prompt):
             raise ValueError(
-                "the student's chat template writes the prompt of an answered question otherwise than the prompt "
-                f"itself, which ends with {prompt[-20:]!r}; set the student's custom_chat_template"
+                "the student's chat template writes another prompt if an answer follows; alone it ends with "
+                f"{prompt[-20:]!r}; set the student's custom_chat_template"
             )
         head = before[len(prompt) :]
         own_tag = _TAG.match(text.lstrip())
@@ -437,7 +437,7 @@ class ChatTemplate:
     def _find_turn_controls(self, messages: Messages) -> frozenset[str]:
         user = {"role": "user", "content": "x"}
         named = [getattr(self.tokenizer, role, None) for role in _NAMED_ROLES]
-        # A prompt of its own content is the last resort, for a template that takes no other.
+        # The last resort, for a template that accepts no other prompt: the prompt's own content.
         for chat in ([user], [{"role": "system", "content": "x"}, user], messages):
             try:
                 rendered = self.prompt(chat)
@@ -448,7 +448,7 @@ class ChatTemplate:
         return frozenset(token for token in named if token in self._added_ids)
 
     def escape(self, messages: Messages, answer: str | Message = "") -> tuple[Messages, str | Message, bool]:
-        """Prompt and answer with every control token in their texts marked as text, for the other methods.
+        """Prompt and answer with control tokens in their texts marked as text, for the other methods.
 
         Returns:
             ``(messages, answer, escaped)``: the same objects where they hold none; ``escaped`` is for ``encode``.
@@ -469,7 +469,7 @@ class ChatTemplate:
         if not escaped:
             return self.tokenizer.encode(rendered, add_special_tokens=False)
         if not self.tokenizer.is_fast:
-            raise ValueError("its text holds a control token, which a slow tokenizer cannot take as text; remove it")
+            raise ValueError("its text holds a control token, which a slow tokenizer cannot read as text; remove it")
         controls = self._controls(messages)
         literal, names, ids = _literal_tokenizer(self.tokenizer, controls)
         renamed = _any_of(sorted(controls)).sub(lambda match: names[match[0]], rendered)
@@ -486,16 +486,16 @@ def _tags_twice(before: str, text: str) -> bool:
 
 def _rewrites(key: str) -> ValueError:
     return ValueError(
-        f"the student's chat template does not write the demonstration's {key} as it is beside its other fields; take "
-        "it out, or write the demonstration as one text"
+        f"the student's chat template changes the demonstration's {key} if it has other fields; remove it, or write "
+        "the demonstration as one text"
     )
 
 
 def _ended_reasoning(tag: str) -> ValueError:
     return ValueError(
-        f"the demonstration holds {tag}, and the student's generation prompt has already ended its reasoning; take the "
-        "reasoning out of the demonstration, or choose another prompt by data.apply_chat_template_kwargs "
-        "(enable_thinking) or the student's custom_chat_template"
+        f"the demonstration holds {tag}, but the student's generation prompt has already ended the reasoning; remove "
+        "the reasoning, or set data.apply_chat_template_kwargs (enable_thinking) or the student's "
+        "custom_chat_template"
     )
 
 
@@ -527,7 +527,7 @@ def _answered(messages: Messages, answer: Message) -> list[Message]:
         return [*messages, answer]
     begun, more = messages[-1].get("content"), answer["content"]
     if not isinstance(begun, str) or not isinstance(more, str):
-        raise ValueError("the prompt's last message is the assistant's, and is no text that an answer could continue")
+        raise ValueError("the prompt's last message is the assistant's and not text, so no answer can continue it")
     return [*messages[:-1], {**messages[-1], **answer, "content": begun + more}]
 
 

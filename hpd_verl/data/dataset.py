@@ -1,4 +1,4 @@
-"""verl's data set, with rows checked where they are read and overlong demonstrations dropped or refused."""
+"""verl's data set, with rows checked at reading and overlong demonstrations dropped or rejected."""
 
 import functools
 import hashlib
@@ -138,14 +138,14 @@ class HPDDataset(RLHFDataset):
         refused = [index for index, length in enumerate(lengths) if length < 0]
         if refused:
             logger.warning(
-                "%d of %d rows are left out, for the chat template cannot write their prompts, the first, row %d: %s",
+                "dropped %d of %d rows, whose prompts the chat template rejects; the first, row %d: %s",
                 len(refused),
                 len(dataframe),
                 refused[0],
                 found[refused[0]]["refusal"],
             )
         logger.info(
-            "%d of %d rows are left out, their prompts are longer than data.max_prompt_length=%d",
+            "dropped %d of %d rows, whose prompts are longer than data.max_prompt_length=%d",
             len(dataframe) - len(fitting) - len(refused),
             len(dataframe),
             self.max_prompt_length,

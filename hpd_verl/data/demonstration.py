@@ -27,7 +27,7 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 
 def demonstration_of(value: Any, where: str) -> str | Message:
-    """A row's demonstration: its text, or its message where that holds more than text.
+    """A row's demonstration: its text, or its message if that holds more than text.
 
     Args:
         value: the row's ``demonstration``, a string or a chat list of one assistant message. Beside ``content`` the
@@ -62,7 +62,7 @@ def demonstration_of(value: Any, where: str) -> str | Message:
 
 
 def _fields(message: Message) -> list[str]:
-    """The keys of a message beside its text that hold something."""
+    """The non-empty keys of a message other than its text."""
     return [key for key, value in message.items() if key not in ("role", "content") and value]
 
 
@@ -84,7 +84,7 @@ NO_TEXT = "a date ("
 
 
 def no_text(value: Any) -> str:
-    """What a date in a text's place is, and what to do."""
+    """Error text for a date in place of a text, and the remedy."""
     return (
         f"{NO_TEXT}{value}), expected a string; write the column as text, in a parquet file: where all are like "
         "2026-01-31, readers of JSON take texts for dates"
@@ -125,7 +125,7 @@ class DemonstrationTokenizer:
         self.max_length = max_length
 
     def _whole(self, messages: Messages, answer: str | Message, tools: Tools) -> tuple[list[int], bool]:
-        """The response tokens of the whole demonstration, and whether its opening reasoning tag is left out."""
+        """All response tokens of the demonstration, and whether its opening reasoning tag is left out."""
         template = self.template.with_tools(tools)
         chat, escaped_answer, escaped = template.escape(messages, answer)
         if chat is not messages:
@@ -144,7 +144,7 @@ class DemonstrationTokenizer:
         return ids, found.reopened
 
     def length(self, messages: Messages, answer: str | Message, tools: Tools = None) -> int:
-        """Response tokens of the whole demonstration, its turn's end included."""
+        """Number of response tokens of the uncut demonstration, with the turn's end."""
         return len(self._whole(messages, answer, tools)[0])
 
     def encode(self, messages: Messages, answer: str | Message, tools: Tools = None) -> TokenisedDemonstration:
@@ -250,8 +250,8 @@ class SequenceBuilder:
             raise ValueError(f"{where}: {error}") from error
         if max(*prompt, *demonstration.ids) >= self._embedded:  # of rows that could not be looked at before the start
             raise ValueError(
-                f"{where}: it holds token {max(*prompt, *demonstration.ids)}, and the model's embedding has "
-                f"{self._embedded} rows; resize the embedding to the tokenizer, or take the token out"
+                f"{where}: it holds token {max(*prompt, *demonstration.ids)}, but the model's embedding has "
+                f"{self._embedded} rows; resize the embedding to the tokenizer, or remove the token"
             )
         truncated_prompt = len(prompt) > self._max_prompt_length
         if truncated_prompt:

@@ -11,7 +11,7 @@ ROW = "row"
 """int64 [rows, 1]: number of the sequence within its batch, a counter of the student's draws."""
 
 IS_ROLLOUT = "is_rollout"
-"""int64 [rows, 1]: 1 where the label is the student's own rollout, 0 where it is a demonstration."""
+"""int64 [rows, 1]: 1 for rollouts, 0 for demonstrations."""
 
 IS_PADDING = "is_padding"
 """int64 [rows, 1], in validation: 1 where a row only fills the batch up and counts for nothing."""
@@ -59,10 +59,10 @@ OLD_LABEL_LOG_PROBS = "old_log_probs"  # verl's name
 # Of the rollout server (response, float32).
 ROLLOUT_LOG_PROBS = "rollout_log_probs"  # verl's name; 0 for demonstrations
 
-# What the student returns in the update (full, differentiable).
+# Returned by the student in the update (full, differentiable).
 LABEL_LOG_PROBS = "label_log_probs"
 
-# What a worker needs of the sequences themselves.
+# The fields of the sequences that a worker needs.
 SEQUENCE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "response_mask", "loss_mask", ROW, IS_ROLLOUT]
 
 

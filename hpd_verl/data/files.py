@@ -1,7 +1,7 @@
-"""Data files and their rows: what verl can read, prompts that are chats of text, demonstrations of the right form.
+"""Checks of data files and their rows: formats that verl reads, prompts as chats of text, form of demonstrations.
 
-Files are read in batches, of the needed columns alone. A batch of the plain layout, [{role: string, content: string}]
-and string, is passed by its null counts and lengths; only others are looked at row by row.
+Files are read in batches, needed columns only. Batches of the plain layout, [{role: string, content: string}] and
+string, are checked by null counts and lengths, others row by row.
 """
 
 import json
@@ -37,12 +37,12 @@ _JSON_SUFFIXES = (".json", ".jsonl")
 
 @dataclass(frozen=True)
 class RowRules:
-    """What a row must hold.
+    """Requirements of a row.
 
     Attributes:
         prompt_key: column of the chat list.
         media_keys: columns of images, videos and audio, which must be empty.
-        reads_demonstrations: demonstrations that are there must have the right form.
+        reads_demonstrations: demonstrations, if present, must have the right form.
         needs_demonstrations: every row must have one.
         teacher_prompts: what the teacher reads in place of the prompt; None where no teacher sees the rows.
         teachers: names, of several teachers, that may stand in ``teacher_key``; none where there is one teacher.
@@ -149,7 +149,7 @@ def check_row(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
         raise ValueError(f"{where}: {error}") from None
     for key in rules.media_keys:
         if row.get(key) is not None and len(row[key]) > 0:
-            raise ValueError(f"{where}: {key} is not empty; HPD trains on text: take such rows out")
+            raise ValueError(f"{where}: {key} is not empty; HPD trains on text: remove such rows")
     _check_teacher(row, rules, where)
     if not rules.reads_demonstrations:
         return
@@ -229,7 +229,7 @@ def _are_demonstrations(column: pa.Array, may_be_missing: bool) -> bool:
 
 
 def _is_plain(batch: pa.RecordBatch, rules: RowRules) -> bool:
-    """Whether surely nothing is wrong with the texts of a batch; false means: look at its rows."""
+    """Whether the texts of a batch are certainly right; false: look at its rows."""
     prompts = _messages(batch.column(rules.prompt_key))
     if prompts is None or not _are_plain_for_teachers(batch, prompts, rules):
         return False
@@ -284,7 +284,7 @@ def _check_batch(
     for key in set(rules.media_keys) & set(batch.schema.names):
         index = _first_with_media(batch.column(key))
         if index is not None:
-            raise ValueError(f"{row_name(start + index)}: {key} is not empty; HPD trains on text: take such rows out")
+            raise ValueError(f"{row_name(start + index)}: {key} is not empty; HPD trains on text: remove such rows")
     if _is_plain(batch, rules):
         return
     columns = rows.remove_columns([key for key in rules.media_keys if key in rows.column_names])[:]
@@ -336,8 +336,7 @@ def _check_json(file: str, name: str, rules: RowRules) -> None:
             raise ValueError(f"{name}: {where} is {type(row).__name__}, expected an object with the columns")
         if (half := _lone_surrogate(row)) is not None:
             raise ValueError(
-                f"{name}: {where} holds {half}, a lone surrogate: half of a character, as text that was cut leaves it, "
-                "which UTF-8 has not; take it out"
+                f"{name}: {where} holds {half}, a lone surrogate: half of a character, from cut text; remove it"
             )
         if rules.prompt_key not in row:
             raise ValueError(f"{name}: {where} has no {rules.prompt_key!r} (data.prompt_key)")
@@ -375,7 +374,7 @@ class _DuplicateKeyError(ValueError):
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, none of whose keys is there twice."""
+    """A JSON object without duplicate keys."""
     for key, count in Counter(key for key, _ in pairs).items():
         if count > 1:
             raise _DuplicateKeyError(_duplicate(key, count))
@@ -383,7 +382,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _duplicate(name: str, count: int) -> str:
-    return f"{count} columns are named {name!r}, and which of them is meant cannot be known; keep one"
+    return f"{count} columns are named {name!r}; keep one"
 
 
 def _check_duplicates(kind: pa.DataType | pa.Schema, path: str = "") -> None:
@@ -447,9 +446,9 @@ def local_files(setting: str, file: Any) -> list[str]:
     if not isinstance(file, str) or not file:
         raise ValueError(f"{setting}={file}: not a file's path; give parquet, json or jsonl files")
     if file.startswith("~"):
-        raise ValueError(f"{setting}={file}: the shell leaves ~ as it is after =; write the whole path, or $HOME")
+        raise ValueError(f"{setting}={file}: the shell does not expand ~ after =; write the whole path, or $HOME")
     if Path(file).is_dir():
-        raise ValueError(f"{setting}={file}: a folder; give its files, as {file.rstrip('/')}/*.parquet")
+        raise ValueError(f"{setting}={file}: a folder; give its files, such as {file.rstrip('/')}/*.parquet")
     if not file.endswith((".parquet", *_JSON_SUFFIXES)):
         raise ValueError(f"{setting}={file}: verl reads names that end in .parquet, .json or .jsonl; convert it")
     if Path(file).is_file():
@@ -459,7 +458,7 @@ def local_files(setting: str, file: Any) -> list[str]:
     except FileNotFoundError:
         found = []
     if not found:
-        raise ValueError(f"{setting}={file}: no such file; give parquet, json or jsonl files that are there")
+        raise ValueError(f"{setting}={file}: no such file; give existing parquet, json or jsonl files")
     return sorted(found)
 
 
@@ -493,7 +492,7 @@ class DataFile:
                     self.schema, self.rows = parquet.schema_arrow, parquet.metadata.num_rows
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(
-                    f"{self.name}: not a whole parquet file ({one_line(error).rstrip('.')}); write it again"
+                    f"{self.name}: not a complete parquet file ({one_line(error).rstrip('.')}); write it again"
                 ) from error
         else:
             self._loaded = self._load_json()
@@ -602,7 +601,7 @@ def _decoded(table: pa.Table) -> datasets.Dataset:
 
 
 def _of_columns(metadata: Mapping[bytes, bytes] | None, columns: Sequence[str]) -> dict[bytes, bytes] | None:
-    """What ``datasets`` wrote into a parquet file about some of its columns."""
+    """The metadata of ``datasets`` about some columns of a parquet file."""
     if not metadata or b"huggingface" not in metadata:
         return None
     info = json.loads(metadata[b"huggingface"])
@@ -625,8 +624,8 @@ def _check_columns_agree(first: DataFile, other: DataFile) -> None:
         differing = next((name for name in types[1] if name in types[0] and types[0][name] != types[1][name]), None)
         found = one_line(error) if differing is None else f"{differing} is {types[1][differing]}, {types[0][differing]}"
         raise ValueError(
-            f"{other.name}: its columns cannot be put beside those of {first.file} ({found} there); write both with "
-            "the same types"
+            f"{other.name}: its columns do not fit those of {first.file} ({found} there); write both with the same "
+            "types"
         ) from error
 
 
@@ -666,7 +665,7 @@ def check_files(setting: str, files: Any, rules: RowRules) -> list[DataFile]:
         raise ValueError(f"{setting}={files}: no files; give parquet, json or jsonl files")
     remote = [entry for entry in entries if isinstance(entry, str) and is_remote(entry)]
     if remote:
-        logger.info("%s: not checked before the run starts, for they are remote: %s", setting, ", ".join(remote))
+        logger.info("%s: not checked before the run starts, because they are remote: %s", setting, ", ".join(remote))
     groups = [local_files(setting, entry) for entry in entries if entry not in remote]
     checked = [[DataFile(setting, file, rules) for file in group] for group in groups]
     for group in checked:

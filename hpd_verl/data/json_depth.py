@@ -1,4 +1,4 @@
-"""How deep JSON is nested. pyarrow and pandas, which read data files, end the process at what is too deep."""
+"""Depth of nested JSON. pyarrow and pandas, which read data files, crash the process if it is too deep."""
 
 import re
 
@@ -9,7 +9,7 @@ _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([\[{])|([\]}])', re.DOTALL)
 
 
 def too_deep(file: str, is_array: bool) -> int | None:
-    """The first line that is nested deeper than ``DEEPEST``; None where there is none.
+    """The first line that is nested deeper than ``DEEPEST``, or None.
 
     Args:
         file: of JSON.

@@ -1,5 +1,4 @@
-"""Which rows of a batch the student answers itself: an exact quota, spread evenly over the data sources, and whose
-prompts they take."""
+"""Chooses the rollout rows of a batch: an exact quota, spread evenly over the data sources, and their prompts."""
 
 import math
 import random

@@ -1,6 +1,6 @@
-"""Which tokens of a packed batch belong to responses, and which positions predict them."""
+"""The response tokens of a packed batch, and the positions that predict them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict import TensorDict
@@ -11,16 +11,44 @@ from hpd_verl.data.fields import ROW
 
 @dataclass(frozen=True)
 class ResponseTokens:
-    """The n response tokens of a batch, row by row, where the response mask is 1."""
+    """The n response tokens of a batch, row by row, where the response mask is 1; or those of a part of the batch."""
 
     positions: Tensor
-    """int64 [n]: index into the packed tokens of the position that predicts the token."""
+    """int64 [n]: index into the packed tokens of the position that predicts the token; ascending."""
     labels: Tensor
     """int64 [n]: the token."""
     row: Tensor
     """int64 [n]: index of its row in the batch."""
     lengths: Tensor
     """int64 [rows]: response tokens of each row."""
+    place: slice
+    """Where they are among the response tokens of the batch."""
+    start: int = 0
+    """Packed tokens of the batch in front of the part."""
+
+    def part(self, place: slice, start: int) -> "ResponseTokens":
+        """Some of the batch's response tokens, of a part with so many packed tokens in front of it."""
+        row = self.row[place]
+        lengths = torch.bincount(row, minlength=len(self.lengths))
+        return replace(
+            self,
+            positions=self.positions[place],
+            labels=self.labels[place],
+            row=row,
+            lengths=lengths,
+            place=place,
+            start=start,
+        )
+
+    def where(self, chosen: Tensor) -> "ResponseTokens":
+        """Those of them that a bool [n] names; ``place`` stays that of all."""
+        row = self.row[chosen]
+        lengths = torch.bincount(row, minlength=len(self.lengths))
+        return replace(self, positions=self.positions[chosen], labels=self.labels[chosen], row=row, lengths=lengths)
+
+    def take(self, values: Tensor) -> Tensor:
+        """[n, ...]: what predicts the tokens, of the part's packed values [tokens, ...]."""
+        return values[self.positions - self.start]
 
 
 def response_tokens(data: TensorDict) -> ResponseTokens:
@@ -41,6 +69,7 @@ def response_tokens(data: TensorDict) -> ResponseTokens:
         labels=input_ids.values()[positions + 1],
         row=rows,
         lengths=torch.bincount(rows, minlength=len(lengths)),
+        place=slice(0, len(rows)),
     )
 
 

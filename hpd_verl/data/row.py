@@ -1,4 +1,4 @@
-"""A row as its author wrote it: without what columnar formats add, and with its tools as a list."""
+"""A row as its author wrote it: without the nulls of columnar formats, and with its tools as a list."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,8 @@ def without_fillers(value: Any, feature: Any) -> Any:
 
 
 def _without_null_keys(messages: Any) -> Any:
-    """Messages whose null keys are left out (to a template, a key that is there may mean something), and whose tool
-    calls are a list where they were JSON text."""
+    """Messages without null keys (a template may read the presence of a key), with tool calls given as JSON text parsed
+    into a list."""
     if not isinstance(messages, list):
         return messages
     found = []
@@ -44,7 +44,7 @@ def _without_null_keys(messages: Any) -> Any:
 
 
 def parsed(text: str) -> Any:
-    """What a JSON text says; other text as it is."""
+    """The value of JSON text; other text unchanged."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -69,7 +69,7 @@ def as_written(row: Mapping[str, Any], features: Mapping[str, Any], *chat_keys: 
 
 
 def tools_of(value: Any) -> list[dict[str, Any]] | None:
-    """The tools of a row; None for none.
+    """The tools of a row, or None.
 
     Args:
         value: the row's ``tools``: null, a list of objects, or one as JSON text.

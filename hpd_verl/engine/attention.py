@@ -1,8 +1,8 @@
 """Attention of packed sequences by torch alone: ``attn_implementation=packed_attention``.
 
-torch's sdpa needs a mask of [tokens, tokens] to keep packed sequences apart, whose cost grows with the square of the
-pack; this one calls it once per sequence. It takes soft caps and sinks, which sdpa does not, and serves verl's Ulysses
-sequence parallelism, which verl itself builds into flash attention only.
+torch's sdpa needs a mask of [tokens, tokens] for packed sequences, whose cost grows with the square of the pack; this
+calls it once per sequence. It supports soft caps and sinks, which sdpa does not, and Ulysses sequence parallelism,
+which verl builds into flash attention only.
 """
 
 from collections.abc import Callable
@@ -22,20 +22,22 @@ from verl.utils.ulysses import (
     get_ulysses_sequence_parallel_world_size,
 )
 
-from hpd_verl.run.import_hooks import replace
+from hpd_verl.run.replacing import replace
 
 NAME = "packed_attention"
 FORMER_NAME = "packed_sdpa"
 """The same. Models that do not take sdpa refuse every name with "sdpa" in it."""
 AS_FLASH = "packed_attention_by_layer"
 """The same, told no more than flash attention's varlen kernels are: what the layer itself hands on, and no mask."""
+NO_ATTENTION = "packed_attention_to_itself"
+"""Each token sees itself alone, by which a trial finds what else of a model mixes tokens."""
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """transformers' mask: (batch, head, query, key) indices, int64 that broadcast, to bool."""
 
 
 class PackedMask:
-    """What transformers would make a mask of [tokens, tokens] from, for one packed row; travels in the mask's place.
+    """The parameters of one packed row's [tokens, tokens] mask; passed in place of the mask.
 
     Args:
         function: says which keys a query sees.
@@ -73,7 +75,7 @@ class PackedMask:
         return self._is_causal
 
     def block(self, start: int, length: int) -> Tensor | None:
-        """bool [length, length], the mask within one sequence; None where it is causal and no more."""
+        """bool [length, length], the mask within one sequence; None if it is plainly causal."""
         if (start, length) not in self._blocks:
             tokens = torch.arange(start, start + length, device=self.device)
             mask = self._sees(tokens[:, None], tokens[None, :]).expand(length, length)
@@ -124,25 +126,23 @@ def packed_attention(
         ``([rows, tokens, heads, head size], None)``.
 
     Raises:
-        ValueError: nothing tells where sequences start, or a padded batch or sinks meet Ulysses.
+        ValueError: nothing tells where sequences start, or a padded batch, sinks or no positions meet Ulysses.
     """
     ranks = get_ulysses_sequence_parallel_world_size()
+    if ranks > 1:
+        _check_shared_out(module, attention_mask, kwargs)
     if isinstance(attention_mask, Tensor) or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        if ranks > 1:
-            raise ValueError("Ulysses sequence parallelism needs actor_rollout_ref.model.use_remove_padding=true")
         if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         assert not isinstance(attention_mask, PackedMask)
         return _attend(query, key, value, attention_mask, kwargs), None
     mask, position_ids = attention_mask, kwargs.get("position_ids")
-    if position_ids is None and (mask is None or ranks > 1):
+    if position_ids is None and mask is None:
         raise ValueError(
-            f"attn_implementation={NAME}: {type(module).__name__} hands on neither position_ids nor a mask, which "
-            "would tell packed sequences apart"
+            f"attn_implementation={NAME}: {type(module).__name__} passes on neither position_ids nor a mask, which "
+            "packed sequences need"
         )
     if ranks > 1:  # all tokens of some heads, in place of some tokens of all heads
-        if kwargs.get("s_aux") is not None:
-            raise ValueError(f"{type(module).__name__} has attention sinks, which Ulysses would not share out by heads")
         assert position_ids is not None
         mask = None  # of this rank's tokens alone
         if key.shape[1] < ranks:
@@ -165,6 +165,35 @@ def packed_attention(
     if ranks > 1:
         output = gather_heads_scatter_seq(output, seq_dim=1, head_dim=2)
     return output, None
+
+
+def to_itself(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | PackedMask | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface, each token's own value.
+
+    Raises:
+        ValueError: as ``packed_attention`` does under Ulysses.
+    """
+    _check_shared_out(module, attention_mask, kwargs)
+    return repeat_kv(value, query.shape[1] // value.shape[1]).transpose(1, 2), None
+
+
+def _check_shared_out(module: nn.Module, mask: Tensor | PackedMask | None, kwargs: dict[str, Any]) -> None:
+    """Whether ranks with other tokens each can share out the heads of this layer."""
+    if isinstance(mask, Tensor):
+        raise ValueError(f"{type(module).__name__} has a mask of its rank's tokens, packed rows alone have none")
+    if kwargs.get("position_ids") is None:
+        raise ValueError(
+            f"{type(module).__name__} hands on no position_ids, which would tell sequences apart under Ulysses"
+        )
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} has attention sinks, which Ulysses would not share out by heads")
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
@@ -224,7 +253,7 @@ def _mask_as_flash(*args: Any, attention_mask: Tensor | None = None, **kwargs: A
 
 
 def _loads_anywhere(original: Callable[..., Any]) -> Callable[..., Any]:
-    """verl writes the attention's name into saved configurations, which would then load only where it is registered."""
+    """verl writes the attention's name into saved configurations, which would then need this package to load."""
 
     def to_dict(self: PretrainedConfig) -> dict[str, Any]:
         config = original(self)
@@ -235,7 +264,12 @@ def _loads_anywhere(original: Callable[..., Any]) -> Callable[..., Any]:
     return to_dict
 
 
-for _name, _mask in ((NAME, packed_mask), (FORMER_NAME, packed_mask), (AS_FLASH, _mask_as_flash)):
-    ALL_ATTENTION_FUNCTIONS.register(_name, packed_attention)
+for _name, _attention, _mask in (
+    (NAME, packed_attention, packed_mask),
+    (FORMER_NAME, packed_attention, packed_mask),
+    (AS_FLASH, packed_attention, _mask_as_flash),
+    (NO_ATTENTION, to_itself, packed_mask),
+):
+    ALL_ATTENTION_FUNCTIONS.register(_name, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_name, _mask)
 replace(PretrainedConfig, "to_dict", _loads_anywhere)

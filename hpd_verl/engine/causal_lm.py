@@ -1,4 +1,4 @@
-"""A causal language model of transformers whose output layer can be replaced by a function, for one call."""
+"""A causal language model of transformers, with an output layer that a function can replace for one call."""
 
 import functools
 from collections.abc import Callable
@@ -45,8 +45,8 @@ def check_one_pass(module: nn.Module) -> None:
     if body(module) is None:
         model = _causal_lm(module)
         raise Refused(
-            f"algorithm.hpd.pipeline=one_pass: {type(model).__name__} has no part named {model.base_model_prefix!r}, "
-            f"which would make the hidden states; {_STAGED}"
+            f"algorithm.hpd.pipeline=one_pass: {type(model).__name__} has no part {model.base_model_prefix!r} that "
+            f"returns hidden states; {_STAGED}"
         )
 
 

@@ -1,18 +1,18 @@
-"""What verl asks of a model that some families do not say, or say otherwise.
+"""Attributes that verl reads from a model and that some families lack or name otherwise.
 
 verl chooses a model's class by its name, which GPT-2 and its like do not have. Before it changes attention for sequence
 parallelism it reads two counts of heads: OPT, Bloom and others have no count of key-value heads, state-space models no
 heads at all. FSDP2 wraps the layers that ``_no_split_modules`` names: CTRL names none, Mamba one within the other.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from wrapt import register_post_import_hook
 
-from hpd_verl.run.import_hooks import replace, when_imported
+from hpd_verl.run.replacing import replace
 
 _ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 _CHECKPOINTS = "verl.utils.checkpoint.fsdp_checkpoint_manager"
@@ -26,6 +26,11 @@ def head_counts(config: PretrainedConfig) -> tuple[int, int]:
     heads = getattr(text, "num_attention_heads", None) or 1
     key_heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
     return heads, key_heads or (1 if getattr(text, "multi_query", False) else heads)
+
+
+def divides_heads(ranks: int, heads: int, key_heads: int) -> bool:
+    """Whether Ulysses can share out a model's heads among so many ranks; where there are fewer keys it repeats them."""
+    return heads % ranks == 0 and (key_heads % ranks == 0 or ranks % key_heads == 0)
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -108,8 +113,7 @@ def register() -> None:
     from verl.utils import model as verl_model  # the planner reads sizes of heads without verl
 
     replace(verl_model, "get_hf_auto_model_class", _with_output_layer)
-    when_imported(_ENGINE, lambda: replace(sys.modules[_ENGINE], "apply_monkey_patch", _for_wrapping))
-    when_imported(
-        _CHECKPOINTS,
-        lambda: replace(sys.modules[_CHECKPOINTS].FSDPCheckpointManager, "save_checkpoint", _saves_lm_heads),
+    register_post_import_hook(lambda engine: replace(engine, "apply_monkey_patch", _for_wrapping), _ENGINE)
+    register_post_import_hook(
+        lambda checkpoints: replace(checkpoints.FSDPCheckpointManager, "save_checkpoint", _saves_lm_heads), _CHECKPOINTS
     )

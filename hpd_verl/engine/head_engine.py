@@ -1,4 +1,4 @@
-"""verl's FSDP engine for losses that are computed from hidden states, in place of the model's output layer."""
+"""verl's FSDP engine for losses computed from hidden states instead of logits."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -14,6 +14,7 @@ from verl.workers.engine import EngineRegistry
 from hpd_verl.engine import families
 from hpd_verl.engine.causal_lm import check_head, offer_head
 from hpd_verl.engine.row_engine import RowEngine
+from hpd_verl.engine.sequence_parallel import SequenceGroup
 from hpd_verl.head.output_head import OutputHead
 
 families.register()
@@ -23,16 +24,20 @@ MODEL_TYPE = "hpd_language_model"
 
 
 class HeadLoss(ABC):
-    """A loss function of the engine that takes hidden states."""
+    """A loss function of the engine that takes hidden states.
+
+    Under Ulysses it gets those of its rank's part of the packed tokens, and may ask ``SequenceGroup.current``. Its loss
+    and metrics are then of that part, scaled by ``dp_size`` as if each rank were a data-parallel one.
+    """
 
     @abstractmethod
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
         """Loss and metrics of a micro-batch.
 
         Args:
-            hidden: [tokens, d], the input of the output layer at every token of the micro-batch.
+            hidden: [tokens, d], the input of the output layer at every token of the micro-batch, or of the part.
             head: the output layer.
-            data: the micro-batch, nested tensors.
+            data: the micro-batch, nested tensors, whole on each rank.
         """
 
 
@@ -72,6 +77,9 @@ class HeadEngine(RowEngine):
             return super().forward_step(micro_batch, loss_function=loss_function, forward_only=forward_only)
         micro_batch = micro_batch.to(get_device_id())
         inputs, _ = self.prepare_model_inputs(micro_batch=micro_batch)
+        sharing = SequenceGroup.of(self.ulysses_parallel_group)
+        if sharing.size > 1:  # FSDP averages gradients over all ranks
+            tu.assign_non_tensor(micro_batch, dp_size=micro_batch["dp_size"] * sharing.size)
 
         def head(hidden: Tensor, layer: OutputHead) -> Any:
             layer = dataclasses.replace(layer, vocabulary_size=self.vocabulary_size or layer.vocabulary_size)
@@ -81,7 +89,10 @@ class HeadEngine(RowEngine):
 
         with self._autocast():
             loss, metrics = self.module(**inputs, use_cache=False, head=head)
-        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+        value = loss.detach().item()
+        if sharing.size > 1:
+            value, metrics = sharing.average(loss, metrics)
+        return loss, {"model_output": {}, "loss": value, "metrics": metrics}
 
     @staticmethod
     def _tokens(hidden: Tensor, micro_batch: TensorDict) -> Tensor:

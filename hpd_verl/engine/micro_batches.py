@@ -1,4 +1,4 @@
-"""Micro-batches of rows of like length: padded rows, and those on either side of a rope's switch."""
+"""Micro-batches of rows of similar length, for padded rows and for rope that switches at a length."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine.fsdp import transformer_impl
 
-from hpd_verl.run.import_hooks import replace
+from hpd_verl.run.replacing import replace
 
 SWITCH = "rope_switch_length"
 """Setting of a batch: rows of more tokens share no micro-batch with the others."""
@@ -67,7 +67,8 @@ def _by_length(original: Callable[..., Any]) -> Callable[..., Any]:
         if not by_tokens or not (padded or switch is not None):
             return original(data=data, dp_group=dp_group, **kwargs)
         lengths = data["input_ids"].offsets().diff().tolist()
-        groups = group_rows(lengths, data["max_token_len_per_gpu"], padded, switch)
+        budget = data["max_token_len_per_gpu"] * tu.get_non_tensor_data(data=data, key="sp_size", default=1)
+        groups = group_rows(lengths, budget, padded, switch)
         if torch.distributed.is_initialized() and dp_group is not None:  # ranks run the model together
             count = torch.tensor(len(groups), device=get_device_id())
             torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX, group=dp_group)

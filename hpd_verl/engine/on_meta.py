@@ -20,7 +20,7 @@ from hpd_verl.engine.families import register
 
 
 class CannotBuild(Exception):
-    """transformers does not build a model, for the reason that the message gives."""
+    """transformers does not build a model; the message has the reason."""
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def build(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrain
 
 @dataclass(frozen=True)
 class Weights:
-    """What transformers finds of a model's parameters in its files."""
+    """A model's parameters as transformers finds them in its files."""
 
     missing: list[str]
     """Parameters that are not there, and which it would draw at random."""
@@ -109,7 +109,7 @@ def match_weights(model: PreTrainedModel, files: Sequence[Path]) -> Weights:
 
 
 def quantisation(config: PretrainedConfig) -> str | None:
-    """How a model's weights are quantised, by its configuration; None where they are not."""
+    """The quantisation of a model's weights by its configuration, or None."""
     for part in (config, config.get_text_config()):
         found = getattr(part, "quantization_config", None)
         if found is not None:

@@ -1,4 +1,4 @@
-"""Steps that one rank takes for all, steps whose failure on one rank must end all, and numbers of all ranks."""
+"""Steps that one rank takes for all, failures that must end all ranks, and numbers gathered from all ranks."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,7 +18,7 @@ def _alone() -> bool:
 
 
 def on_rank_zero(step: Callable[[], T], interval: float = 30.0) -> T:
-    """Take a step on rank 0 alone, and hand its result to all ranks; all ranks together.
+    """Take a step on rank 0 and give its result to all ranks; all ranks call it.
 
     Rank 0 reports to the others while it works, so that a step may take longer than the process group's timeout.
 

@@ -1,7 +1,7 @@
-"""A small model with random weights that computes as a large one of its family does: layers of every kind.
+"""A small model with random weights and layers of every kind that a large model of its family has.
 
-What is asked of it, before the large one loads, is about masks, positions and states. These do not depend on widths,
-and windows, chunks and soft caps are made so small that a few tokens show them. float32, on the CPU.
+It answers questions about masks, positions and states before the large model loads. These do not depend on widths;
+windows, chunks and soft caps are made so small that a few tokens show them. float32, on the CPU.
 """
 
 import copy
@@ -62,7 +62,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def rope_switch(config: PretrainedConfig) -> int | None:
-    """Length above which a row gets other rotary factors (LongRoPE); None where there is none.
+    """Length above which a row gets other rotary factors (LongRoPE), or None.
 
     transformers decides by the longest row of a micro-batch, for all of them.
     """
@@ -191,7 +191,7 @@ def _few_heads(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _kinds_of_layers(model: nn.Module) -> int | None:
-    """How many of the first layers hold all kinds of layers; None where the model does not show its layers."""
+    """Number of first layers that hold all kinds of layers; None if the model does not list its layers."""
     count = getattr(model.config, "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -201,7 +201,7 @@ def _kinds_of_layers(model: nn.Module) -> int | None:
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """What makes a layer another kind: the classes of its parts, and their settings but for the layer's number."""
+    """A layer's kind: the classes of its parts, and their settings except the layer's number."""
     return tuple(
         (
             name,

@@ -1,4 +1,4 @@
-"""verl's FSDP engine, which keeps rows that share a micro-batch what each is alone."""
+"""verl's FSDP engine, in which rows of a micro-batch do not affect each other."""
 
 from contextlib import nullcontext
 from typing import Any

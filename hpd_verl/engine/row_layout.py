@@ -1,7 +1,8 @@
-"""How rows share a micro-batch, packed or padded, and which attention keeps each what it would be alone."""
+"""Packed or padded rows, and the attention under which rows of a micro-batch do not affect each other."""
 
 import functools
 import importlib.util
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ TOLERANCE = 3e-4
 FLASH = "flash_attention_2"
 
 _WITHOUT_EFFECT = {"attn_implementation", "bos_token_id", "eos_token_id", "pad_token_id"}
-"""Settings of a configuration that say nothing of how a model computes."""
+"""Settings of a configuration that do not affect a model's computation."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Tried:
-    """What became of the layouts that were tried on a model."""
+    """Results of the layouts tried on a model."""
 
     right: RowLayout | None
     """The first that computes each row as it is alone."""
     wrong: dict[RowLayout, str]
-    """Those before it, and what they do."""
+    """The layouts before it, and their errors."""
 
 
 def layouts(attentions: Sequence[str], packing: bool | None) -> Iterator[RowLayout]:
@@ -150,10 +151,36 @@ def _try_layouts(
         except Exception as error:  # whatever a model file or an attention raises at what it does not take
             wrong[layout] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
-        if off <= TOLERANCE:
+        if off > TOLERANCE:
+            wrong[layout] = f"logits are off by {off:.1g}"
+        elif shares_sequences_out and (why := _not_in_parts(replica, draws[0])):
+            wrong[layout] = why
+        else:
             return Tried(layout, wrong)
-        wrong[layout] = f"logits are off by {off:.1g}"
     return Tried(None, wrong)
+
+
+def _not_in_parts(replica: Replica, rows: Sequence[Tensor]) -> str | None:
+    """Why ranks with a part of a pack each do not compute what one rank does; None where they do.
+
+    Ulysses gathers tokens for attention alone. So, with attention to itself only, a part must be what it is in the
+    whole.
+    """
+    try:
+        model = replica.model(attention.NO_ATTENTION)
+        inputs, _ = packed_inputs(rows)
+        tokens = sum(map(len, rows))
+        cuts = [0, tokens // 2, tokens]  # within a row
+        whole, *parts = (
+            _logits(model, {name: value if value is None else value[:, start:stop] for name, value in inputs.items()})
+            for start, stop in ((0, tokens), *itertools.pairwise(cuts))
+        )
+    except Exception as error:  # as above
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    off = _distance(torch.cat(parts, dim=1), whole)
+    if off <= TOLERANCE:
+        return None
+    return f"its layers mix tokens outside attention, which is all that Ulysses gathers (logits are off by {off:.1g})"
 
 
 def trial_rows(lengths: Sequence[int], vocabulary_size: int, seed: int) -> list[Tensor]:
@@ -189,11 +216,17 @@ def padded_inputs(rows: Sequence[Tensor]) -> tuple[dict[str, Tensor | None], Ten
     return {"input_ids": pad(rows), "attention_mask": mask, "position_ids": positions}, mask.bool()
 
 
-@torch.no_grad()
 def _together(model: nn.Module, rows: Sequence[Tensor], packed: bool) -> Tensor:
     """Logits [tokens, vocabulary] of rows in one micro-batch."""
     inputs, is_token = (packed_inputs if packed else padded_inputs)(rows)
-    return model(**inputs, use_cache=False).logits[is_token]
+    return _logits(model, inputs)[is_token]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, inputs: dict[str, Tensor | None]) -> Tensor:
+    """[rows, tokens, vocabulary]."""
+    found: Tensor = model(**inputs, use_cache=False).logits
+    return found
 
 
 def _alone(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:
@@ -202,6 +235,6 @@ def _alone(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of a token's logits, relative to their norm; infinite where they are not finite."""
+    """The largest difference of a token's logits, relative to their norm; infinity if they are not finite."""
     off = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
     return off if math.isfinite(off) else math.inf

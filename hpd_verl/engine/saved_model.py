@@ -1,8 +1,7 @@
-"""A trained model as a folder of transformers, and the proof that the folder holds the trained model.
+"""A trained model as a folder of transformers, and the check that the folder holds the trained model.
 
-``plain_model`` makes transformers' model of what an engine's state holds: adapters merged, an output layer that is not
-the embeddings kept. ``LogProbs`` are those of a few token sequences by the trained model; what is written must give
-the same.
+``plain_model`` makes a transformers model of an engine's state: adapters are merged, an untied output layer is kept.
+``LogProbs`` are the trained model's log-probs of a few token sequences; the written model must give the same.
 """
 
 import json
@@ -33,7 +32,7 @@ _ATTENTION = "eager"
 """Right for every family: transformers' default drops the soft caps of Gemma 2."""
 
 _OF_TRAINING = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_name_or_path")
-"""What a configuration may hold that is the training's alone."""
+"""Keys of a configuration that concern training only."""
 _ADAPTER_SETTINGS = (
     *("r", "lora_alpha", "target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
     *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_bias"),
@@ -45,7 +44,7 @@ _ROW_LENGTHS = (24, 9, 17, 30)
 
 
 class SavedModelError(RuntimeError):
-    """What was written is not the model that was trained."""
+    """The written model is not the trained model."""
 
 
 # ------------------------------ log-probs ------------------------------
@@ -58,9 +57,9 @@ class LogProbs:
     rows: list[list[int]]
     """The sequences."""
     values: list[list[float]]
-    """Of each token after a sequence's first."""
+    """Log-probs of each token after a sequence's first."""
     dtype: str
-    """Of the model's matrix products: ``bfloat16``, ``float32``."""
+    """Dtype of the model's matrix products: ``bfloat16``, ``float32``."""
 
     def write(self, file: Path) -> None:
         """Write them as JSON."""
@@ -68,7 +67,7 @@ class LogProbs:
 
     @classmethod
     def read(cls, file: Path) -> "LogProbs | None":
-        """Those of a file; None where it is not there.
+        """The log-probs in a file; None without the file.
 
         Raises:
             ValueError: it holds something else.
@@ -175,7 +174,7 @@ def end_tokens(*found: int | Sequence[int] | None) -> int | list[int] | None:
 
 
 def savable(generation: GenerationConfig, where: str) -> GenerationConfig:
-    """Generation settings that transformers agrees to save; what is changed is logged.
+    """Generation settings that transformers agrees to save; changes are logged.
 
     Temperature, top-p and the like without ``do_sample``, which transformers ignores where it generates, but refuses
     to save, are taken at their word: with ``do_sample``. What it refuses beyond that is dropped, but for the tokens.

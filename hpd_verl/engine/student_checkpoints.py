@@ -1,7 +1,7 @@
-"""What a checkpoint of the student holds: verl's files, a folder of transformers that is the trained model, its proof.
+"""Contents of a student's checkpoint: verl's files, the trained model as a folder of transformers, its log-probs.
 
-verl's own folder is another model where LoRA was trained or an output layer is not the embeddings, and its saving ends
-at generation settings that transformers refuses to save. Its loading runs what a pickle says.
+verl's own folder holds another model after LoRA or with an untied output layer, and its saving fails at generation
+settings that transformers refuses to save. Its loading executes pickles.
 """
 
 import logging
@@ -125,7 +125,7 @@ class StudentCheckpoints(FSDPCheckpointManager):
         return LogProbs(rows, values, str(dtype).removeprefix("torch."))
 
     def _write(self, folder: Path, state: dict[str, Any] | None, trained: LogProbs) -> torch.dtype | None:
-        """What rank 0 adds to verl's files; returns the dtype of the written weights, None where there are none.
+        """Write rank 0's additions to verl's files; returns the dtype of the written weights, or None.
 
         Args:
             folder: of the checkpoint's files.
@@ -164,7 +164,7 @@ class StudentCheckpoints(FSDPCheckpointManager):
             said = check_written(out, trained, written, self.trust_remote_code)
         except SavedModelError as error:
             raise SavedModelError(
-                f"{out}: as transformers load it, {error}; report it, leave `hf_model` out of the checkpoint's "
-                "contents, or go on without looking by algorithm.hpd.check_saved_model=false"
+                f"{out}: loaded by transformers, {error}; report it, leave `hf_model` out of the checkpoint's "
+                "contents, or skip the check by algorithm.hpd.check_saved_model=false"
             ) from error
         logger.info("%s: %s", out, said)

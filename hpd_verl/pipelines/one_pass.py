@@ -18,6 +18,7 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import ResponseTokens, column, response_tokens, row_numbers
 from hpd_verl.engine.head_engine import MODEL_TYPE, HeadLoss
+from hpd_verl.engine.sequence_parallel import SequenceGroup
 from hpd_verl.head.distillation_head import HeadOutput, distillation_head
 from hpd_verl.head.features import TeacherFeatures
 from hpd_verl.head.metrics import token_metrics
@@ -29,6 +30,7 @@ from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, ROLL
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.rows import teacher_rows
 from hpd_verl.teacher.settings import TeacherSettings
+from hpd_verl.teacher.several import SeveralTeachers
 from hpd_verl.teacher.teacher import Teacher
 
 
@@ -50,15 +52,21 @@ class OnePassLoss(HeadLoss):
         self.loss_scale_factor = loss_scale_factor
         self.compiled = compiled
         self.teacher_features: dict[int, TeacherFeatures] = {}
-        """Features of the current batch, by row number."""
+        """Features of the current batch, by row number; under Ulysses of the rows that this rank owns."""
+        self.owners: dict[int, int] = {}
+        """Under Ulysses, the rank of the group that has a row's features, by row number."""
+        self.templates: dict[int, TeacherFeatures] = {}
+        """Under Ulysses, features of no tokens, by the place of their teacher among several; 0 for a single one."""
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
-        responses = response_tokens(data)
+        sharing = SequenceGroup.current()
+        parts = sharing.parts(response_tokens(data), len(hidden))
+        responses = parts[sharing.rank]
         rows = row_numbers(data)
-        hidden, uniforms = hidden[responses.positions], self._uniforms(responses, rows, data)
-        token_scale = self._token_scale(data)
+        hidden, uniforms = responses.take(hidden), self._uniforms(responses, rows, data)
+        token_scale = self._token_scale(data)[responses.place]
         is_rollout = column(data, fields.IS_ROLLOUT).bool()[responses.row]
-        shares = self._shares(responses, rows, data)
+        shares = self._shares(rows, parts, sharing, data)
         outputs = [
             distillation_head(
                 hidden=hidden[tokens],
@@ -77,30 +85,46 @@ class OnePassLoss(HeadLoss):
             for tokens, teacher in shares
         ]
         output = outputs[0] if len(outputs) == 1 else _joined(outputs, [tokens for tokens, _ in shares])
-        self._refuse_nan(output, responses, rows, data)
+        self._refuse_nan(output, responses, rows, data, sharing)
         return output.loss, self._metrics(output, responses, data)
 
     def _shares(
-        self, responses: ResponseTokens, rows: Tensor, data: TensorDict
+        self, rows: Tensor, parts: list[ResponseTokens], sharing: SequenceGroup, data: TensorDict
     ) -> list[tuple[slice | Tensor, TeacherFeatures | None]]:
-        """Response tokens, each once, with their teacher's features: all of them, or those of each of several teachers.
+        """This rank's response tokens, each once, with their teacher's features: all of them, or those of each teacher.
 
-        Sampled tokens hang on row and position alone, so the gradients of the shares add up to those of one batch.
+        Sampled tokens depend on row and position alone, so the gradients of the shares add up to those of one batch.
         """
-        numbers = rows.tolist()
         if not self.config.needs_teacher:
             return [(slice(None), None)]
         if fields.TEACHER not in data:
-            return [(slice(None), TeacherFeatures.cat([self.teacher_features[row] for row in numbers]))]
-        of_row = column(data, fields.TEACHER).to(responses.row.device)
+            return [(slice(None), self._teacher(rows.tolist(), 0, parts, sharing))]
+        of_row = column(data, fields.TEACHER).to(rows.device)
+        found = of_row.unique().tolist()
         shares: list[tuple[slice | Tensor, TeacherFeatures | None]] = []
-        for teacher in of_row.unique().tolist():
-            tokens = (of_row[responses.row] == teacher).nonzero().squeeze(1)
-            own = [
-                self.teacher_features[row] for row, of in zip(numbers, of_row.tolist(), strict=True) if of == teacher
-            ]
-            shares.append((tokens, TeacherFeatures.cat(own)))
-        return [(slice(None), shares[0][1])] if len(shares) == 1 else shares
+        for teacher in found:
+            own = [each.where(of_row[each.row] == teacher) for each in parts]
+            is_own = of_row[parts[sharing.rank].row] == teacher
+            numbers = torch.where(of_row == teacher, rows, -1).tolist()
+            tokens = slice(None) if len(found) == 1 else is_own.nonzero().squeeze(1)
+            shares.append((tokens, self._teacher(numbers, teacher, own, sharing)))
+        return shares
+
+    def _teacher(
+        self, rows: list[int], place: int, parts: list[ResponseTokens], sharing: SequenceGroup
+    ) -> TeacherFeatures:
+        """Features of this rank's part of rows.
+
+        Args:
+            rows: numbers of the micro-batch's rows; -1 where another teacher has the row.
+            place: of the teacher among several.
+            parts: response tokens of each rank's part, of this teacher's rows.
+            sharing: the ranks that share the rows.
+        """
+        if sharing.size == 1:
+            return TeacherFeatures.cat([self.teacher_features[row] for row in rows if row >= 0])
+        whole = [self.teacher_features.get(row) for row in rows]
+        return sharing.to_parts(whole, self.templates[place], parts, [self.owners.get(row, 0) for row in rows])
 
     def _uniforms(self, responses: ResponseTokens, rows: Tensor, data: TensorDict) -> Tensor:
         """The numbers that the student's tokens are sampled with, float64 [n, samples]."""
@@ -137,15 +161,18 @@ class OnePassLoss(HeadLoss):
         responses: ResponseTokens,
         rows: Tensor,
         data: TensorDict,
+        sharing: SequenceGroup,
     ) -> None:
         checked = {"student": output.label_log_probs}
         if output.teacher_label_log_probs is not None:
             checked["teacher"] = output.teacher_label_log_probs
         for model, log_probs in checked.items():
-            broken = torch.isnan(log_probs)
+            broken = torch.zeros(len(rows), dtype=torch.bool, device=log_probs.device)
+            broken[responses.row[torch.isnan(log_probs)]] = True
+            broken = sharing.any_of(broken)
             if broken.any():
                 step = tu.get_non_tensor_data(data=data, key=fields.STEP, default=None)
-                numbers = rows[responses.row[broken]].unique().tolist()
+                numbers = rows[broken].sort().values.tolist()
                 raise FloatingPointError(
                     f"step {step}: NaN in the {model}'s logits, in {len(numbers)} of {len(rows)} rows of the "
                     f"micro-batch (rows {', '.join(map(str, numbers[:8]))}); stopped before the update, checkpoints "
@@ -184,7 +211,7 @@ class OnePassLoss(HeadLoss):
     @staticmethod
     def _compare_with_rollout(student: Tensor, responses: ResponseTokens, data: TensorDict) -> dict[str, Tensor]:
         """Sums over the rollouts' tokens: of how far the rollout server's log-probs are off, and of the tokens."""
-        rollout = data[fields.ROLLOUT_LOG_PROBS].values()[data["response_mask"].values().bool()]
+        rollout = data[fields.ROLLOUT_LOG_PROBS].values()[data["response_mask"].values().bool()][responses.place]
         is_rollout = column(data, fields.IS_ROLLOUT).bool()[responses.row]
         difference = (rollout - student.detach())[is_rollout].double().abs().sum()
         return {
@@ -221,7 +248,7 @@ class StudentWorker(TrainingWorker):
 
 
 class OnePassDriver(Driver):
-    """The update does it all, with the rollout server's log-probs where they are to be compared."""
+    """The update does everything, with the rollout server's log-probs if they are compared."""
 
     @property
     def update_inputs(self) -> list[str]:
@@ -297,8 +324,28 @@ class OnePass(RankPipeline):
         if self.teacher is None:
             return {}
         start = time.perf_counter()
-        self.loss.teacher_features = self.teacher.features(teacher_rows(data))
+        sharing = SequenceGroup.of(self.student.engine.ulysses_parallel_group)
+        rows = teacher_rows(data)
+        self.loss.teacher_features = self.teacher.features(rows, sharing.owned(len(rows)))
+        if sharing.size > 1:
+            self.loss.owners = {row: index % sharing.size for index, row in enumerate(row_numbers(data).tolist())}
+            self.loss.templates = self._templates(data, sharing)
         return {"timing_s/teacher": time.perf_counter() - start} | self.teacher.metrics()
+
+    def _templates(self, data: TensorDict, sharing: SequenceGroup) -> dict[int, TeacherFeatures]:
+        """Of each teacher that has rows here; all ranks of the group together, whose rows are the same."""
+        numbers = row_numbers(data).tolist()
+        teachers, of_row = [self.teacher], [0] * len(numbers)
+        if isinstance(self.teacher, SeveralTeachers):
+            teachers, of_row = list(self.teacher.teachers.values()), column(data, fields.TEACHER).tolist()
+        found = {}
+        for place in sorted(set(of_row)):
+            own = {row for row, of in zip(numbers, of_row, strict=True) if of == place}
+            features = {row: each for row, each in self.loss.teacher_features.items() if row in own}
+            template = teachers[place].template
+            assert template is not None
+            found[place] = sharing.common_template(features, template)
+        return found
 
     def _with_metrics(self, output: TensorDict | None, metrics: dict[str, float]) -> TensorDict | None:
         self.loss.teacher_features = {}

@@ -1,4 +1,4 @@
-"""What a pipeline is: the part of the driver, who sees whole batches, and the part of each rank, who has the models."""
+"""The interface of a pipeline: the driver's part, with whole batches, and each rank's part, with the models."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +24,11 @@ class Batch(ABC):
 
     @abstractmethod
     def row_name(self, index: int) -> str:
-        """What a row is called in messages."""
+        """A row's name in messages."""
 
     @abstractmethod
     def student_pass(self, inputs: Sequence[str]) -> None:
-        """Run the student on all ranks; what its loss function makes of the logits become fields of the batch.
+        """Run the student on all ranks; the results of its loss function become fields of the batch.
 
         Args:
             inputs: fields that the pass reads beside those of the sequences.
@@ -48,7 +48,7 @@ class Batch(ABC):
 
 
 class Driver:
-    """What happens between a batch's responses and its update, in this order. Here nothing: the update does it all.
+    """The steps between a batch's responses and its update, in this order. Here none: the update does everything.
 
     Args:
         config: the algorithm's configuration.
@@ -57,10 +57,11 @@ class Driver:
     """
 
     settings: ClassVar[Mapping[str, Any]] = {}
-    """What the engine has to be told with every pass and update."""
+    """Arguments of the engine for every pass and update."""
 
     def __init__(self, config: HPDConfig, updates_per_batch: int = 1, compares_rollouts: bool = False) -> None:
         self.config = config
+        self.updates_per_batch = updates_per_batch
         self.compares_rollouts = compares_rollouts
 
     def student_pass(self, batch: Batch) -> None:
@@ -75,7 +76,7 @@ class Driver:
 
     @property
     def update_inputs(self) -> list[str]:
-        """Fields that the update reads beside those of the sequences."""
+        """Fields that the update reads in addition to the sequences'."""
         return []
 
 

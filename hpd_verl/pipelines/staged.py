@@ -1,4 +1,4 @@
-"""The staged pipeline: student pass, teacher pass, weights, update; with a ratio where a batch is several updates.
+"""The staged pipeline: student pass, teacher pass, weights, update; with PPO's ratio if a batch is several updates.
 
 The passes go through verl's engine and its hook for logits, where the loss functions here turn logits into per-token
 log-probs, under the names of ``data.fields``. In between the driver computes the weights, which stay fixed for a batch.
@@ -36,7 +36,7 @@ from hpd_verl.teacher.colocated import TeacherWorker
 from hpd_verl.teacher.model_config import shared_vocabulary_size
 
 LOGITS_TO_LOSS = {"distillation_use_topk": True, "distillation_only": True}
-"""verl's switches of a batch: hand logits to the loss function, and compute no log-probs beside it."""
+"""verl's switches of a batch: pass logits to the loss function, and compute no log-probs."""
 
 
 def _local_part(values: Tensor, data: TensorDict) -> Tensor:
@@ -64,7 +64,7 @@ def _uniforms(data: TensorDict, config: HPDConfig) -> Tensor:
 
 
 def _as_outputs(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What verl expects of a logits processor: tensors of shape [1, tokens of this rank]."""
+    """As verl expects from a logits processor: tensors of shape [1, tokens of this rank]."""
     return {name: values.unsqueeze(0) for name, values in named.items()}
 
 
@@ -199,9 +199,10 @@ class StagedDriver(Driver):
 
     settings = LOGITS_TO_LOSS
 
-    def __init__(self, config: HPDConfig, updates_per_batch: int = 1, compares_rollouts: bool = False) -> None:
-        super().__init__(config, updates_per_batch, compares_rollouts)
-        self.uses_ratio = updates_per_batch > 1 and not config.objectives.is_likelihood
+    @property
+    def uses_ratio(self) -> bool:
+        """The update weighs by PPO's ratio to the student that made the batch's log-probs."""
+        return self.updates_per_batch > 1 and not self.config.objectives.is_likelihood
 
     def student_pass(self, batch: Batch) -> None:
         batch.student_pass([])
@@ -301,7 +302,7 @@ def _refuse_nan(batch: Batch, log_probs: Sequence[TokenLogProbs]) -> None:
 
 
 def _compare_with_rollout(data: TensorDict, student_label: Tensor, rollout_mask: Tensor) -> dict[str, float]:
-    """The rollout server's log-probs beside the student's own, over rollouts only; verl compares probabilities."""
+    """Compare the rollout server's log-probs with the student's, on rollouts; verl compares probabilities."""
     rollout = data[fields.ROLLOUT_LOG_PROBS].to_padded_tensor(0)
     compared = TensorDict(
         {

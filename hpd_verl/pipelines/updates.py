@@ -1,4 +1,4 @@
-"""A batch as several updates: the rows of each on each rank, and the batch's metrics from theirs."""
+"""A batch as several updates: the rows of each update on each rank, and the batch's metrics."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,17 +12,17 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 RESPONSE_TOKENS = "hpd/response_tokens"
 ROLLOUT_DIFFERENCE = "hpd/rollout_log_prob_difference"
 ROLLOUT_TOKENS = "rollout_tokens"
-"""Of an update: what its rollout difference, a sum, is to be divided by. Not logged."""
+"""Divisor of an update's rollout difference, which is a sum. Not logged."""
 _TEACHERS = "hpd/teachers/"
 _FRACTION = "token_fraction"
 _OF_TEACHERS = ("teacher_nll", "student_nll", "label_gap_mean", "reverse_kl_k1", "forward_kl", "reverse_kl")
 
 
 def rows_of_ranks(lengths: Sequence[int], updates: int, ranks: int) -> list[list[int]]:
-    """Which rows of a global batch each rank gets, so that its updates do not depend on the number of ranks.
+    """Assign rows of a global batch to ranks, so that updates do not depend on the number of ranks.
 
-    Update u takes the u-th part of the batch in its order. verl's worker cuts a rank's own rows into equal parts: so a
-    rank gets its share of the first update, then of the second, and so on.
+    Update u takes the u-th part of the batch in order. verl's worker cuts a rank's rows into equal parts, so a rank
+    gets its share of the first update, then of the second, and so on.
 
     Args:
         lengths: tokens of each row.
@@ -121,7 +121,7 @@ def batch_metrics(metrics: Mapping[str, Any], epochs: int, loss_agg_mode: str) -
         elif name in ("loss", "hpd/loss"):
             found[name] = of_loss(values)
         elif name == ROLLOUT_DIFFERENCE:
-            # Of the first update: after it the student is not the one that the rollout server had.
+            # First update only: after it the student differs from the rollout server's.
             if metrics[ROLLOUT_TOKENS][0]:
                 found[name] = values[0] / metrics[ROLLOUT_TOKENS][0]
         elif name.startswith(("hpd/", "actor/")):

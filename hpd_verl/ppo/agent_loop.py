@@ -51,7 +51,7 @@ class HPDAgentLoop(SingleTurnAgentLoop):
         return capped
 
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
-        # A base model may know another end than its chat template's, the one that demonstrations teach it.
+        # A base model may have another EOS than its chat template's, which demonstrations teach it.
         self.tools = tools_of(kwargs.get(TOOLS))
         end = self.template.with_tools(self.tools).turn_end(list(kwargs["raw_prompt"]))
         sampling_params = {**sampling_params, "stop_token_ids": [end.token]}

@@ -1,4 +1,4 @@
-"""Demonstration or rollout, per row: where a batch's responses come from."""
+"""The responses of a batch: demonstrations or rollouts, per row."""
 
 from typing import Any
 

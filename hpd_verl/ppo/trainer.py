@@ -77,7 +77,8 @@ class HPDTrainer(PPOTrainerSync):
     train_dataloader: Any
 
     def __init__(self, config: DictConfig) -> None:
-        if not messages.is_checked():  # started by another driver than that of algorithm=hpd
+        if not messages.is_checked():
+            logger.info("the trainer checks settings, data and models: the driver has not said that it did")
             check_main_ppo(config)
         hpd = HPDConfig.from_config(config.algorithm.hpd)
         pipeline, reason = choose_pipeline(config, hpd)
@@ -212,7 +213,7 @@ class HPDTrainer(PPOTrainerSync):
         self.batch_counts["hpd/truncated_teacher_prompts"] = self.teacher_columns.truncated(batch.keys)
         metrics.update(self.batch_counts)
         batch = super()._balance_batch(batch, metrics=metrics, **kwargs)
-        # What verl pads stays. Its order would make the rows of an update depend on the number of ranks.
+        # verl's padding stays. Its order would make the rows of an update depend on the number of ranks.
         batch.reorder(sorted(range(len(batch)), key=lambda index: _key_order(batch.keys[index])))
         lengths = [tag["seq_len"] for tag in batch.tags]
         mini_batch_size = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
@@ -287,7 +288,7 @@ class HPDTrainer(PPOTrainerSync):
         if not math.isfinite(metrics["actor/grad_norm"]):
             raise FloatingPointError(
                 f"step {self.global_steps}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the "
-                "update, and the run stops instead of going on without it"
+                "update; the run stops"
             )
         return batch
 

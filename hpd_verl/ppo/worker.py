@@ -8,6 +8,7 @@ from omegaconf import open_dict
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.profiler import DistProfiler
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
@@ -43,6 +44,7 @@ class HPDWorker(ActorRolloutRefWorker):
         self.ref_worker_cls = partial(pipeline.teacher, model=teacher, **({"several": several} if several else {}))
 
         def student(config: TrainingWorkerConfig) -> TrainingWorker:
+            initialize_global_process_group_ray(timeout_second=None)  # as verl's worker does, but before its seed
             seed_rank(hpd.seed)
             return pipeline.student_worker(config)
 
@@ -73,7 +75,7 @@ class HPDWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def remove_checkpoints(self, folders: list[str]) -> None:
-        """Remove this machine's files of checkpoints that the driver gave up, where it has a disk of its own."""
+        """Remove this machine's files of checkpoints that the driver removed, if it has its own disk."""
         for folder in folders:
             remove_files(Path(folder))
 

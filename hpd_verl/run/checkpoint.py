@@ -1,12 +1,12 @@
 """Which checkpoint to resume from, and which old ones to remove.
 
 verl names the newest checkpoint in a tracker file, which it overwrites in place after the checkpoint's files, and
-removes old checkpoints before it writes that name. A run killed meanwhile can leave an empty tracker, one whose
-checkpoint is not whole, or no checkpoint at all. Here each complete checkpoint gets a marker file, old ones are removed
-only after the new one has its marker, and a run resumes from what is marked:
+removes old checkpoints before it writes that name. A run killed meanwhile can leave an empty tracker, a tracker of an
+incomplete checkpoint, or no checkpoint at all. Here each complete checkpoint gets a marker file, old ones are removed
+only after the new one has its marker, and a run resumes from a marked one:
 
-- from the tracker's checkpoint if it is complete, so that a roll back by the tracker is obeyed;
-- else from the one that was completed last, by the markers' count of completions (steps go back in a roll back, and
+- from the tracker's checkpoint if it is complete, which allows a roll back by the tracker;
+- else from the one completed last, by the markers' count of completions (steps go back in a roll back, and
   times change in a copy);
 - with none marked, from the tracker's, as verl would: the run began without this plugin.
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 COMPLETE = "complete"
 """Marker file inside ``global_step_N``: json, ``number`` counts completions, ``limited`` allows the removal."""
 INCOMPLETE = ".incomplete"
-"""Suffix of the file beside ``global_step_N``: ``saving`` or ``removing``."""
+"""Suffix of the file next to ``global_step_N``: ``saving`` or ``removing``."""
 SETTINGS = "settings.yaml"
 """File inside ``global_step_N`` with all settings of the run."""
 ROWS = "rows.json"
@@ -49,9 +49,9 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """verl's tracker file."""
 
 ACTOR = "actor"
-"""Folder inside ``global_step_N`` of every checkpoint of main_ppo, beside the marker."""
+"""Folder inside ``global_step_N`` of every checkpoint of main_ppo, next to the marker."""
 LEAN = "data_0.pt"
-"""File of every checkpoint of the lean trainer, beside the marker."""
+"""File of every checkpoint of the lean trainer, next to the marker."""
 
 _SAVING, _REMOVING = "saving", "removing"
 
@@ -78,7 +78,7 @@ _DATA_CLASSES: list[Any] = [
     np.dtype,
     *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"},
 ]
-"""What a checkpoint holds beyond tensors: the state of numpy's random numbers."""
+"""Contents of a checkpoint beyond tensors: the state of numpy's random numbers."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -91,14 +91,14 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:  # of syntax, of UTF-8, of depth
-        raise ValueError(f"{file.name} is no JSON ({str(error)[:100]})") from error
+        raise ValueError(f"{file.name} is not JSON ({str(error)[:100]})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds no JSON object")
+        raise ValueError(f"{file.name} is not a JSON object")
     return content
 
 
 def load_data(file: Path) -> Any:
-    """What ``torch.save`` wrote into a checkpoint, mapped and not read; nothing in it is run.
+    """Load a file of ``torch.save`` from a checkpoint, mapped, not read; executes nothing.
 
     Raises:
         ValueError: it is cut short, damaged, or names code.
@@ -111,12 +111,12 @@ def load_data(file: Path) -> Any:
         if "Weights only" in str(error) or "weights_only" in str(error):
             named = next((name for name in code.groups() if name), "") if code else ""
             raise ValueError(
-                f"{file.name} holds more than data{f' ({named})' if named else ''}, which would run as code: nothing "
-                "of it was loaded; take a checkpoint from where you trust"
+                f"{file.name} holds code, not only data{f' ({named})' if named else ''}; nothing of it was loaded; "
+                "use a checkpoint from a trusted source"
             ) from error
         raise ValueError(
-            f"{file.name} cannot be read ({' '.join(str(error).split())[:120]}); it is cut short or damaged: copy it "
-            "again, or take another checkpoint"
+            f"{file.name} cannot be read ({' '.join(str(error).split())[:120]}); copy it again, or use another "
+            "checkpoint"
         ) from error
 
 
@@ -171,7 +171,7 @@ def _incomplete(root: Path, step: int) -> Path:
 
 
 def _read_marker(folder: Path, step: int) -> Checkpoint | None:
-    """What the marker says, None without one. A damaged marker counts by its step."""
+    """The marker's content, None without one. A damaged marker counts by its step."""
     try:
         content = read_json(folder / COMPLETE)
     except FileNotFoundError:
@@ -210,7 +210,7 @@ def complete_checkpoints(root: Path, contents: str = ACTOR) -> list[Checkpoint]:
 
 
 def mark_incomplete(root: Path, step: int, previous: Path | None = None) -> None:
-    """Say that a checkpoint is about to be written, for the first time or again.
+    """Mark a checkpoint as incomplete before it is written, for the first time or again.
 
     Args:
         root: folder of the checkpoints.
@@ -244,9 +244,9 @@ def mark_complete(root: Path, step: int, keep: int | None = None) -> None:
 
 
 def save_settings(root: Path, step: int, config: DictConfig) -> None:
-    """Write a run's settings into its checkpoint, for their owner's eyes.
+    """Write a run's settings into its checkpoint.
 
-    Interpolations stay as they are, and what came from the environment is written as the interpolation that gives it.
+    Interpolations stay as they are, and values from the environment are written as their interpolation.
 
     Args:
         root: folder of the checkpoints.
@@ -259,15 +259,15 @@ def save_settings(root: Path, step: int, config: DictConfig) -> None:
 
 
 _from_environment: dict[str, str] = {}
-"""What interpolations took from the environment, and the interpolation that did."""
+"""Values from the environment, and their interpolations."""
 _SECRET = re.compile(r"KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 """Names of variables whose values are secrets, however they came into the settings."""
 _SHORT = 6
-"""Of fewer characters a value is masked where it is the whole setting only."""
+"""A shorter value is masked only if it is the whole setting."""
 
 
 def remember_environment() -> None:
-    """From here on remember what ``${oc.env:...}`` gives, for verl resolves the settings before a run saves them."""
+    """Remember values of ``${oc.env:...}`` from here on, because verl resolves the settings before a run saves them."""
 
     def remembering(key: str, *default: Any) -> Any:
         value = oc.env(key, *default)
@@ -302,7 +302,7 @@ def _without_secrets(settings: Any) -> Any:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings in a checkpoint, None without the file; nothing of this machine's environment gets into them.
+    """The settings in a checkpoint, None without the file; this machine's environment is not read.
 
     References from one setting to another (``${data.seed}``) are followed; all other interpolations stay as they are.
 
@@ -361,7 +361,7 @@ def save_rows(root: Path, step: int, rows: Mapping[str, Any]) -> None:
 
 
 def say_changed_rows(folder: Path, rows: Mapping[str, Any]) -> None:
-    """Warn where a run goes on with other rows than its checkpoint's; nothing for one that does not say its rows.
+    """Warn if a run resumes with other rows than its checkpoint's; not for a checkpoint without recorded rows.
 
     Args:
         folder: the checkpoint.
@@ -379,8 +379,8 @@ def say_changed_rows(folder: Path, rows: Mapping[str, Any]) -> None:
         else f"{rows['rows']} rows as when it was saved, but other ones or in another order"
     )
     logger.warning(
-        "resuming from %s with other training data: %s. Their order is drawn anew: in this epoch some rows come twice "
-        "and others not at all. To train on each once, start anew (another trainer.default_local_dir)",
+        "resuming from %s with other training data: %s. They are shuffled again: in this epoch some rows come twice "
+        "and others not at all. To train on each once, start again with another trainer.default_local_dir",
         folder,
         found,
     )
@@ -396,12 +396,12 @@ def _tracked_step(root: Path) -> int | None:
 
 
 def is_incomplete(folder: Path) -> bool:
-    """Whether a checkpoint is known not to be whole: its saving or its removal was interrupted, or goes on."""
+    """Whether a checkpoint is marked incomplete: its saving or removal was interrupted, or is in progress."""
     return folder.with_name(folder.name + INCOMPLETE).exists() and not (folder / COMPLETE).is_file()
 
 
 def checkpoint_to_resume(root: Path, contents: str = ACTOR, says: bool = True) -> Path | None:
-    """The checkpoint that a run in ``root`` goes on from, None to start from the beginning. Changes nothing.
+    """The checkpoint that a run in ``root`` resumes from, None to start from the beginning. Changes nothing.
 
     Args:
         root: folder of the checkpoints.
@@ -420,7 +420,7 @@ def checkpoint_to_resume(root: Path, contents: str = ACTOR, says: bool = True) -
         warn("%s has no marker of this plugin: taken as verl's tracker names it", _step_dir(root, tracked))
         return _step_dir(root, tracked)
     if (root / TRACKER).exists():
-        warn("%s names no whole checkpoint, and there is none: starting from the beginning", root / TRACKER)
+        warn("%s names no complete checkpoint, and there is no other: starting from the beginning", root / TRACKER)
     return None
 
 
@@ -488,8 +488,8 @@ def check_whole(trainer: DictConfig, contents: str) -> None:
         folder = Path(path).absolute()
         if is_incomplete(folder):
             raise ValueError(
-                f"trainer.resume_from_path={path}: this checkpoint is not whole, its saving or removal was "
-                f"interrupted; choose one whose folder holds a file named {COMPLETE}"
+                f"trainer.resume_from_path={path}: this checkpoint is incomplete, its saving or removal was "
+                f"interrupted; choose one with a file named {COMPLETE}"
             )
         check_pickles(folder, f"trainer.resume_from_path={path}")
     elif trainer.resume_mode == "auto" and OmegaConf.select(trainer, "default_local_dir"):

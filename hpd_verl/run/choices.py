@@ -60,11 +60,11 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
             config.actor_rollout_ref.ref.strategy,
         }
         != {"fsdp2"},
-        "Ulysses sequence parallelism shares sequences out": max(
-            actor.get("ulysses_sequence_parallel_size", 1),
-            config.actor_rollout_ref.ref.get("ulysses_sequence_parallel_size", 1),
+        "student and teacher share sequences among different numbers of ranks "
+        "(actor_rollout_ref.actor.ulysses_sequence_parallel_size, ref.ulysses_sequence_parallel_size)": actor.get(
+            "ulysses_sequence_parallel_size", 1
         )
-        > 1,
+        != config.actor_rollout_ref.ref.get("ulysses_sequence_parallel_size", 1),
         "actor_rollout_ref.actor.entropy_coeff is set": actor.entropy_coeff != 0,
     }
     needs = {

@@ -1,7 +1,7 @@
-"""Ending a run by a signal: the step under way is finished and saved, then the process ends with ``EXIT_CODE``.
+"""Stopping a run by a signal: the current step is finished and saved, then the process ends with ``EXIT_CODE``.
 
-SIGUSR1 asks for it, as often as it likes. SIGTERM asks too; a second one ends the process at once. While there is
-nothing to save yet, either ends it at once.
+SIGUSR1 may be repeated. A second SIGTERM ends the process at once. Before there is anything to save, either signal ends
+it at once.
 """
 
 import signal
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from types import FrameType
 
 EXIT_CODE = 75
-"""Of a run that was asked to end before its last step (EX_TEMPFAIL of sysexits.h): the same command goes on with it."""
+"""Exit code of a run stopped before its last step (EX_TEMPFAIL of sysexits.h): the same command resumes it."""
 
 SAME_REQUEST = 1.0
 """Seconds within which several SIGTERMs count as one: a scheduler and a launcher may both pass on the same."""
 
 
 class StopSignals:
-    """What the signals of this process ask for.
+    """Stop requests by signals of this process.
 
     Args:
         ask: passes the request on to what is running; False where nothing would be lost: the process ends at once.

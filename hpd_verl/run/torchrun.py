@@ -1,8 +1,7 @@
 """torchrun, for jobs that a scheduler may end: ``python -m hpd_verl.run.torchrun ... -m hpd_verl.sft.trainer ...``.
 
-torchrun itself kills its workers 30 seconds after it got SIGTERM, ends by SIGUSR1, and has an exit code of its own.
-Here both signals go to the workers, which are waited for, and the exit code is ``stopping.EXIT_CODE`` where they ended
-as they were asked to.
+torchrun itself kills its workers 30 seconds after SIGTERM, dies of SIGUSR1, and exits with its own code. This forwards
+both signals to the workers, waits for them, and exits with ``stopping.EXIT_CODE`` if they stopped as asked.
 """
 
 import os
@@ -33,7 +32,7 @@ def main() -> None:
         torchrun()
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        # A signal itself ends a worker that has only just started, and those that torchrun ends after the first.
+        # A signal kills a worker that has just started, and workers that torchrun ends after the first.
         if codes <= {EXIT_CODE, *(-number for number in PASSED_ON)}:
             sys.exit(EXIT_CODE)
         raise

@@ -55,7 +55,7 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):
-    """Rows filled up to a multiple, by copies that ``fields.IS_PADDING`` marks and that have row numbers of their own.
+    """Rows padded to a multiple by copies with their own row numbers, marked by ``fields.IS_PADDING``.
 
     Args:
         rows: the rows.

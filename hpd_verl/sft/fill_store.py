@@ -24,6 +24,7 @@ from verl.utils.distributed import destroy_global_process_group, initialize_glob
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import column
+from hpd_verl.engine.sequence_parallel import SequenceGroup
 from hpd_verl.errors import Refused
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
@@ -55,7 +56,12 @@ def fill(config: DictConfig) -> dict[str, float]:
     ]
     if torch.distributed.get_rank() == 0:
         log_store_size(config, hpd, [rows for _, rows in datasets])
-    teacher = make_teacher(teacher_settings(config, hpd), hpd, model)
+    settings = teacher_settings(config, hpd)
+    first = settings.of(next(iter(hpd.teachers))) if hpd.teachers else settings
+    engine = first.worker().engine
+    rank, ranks = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
+    sharing = SequenceGroup.of(engine.ulysses_parallel_group)
+    teacher = make_teacher(settings, hpd, model)
     # main sets teacher_cache=disk; of several teachers one may have none
     of_each = list(teacher.teachers.values()) if isinstance(teacher, SeveralTeachers) else [teacher]
     stored = [each for each in of_each if isinstance(each, StoredTeacher)]
@@ -63,18 +69,20 @@ def fill(config: DictConfig) -> dict[str, float]:
     for name, rows in datasets:
         loader = DataLoader(
             rows,
-            batch_size=config.data.train_batch_size // torch.distributed.get_world_size(),
-            sampler=DistributedSampler(rows, shuffle=False),  # pads, so that ranks take equally many batches
+            batch_size=config.data.train_batch_size // ranks,
+            # Pads, so that ranks take equally many batches.
+            sampler=DistributedSampler(rows, num_replicas=ranks, rank=rank, shuffle=False),
             collate_fn=SFTTensorCollator(config.data.pad_mode),
             num_workers=config.data.num_workers,
         )
         for batch in tqdm(loader, desc=name, unit="batch", disable=torch.distributed.get_rank() != 0):
             data = teacher_rows(as_batch(config, model, batch, step=0))
-            kept = None
+            wanted = sharing.owned(len(data))
             if fields.TEACHER in data:
                 of_row = column(data, fields.TEACHER).tolist()
-                kept = [row for row, place in enumerate(of_row) if of_each[place] in stored]
-            features = teacher.features(data, kept)
+                rows_of_rank = range(len(data)) if wanted is None else wanted
+                wanted = [row for row in rows_of_rank if of_each[of_row[row]] in stored]
+            features = teacher.features(data, wanted)
             broken += [
                 f"{name} row {row}"
                 for row, found in features.items()

@@ -1,4 +1,4 @@
-"""What the commands of configs/sft_trainer.yaml start with: the checks, the choices about both models, the teacher."""
+"""Start of the commands of configs/sft_trainer.yaml: the checks, the choices about both models, the teacher."""
 
 import os
 import sys

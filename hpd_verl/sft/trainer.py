@@ -152,13 +152,16 @@ class HPDSFTTrainer(SFTTrainer):
         )
         output = self.one_pass.update(data)
         flags = sums_of_ranks([tensors[flag].values().sum().item() for flag in fields.COUNTED_FLAGS])
+        flags = [
+            count / self.engine.ulysses_sequence_parallel_size for count in flags
+        ]  # whose ranks have the same rows
         if output is None:
             return {}
         metrics = over_own_tokens(_train_names(reduce_metrics(tu.get(output, "metrics"))))
         if not math.isfinite(metrics["actor/grad_norm"]):
             raise FloatingPointError(
-                f"step {step}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the update, and the "
-                "run stops instead of going on without it"
+                f"step {step}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the update; the run "
+                "stops"
             )
         metrics |= dict(zip(fields.COUNTED_FLAGS.values(), map(int, flags), strict=True))
         metrics["hpd/dropped_demonstrations"] = self.train_dataset.rows.dropped_demonstrations
@@ -305,7 +308,7 @@ class HPDSFTTrainer(SFTTrainer):
 
 
 def _of_rank_0(make: Callable[[], Value]) -> Value:
-    """What ``make`` returns on rank 0, on every rank."""
+    """The result of ``make`` on rank 0, on every rank."""
     values = [make() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(values, src=0)
     return cast(Value, values[0])

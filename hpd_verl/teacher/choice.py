@@ -16,9 +16,9 @@ from hpd_verl.teacher.served.teacher import ServedTeacher
 from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.several import SeveralTeachers
 from hpd_verl.teacher.store.disk import DiskStore
-from hpd_verl.teacher.store.identity import FileHashes, teacher_hashes
-from hpd_verl.teacher.store.records import StoreIdentity, teacher_identity, tokenisation_hash
+from hpd_verl.teacher.store.identity import StoreIdentity, teacher_identity, tokenisation_hash
 from hpd_verl.teacher.store.store import GIB, MemoryStore, TeacherStore, check_memory_store
+from hpd_verl.teacher.store.teacher_files import FileHashes, teacher_hashes
 from hpd_verl.teacher.stored import StoredTeacher
 from hpd_verl.teacher.teacher import Teacher
 
@@ -52,8 +52,7 @@ def make_teacher(
         assert worker is not None
         teacher = CurrentStudent(worker, config, vocabulary_size)
         if config.teacher_ema > 0:  # in float32: half a percent of a small step would be lost in bfloat16
-            copy = settings.worker(model_dtype="fp32")
-            teacher = AveragedStudent(copy, worker, config, vocabulary_size)
+            teacher = AveragedStudent(settings.in_float32().worker(), worker, config, vocabulary_size)
     elif config.teacher_server.urls:
         teacher = served = ServedTeacher(settings, config, vocabulary_size)
     else:

@@ -23,6 +23,7 @@ from hpd_verl.engine.causal_lm import output_head
 from hpd_verl.engine.head_engine import MODEL_TYPE, HeadLoss
 from hpd_verl.engine.ranks import highest_of_ranks
 from hpd_verl.engine.row_engine import ROWS_MODEL_TYPE
+from hpd_verl.engine.sequence_parallel import SequenceGroup
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.teacher.store.records import DTYPES
@@ -58,7 +59,7 @@ class TeacherWorker(TrainingWorker):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureForm:
-    """Which features are taken of the teacher."""
+    """The form of the teacher's features."""
 
     top_k: int | None = None
     """The log-probs of so many tokens; None: hidden states."""
@@ -69,7 +70,7 @@ class FeatureForm:
 
     @classmethod
     def of(cls, config: HPDConfig) -> "FeatureForm":
-        """What the objectives need, or what the store keeps."""
+        """The form that the objectives need or the store keeps."""
         if config.teacher_cache == "off":
             # For the whole distribution, the student's pass makes the product with the output layer anyway.
             return cls(complete=not (config.objectives.over_vocabulary or config.exact_kl_metrics))
@@ -107,18 +108,28 @@ class _FeatureLoss(HeadLoss):
         self.chunk_size = chunk_size
         self.compiled = False
         self.rows: dict[int, TeacherFeatures] = {}
+        self.owners: dict[int, int] = {}
+        """The rank of a group that wants a row, by row number."""
+        self.template: TeacherFeatures | None = None
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
-        responses = response_tokens(data)
+        sharing, rows = SequenceGroup.current(), row_numbers(data).tolist()
+        parts = sharing.parts(response_tokens(data), len(hidden))
+        responses = parts[sharing.rank]
         features = self.form.features(
-            hidden[responses.positions], head, responses.labels, self.temperature, self.chunk_size, self.compiled
+            responses.take(hidden), head, responses.labels, self.temperature, self.chunk_size, self.compiled
         )
         if isinstance(features, HiddenFeatures):
             features = dataclasses.replace(features, head=self.head)  # of this pass, the engine's own is sharded again
-        start = 0
-        for row, length in zip(row_numbers(data).tolist(), responses.lengths.tolist(), strict=True):
-            self.rows[row] = features[start : start + length]
-            start += length
+        self.template = features.with_tensors({name: each[:0].clone() for name, each in features.tensors.items()})
+        if sharing.size > 1:
+            owned = sharing.to_owners(features, parts, [self.owners.get(row) for row in rows])
+            self.rows |= {rows[index]: of_row for index, of_row in owned.items()}
+        else:
+            start = 0
+            for row, length in zip(rows, responses.lengths.tolist(), strict=True):
+                self.rows[row] = features[start : start + length]
+                start += length
         return torch.zeros((), device=hidden.device), {}
 
 
@@ -155,7 +166,7 @@ class ColocatedTeacher(Teacher):
         form, temperature = FeatureForm.of(self.config), self.config.temperature_of_teacher
         self._loss = _FeatureLoss(form, head, temperature, self.config.token_chunk_size)
         self._loss.compiled = engine.compiles
-        # What loading took on the way goes back to the device: a rollout server counts what is free there.
+        # Return memory that loading took: a rollout server counts the free memory of the device.
         aggressive_empty_cache(force_sync=True)
         return self._loss
 
@@ -175,20 +186,27 @@ class ColocatedTeacher(Teacher):
         )
 
     def features(self, data: TensorDict, wanted: Sequence[int] | None = None) -> dict[int, TeacherFeatures]:
-        rows = list(range(len(data))) if wanted is None else list(wanted)
+        sharing = SequenceGroup.of(self.worker.engine.ulysses_parallel_group)
+        of_ranks = sharing.gather(list(range(len(data))) if wanted is None else list(wanted))
+        rows = [row for of_rank in of_ranks for row in of_rank]
         count = highest_of_ranks(len(rows))
         if count == 0:
             return {}
         # Ranks run the model together, and micro-batches of a fixed size are whole: some rows are computed that nobody
         # needs, or twice.
         others = [index for index in range(len(data)) if index not in set(rows)]
-        loss = self._loaded()
+        loss, numbers = self._loaded(), row_numbers(data).tolist()
+        loss.owners = {numbers[row]: rank for rank, of_rank in enumerate(of_ranks) for row in of_rank}
         self.worker.set_loss_fn(loss)
         size = _whole_micro_batches(count, self.worker.engine_config)
         order = rows + others
         self.worker.infer_batch(_select(data, [order[index % len(order)] for index in range(size)]))
         computed, loss.rows = loss.rows, {}
         return computed
+
+    @property
+    def template(self) -> TeacherFeatures | None:
+        return None if self._loss is None else self._loss.template
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -203,7 +221,7 @@ def _whole_micro_batches(rows: int, engine: EngineConfig) -> int:
 
 
 def _full_copy(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter on the device, gathered, in memory of its own and no more: FSDP frees and moves the parameter's."""
+    """A gathered copy of a parameter on the device, because FSDP frees and moves the parameter's memory."""
     full = parameter.detach().to(get_device_id())
     if isinstance(full, DTensor):
         full = full.full_tensor()

@@ -65,5 +65,5 @@ def teacher_name(name: str, single: str) -> str:
 
 
 def shared_vocabulary_size(student: HFModelConfig, teacher: HFModelConfig) -> int:
-    """The teacher's logits that are used: those that the student has too. Either may be padded beyond the tokenizer."""
+    """The number of the teacher's logits that the student has too. Either may be padded beyond the tokenizer."""
     return min(student.hf_config.vocab_size, teacher.hf_config.vocab_size)

@@ -1,7 +1,7 @@
-"""The date of prompts whose chat template writes today's.
+"""The date of prompts, for chat templates that write today's date.
 
-Rows of a store are found by their tokens. With another date in every prompt none of yesterday's would be found, and all
-be stored again. So a run writes one date, and one with a store on disk the date on which the store was begun.
+Stored rows are found by their tokens; with another date in the prompts none would be found. So a run writes one date,
+and a run with a store on disk the date of the store's first run.
 """
 
 import logging
@@ -53,8 +53,7 @@ def _date(given: str | None, folder: Path | None) -> str:
     if given is not None:
         if begun != given:
             logger.warning(
-                "%s=%s: the store %s was begun with the date %s in its prompts; its rows are not found, and are stored "
-                "again",
+                "%s=%s: the store %s has prompts of the date %s; its rows do not match and are stored again",
                 setting,
                 given,
                 folder,
@@ -63,8 +62,8 @@ def _date(given: str | None, folder: Path | None) -> str:
         return given
     if begun is not None:
         logger.warning(
-            "the student's chat template writes today's date: prompts get %s, the date of the store %s, whose rows "
-            "would not be found otherwise; %s=DATE sets another",
+            "the student's chat template writes today's date: prompts get %s, the date of the store %s; %s=DATE "
+            "sets another",
             begun,
             folder,
             setting,
@@ -72,7 +71,7 @@ def _date(given: str | None, folder: Path | None) -> str:
         return begun
     today = date.today().isoformat()
     logger.warning(
-        "the student's chat template writes today's date: all prompts of this run get %s; for the same in later runs, "
+        "the student's chat template writes today's date: all prompts of this run get %s; to keep it in later runs, "
         "set %s=%s",
         today,
         setting,

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,17 +28,25 @@ class TeacherSettings:
     """Those of several teachers by name, in place of ``model``; they share the engine's settings."""
 
     def of(self, name: str) -> "TeacherSettings":
-        """One of several teachers."""
-        return dataclasses.replace(self, model=self.several[name], several={})
+        """One of several teachers, the same each time."""
+        return self._each[name]
 
-    def worker(self, **of_engine: Any) -> TeacherWorker:
-        """A worker of the model beside the student, not loaded; all ranks together.
+    @functools.cached_property
+    def _each(self) -> dict[str, "TeacherSettings"]:
+        return {name: dataclasses.replace(self, model=model, several={}) for name, model in self.several.items()}
 
-        Args:
-            of_engine: settings of its engine in place of the run's.
-        """
+    def in_float32(self) -> "TeacherSettings":
+        """The same with weights in float32."""
+        engine = dataclasses.replace(self.config.engine_config, model_dtype="fp32")
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, engine_config=engine))
+
+    def worker(self) -> TeacherWorker:
+        """The worker of the model beside the student, not loaded, the same each time; all ranks together."""
+        return self._worker
+
+    @functools.cached_property
+    def _worker(self) -> TeacherWorker:
         engine = copy.deepcopy(self.config.engine_config)  # verl writes the model's own settings into it
-        engine = dataclasses.replace(engine, **of_engine) if of_engine else engine
         return TeacherWorker(dataclasses.replace(self.config, engine_config=engine), self.model, lazy=True)
 
     @property

@@ -21,10 +21,10 @@ from hpd_verl.teacher.teacher import Teacher
 
 
 class StoredTeacher(Teacher):
-    """Features from the store where they are there, else from the teacher behind it.
+    """Features from the store, else from the teacher behind it.
 
-    Fresh features are rounded as the store keeps them, so that results do not depend on what is stored already.
-    Rollouts are not stored, since they are never seen again.
+    Fresh features are rounded like stored ones, so results do not depend on the store's content. Rollouts are not
+    stored, because they are never seen again.
 
     Args:
         store: of the features of the teacher behind it.
@@ -77,7 +77,7 @@ class StoredTeacher(Teacher):
             return found
         self.is_teacher_used = True
         computed = self.teacher.features(data, missing)
-        self._take_head(computed)
+        self._take_head()
         for number, features in computed.items():
             if number in found:
                 continue
@@ -88,38 +88,29 @@ class StoredTeacher(Teacher):
             found[number] = features
         return found
 
-    def _take_head(self, computed: dict[int, TeacherFeatures]) -> None:
-        """Check and store the output head that the first computed features come with; all ranks together."""
-        first = next(iter(computed.values()), None)
-        is_new = self._form is None  # on all ranks
-        if is_new and isinstance(self.store, DiskStore) and self.store.identity.format == "hidden":
-            self._save_head(first)
-        if first is None or (self._is_head_checked and not is_new):
+    def _take_head(self) -> None:
+        """Check and store the output head of the first computed features; all ranks together."""
+        first = self.teacher.template
+        assert first is not None
+        is_new = self._form is None
+        if self._is_head_checked and not is_new:
             return
         if isinstance(self.store, DiskStore) and isinstance(first, HiddenFeatures):
             self.store.check_output_head(first.head.weight, first.head.bias)
+            if is_new:
+                if torch.distributed.get_rank() == 0:
+                    self.store.save_output_head(first.head.weight, first.head.bias)
+                torch.distributed.barrier()
         self._is_head_checked = True
-        # With the teacher's own head, in place of an equal one that was stored: one of them is in memory.
+        # Use the teacher's own head instead of the equal stored one: only one is in memory.
         self._form = first.with_tensors({name: torch.empty(0) for name in first.tensors})
-
-    def _save_head(self, first: TeacherFeatures | None) -> None:
-        """Store the output head, by the first rank that has features: one whose rows have other teachers has none."""
-        ranks = torch.distributed.get_world_size()
-        saving = ranks - highest_of_ranks(0 if first is None else ranks - torch.distributed.get_rank())
-        if torch.distributed.get_rank() == saving:
-            assert isinstance(self.store, DiskStore)
-            assert isinstance(first, HiddenFeatures)
-            self.store.save_output_head(first.head.weight, first.head.bias)
-        torch.distributed.barrier()
-        if highest_of_ranks(first is None):
-            self._form = self._stored_form()
 
     def _of_record(self, record: Record) -> TeacherFeatures:
         assert self._form is not None
         return self._form.with_tensors({name: _to_device(value) for name, value in record.items()})
 
     def _record(self, features: TeacherFeatures) -> Record:
-        """What the store keeps of a row's features."""
+        """The stored part of a row's features."""
         dtypes = self.store.schema.dtypes
         return {
             name: value.detach().to("cpu", dtypes.get(name, torch.float32)) for name, value in features.tensors.items()
@@ -136,6 +127,10 @@ class StoredTeacher(Teacher):
             if not is_rollout[index]
         }
 
+    @property
+    def template(self) -> TeacherFeatures | None:
+        return self._form
+
     def announce(self, data: TensorDict, wanted: Sequence[int] | None = None) -> None:
         """Those that are not stored."""
         numbers = row_numbers(data).tolist()
@@ -151,7 +146,7 @@ class StoredTeacher(Teacher):
         self.teacher.resume(folder)
 
     def metrics(self) -> dict[str, float]:
-        """The share of rows found, rows and size, beside those of the teacher behind. All ranks together."""
+        """Share of rows found, rows and size, and the metrics of the teacher behind. All ranks together."""
         stats = self.store.stats
         counts = [stats.hits, stats.misses, stats.refused, stats.non_finite, stats.damaged]
         hits, misses, refused, non_finite, damaged = sums_of_ranks(counts)

@@ -1,8 +1,8 @@
-"""The teacher as everything above sees it: features of a batch's rows, wherever they come from.
+"""The teacher's interface: features of a batch's rows.
 
-``ColocatedTeacher`` runs the model beside the student, ``ServedTeacher`` asks servers, ``StoredTeacher`` keeps what
-another teacher computes, ``CurrentStudent`` and ``AveragedStudent`` are made of the student, ``SeveralTeachers`` share
-the rows.
+``ColocatedTeacher`` runs the model beside the student, ``ServedTeacher`` asks servers, ``StoredTeacher`` stores another
+teacher's features, ``CurrentStudent`` and ``AveragedStudent`` are made of the student, ``SeveralTeachers`` share the
+rows.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +29,8 @@ class Teacher(ABC):
         Args:
             data: the rows of this rank, with ``fields.SEQUENCE_FIELDS``, and the settings that verl's passes read.
             wanted: indices of the rows whose features are needed, of this rank, perhaps none; None for all. Features of
-                others may come with them.
+                others may come with them. Under Ulysses each rank of a group wants others of the rows that they have in
+                common.
 
         Returns:
             Row number to features, on the device.
@@ -37,6 +38,11 @@ class Teacher(ABC):
         Raises:
             TeacherUnavailable: on all ranks, where one has none.
         """
+
+    @property
+    @abstractmethod
+    def template(self) -> TeacherFeatures | None:
+        """Features of no tokens, in tensors of any shape; None before ``features`` found or computed any on a rank."""
 
     @abstractmethod
     def prepare(self) -> None:

@@ -1,9 +1,9 @@
-"""A checkpoint as a model to use: one folder that transformers and vLLM load, with its tokenizer and a model card.
+"""Exports a checkpoint as one folder that transformers and vLLM load, with tokenizer and model card.
 
     hpd-verl export CHECKPOINT OUT [--lora merge|adapter] [--dtype bf16] [--score results.json]
 
-CHECKPOINT is a run's folder, of which the checkpoint is taken that the run would resume from, or one of its
-``global_step_N``, of either trainer. docs/export.md says more.
+CHECKPOINT is a run's folder (the checkpoint that it would resume from) or one of its ``global_step_N``, of either
+trainer. Details: docs/export.md.
 """
 
 import argparse
@@ -72,8 +72,7 @@ def _reading(folder: Path, file: str) -> Iterator[None]:
     except Exception as error:  # of transformers, tokenizers, Jinja or the model's own code
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"CHECKPOINT={folder}: its {file} names code of the model's own, which runs only by "
-                "--trust-remote-code; read it first"
+                f"CHECKPOINT={folder}: its {file} needs the model's own code; read it, then add --trust-remote-code"
             ) from error
         raise ValueError(
             f"CHECKPOINT={folder}: its {file} cannot be read ({one_line(error)[:200]}); copy the checkpoint again, or "
@@ -97,14 +96,14 @@ def find_checkpoint(path: Path) -> Path:
     if any(path.glob("global_step_*")):
         chosen = checkpoint.checkpoint_to_resume(path, ".")
         if chosen is None:
-            raise ValueError(f"{setting}: no checkpoint there is whole; go on with the run until it saves one")
+            raise ValueError(f"{setting}: no complete checkpoint there; run until one is saved")
         path = chosen
     if path.name == _HUGGINGFACE:
         path = path.parent
     step_folder = path.parent if path.name == "actor" else path
     if checkpoint.is_incomplete(step_folder):
         raise ValueError(
-            f"{setting}: not whole, its saving or removal was interrupted; choose one whose folder holds a file named "
+            f"{setting}: incomplete, its saving or removal was interrupted; choose one with a file named "
             f"{checkpoint.COMPLETE}"
         )
     folder = step_folder / "actor" if (step_folder / "actor").is_dir() else step_folder
@@ -114,7 +113,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    """verl's files of the sharded model, one a rank; none where it was saved as ``hf_model`` alone.
+    """verl's files of the sharded model, one per rank; none if only ``hf_model`` was saved.
 
     Raises:
         ValueError: some are missing.
@@ -127,21 +126,21 @@ def _shard_files(folder: Path) -> list[Path]:
             raise ValueError(f"world_size is {ranks!r}")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"CHECKPOINT={folder}: fsdp_config.json does not tell the number of ranks ({one_line(error)}); copy the "
-            "checkpoint again"
+            f"CHECKPOINT={folder}: fsdp_config.json has no number of ranks ({one_line(error)}); copy the checkpoint "
+            "again"
         ) from error
     files = [folder / f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(
-            f"CHECKPOINT={folder}: {len(missing)} of {ranks} files are missing, as {missing[0]}; bring the files of "
-            "all nodes together"
+            f"CHECKPOINT={folder}: {len(missing)} of {ranks} files are missing, such as {missing[0]}; collect the "
+            "files of all nodes"
         )
     return files
 
 
 def _whole(name: str, parts: list[Any]) -> Tensor:
-    """One tensor of what each rank holds of it."""
+    """One tensor from its shards on all ranks."""
     first = parts[0]
     if not isinstance(first, DTensor):
         return merge_non_dtensor_shards(name, parts)
@@ -168,7 +167,7 @@ def load_shards(folder: Path, files: list[Path]) -> dict[str, Tensor]:
         tensors = isinstance(shard, dict) and all(isinstance(value, Tensor) for value in shard.values())
         if not tensors or shard.keys() != shards[0].keys():
             raise ValueError(
-                f"CHECKPOINT={folder}: {file.name}: no parameters, or others than those of {files[0].name}; copy the "
+                f"CHECKPOINT={folder}: {file.name}: no parameters, or not those of {files[0].name}; copy the "
                 "checkpoint again, or take another"
             )
     return {name: _whole(name, [shard[name] for shard in shards]) for name in shards[0]}
@@ -204,8 +203,8 @@ def _adapter_settings(folder: Path, names: Collection[str], base_model: str) -> 
                 )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"CHECKPOINT={folder}: {file.name} does not tell the adapter's settings ({one_line(error)[:200]}); copy "
-            "the checkpoint again"
+            f"CHECKPOINT={folder}: {file.name} has no settings of an adapter ({one_line(error)[:200]}); copy the "
+            "checkpoint again"
         ) from error
     if any(map(is_adapter, names)):
         raise ValueError(
@@ -234,7 +233,7 @@ def _parameters(source: Path) -> Iterator[None]:
 
 
 def _generation_settings(source: Path, config: PretrainedConfig, end_token: int | None) -> GenerationConfig:
-    """Those of the checkpoint, ending at all its end tokens and the one that ends an answer in its chat template."""
+    """The checkpoint's, with all its end tokens and the chat template's end of an answer."""
     if (source / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(source)
     else:
@@ -409,7 +408,7 @@ def read_scores(file: Path) -> dict[str, float]:
 
     collect(content, ())
     if not found:
-        raise ValueError(f"--score={file}: no number in it; give an object of scores, as {{'gsm8k': 0.71}}")
+        raise ValueError(f"--score={file}: no number in it; give an object of scores, such as {{'gsm8k': 0.71}}")
     return found
 
 
@@ -418,7 +417,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _training_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the card says of the run."""
+    """The model card's rows about the run."""
     is_ppo = "actor_rollout_ref" in settings
     student = _student(settings)
     teacher = settings["actor_rollout_ref"]["ref"]["model"] if is_ppo else settings["teacher"]["model"]
@@ -498,9 +497,9 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
     """
     setting = f"OUT={out}"
     if source.is_relative_to(out) or out.is_relative_to(source):
-        raise ValueError(f"{setting}: it lies in the checkpoint or holds it; choose a folder of its own")
+        raise ValueError(f"{setting}: inside or around the checkpoint; choose another folder")
     if out.is_file() or out.is_symlink():
-        raise ValueError(f"{setting}: a file or link; choose a folder that is not there yet")
+        raise ValueError(f"{setting}: a file or link; choose a new folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not overwrite:
@@ -512,9 +511,9 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
 
 
 def _replace(new: Path, out: Path) -> None:
-    """Put a finished folder in its place; killed at any moment, ``out`` is whole or not there.
+    """Move a finished folder into place; after a kill ``out`` is complete or missing.
 
-    Then what killed exports left beside it is removed.
+    Then removes what killed exports left next to it.
     """
     old = out.with_name(f"{new.name}.old")
     if out.exists():
@@ -570,8 +569,7 @@ def export(
             written, compared = write_checkpoint(folder, partial, DTYPES[dtype], lora, settings, trusts_code, checks)
         except SavedModelError as error:
             raise SavedModelError(
-                f"CHECKPOINT={folder}: as transformers load what would be written, {error}; report it, or look away by "
-                "--no-check"
+                f"CHECKPOINT={folder}: loaded by transformers, {error}; report it, or skip the check by --no-check"
             ) from error
         card = partial / "README.md"
         card.write_text(model_card(out.name, folder, settings, scores, written))

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir, initialize_config_module
+from conftest import main_ppo_config, sft_config
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from verl.utils.tracking import Tracking
@@ -16,7 +16,6 @@ from hpd_verl.checks import run
 from hpd_verl.checks.folders import check_checkpoint_folder
 from hpd_verl.checks.run import check_config, check_sft_config
 from hpd_verl.config import HPDConfig
-from hpd_verl.hydra_config import config_dir
 from hpd_verl.run.choices import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 
 MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x")
@@ -24,8 +23,8 @@ MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T"
 
 @functools.cache
 def base() -> DictConfig:
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=["algorithm=hpd", *MODELS])
+    config: DictConfig = main_ppo_config(*MODELS)
+    return config
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -62,20 +61,13 @@ def test_the_defaults_pass() -> None:
         (["actor_rollout_ref.ref.model.path=null"], "actor_rollout_ref.ref.model.path=None: give the teacher"),
         (["actor_rollout_ref.actor.strategy=megatron"], "actor_rollout_ref.actor.strategy=megatron: HPD runs on"),
         (["actor_rollout_ref.actor.strategy=fsdp"], "=fsdp, fsdp: verl's fsdp needs an accelerator"),
-        (
-            [
-                "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
-                "actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-            ],
-            "override_config.attn_implementation=sdpa: with actor_rollout_ref.actor.ulysses",
-        ),
         (["actor_rollout_ref.model.use_fused_kernels=true"], "use_fused_kernels=True: not supported"),
         (["actor_rollout_ref.actor.use_kl_loss=true"], "use_kl_loss=True: not supported"),
         (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator=gae: algorithm=hpd works only with"),
         (["trainer.v1.trainer_mode=sync"], "trainer.v1.trainer_mode=sync: algorithm=hpd works only with"),
         (["actor_rollout_ref.actor.ppo_mini_batch_size=100"], "ppo_mini_batch_size=100: must divide data.train_batch"),
         (["algorithm.hpd.objective=sft", "actor_rollout_ref.actor.ppo_epochs=2"], "ppo_epochs=2: objective sft has no"),
-        (["actor_rollout_ref.rollout.n=2"], "actor_rollout_ref.rollout.n=2: several answers a prompt need"),
+        (["actor_rollout_ref.rollout.n=2"], "actor_rollout_ref.rollout.n=2: several answers per prompt need"),
         (["algorithm.hpd.on_policy_fraction={start: 0, end: 1}"], "on_policy_fraction={'start': 0, 'end': 1}: a sche"),
         (
             ["+actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype: fp16}"],
@@ -94,7 +86,10 @@ def test_the_defaults_pass() -> None:
         (["trainer.total_epochs=0"], "trainer.total_epochs=0: give an integer of at least 1"),
         (["trainer.total_training_steps=0"], "trainer.total_training_steps=0: give an integer of at least 1"),
         (["trainer.resume_mode=always"], "trainer.resume_mode=always: choose auto, disable or resume_path"),
-        (["trainer.logger=[console,wandbb]"], "trainer.logger=wandbb: verl knows no such tracker; choose of console, "),
+        (
+            ["trainer.logger=[console,wandbb]"],
+            "trainer.logger=wandbb: verl knows no such tracker; choose from console, ",
+        ),
         (["trainer.logger=vemlp_wandb"], "trainer.logger=vemlp_wandb: its package volcengine_ml_platform is not insta"),
         (["actor_rollout_ref.actor.optim.lr=-1e-5"], "actor_rollout_ref.actor.optim.lr=-1e-05: give a number of at"),
         (["actor_rollout_ref.actor.optim.lr=nan"], "actor_rollout_ref.actor.optim.lr=nan: give a number of at least"),
@@ -119,7 +114,7 @@ def test_the_defaults_pass() -> None:
         (["trainer.n_gpus_per_node=4", FSDP_SIZE.format(3)], "fsdp_config.fsdp_size=3: must divide the ranks"),
         (
             ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3", "trainer.n_gpus_per_node=2", *batches(16, 8)],
-            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3: must divide the 4 sequences that a rank gets",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3: must divide the 4 sequences of a rank",
         ),
         (
             ["actor_rollout_ref.rollout.tensor_model_parallel_size=2", "algorithm.hpd.on_policy_fraction=0.5"],
@@ -127,7 +122,7 @@ def test_the_defaults_pass() -> None:
         ),
         (
             ["trainer.n_gpus_per_node=2", *batches(8, 4), "actor_rollout_ref.actor.shuffle=true"],
-            "actor_rollout_ref.actor.shuffle=True: each of 2 data-parallel ranks would shuffle its own rows",
+            "actor_rollout_ref.actor.shuffle=True: each of the 2 data-parallel ranks would shuffle its own rows",
         ),
         (
             [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{ACTOR}.loss_scale_factor=null"],
@@ -140,12 +135,12 @@ def test_the_defaults_pass() -> None:
                 f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
                 "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5",
             ],
-            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5: must divide the 12 sequences that a rank gets",
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=5: must divide the 12 sequences of a rank",
         ),
         ([f"{ACTOR}.loss_scale_factor=0"], f"{ACTOR}.loss_scale_factor=0: give an integer of at least 1"),
         (
             [*NO_TEACHER, "algorithm.hpd.pipeline=staged"],
-            "actor_rollout_ref.ref.model.path=None: the staged pipeline (set) runs a teacher with every objective",
+            "actor_rollout_ref.ref.model.path=None: the staged pipeline (set) always needs a teacher",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -207,8 +202,7 @@ def chosen(*overrides: str) -> tuple[str, str]:
 
 SEVERAL_UPDATES = ("data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=16")
 AGAINST_ONE_PASS = [
-    (ULYSSES.format("actor"), "Ulysses sequence parallelism shares sequences out"),
-    (ULYSSES.format("ref"), "Ulysses sequence parallelism shares sequences out"),
+    (ULYSSES.format("ref"), "student and teacher share sequences among different numbers of ranks"),
     ("actor_rollout_ref.actor.entropy_coeff=0.1", "actor_rollout_ref.actor.entropy_coeff is set"),
     ("actor_rollout_ref.actor.strategy=fsdp", "student and teacher are not both on fsdp2"),
     ("actor_rollout_ref.ref.strategy=fsdp", "student and teacher are not both on fsdp2"),
@@ -247,8 +241,7 @@ def test_one_seed() -> None:
     config = composed("algorithm.hpd.seed=7")
     models = config.actor_rollout_ref
     assert [config.data.seed, models.actor.data_loader_seed, models.actor.fsdp_config.seed] == [7, 7, 7]
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        config = lean("algorithm.hpd.seed=7")
+    config = lean("algorithm.hpd.seed=7")
     assert [config.data.seed, config.engine.seed] == [7, 7]
 
 
@@ -298,10 +291,12 @@ def test_what_one_pass_cannot_do_is_refused_where_it_is_set(override: str, reaso
 
 
 def test_all_reasons_are_named() -> None:
-    overrides = (ULYSSES.format("actor"), "actor_rollout_ref.actor.entropy_coeff=0.1", *SEVERAL_UPDATES)
+    overrides = (ULYSSES.format("ref"), "actor_rollout_ref.actor.entropy_coeff=0.1", *SEVERAL_UPDATES)
     assert chosen(*overrides) == (
         "staged",
-        "Ulysses sequence parallelism shares sequences out; actor_rollout_ref.actor.entropy_coeff is set; "
+        "student and teacher share sequences among different numbers of ranks "
+        "(actor_rollout_ref.actor.ulysses_sequence_parallel_size, ref.ulysses_sequence_parallel_size); "
+        "actor_rollout_ref.actor.entropy_coeff is set; "
         "a batch is several updates",
     )
 
@@ -345,7 +340,11 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
         (["algorithm.hpd.pipeline=staged"], "algorithm.hpd.pipeline=staged: this trainer is one_pass only"),
         (["algorithm.hpd.teacher_cache=disk"], "algorithm.hpd.teacher_cache_dir=None: "),
         (["engine.strategy=fsdp"], "engine.strategy=fsdp: choose fsdp2"),
-        (["engine.ulysses_sequence_parallel_size=2"], "engine.ulysses_sequence_parallel_size=2: one_pass does not"),
+        (["engine.ulysses_sequence_parallel_size=3"], "engine.ulysses_sequence_parallel_size=3: must divide the ranks"),
+        (
+            ["engine.ulysses_sequence_parallel_size=2", "+teacher.engine.ulysses_sequence_parallel_size=1"],
+            "teacher.engine.ulysses_sequence_parallel_size=1: student and teacher share the same sequences; leave",
+        ),
         (["engine.mixed_precision.param_dtype=fp16"], "engine.mixed_precision.param_dtype=fp16: the student is"),
         (["engine.model_dtype=fp16"], "engine.model_dtype=fp16: the student is not trained in float16"),
         (["data.seed=null"], "data.seed=None: give an integer"),
@@ -358,34 +357,35 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
         (["data.train_batch_size=0"], "data.train_batch_size=0: give an integer of at least 1"),
         (["trainer.save_freq=often"], "trainer.save_freq=often: give a number of steps, -1 for never, or after_each"),
         (["trainer.loss_agg_mode=mean"], "trainer.loss_agg_mode=mean: choose token-mean, "),
-        (["data.train_batch_size=7"], "data.train_batch_size=7: must divide among 2 ranks (torchrun's processes)"),
+        (["data.train_batch_size=7"], "data.train_batch_size=7: must divide among 2 data-parallel ranks (torchrun's 2"),
         (
             ["data.use_dynamic_bsz=false", "data.train_batch_size=12"],
-            "data.micro_batch_size_per_gpu=4: must divide the 6 sequences that a rank gets at once",
+            "data.micro_batch_size_per_gpu=4: must divide the 6 sequences of a rank",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_the_lean_trainer_refuses(overrides: list[str], message: str) -> None:
-    with (
-        initialize_config_dir(str(config_dir()), version_base=None),
-        pytest.raises(ValueError, match=re.escape(message)),
-    ):
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_sft_config(lean(*overrides), ranks=2)
 
 
 def lean(*overrides: str) -> DictConfig:
-    return compose("sft_trainer", overrides=["model.path=S", "teacher.model.path=T", *overrides])
+    config: DictConfig = sft_config("model.path=S", "teacher.model.path=T", *overrides)
+    return config
 
 
 def test_what_works_in_the_lean_trainer() -> None:
     """Its defaults; no teacher where none is needed; to fill the store, any batch of at least a row a rank."""
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        check_sft_config(lean())
-        check_sft_config(lean("trainer.save_freq=after_each_epoch"), ranks=8)
-        check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"))
-        check_sft_config(lean("data.train_batch_size=7"), ranks=2, fills_store=True)
-        with pytest.raises(ValueError, match=r"^data\.train_batch_size=7: less than a row for each of 8 ranks"):
-            check_sft_config(lean("data.train_batch_size=7"), ranks=8, fills_store=True)
-        with pytest.raises(ValueError, match=r"^teacher\.model\.path=None: give the teacher's folder or hub name"):
-            check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"), fills_store=True)
+    check_sft_config(lean())
+    check_sft_config(lean("trainer.save_freq=after_each_epoch"), ranks=8)
+    check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"))
+    check_sft_config(lean("data.train_batch_size=7"), ranks=2, fills_store=True)
+    shared = ("engine.ulysses_sequence_parallel_size=2", "data.max_token_len_per_gpu=1536")
+    check_sft_config(lean("data.train_batch_size=7", *shared), ranks=2)
+    with pytest.raises(ValueError, match=r"^data\.train_batch_size=7: must divide among 2 data-parallel ranks"):
+        check_sft_config(lean("data.train_batch_size=7", *shared), ranks=4)
+    with pytest.raises(ValueError, match=r"^data\.train_batch_size=7: less than a row for each of 8 data-parallel"):
+        check_sft_config(lean("data.train_batch_size=7"), ranks=8, fills_store=True)
+    with pytest.raises(ValueError, match=r"^teacher\.model\.path=None: give the teacher's folder or hub name"):
+        check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"), fills_store=True)

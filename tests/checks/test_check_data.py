@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WORDS, Tiny, make_rows, make_tokenizer, write_parquet
+from conftest import WORDS, Tiny, make_rows, make_tokenizer, sft_config, write_parquet
 from omegaconf import OmegaConf
 
 from hpd_verl.checks.data import check_prompts_fit
@@ -97,7 +97,7 @@ def other_type(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (torn, "torn.parquet: not a whole parquet file (Parquet magic bytes not found in footer."),
+        (torn, "torn.parquet: not a complete parquet file (Parquet magic bytes not found in footer."),
         (empty, "empty.parquet: the file is empty (0 bytes); write it again, or leave it out"),
         (no_rows, "no_rows.parquet: the file has no rows; write it again, or leave it out"),
         (blank_lines, "blank.jsonl: the file has no rows; write it again, or leave it out"),
@@ -105,14 +105,14 @@ def other_type(folder: Path) -> list[Path]:
         (lambda folder: folder / "gone.parquet", "gone.parquet: no such file; give "),
         (gone_beside_another, "gone.parquet: no such file; give "),
         (lambda folder: folder / "gone*.parquet", "gone*.parquet: no such file; give "),
-        (lambda folder: folder, ": a folder; give its files, as "),
+        (lambda folder: folder, ": a folder; give its files, such as "),
         (
             lambda folder: "~/train.parquet",
-            "~/train.parquet: the shell leaves ~ as it is after =; write the whole",
+            "~/train.parquet: the shell does not expand ~ after =; write the whole",
         ),
         (lambda folder: folder / "rows.csv", "rows.csv: verl reads names that end in .parquet, .json or .jsonl; conv"),
         (lambda folder: [], "[]: no files; give parquet, json or jsonl files"),
-        (other_type, "b.parquet: its columns cannot be put beside those of "),
+        (other_type, "b.parquet: its columns do not fit those of "),
         (
             lambda folder: jsonl(make_rows(8), folder / "rows.jsonl", line_5='{"prompt": ['),
             "rows.jsonl: line 5 is not JSON (Expecting value, column 13); correct or remove it",
@@ -185,7 +185,7 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
             {},
             "the demonstration's content is null; write its text, or '' beside tool calls",
         ),
-        ({"images": ["a.png"]}, {}, "images is not empty; HPD trains on text: take such rows out"),
+        ({"images": ["a.png"]}, {}, "images is not empty; HPD trains on text: remove such rows"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -289,7 +289,7 @@ def test_overlong_prompts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^data\.max_prompt_length=8: 0 of 9 prompts .* fit, the others would lose"):
         fit(file, max_prompt_length=8)
     fit(file, overlong_demonstration="drop", needed_rows=9)
-    with pytest.raises(ValueError, match=r"^data\.max_response_length=5: with .*=drop 3 of 9 rows of data\.train_fil"):
+    with pytest.raises(ValueError, match=r"^data\.max_response_length=5: .*=drop keeps 3 of 9 rows of data\.train_fil"):
         fit(file, overlong_demonstration="drop", max_response_length=5)
 
 
@@ -300,22 +300,16 @@ def test_a_prompt_that_the_chat_template_refuses(tmp_path: Path) -> None:
     file = write_parquet(changed(make_rows(8), prompt=user("")), tmp_path / "rows.parquet")
     data = data_node(str(file), max_prompt_length=8)
     files = check_files("data.train_files", str(file), RowRules.of(data, HPDConfig(), is_train=True))
-    with pytest.raises(ValueError, match=r"row 3: the student's chat template refuses the chat: say something; "):
+    with pytest.raises(ValueError, match=r"row 3: the student's chat template rejects the chat: say something; "):
         check_prompts_fit("data.train_files", files, tokenizer, data, HPDConfig(), 8, -1)
 
 
 def test_the_files_of_a_whole_run(tiny: Tiny, tmp_path: Path) -> None:
     """Data, models and checkpoints' folder together, in the lean trainer."""
-    from hydra import compose, initialize_config_dir
-
-    from hpd_verl.hydra_config import config_dir
 
     def check_run(*overrides: str, **settings: Any) -> None:
-        base = [f"model.path={tiny.student}", f"teacher.model.path={tiny.teacher}", f"data.train_files={tiny.train}"]
-        base += ["data.train_batch_size=8", "data.max_prompt_length=16", "data.max_response_length=16"]
-        base += [f"trainer.default_local_dir={tmp_path / 'checkpoints'}"]
-        with initialize_config_dir(str(config_dir()), version_base=None):
-            check_sft_run(compose("sft_trainer", overrides=[*base, *overrides]), **settings)
+        folder = f"trainer.default_local_dir={tmp_path / 'checkpoints'}"
+        check_sft_run(sft_config(*tiny.sft, folder, *overrides), **settings)
 
     check_run()
     assert list(tmp_path.iterdir()) == []
@@ -343,7 +337,7 @@ def test_columns_of_one_name(tmp_path: Path) -> None:
     prompts = pa.array([user("1 ?")] * 8)
     file = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_arrays([prompts, texts, texts], ["prompt", "demonstration", "demonstration"]), file)
-    with pytest.raises(ValueError, match=r"rows\.parquet: 2 columns are named 'demonstration', and which of them"):
+    with pytest.raises(ValueError, match=r"rows\.parquet: 2 columns are named 'demonstration'; keep one"):
         check(file)
     twice = '{"prompt": [{"role": "user", "content": "1"}], "demonstration": "1", "demonstration": "2"}'
     with pytest.raises(ValueError, match=r"rows\.jsonl: row 2 \(line 3\): 2 columns are named 'demonstration'"):
@@ -392,7 +386,7 @@ def test_a_template_that_refuses_all_prompts_is_quoted(tmp_path: Path) -> None:
     data = data_node(str(file), filter_overlong_prompts=True)
     files = check_files("data.train_files", str(file), RowRules.of(data, HPDConfig(), is_train=True))
     with pytest.raises(
-        ValueError, match=r"row 0: the student's chat template refuses the chat: System role not suppor"
+        ValueError, match=r"row 0: the student's chat template rejects the chat: System role not suppor"
     ):
         check_prompts_fit("data.train_files", files, tokenizer, data, HPDConfig(), 8, -1)
 
@@ -403,15 +397,15 @@ def test_a_template_that_refuses_all_prompts_is_quoted(tmp_path: Path) -> None:
     [
         (
             {"demonstration": [{"role": "assistant", "content": "1", "reasoning_content": "2"}]},
-            "the student's chat template writes nothing of the demonstration's reasoning_content; rename it",
+            "the student's chat template ignores the demonstration's reasoning_content; rename it",
         ),
         (
             {"demonstration": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]},
-            "the student's chat template writes nothing of the demonstration's tool_calls; rename it",
+            "the student's chat template ignores the demonstration's tool_calls; rename it",
         ),
         (
             {"tools": [{"type": "function", "function": {"name": "f"}}]},
-            "the student's chat template writes nothing of the row's tools; take them out",
+            "the student's chat template ignores the row's tools; remove them",
         ),
         (
             {
@@ -420,7 +414,7 @@ def test_a_template_that_refuses_all_prompts_is_quoted(tmp_path: Path) -> None:
                     {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]},
                 ]
             },
-            "the prompt's last message is the assistant's and calls tools",
+            "the prompt's last message is a tool call of the assistant",
         ),
     ],
     ids=["reasoning", "calls", "tools", "begun"],

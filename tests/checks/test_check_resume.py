@@ -67,7 +67,7 @@ def test_a_file_behind_a_link_is_looked_at(tmp_path: Path, mode: str, capfd: pyt
     trainer = {"default_local_dir": str(root), "resume_mode": mode, "resume_from_path": by_path}
     check_whole(OmegaConf.create(trainer), "data_0.pt")
     torch.save(Planted(), tmp_path / "elsewhere" / "model_world_size_1_rank_0.pt")
-    with pytest.raises(ValueError, match=r"model_world_size_1_rank_0.pt holds more than data .*print"):
+    with pytest.raises(ValueError, match=r"model_world_size_1_rank_0.pt holds code, not only data .*print"):
         check_whole(OmegaConf.create(trainer), "data_0.pt")
     assert "planted" not in capfd.readouterr().out
 
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_other_ranks(tmp_path: Path) -> None:
 def test_contents_that_were_not_saved(tmp_path: Path) -> None:
     checkpoint(tmp_path, ranks=2, contents=("model",))
     resume(tmp_path, 2, contents=("model",))
-    with pytest.raises(Refused, match=r"^trainer\.resume_mode=auto: .* holds no optimizer, which checkpoint\.load_con"):
+    with pytest.raises(Refused, match=r"^trainer\.resume_mode=auto: .* holds no optimizer; leave it out of check"):
         resume(tmp_path, 2)
 
 

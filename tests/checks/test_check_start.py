@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import Tiny, make_model
-from hydra import compose, initialize_config_module
+from conftest import Tiny, main_ppo_config, make_model
 
 from hpd_verl.checks.start import check_main_ppo, main_ppo_passes
 
@@ -12,21 +11,11 @@ from hpd_verl.checks.start import check_main_ppo, main_ppo_passes
 def test_head_sizes_that_vllm_lacks_on_a_cpu(tiny: Tiny, tmp_path: Path) -> None:
     """Demonstrations alone need no vLLM."""
     small = make_model(tmp_path / "small", seed=3, head_dim=24)
-    settings = [
-        "algorithm=hpd",
-        f"actor_rollout_ref.model.path={small}",
-        f"actor_rollout_ref.ref.model.path={tiny.teacher}",
-        f"data.train_files={tiny.train}",
-        "data.train_batch_size=8",
-        "data.max_prompt_length=16",
-        "data.max_response_length=16",
-        f"trainer.default_local_dir={tmp_path / 'checkpoints'}",
-    ]
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        demonstrations = compose("ppo_trainer", settings)
-        rollouts = compose("ppo_trainer", [*settings, "algorithm.hpd.on_policy_fraction=0.5"])
-    check_main_ppo(demonstrations)
-    message = r"^actor_rollout_ref\.model\.path=.*/small: attention heads of 24, and vLLM generates on a CPU with 32"
+    settings = [*tiny.main_ppo, f"actor_rollout_ref.model.path={small}"]
+    settings += [f"trainer.default_local_dir={tmp_path / 'checkpoints'}"]
+    rollouts = main_ppo_config(*settings, "algorithm.hpd.on_policy_fraction=0.5")
+    check_main_ppo(main_ppo_config(*settings))
+    message = r"^actor_rollout_ref\.model\.path=.*/small: attention heads of 24; vLLM on a CPU supports 32"
     with pytest.raises(ValueError, match=message):
         check_main_ppo(rollouts)
 
@@ -48,8 +37,7 @@ def test_head_sizes_that_vllm_lacks_on_a_cpu(tiny: Tiny, tmp_path: Path) -> None
 def test_rows_share_micro_batches_of_any_pass(sizes: dict[str, int], share: bool, fixed: str | None) -> None:
     """What the teacher's passes and those before an update take together counts as what the update does."""
     settings = [f"actor_rollout_ref.{name}_micro_batch_size_per_gpu={size}" for name, size in sizes.items()]
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", ["algorithm=hpd", "data.train_files=none", *settings])
+    config = main_ppo_config("data.train_files=none", *settings)
     for pipeline in ("one_pass", "staged"):
         passes = main_ppo_passes(config, pipeline)
         assert (passes.rows_share, passes.fixed_rows) == (share, fixed)

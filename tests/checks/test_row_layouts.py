@@ -92,7 +92,7 @@ def test_what_is_set_is_taken_where_it_is_right(folder: Path) -> None:
             "lfm2",
             "llama",
             ["model.enable_activation_offload=true"],
-            r"model\.enable_activation_offload=True: model\.path=\S+lfm2 takes padded rows",
+            r"model\.enable_activation_offload=True: model\.path=\S+lfm2 needs padded rows",
         ),
     ],
 )
@@ -114,22 +114,39 @@ def test_a_rope_that_switches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     fixed = ("data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=2")
     assert chosen(folder / "phi3", folder / "llama") == [PACKED, PACKED]
     with pytest.raises(
-        ValueError, match=r"data\.micro_batch_size_per_gpu=2: model\.path=\S+phi3 takes other rotary fa"
+        ValueError, match=r"data\.micro_batch_size_per_gpu=2: one row of more than 90 tokens .* in model\.path=\S+phi3;"
     ):
         chosen(folder / "phi3", folder / "llama", *fixed)
     assert chosen(folder / "phi3", folder / "llama", *fixed, longest_row=90) == [PACKED, PACKED]
+    shared_out = "engine.ulysses_sequence_parallel_size=2"
+    with pytest.raises(ValueError, match=rf"^{shared_out}: model\.path=\S+phi3 takes other rotary factors for rows of"):
+        chosen(folder / "phi3", folder / "llama", shared_out)
+    assert chosen(folder / "phi3", folder / "llama", shared_out, longest_row=90) == [PACKED, PACKED]
 
 
 def test_ulysses_shares_out_packed_rows(folder: Path) -> None:
     """With what flash attention and packed_attention are told by the layer; another attention is not to be had."""
-    assert chosen(folder / "llama", folder / "llama", ulysses=True) == [PACKED, PACKED]
-    with pytest.raises(ValueError, match=r"model\.path=\S+lfm2: packed_attention on packed rows does not"):
-        chosen(folder / "lfm2", folder / "llama", ulysses=True)
-    with pytest.raises(ValueError, match=r"model\.use_remove_padding=False: Ulysses"):
-        chosen(folder / "llama", folder / "llama", "model.use_remove_padding=false", ulysses=True)
-    config = tiny_config("qwen2_moe")  # whose layers do not hand on their windows
-    assert try_layouts(config, [PACKED], LONGEST).right == PACKED
-    assert try_layouts(config, [PACKED], LONGEST, shares_sequences_out=True).right is None
+    shared_out = "engine.ulysses_sequence_parallel_size=2"
+    assert chosen(folder / "llama", folder / "llama", shared_out) == [PACKED, PACKED]
+    with pytest.raises(ValueError, match=rf"^{shared_out}: model\.path=\S+lfm2: packed_attention on packed rows does"):
+        chosen(folder / "lfm2", folder / "llama", shared_out)
+    one_row = ("data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1")
+    with pytest.raises(
+        ValueError, match=rf"^{shared_out}: model\.path=\S+lfm2: .*mix tokens outside attention.* leave"
+    ):
+        chosen(folder / "lfm2", folder / "llama", shared_out, *one_row)
+    with pytest.raises(ValueError, match=rf"model\.use_remove_padding=False: {shared_out} shares out packed rows"):
+        chosen(folder / "llama", folder / "llama", "model.use_remove_padding=false", shared_out)
+    for role, setting in (("", "model"), ("+", "teacher.model")):
+        sdpa = f"{role}{setting}.override_config.attn_implementation=sdpa"
+        with pytest.raises(
+            ValueError, match=rf"^{sdpa.removeprefix('+')}: with {shared_out} each rank would see its own"
+        ):
+            chosen(folder / "llama", folder / "llama", sdpa, shared_out)
+    # Layers that do not hand on their windows; sinks; a mask of the model's own.
+    for family, packed in (("qwen2_moe", PACKED), ("gpt_oss", PACKED), ("opt", None)):
+        assert try_layouts(tiny_config(family), [PACKED], LONGEST).right == packed
+        assert try_layouts(tiny_config(family), [PACKED], LONGEST, shares_sequences_out=True).right is None
 
 
 def test_a_model_that_has_no_small_replica_is_padded(
@@ -142,7 +159,7 @@ def test_a_model_that_has_no_small_replica_is_padded(
     assert chosen(*models, "model.use_remove_padding=true", longest_row=77)[0].packed
     sdpa = "model.override_config.attn_implementation=sdpa"
     assert chosen(*models, sdpa, longest_row=77)[0] == RowLayout("sdpa", False)
-    assert "eager on padded rows, without a trial before it loads: no replica of Llama" in caplog.text
+    assert "eager on padded rows, not tried before it loads: no replica of Llama" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "deepseek_v3", "bamba", "qwen3_next", "gpt_oss", "jamba"])

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir, initialize_config_module
+from conftest import main_ppo_config, sft_config
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from hpd_verl.checks import run
 from hpd_verl.checks.run import check_config, check_sft_config
-from hpd_verl.checks.settings import Rule, check_values, leaves
+from hpd_verl.checks.settings import Rule, check_relations, leaves, values
 from hpd_verl.errors import Refused
-from hpd_verl.hydra_config import config_dir
 from hpd_verl.run.choices import with_dtype
 
 ELSEWHERE = ("algorithm.", "data.hpd.", "profiler.", "trainer.logger")
@@ -69,19 +68,20 @@ ACCEPTED: list[tuple[Any, set[str]]] = [
     ([], {"checkpoint.save_contents", "checkpoint.load_contents", "data.train_files", "data.val_files"}),
 ]
 """An odd value, and all settings that it is not too odd for."""
+PATHS = ("model.path=S", "teacher.model.path=T", "data.train_files=x")
 
 
 @pytest.fixture(scope="module")
 def base() -> DictConfig:
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        return compose("sft_trainer", ["model.path=S", "teacher.model.path=T", "data.train_files=x"])
+    config: DictConfig = sft_config(*PATHS)
+    return config
 
 
 @pytest.fixture(scope="module")
 def main_ppo() -> DictConfig:
     models = ["actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x"]
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", ["algorithm=hpd", *models])
+    config: DictConfig = main_ppo_config(*models)
+    return config
 
 
 def changed(config: DictConfig, **values: Any) -> DictConfig:
@@ -99,7 +99,7 @@ def changed(config: DictConfig, **values: Any) -> DictConfig:
 def refusal(config: DictConfig, rules: Mapping[str, Rule]) -> str | None:
     """The line that refuses a configuration's values, None where nothing does."""
     try:
-        check_values(config, rules)
+        check_relations(config, values(config, rules))
     except Refused as error:
         return str(error)
     return None
@@ -129,8 +129,7 @@ def test_odd_values_of_the_lean_trainer(base: DictConfig, value: Any, settings: 
 def test_defaults_pass_on_both_platforms(base: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     check_sft_config(base)
     monkeypatch.delenv("VERL_PLATFORM")
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        check_sft_config(compose("sft_trainer", ["model.path=S", "teacher.model.path=T", "data.train_files=x"]))
+    check_sft_config(sft_config(*PATHS))
 
 
 @pytest.mark.parametrize(
@@ -146,13 +145,13 @@ def test_defaults_pass_on_both_platforms(base: DictConfig, monkeypatch: pytest.M
             {"teacher__engine__model_dtype": "half"},
             "teacher.engine.model_dtype=half: choose bfloat16, float32 or float",
         ),
-        ({"engine__seed": 7}, "engine.seed=7: only full_determinism reads it; algorithm.hpd.seed is that of the draws"),
+        ({"engine__seed": 7}, "engine.seed=7: read only with full_determinism; set algorithm.hpd.seed"),
         ({"model__lora_alpha": 32}, "model.lora_alpha=32: LoRA is off; set lora_rank, or leave it out"),
         ({"teacher__model__lora_rank": 8}, "teacher.model.lora_rank=8: a teacher is not trained; give its adapter"),
         ({"teacher__engine__strategy": "fsdp"}, "teacher.engine.strategy=fsdp: choose fsdp2"),
         (
             {"teacher__engine__ulysses_sequence_parallel_size": 2},
-            "teacher.engine.ulysses_sequence_parallel_size=2: one",
+            "teacher.engine.ulysses_sequence_parallel_size=2: student and teacher share the same sequences; leave",
         ),
         (
             {"teacher__engine__infer_max_token_len_per_gpu": 9},
@@ -169,12 +168,12 @@ def test_defaults_pass_on_both_platforms(base: DictConfig, monkeypatch: pytest.M
         ({"model__enable_activation_offload": True}, "model.enable_activation_offload=True: give false; a CPU has no"),
         ({"optim__optimizer": "AdamX"}, "optim.optimizer=AdamX: the optimiser cannot be built (Optimizer 'AdamX' not"),
         ({"optim__override_optimizer_config": {"odd": 1}}, "optim.override_optimizer_config={'odd': 1}: the optimiser"),
-        ({"trainer__n_gpus_per_node": 8}, "trainer.n_gpus_per_node=8: torchrun has started 4 processes, which decide"),
+        ({"trainer__n_gpus_per_node": 8}, "trainer.n_gpus_per_node=8: torchrun has started 4 processes; leave it out"),
         (
             {"data__custom_cls__path": "x.py"},
             "data.custom_cls.path=x.py: the rows are demonstrations, read by this tr",
         ),
-        ({"data__truncation": "left"}, "data.truncation=left: algorithm.hpd.overlong_demonstration says what becomes"),
+        ({"data__truncation": "left"}, "data.truncation=left: algorithm.hpd.overlong_demonstration decides about"),
         ({"data__max_length": 4096}, "data.max_length=4096: lengths are data.max_prompt_length and data.max_response_"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",

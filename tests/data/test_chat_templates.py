@@ -249,7 +249,7 @@ def test_trl_ships_templates() -> None:
 def test_prompt_and_demonstration_are_the_templates_own_tokens(case: Case, chat: str) -> None:
     messages = case.chat(CHATS[chat])
     if chat == "system" and case.family.refuses_system:
-        with pytest.raises(ValueError, match="template refuses the chat: System role not supported"):
+        with pytest.raises(ValueError, match="template rejects the chat: System role not supported"):
             case.demonstration().encode(messages, "d")
         return
     if case.family.opens_reasoning:
@@ -294,7 +294,7 @@ def test_text_only_prompts_of_templates_for_parts_are_refused(case: Case) -> Non
 
 def test_reasoning_is_opened_once(case: Case) -> None:
     if case.reasoned != REASONED:
-        with pytest.raises(ValueError, match="has already ended its reasoning"):
+        with pytest.raises(ValueError, match="has already ended the reasoning"):
             case.demonstration().encode([USER], REASONED)
         return
     messages = case.chat([USER])
@@ -326,7 +326,7 @@ def test_reasoning_behind_an_ended_reasoning_is_refused(name: str) -> None:
     for answer in ANSWERS:
         assert prompt + case.demonstration().encode([USER], answer).ids == case.whole([USER], answer)
     for answer in (REASONED, "<think>cut off"):
-        with pytest.raises(ValueError, match="holds <think>, and the student's generation prompt has already ended"):
+        with pytest.raises(ValueError, match="holds <think>, but the student's generation prompt has already ended"):
             case.demonstration().encode([USER], answer)
 
 
@@ -372,7 +372,7 @@ def test_tags_of_answers_stay_tokens(name: str, tag: str) -> None:
 def test_template_that_refuses_control_tokens() -> None:
     case = Case("gptoss", TEMPLATES["gptoss"][0], make(*TEMPLATES["gptoss"]))
     harmony = "<|channel|>analysis<|message|>r<|end|><|start|>assistant<|channel|>final<|message|>a"
-    with pytest.raises(ValueError, match=r"refuses the chat: You have passed a message containing <\|channel\|>"):
+    with pytest.raises(ValueError, match=r"rejects the chat: You have passed a message containing <\|channel\|>"):
         case.demonstration().encode([USER], harmony)
     ids = case.demonstration().encode([USER], "say <|channel|> and <|message|>").ids
     assert ids.count(case.tokenizer.convert_tokens_to_ids("<|channel|>")) == 1
@@ -579,13 +579,13 @@ def test_a_message_is_what_the_template_writes_or_is_refused(case: Case, tools: 
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("qwen3", {"content": "a", "thinking": "r"}, "writes nothing of the demonstration's thinking; rename it"),
-        ("qwen2_5", {"content": "a", "reasoning_content": "r"}, "writes nothing of the demonstration's reasoning_cont"),
-        ("llama2", {"content": "", "tool_calls": [call("Rome")]}, "writes nothing of the demonstration's tool_calls"),
-        ("qwen3", {"content": "a", "name": "bob"}, "writes nothing of the demonstration's name"),
-        ("llama3_1", ANSWER_MESSAGES["text and call"], "does not write the demonstration's content as it is"),
+        ("qwen3", {"content": "a", "thinking": "r"}, "ignores the demonstration's thinking; rename it"),
+        ("qwen2_5", {"content": "a", "reasoning_content": "r"}, "ignores the demonstration's reasoning_cont"),
+        ("llama2", {"content": "", "tool_calls": [call("Rome")]}, "ignores the demonstration's tool_calls"),
+        ("qwen3", {"content": "a", "name": "bob"}, "ignores the demonstration's name"),
+        ("llama3_1", ANSWER_MESSAGES["text and call"], "changes the demonstration's content if"),
         ("gptoss", ANSWER_MESSAGES["two calls"], "does not write tool call 1 of the demonstration's 2"),
-        ("llama3_1", ANSWER_MESSAGES["two calls"], "refuses the chat: This model only supports single tool-calls"),
+        ("llama3_1", ANSWER_MESSAGES["two calls"], "rejects the chat: This model only supports single tool-calls"),
     ],
 )
 def test_what_the_template_leaves_out_is_refused(name: str, fields: dict[str, Any], message: str) -> None:
@@ -596,17 +596,15 @@ def test_what_the_template_leaves_out_is_refused(name: str, fields: dict[str, An
 
 def test_reasoning_of_a_message_needs_a_prompt_that_leaves_room_for_it() -> None:
     case = Case("qwen3", TEMPLATES["qwen3"][0], make(*TEMPLATES["qwen3"]), {"enable_thinking": False})
-    with pytest.raises(
-        ValueError, match=r"with its reasoning_content otherwise than behind the prompt, .*enable_think"
-    ):
+    with pytest.raises(ValueError, match=r"does not continue the prompt, .*reasoning_content; .*enable_think"):
         case.demonstration().encode([USER], {"role": "assistant", **ANSWER_MESSAGES["reasoning_content"]})
 
 
 def test_tools_that_the_template_leaves_out_are_refused() -> None:
     case = Case("llama2", TEMPLATES["llama2"][0], make(*TEMPLATES["llama2"]))
-    with pytest.raises(ValueError, match="writes nothing of the row's tools"):
+    with pytest.raises(ValueError, match="ignores the row's tools"):
         case.demonstration().encode([USER], "d", [WEATHER])
-    with pytest.raises(ValueError, match="writes nothing of the row's tools"):
+    with pytest.raises(ValueError, match="ignores the row's tools"):
         roll_out(case, [USER], [case.end], tools=[WEATHER])
 
 
@@ -664,7 +662,7 @@ def test_a_prompt_that_begins_the_answer_is_continued(case: Case, begun: str) ->
 def test_begun_answers_without_a_text_to_continue() -> None:
     case = Case("qwen3", TEMPLATES["qwen3"][0], make(*TEMPLATES["qwen3"]))
     messages: list[dict[str, Any]] = [USER, {"role": "assistant", "content": "", "tool_calls": [call("Rome")]}]
-    with pytest.raises(ValueError, match="last message is the assistant's and calls tools"):
+    with pytest.raises(ValueError, match="last message is a tool call of the assistant"):
         case.demonstration().encode(messages, "d")
 
 

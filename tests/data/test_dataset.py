@@ -10,10 +10,11 @@ from omegaconf import OmegaConf
 from hpd_verl.data.dataset import HPDDataset
 
 
-def read(file: Path, **hpd: Any) -> HPDDataset:
+def read(file: Path | str, files_are_checked: bool = False, **hpd: Any) -> HPDDataset:
     config = OmegaConf.create(
         {
             "train_files": str(file),
+            "files_are_checked": files_are_checked,
             "prompt_key": "prompt",
             "max_prompt_length": 32,
             "max_response_length": 6,
@@ -54,8 +55,22 @@ def test_demonstration_as_chat_list(tmp_path: Path) -> None:
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    file = write_parquet(change(make_rows(8), **columns), tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match=message):
-        read(write_parquet(change(make_rows(8), **columns), tmp_path / "rows.parquet"))
+        read(file)
+    assert len(read(file, files_are_checked=True)) == 8, "rows are checked once, by a run's start"
+
+
+def test_what_the_start_could_not_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether this machine has the file, for the start may have been on another one; and what it would have fetched."""
+    with pytest.raises(
+        ValueError, match=r"^data\.train_files=.*none\.parquet: no such file; give existing parquet, json"
+    ):
+        read(tmp_path / "none.parquet", files_are_checked=True)
+    bad = write_parquet(change(make_rows(8), demonstration=None), tmp_path / "bad.parquet")
+    monkeypatch.setattr("verl.utils.fs.copy_to_local", lambda src, **settings: str(bad))
+    with pytest.raises(ValueError, match="row 3: demonstration is null"):
+        read("hdfs://place/rows.parquet", files_are_checked=True)
 
 
 def test_prompt_that_is_text_is_refused(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_token_without_an_embedding_is_named(tiny: Tiny) -> None:
     model = HFModelConfig(path=str(tiny.student))
     model.hf_config.vocab_size = WORDS.index("3")
     assert SequenceBuilder(model, {}, 9, 16).build(MESSAGES, "2", "row 7")
-    with pytest.raises(ValueError, match=r"^row 7: it holds token 12, and the model's embedding has 12 rows"):
+    with pytest.raises(ValueError, match=r"^row 7: it holds token 12, but the model's embedding has 12 rows"):
         SequenceBuilder(model, {}, 9, 16).build(MESSAGES, "3", "row 7")
 
 

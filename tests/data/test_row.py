@@ -131,11 +131,8 @@ def test_prompts_are_measured_with_their_tools(tmp_path: Path, caplog: pytest.Lo
     rows.append({**rows[0], "prompt": [*rows[0]["prompt"], {"role": "assistant", "content": "1 2"}]})
     settings: dict[str, Any] = {"filter_overlong_prompts": True}
     assert len(read(rows, tmp_path / "rows.jsonl", template, max_prompt_length=11, **settings)) == 3
-    assert (
-        "1 of 4 rows are left out, for the chat template cannot write their prompts, the first, row 2: the"
-        in caplog.text
-    )
-    assert "refuses the chat: not nine" in caplog.text
+    assert "dropped 1 of 4 rows, whose prompts the chat template rejects; the first, row 2: the" in caplog.text
+    assert "rejects the chat: not nine" in caplog.text
     kept = read(rows, tmp_path / "rows.jsonl", template, max_prompt_length=8, **settings)
     assert [row["prompt"] for row in kept.rows()] == [rows[0]["prompt"], rows[3]["prompt"]]
 

@@ -44,7 +44,7 @@ Start = Callable[[list[str], Path], ForkServerProcess]
 @pytest.fixture(scope="module")
 def start(processes: ForkServerContext) -> Start:
     """Start the command with these words and a file for its output."""
-    return lambda words, output: start_module(processes, "data_prep.generate_demonstrations", words, ROOT, output)
+    return lambda words, output: start_module(processes, "hpd_verl.tools.demonstrations", words, ROOT, output)
 
 
 def run(start: Start, words: list[str], output: Path) -> str:

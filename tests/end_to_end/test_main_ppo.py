@@ -39,6 +39,7 @@ def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMain
         "algorithm.hpd.teacher_cache_max_gib=0.01",
     )
     staged, two_ranks = "algorithm.hpd.pipeline=staged", "trainer.n_gpus_per_node=2"
+    shared_out = (two_ranks, "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2")
     variants = {
         "one pass, filling a store": cache,
         "one pass with a full store, 2 ranks, padded, micro-batch 1, no gradient checkpointing, offload": (
@@ -56,12 +57,8 @@ def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMain
             "actor_rollout_ref.model.use_remove_padding=false",
             "actor_rollout_ref.ref.fsdp_config.param_offload=true",
         ),
-        "staged, 2 ranks of one sequence (Ulysses)": (
-            staged,
-            two_ranks,
-            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
-            "actor_rollout_ref.ref.ulysses_sequence_parallel_size=2",
-        ),
+        "staged, 2 ranks of one sequence (Ulysses)": (staged, *shared_out),
+        "one pass, 2 ranks of one sequence (Ulysses)": shared_out,
     }
     shared = (
         *("data.train_max_samples=16", "trainer.total_training_steps=4", "trainer.resume_mode=disable"),
@@ -219,11 +216,13 @@ def test_lora_student_with_an_external_teacher(
 
 
 def test_nan_logits_stop_the_run(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
-    """A teacher with NaN logits: one error with step and rows, and no checkpoint."""
+    """A teacher with NaN logits: one error with step and rows, and no checkpoint. Only the driver checks."""
     broken = make_nan_model(tiny.teacher, tmp_path / "broken")
     run = run_main_ppo(f"actor_rollout_ref.ref.model.path={broken}", "trainer.save_freq=1")
     assert run.returncode != 0
     assert "step 1: NaN in the teacher's logits" in run.output
+    assert "pipeline one_pass" in run.output
+    assert "the trainer checks" not in run.output
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -15,17 +15,17 @@ import psutil
 import pytest
 import torch
 from answers import by_transformers, by_vllm
-from conftest import Run, RunMainPPO, Tiny, make_awkward_model, make_nan_model, read_steps, run_module
+from conftest import FinishedRun, RunMainPPO, Tiny, make_awkward_model, make_nan_model, read_steps, run_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd_verl.run import stopping
 from hpd_verl.teacher.store.disk import DiskStore
-from hpd_verl.teacher.store.records import StoreIdentity
+from hpd_verl.teacher.store.identity import StoreIdentity
 from hpd_verl.tools.export import export
 
-RunSFT = Callable[..., Run]
+RunSFT = Callable[..., FinishedRun]
 
 
 @pytest.fixture
@@ -42,17 +42,12 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
         kill_after_step: int | None = None,
         terminate_after_step: int | None = None,
         module: str = "hpd_verl.sft.trainer",
-    ) -> Run:
+    ) -> FinishedRun:
         log, output = tmp_path / "metrics.jsonl", tmp_path / "output.txt"
         log.unlink(missing_ok=True)
         output.write_text("")
         arguments = [
-            f"model.path={tiny.student}",
-            f"teacher.model.path={tiny.teacher}",
-            f"data.train_files={tiny.train}",
-            "data.train_batch_size=8",
-            "data.max_prompt_length=16",
-            "data.max_response_length=16",
+            *tiny.sft,
             "optim.lr=1e-2",
             "trainer.logger=[console,file]",
             "trainer.total_training_steps=4",
@@ -75,7 +70,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
                 if launcher.poll() is None:
                     for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
                         process.kill()
-            return Run(launcher.wait(), output.read_text(), read_steps(log))
+            return FinishedRun(launcher.wait(), output.read_text(), read_steps(log))
 
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environment |= {
@@ -106,7 +101,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
                 process.kill()
                 process.join()
         codes = [process.exitcode or 0 for process in started]
-        return Run(max(codes, key=abs), output.read_text(), read_steps(log))
+        return FinishedRun(max(codes, key=abs), output.read_text(), read_steps(log))
 
     return run
 
@@ -114,6 +109,7 @@ def run_sft(tiny: Tiny, tmp_path: Path, processes: ForkServerContext) -> RunSFT:
 def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None:
     """The validation loss falls; 2 ranks and a full store give what 1 rank without a store gives, counts included.
 
+    So do 2 ranks that share sequences out (Ulysses), which fill the store too.
     With fewer validation rows than a batch has, and an odd number of them. The checkpoint of 2 ranks, exported, is
     verl's own whole model, and vLLM answers with it as transformers does.
     """
@@ -131,19 +127,22 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
         "algorithm.hpd.teacher_cache_max_gib=0.01",
     )
     plain = run_sft(*overrides)
-    filling = run_sft(*overrides, *cache, module="hpd_verl.sft.fill_store")
+    shared_out = "engine.ulysses_sequence_parallel_size=2"
+    sharing = run_sft(*overrides, shared_out, ranks=2)
+    filling = run_sft(*overrides, *cache, shared_out, module="hpd_verl.sft.fill_store", ranks=2)
     saved = ("trainer.save_freq=4", "checkpoint.save_contents=[model,hf_model]")
     full = run_sft(*overrides, *cache, *saved, ranks=2)
-    for run in (plain, filling, full):
+    for run in (plain, sharing, filling, full):
         assert run.returncode == 0, run.output[-3000:]
     assert "distinct rows" in filling.output
-    assert len(full.steps) == 4
-    assert full.losses() == pytest.approx(plain.losses(), rel=2e-4)
+    for run in (full, sharing):
+        assert len(run.steps) == 4
+        assert run.losses() == pytest.approx(plain.losses(), rel=2e-4)
     assert [step["hpd/teacher_is_loaded"] for step in full.steps] == [0, 0, 0, 0]
     validation = [step["val/hpd/reverse_kl_k1"] for step in plain.steps]
     assert validation[-1] < validation[0]
     assert plain.steps[0]["val/hpd/student_nll"] > 0
-    for one_rank, two_ranks in zip(plain.steps, full.steps, strict=True):
+    for one_rank, two_ranks in zip(plain.steps * 2, full.steps + sharing.steps, strict=True):
         assert 0 < one_rank["hpd/truncated_demonstrations"] < 8
         assert two_ranks["hpd/truncated_demonstrations"] == one_rank["hpd/truncated_demonstrations"]
         validated = {name for name in one_rank if name.startswith("val/")}
@@ -214,7 +213,7 @@ def test_an_adapter_goes_on(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None
     torch.save({"state": Planted(tmp_path / "ran")}, planted)
     refused = run_sft(*overrides, ranks=2)
     assert refused.returncode != 0
-    line = f"Error: trainer.default_local_dir={root}: global_step_4: {planted.name} holds more than data"
+    line = f"Error: trainer.default_local_dir={root}: global_step_4: {planted.name} holds code, not only data"
     assert line in refused.output, refused.output[-3000:]
     assert not (tmp_path / "ran").exists()
 
@@ -338,7 +337,7 @@ def test_bad_settings(run_sft: RunSFT) -> None:
     run = run_sft("teacher.model.path=/nowhere", ranks=2)
     assert run.returncode != 0
     errors = [line for line in run.output.splitlines() if line.startswith("Error")]
-    assert errors == ["Error: teacher.model.path=/nowhere: no such folder; give a folder that is there, or a hub name"]
+    assert errors == ["Error: teacher.model.path=/nowhere: no such folder; give an existing folder, or a hub name"]
     assert run.steps == []
 
 

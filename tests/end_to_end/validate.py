@@ -5,19 +5,17 @@ import sys
 from typing import Any
 
 import torch.distributed
-from hydra import compose, initialize_config_dir
+from conftest import sft_config
 from verl.utils.device import auto_set_device
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
-from hpd_verl.hydra_config import config_dir
 from hpd_verl.sft.trainer import HPDSFTTrainer
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 
 
 def main(overrides: list[str]) -> None:
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        config = compose("sft_trainer", overrides=overrides)
+    config = sft_config(*overrides)
     auto_set_device(config)
     initialize_global_process_group()
     trainer = HPDSFTTrainer(config)

@@ -84,7 +84,7 @@ def test_padded_batches_use_their_mask(kind: str) -> None:
 
 def test_nothing_tells_sequences_apart() -> None:
     query = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="Module hands on neither position_ids nor a mask"):
+    with pytest.raises(ValueError, match="Module passes on neither position_ids nor a mask"):
         attention.packed_attention(torch.nn.Module(), query, query, query, None)
 
 

@@ -293,5 +293,5 @@ def test_a_body_that_is_not_named() -> None:
 def test_a_model_without_a_body_of_its_own_is_refused() -> None:
     model = build(LlamaConfig(**SIZES))
     model.base_model_prefix, model.second = "absent", build(LlamaConfig(**SIZES)).model
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no part named 'absent', .*main_ppo trains it with"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no part 'absent' that .*main_ppo trains it with"):
         offer_head(model, SHARED)

@@ -1,21 +1,17 @@
 """verl's engine with a loss from hidden states, and the teacher on it: one rank in this process, tiny models."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny, make_model
-from hydra import compose, initialize_config_dir
+from conftest import Tiny, make_model, sft_config
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
-from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
 from hpd_verl.config import HPDConfig
@@ -23,10 +19,9 @@ from hpd_verl.data.response_tokens import row_numbers
 from hpd_verl.engine.head_engine import HeadLoss
 from hpd_verl.head.features import HiddenFeatures
 from hpd_verl.head.output_head import OutputHead
-from hpd_verl.hydra_config import config_dir
 from hpd_verl.pipelines.one_pass import StudentWorker
 from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
-from hpd_verl.sft.start import ALONE, teacher_settings, write_row_layouts
+from hpd_verl.sft.start import teacher_settings, write_row_layouts
 from hpd_verl.teacher import colocated
 from hpd_verl.teacher.colocated import ColocatedTeacher
 
@@ -34,32 +29,8 @@ BFLOAT16 = "{param_dtype: bf16, reduce_dtype: fp32, buffer_dtype: fp32}"
 PRECISIONS = {"float32": [], "bfloat16": [f"engine.mixed_precision={BFLOAT16}", "teacher.engine.model_dtype=bf16"]}
 
 
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[None]:
-    """torch.distributed with this process alone."""
-    added = {name: value for name, value in ALONE.items() if name not in os.environ}
-    os.environ.update(added)
-    initialize_global_process_group()
-    yield
-    destroy_global_process_group()
-    for name in added:
-        del os.environ[name]
-
-
 def configuration(tiny: Tiny, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        config = compose(
-            "sft_trainer",
-            [
-                f"model.path={tiny.student}",
-                f"teacher.model.path={tiny.teacher}",
-                f"data.train_files={tiny.train}",
-                "data.train_batch_size=4",
-                "data.max_prompt_length=16",
-                "data.max_response_length=16",
-                *overrides,
-            ],
-        )
+    config: DictConfig = sft_config(*tiny.sft, "data.train_batch_size=4", *overrides)
     write_row_layouts(config)
     return config
 
@@ -101,7 +72,7 @@ class Precision(HeadLoss):
         return hidden.sum() * 0.0, {}
 
 
-@pytest.mark.usefixtures("one_rank")
+@pytest.mark.usefixtures("process_group")
 def test_the_loss_is_out_of_autocast(tiny: Tiny) -> None:
     """The model's products are bfloat16; those of the loss are in the dtype of their operands."""
     config = configuration(tiny, *PRECISIONS["bfloat16"])
@@ -121,7 +92,7 @@ def test_the_loss_is_out_of_autocast(tiny: Tiny) -> None:
     assert loss.in_loss == torch.float32
 
 
-@pytest.mark.usefixtures("one_rank")
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("rows_each", [1, 3, 4, 5])
 def test_some_rows_in_micro_batches_of_a_fixed_size(rows_each: int, tiny: Tiny) -> None:
     """As a store asks for them that has the others: features are those of the whole batch, packed by tokens."""
@@ -139,7 +110,7 @@ def test_some_rows_in_micro_batches_of_a_fixed_size(rows_each: int, tiny: Tiny) 
                 torch.testing.assert_close(found[numbers[index]].tensors[name], tensor)
 
 
-@pytest.mark.usefixtures("one_rank")
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_teacher_head_has_memory_of_its_own(

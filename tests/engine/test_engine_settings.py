@@ -1,50 +1,23 @@
 """Two steps of the lean trainer in this process, with verl's settings that change how the engine runs a model."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Tiny, make_model
-from hydra import compose, initialize_config_dir
+from conftest import Tiny, make_model, sft_config
 from verl.utils.activation_offload import SynchronizedGroupOffloadHandler
 from verl.utils.device import auto_set_device
-from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
-from hpd_verl.hydra_config import config_dir
-from hpd_verl.sft.start import ALONE, teacher_worker_config
+from hpd_verl.sft.start import teacher_worker_config
 from hpd_verl.sft.trainer import HPDSFTTrainer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A process group of this process alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ALONE.items():
-            patch.setenv(name, value)
-        initialize_global_process_group()
-        yield
-        destroy_global_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def first_steps(tiny: Tiny, folder: Path, *overrides: str) -> dict[str, Any]:
     """Metrics of the first two training steps, 8 rows each."""
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        config = compose(
-            "sft_trainer",
-            overrides=[
-                f"model.path={tiny.student}",
-                f"teacher.model.path={tiny.teacher}",
-                f"data.train_files={tiny.train}",
-                "data.train_batch_size=8",
-                "data.max_prompt_length=16",
-                "data.max_response_length=16",
-                "data.max_token_len_per_gpu=64",
-                "trainer.total_training_steps=4",
-                f"trainer.default_local_dir={folder}",
-                *overrides,
-            ],
-        )
+    settings = ["data.max_token_len_per_gpu=64", "trainer.total_training_steps=4"]
+    config = sft_config(*tiny.sft, *settings, f"trainer.default_local_dir={folder}", *overrides)
     auto_set_device(config)
     trainer = HPDSFTTrainer(config)
     found: dict[str, float] = {}
@@ -87,9 +60,7 @@ def test_a_key_of_the_teachers_engine_alone(tiny: Tiny, monkeypatch: pytest.Monk
     """On a GPU the student's engine has no mixed_precision; the teacher's may be given one."""
     monkeypatch.setenv("VERL_PLATFORM", "accelerator")
     half = {"param_dtype": "fp16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        overrides = [f"model.path={tiny.student}", f"teacher.model.path={tiny.teacher}"]
-        key = "+teacher.engine.mixed_precision={param_dtype: fp16, reduce_dtype: fp32, buffer_dtype: fp32}"
-        config = compose("sft_trainer", overrides=[*overrides, key])
+    key = "+teacher.engine.mixed_precision={param_dtype: fp16, reduce_dtype: fp32, buffer_dtype: fp32}"
+    config = sft_config(*tiny.sft, key)
     assert "mixed_precision" not in config.engine
     assert teacher_worker_config(config).engine_config.mixed_precision == half

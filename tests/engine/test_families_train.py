@@ -1,33 +1,21 @@
 """One step of the lean trainer equals plain transformers on each row alone, for families of every kind."""
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import families
 import pytest
 from families import TOLERANCE, checked_config, off_by
 from transformers import AutoModelForCausalLM
-from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.engine.saved_model import plain_log_probs
-from hpd_verl.sft.start import ALONE
 from hpd_verl.sft.trainer import HPDSFTTrainer
 from hpd_verl.tools.export import export
 
 ONE_ROW = ("data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ALONE.items():
-            if name not in os.environ:
-                patch.setenv(name, value)
-        initialize_global_process_group()
-        yield
-        destroy_global_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.mark.slow

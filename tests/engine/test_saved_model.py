@@ -193,7 +193,7 @@ def test_log_probs_of_a_damaged_file_are_refused(tmp_path: Path) -> None:
             LogProbs.read(file)
     for text in ("[" * 100_000, "[1]", "", "\udc80"):
         file.write_text(text, errors="surrogateescape")
-        with pytest.raises(ValueError, match=r"^log_probs\.json (is no JSON|holds no JSON object)"):
+        with pytest.raises(ValueError, match=r"^log_probs\.json is not (JSON|a JSON object)"):
             LogProbs.read(file)
 
 

@@ -56,7 +56,7 @@ each_objective = pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
 property_test = settings(deadline=None, max_examples=100, derandomize=True)
 
 
-class Batch(NamedTuple):
+class Positions(NamedTuple):
     """Inputs of the loss, in the order of its arguments."""
 
     student_logits: Tensor
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
     num_tokens: int
 
 
-def make_batch(seed: int = 0, positions: int = 48, vocabulary: int = 11) -> Batch:
+def make_batch(seed: int = 0, positions: int = 48, vocabulary: int = 11) -> Positions:
     """Random float64 logits; every sixth position has a == y, every fifth p == q, every seventh is masked."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.arange(positions)
@@ -79,10 +79,10 @@ def make_batch(seed: int = 0, positions: int = 48, vocabulary: int = 11) -> Batc
     sampled = torch.multinomial(student.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(student.device)
     sampled[index % 6 == 0] = labels[index % 6 == 0]
     mask = index % 7 != 0
-    return Batch(student, teacher, labels, sampled, mask, int(mask.sum()) + 13)
+    return Positions(student, teacher, labels, sampled, mask, int(mask.sum()) + 13)
 
 
-def log_probs_of(batch: Batch, temperature: float = 1.0, chunk_size: int = 7) -> TokenLogProbs:
+def log_probs_of(batch: Positions, temperature: float = 1.0, chunk_size: int = 7) -> TokenLogProbs:
     """The log-probs of both tokens, computed as training does."""
     tokens = torch.stack([batch.labels, batch.sampled], dim=1)
     student = token_log_probs(batch.student_logits / temperature, tokens, chunk_size)
@@ -90,7 +90,7 @@ def log_probs_of(batch: Batch, temperature: float = 1.0, chunk_size: int = 7) ->
     return TokenLogProbs(student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], batch.labels == batch.sampled)
 
 
-def loss_of(objective: str, batch: Batch, temperature: float = 1.0, **coefficients: Any) -> Tensor:
+def loss_of(objective: str, batch: Positions, temperature: float = 1.0, **coefficients: Any) -> Tensor:
     """The loss as hpd_verl computes it: token_log_probs, weights, weighted log-likelihood."""
     log_probs = log_probs_of(batch, temperature)
     weights = OBJECTIVES[objective](log_probs, **coefficients)
@@ -98,7 +98,7 @@ def loss_of(objective: str, batch: Batch, temperature: float = 1.0, **coefficien
     return -(terms * batch.mask).sum() / batch.num_tokens
 
 
-def value_and_grad(loss: Callable[[Batch], Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+def value_and_grad(loss: Callable[[Positions], Tensor], batch: Positions) -> tuple[Tensor, Tensor]:
     """Loss and its gradient with respect to the student's logits."""
     logits = batch.student_logits.clone().requires_grad_()
     value = loss(batch._replace(student_logits=logits))
@@ -220,7 +220,7 @@ def golden(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def golden_batch(golden: dict[str, np.ndarray]) -> Batch:
+def golden_batch(golden: dict[str, np.ndarray]) -> Positions:
     """Position t predicts labels[t + 1]; -100 is no response token; the loss is the mean over the others."""
     vocabulary = golden["student_logits"].shape[-1]
     student, teacher = (
@@ -230,7 +230,7 @@ def golden_batch(golden: dict[str, np.ndarray]) -> Batch:
     labels = torch.tensor(golden["labels"])[:, 1:].flatten()
     mask = labels != -100
     sampled = torch.tensor(golden["sampled"]).flatten()
-    return Batch(student, teacher, labels.clamp_min(0), sampled, mask, int(mask.sum()))
+    return Positions(student, teacher, labels.clamp_min(0), sampled, mask, int(mask.sum()))
 
 
 def test_golden_has_no_gap_of_zero(golden: dict[str, np.ndarray]) -> None:
@@ -250,7 +250,7 @@ def test_golden_has_no_gap_of_zero(golden: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize(
     "loss", [lambda b: loss_of("hpd", b), lambda b: reference_loss("hpd", *b)], ids=["hpd_verl", "reference"]
 )
-def test_golden_loss_and_gradient(golden: dict[str, np.ndarray], loss: Callable[[Batch], Tensor]) -> None:
+def test_golden_loss_and_gradient(golden: dict[str, np.ndarray], loss: Callable[[Positions], Tensor]) -> None:
     """Their loss and gradient, given their samples; the last position predicts nothing: gradient 0."""
     value, grad = value_and_grad(loss, golden_batch(golden))
     expected = torch.tensor(golden["grad"]).double()
@@ -389,7 +389,7 @@ def test_one_token_vocabulary(objective: str) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, other = torch.randn(2, 5, 1, generator=generator, dtype=torch.float64)
     token = torch.zeros(5, dtype=torch.int64)
-    batch = Batch(logits, other, token, token, torch.ones(5, dtype=torch.bool), 5)
+    batch = Positions(logits, other, token, token, torch.ones(5, dtype=torch.bool), 5)
     weights = weights_of(objective, log_probs_of(batch))
     expected = 1.0 if objective in ("hpd", "sft", "seqkd") else 0.0
     assert weights.label.tolist() == [expected] * 5
@@ -431,7 +431,7 @@ each_vocabulary_case = pytest.mark.parametrize(("objective", "coefficients"), VO
 each_vocabulary_objective = pytest.mark.parametrize("objective", VOCABULARY_OBJECTIVE_NAMES)
 
 
-def vocabulary_log_probs(batch: Batch) -> VocabularyLogProbs:
+def vocabulary_log_probs(batch: Positions) -> VocabularyLogProbs:
     return VocabularyLogProbs(batch.student_logits.log_softmax(-1), batch.teacher_logits.log_softmax(-1), batch.labels)
 
 
@@ -486,7 +486,7 @@ def test_adaptive_kl_head_of_a_large_vocabulary() -> None:
     torch.manual_seed(0)
     student_logits, teacher_logits = torch.randn(2, 4, 1000).double()
     labels = torch.zeros(4, dtype=torch.int64)
-    batch = Batch(student_logits, teacher_logits, labels, sampled=labels, mask=torch.zeros(4), num_tokens=4)
+    batch = Positions(student_logits, teacher_logits, labels, sampled=labels, mask=torch.zeros(4), num_tokens=4)
     log_probs = vocabulary_log_probs(batch)
     for mu in (0.05, 0.5, 0.99):
         values = [

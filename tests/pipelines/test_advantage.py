@@ -16,7 +16,7 @@ from hpd_verl.pipelines.advantage import compute_hpd_advantage
 ROWS, RESPONSE, VOCABULARY = 4, 7, 9
 
 
-class Batch:
+class Responses:
     """Float64 logits of student and teacher, labels, K samples, a mask; row 1 is a rollout, row 3 too."""
 
     def __init__(self, samples: int = 1, seed: int = 0) -> None:
@@ -75,7 +75,7 @@ def test_registered_under_hpd() -> None:
 @pytest.mark.parametrize("objective", sorted(name for name, each in OBJECTIVES.items() if each.over == "token"))
 def test_weights_of_one_sample(objective: str) -> None:
     """The objective's weights on response tokens, zero elsewhere."""
-    batch = Batch()
+    batch = Responses()
     label, sampled = batch.advantage(objective=objective, on_policy_fraction=float(objective == "opd"))
     expected_label, expected_sampled = batch.reference(objective, 0)
     close(label, expected_label * batch.mask)
@@ -90,7 +90,7 @@ def test_weights_of_one_sample(objective: str) -> None:
     ids=["coefficients", "no sampling"],
 )
 def test_coefficients_reach_the_objective(coefficients: dict[str, Any]) -> None:
-    batch = Batch(seed=1)
+    batch = Responses(seed=1)
     label, (sampled,) = batch.advantage(**coefficients)
     expected_label, expected_sampled = batch.reference("hpd", 0, **coefficients)
     close(label, expected_label * batch.mask)
@@ -100,7 +100,7 @@ def test_coefficients_reach_the_objective(coefficients: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 def test_mask_hides_whatever_stands_outside(dtype: torch.dtype) -> None:
     """Masks of every dtype; NaN and infinity at padding do not come through."""
-    batch = Batch(samples=2)
+    batch = Responses(samples=2)
     expected_label, expected_sampled = batch.advantage()
     dirty = batch.log_probs()
     for sample in dirty:
@@ -124,7 +124,7 @@ def test_mask_hides_whatever_stands_outside(dtype: torch.dtype) -> None:
 )
 def test_objective_of_each_row(objective: str, on_policy_objective: str | None) -> None:
     """Rollouts have the on-policy objective's label and sampled weights, demonstrations the other's."""
-    batch = Batch(samples=2, seed=2)
+    batch = Responses(samples=2, seed=2)
     label, sampled = batch.advantage(objective=objective, on_policy_objective=on_policy_objective)
     for row in range(ROWS):
         name = on_policy_objective if on_policy_objective and batch.is_rollout[row] else objective
@@ -137,7 +137,7 @@ def test_objective_of_each_row(objective: str, on_policy_objective: str | None) 
 @pytest.mark.parametrize("samples", [1, 2, 5])
 def test_samples_are_averaged(samples: int) -> None:
     """With K samples label and sampled weights are the means of the K one-sample weights."""
-    batch = Batch(samples=samples, seed=3)
+    batch = Responses(samples=samples, seed=3)
     label, sampled = batch.advantage(num_student_samples=samples)
     singles = [batch.reference("hpd", sample) for sample in range(samples)]
     close(label, sum(single[0] for single in singles) / samples * batch.mask)
@@ -148,7 +148,7 @@ def test_samples_are_averaged(samples: int) -> None:
 
 def test_equal_samples_are_one() -> None:
     """The same token drawn three times has the total weight of one draw."""
-    batch = Batch(seed=4)
+    batch = Responses(seed=4)
     one_label, (one_sampled,) = batch.advantage()
     batch.sampled = batch.sampled.repeat(1, 3)
     label, sampled = batch.advantage(num_student_samples=3)
@@ -159,7 +159,7 @@ def test_equal_samples_are_one() -> None:
 
 def test_ignores_what_else_verl_passes() -> None:
     """Estimators are called with rewards and more by keyword."""
-    batch = Batch()
+    batch = Responses()
     label, _ = compute_hpd_advantage(
         batch.mask,
         RowObjectives.of("hpd"),
@@ -174,7 +174,7 @@ def test_ignores_what_else_verl_passes() -> None:
 @pytest.mark.parametrize("missing", ["log_probs", "is_rollout"])
 def test_refuses_a_trainer_without_teacher(missing: str) -> None:
     """Only HPD's own trainer has what the weights need: the error says what to select."""
-    batch = Batch()
+    batch = Responses()
     inputs = {"log_probs": batch.log_probs(), "is_rollout": batch.is_rollout, missing: None}
     with pytest.raises(ValueError, match=r"algorithm\.adv_estimator=hpd .* select algorithm=hpd"):
         compute_hpd_advantage(batch.mask, RowObjectives.of("hpd"), **inputs)

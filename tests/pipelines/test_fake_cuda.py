@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fake_device import NAME, fake_device, is_available
-from test_one_pass import Batch
+from test_one_pass import PackedRows
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from verl.utils import tensordict_utils as tu
@@ -219,7 +219,7 @@ def test_teacher_features(form: str, dtype: torch.dtype) -> None:
 # Losses on verl's batches
 
 
-def one_pass(batch: Batch, config: HPDConfig, dtype: torch.dtype, copied: Callable[[Any], Any]) -> list[Any]:
+def one_pass(batch: PackedRows, config: HPDConfig, dtype: torch.dtype, copied: Callable[[Any], Any]) -> list[Any]:
     """Loss, metrics and gradients of a micro-batch, everything the loss gets having been copied."""
     loss = OnePassLoss(config, "token-mean", None)
     if config.needs_teacher:
@@ -251,7 +251,7 @@ def one_pass(batch: Batch, config: HPDConfig, dtype: torch.dtype, copied: Callab
 def test_one_pass_loss(objective: str, dtype: torch.dtype) -> None:
     """From nested tensors to gradients, with the checks for NaN and the metrics."""
     config = configured(objective, on_policy_objective=None if objective == "sft" else "opd", num_student_samples=2)
-    batch = Batch(config)
+    batch = PackedRows(config)
     *expected, expected_metrics = one_pass(batch, config, dtype, lambda each: each)
     with fake_device():
         *found, metrics = one_pass(batch, config, dtype, there)
@@ -263,7 +263,7 @@ def test_one_pass_loss(objective: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(number.cpu(), expected_metrics[name], check_dtype=False, rtol=2e-2, atol=1e-3)
 
 
-def staged(batch: Batch, config: HPDConfig, dtype: torch.dtype, device: str) -> list[Tensor]:
+def staged(batch: PackedRows, config: HPDConfig, dtype: torch.dtype, device: str) -> list[Tensor]:
     """verl's three passes over a micro-batch, without its engine: the student's, the teacher's and the update's."""
     actor = FSDPActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
     data = batch.data().to(device)
@@ -298,7 +298,7 @@ def staged(batch: Batch, config: HPDConfig, dtype: torch.dtype, device: str) -> 
 @each_dtype
 def test_staged_losses(dtype: torch.dtype) -> None:
     config = configured("hpd", num_student_samples=2, pipeline="staged")
-    batch = Batch(config)
+    batch = PackedRows(config)
     expected = staged(batch, config, dtype, "cpu")
     with fake_device():
         for other, here in zip(staged(batch, config, dtype, NAME), expected, strict=True):

@@ -35,7 +35,7 @@ ROWS: list[tuple[int, int, int, list[int]]] = [
 
 
 @dataclass
-class Batch:
+class PackedRows:
     """Rows with random hidden states of student and teacher, in float64 so that tolerances can be tight."""
 
     config: HPDConfig = field(default_factory=lambda: HPDConfig(token_chunk_size=3))
@@ -128,7 +128,7 @@ class Naive:
     hidden_gradient: Tensor
 
 
-def naive(batch: Batch) -> Naive:
+def naive(batch: PackedRows) -> Naive:
     config = batch.config
     hidden = [each.clone().requires_grad_() for each in batch.hidden]
     longest = max(len(mask) for *_, mask in batch.rows)
@@ -253,7 +253,7 @@ CONFIGS = {
 @pytest.mark.parametrize(("dp_size", "loss_scale_factor"), [(1, None), (4, 50)])
 def test_loss_and_gradients(loss_agg_mode: str, name: str, dp_size: int, loss_scale_factor: int | None) -> None:
     """Those of verl's aggregation of the losses of single tokens."""
-    batch = Batch(CONFIGS[name], loss_agg_mode, loss_scale_factor, dp_size)
+    batch = PackedRows(CONFIGS[name], loss_agg_mode, loss_scale_factor, dp_size)
     loss, metrics, weight_gradient, hidden_gradient = batch.run()
     expected = naive(batch)
     close(loss, expected.loss)
@@ -264,14 +264,14 @@ def test_loss_and_gradients(loss_agg_mode: str, name: str, dp_size: int, loss_sc
 
 def test_an_unknown_aggregation_is_refused_by_verl() -> None:
     with pytest.raises(ValueError, match="Invalid loss_agg_mode: token-median"):
-        Batch(loss_agg_mode="token-median").run()
+        PackedRows(loss_agg_mode="token-median").run()
 
 
 @pytest.mark.parametrize("name", ["hpd", "hpd on demonstrations, opd on rollouts", "three draws"])
 @pytest.mark.parametrize("dp_size", [1, 4])
 def test_metrics(name: str, dp_size: int) -> None:
     """Means over the response tokens of the batch; verl divides the sum by dp_size."""
-    batch = Batch(CONFIGS[name], dp_size=dp_size)
+    batch = PackedRows(CONFIGS[name], dp_size=dp_size)
     found = values(batch.run()[1])
     expected = naive(batch).metrics
     del expected["forward_kl"], expected["reverse_kl"]
@@ -283,11 +283,11 @@ def test_metrics(name: str, dp_size: int) -> None:
 
 
 def test_exact_kl_metrics() -> None:
-    batch = Batch(configured("hpd", exact_kl_metrics=True))
+    batch = PackedRows(configured("hpd", exact_kl_metrics=True))
     found, expected = values(batch.run()[1]), naive(batch).metrics
     for name in ("forward_kl", "reverse_kl"):
         assert found[f"hpd/{name}"] == pytest.approx(expected[name], rel=1e-6)
-    without = Batch(configured("hpd")).run()[1]
+    without = PackedRows(configured("hpd")).run()[1]
     assert not {"hpd/forward_kl", "hpd/reverse_kl"} & without.keys()
 
 
@@ -298,7 +298,7 @@ def test_micro_batches_add_up(loss_agg_mode: str, name: str, split: list[tuple[i
     """To the loss, the gradients and the metrics of the whole batch, in any order of the rows."""
     # Without a factor this mode divides by the longest response of the micro-batch, verl's own rule.
     factor = 50 if loss_agg_mode == "seq-mean-token-sum-norm" else None
-    batch = Batch(CONFIGS[name], loss_agg_mode, factor)
+    batch = PackedRows(CONFIGS[name], loss_agg_mode, factor)
     loss, metrics, weight_gradient, _ = batch.run()
     parts = [batch.run(*rows) for rows in split]
     close(torch.stack([part[0] for part in parts]).sum(), loss)
@@ -312,7 +312,7 @@ def test_micro_batches_add_up(loss_agg_mode: str, name: str, split: list[tuple[i
 
 def test_a_micro_batch_without_response_tokens() -> None:
     """Its loss and gradients are 0, its metrics add nothing."""
-    batch = Batch(rows=[*ROWS, (2, 0, 3, [0, 0])])
+    batch = PackedRows(rows=[*ROWS, (2, 0, 3, [0, 0])])
     loss, metrics, weight_gradient, hidden_gradient = batch.run(5)
     assert loss == 0
     assert not weight_gradient.any()
@@ -323,7 +323,7 @@ def test_a_micro_batch_without_response_tokens() -> None:
 
 def test_sft_needs_no_teacher() -> None:
     """And logs the student's likelihood alone."""
-    batch = Batch(configured("sft"))
+    batch = PackedRows(configured("sft"))
     loss = batch.loss_function()
     assert loss.teacher_features == {}
     value, metrics, *_ = batch.run(loss=loss)
@@ -334,7 +334,7 @@ def test_sft_needs_no_teacher() -> None:
 
 def test_a_teacher_known_by_all_its_log_probs() -> None:
     """The top-k form with k the vocabulary gives what hidden states give."""
-    batch = Batch()
+    batch = PackedRows()
     loss = batch.loss_function()
     loss.teacher_features = batch.features(top_k=VOCABULARY)
     found, expected = batch.run(loss=loss), batch.run()
@@ -345,7 +345,7 @@ def test_a_teacher_known_by_all_its_log_probs() -> None:
 
 def test_draws_depend_on_step_row_and_position_alone() -> None:
     """Another step draws other tokens; another place in the batch does not."""
-    batch = Batch(configured("hpd", num_student_samples=4))
+    batch = PackedRows(configured("hpd", num_student_samples=4))
     name = "hpd/reverse_kl_k1"
     alone = sum(values(batch.run(index)[1])[name] for index in range(len(ROWS)))
     assert values(batch.run(2, 0, 4, 1, 3)[1])[name] == pytest.approx(alone, rel=1e-9)
@@ -356,7 +356,7 @@ def test_draws_depend_on_step_row_and_position_alone() -> None:
 
 
 def test_nan_in_the_student_is_named() -> None:
-    batch = Batch()
+    batch = PackedRows()
     batch.hidden[1][0] = math.nan  # the prompt's only token, which predicts the response's first
     batch.hidden[3][2] = math.nan
     message = (
@@ -368,7 +368,7 @@ def test_nan_in_the_student_is_named() -> None:
 
 
 def test_nan_in_the_teacher_is_named() -> None:
-    batch = Batch()
+    batch = PackedRows()
     batch.teacher_hidden[0][3] = math.nan
     with pytest.raises(FloatingPointError, match=r"^step 7: NaN in the teacher's logits, in 1 of 2 rows .*\(rows 11\)"):
         batch.run(0, 2)
@@ -376,7 +376,7 @@ def test_nan_in_the_teacher_is_named() -> None:
 
 def test_nan_where_nothing_is_predicted_does_not_matter() -> None:
     """At a prompt's inner tokens, at masked ones and at a row's last token."""
-    batch = Batch()
+    batch = PackedRows()
     expected = batch.run()
     for index, at in ((0, 0), (2, 6), (0, 6)):
         batch.hidden[index][at] = math.nan

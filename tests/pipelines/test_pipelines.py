@@ -1,7 +1,6 @@
 """The two pipelines on one rank, through the interface that they share, as benchmarks/step.py drives them."""
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,20 @@ import pytest
 from conftest import Tiny
 from omegaconf import open_dict
 from verl.utils import tensordict_utils as tu
-from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 from verl.utils.metric import reduce_metrics
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.pipelines.one_pass import OnePassDriver
 from hpd_verl.pipelines.staged import StagedDriver
-from hpd_verl.sft.start import ALONE
 
 ROOT = Path(__file__).resolve().parents[2]
 Take = Callable[..., dict[str, float]]
 
 
 @pytest.fixture(scope="module")
-def take_step(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Take]:
+def take_step(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, process_group: None) -> Iterator[Take]:
     """Take one step of an implementation of the benchmark on a student of its own; returns its metrics."""
-    kept = dict(os.environ)
-    os.environ.update(ALONE)
-    initialize_global_process_group()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         import step
@@ -43,9 +37,6 @@ def take_step(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             return reduce_metrics(tu.get(output, "metrics"))
 
         yield take
-    destroy_global_process_group()
-    os.environ.clear()
-    os.environ.update(kept)
 
 
 @pytest.mark.parametrize("samples", [1, 3])

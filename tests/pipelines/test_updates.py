@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny
-from hydra import compose, initialize_config_dir
+from conftest import Tiny, sft_config
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
@@ -20,7 +19,6 @@ from verl.workers.config import ActorConfig, TrainingWorkerConfig
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
-from hpd_verl.hydra_config import config_dir
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
 from hpd_verl.pipelines.updates import batch_metrics, rows_of_ranks
@@ -43,20 +41,15 @@ def take(
 ) -> Any:
     """Train a new student on this rank's rows of one batch, every third of which is a rollout; returns the metrics."""
     settings = [
-        f"model.path={tiny.student}",
-        f"teacher.model.path={tiny.teacher}",
-        f"data.train_files={tiny.train}",
+        *tiny.sft,
         f"data.train_batch_size={ROWS}",
-        "data.max_prompt_length=16",
-        "data.max_response_length=16",
         "optim.lr=1e-2",
         "optim.lr_scheduler_type=constant",
         "optim.lr_warmup_steps_ratio=0",
         "optim.total_training_steps=100",
         *overrides,
     ]
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        config = compose("sft_trainer", settings)
+    config = sft_config(*settings)
     model, optimizer = omega_conf_to_dataclass(config.model), omega_conf_to_dataclass(config.optim)
     student = (StudentWorker if pipeline == "one_pass" else PIPELINES["staged"].student_worker)(
         TrainingWorkerConfig(
@@ -197,9 +190,7 @@ def test_the_rollout_servers_difference(found: dict[int, dict[str, dict[str, Any
     """Mean over the rollouts' tokens of the first update, by transformers."""
     from transformers import AutoModelForCausalLM
 
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        paths = [f"model.path={tiny.student}", f"teacher.model.path={tiny.teacher}", f"data.train_files={tiny.train}"]
-        config = compose("sft_trainer", [*paths, "data.max_prompt_length=16", "data.max_response_length=16"])
+    config = sft_config(*tiny.sft)
     dataset = read_demonstrations(config, omega_conf_to_dataclass(config.model), config.data.train_files)
     model = AutoModelForCausalLM.from_pretrained(tiny.student)
     differences = []

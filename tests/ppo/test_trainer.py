@@ -1,12 +1,12 @@
 """What the trainer leaves out of a run that needs no rollout server, and how it shares a batch out to ranks."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import transfer_queue
-from conftest import Tiny
-from hydra import compose, initialize_config_module
+from conftest import Tiny, main_ppo_config
 from transfer_queue import KVBatchMeta
 
 from hpd_verl.data import fields
@@ -14,20 +14,8 @@ from hpd_verl.ppo.trainer import HPDTrainer
 
 
 def trainer_of(tiny: Tiny, *overrides: str) -> HPDTrainer:
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose(
-            "ppo_trainer",
-            overrides=[
-                "algorithm=hpd",
-                f"actor_rollout_ref.model.path={tiny.student}",
-                f"actor_rollout_ref.ref.model.path={tiny.teacher}",
-                f"data.train_files={tiny.train}",
-                "data.max_prompt_length=16",
-                "data.max_response_length=16",
-                *overrides,
-            ],
-        )
-    return HPDTrainer(config)
+    batch = ["data.train_batch_size=8", f"trainer.default_local_dir={tiny.folder / 'checkpoints'}"]
+    return HPDTrainer(main_ppo_config(*tiny.main_ppo, *batch, *overrides))
 
 
 @pytest.mark.parametrize(("fraction", "workers"), [(0.0, 0), (0.5, 1)])
@@ -36,6 +24,16 @@ def test_reward_workers_only_beside_a_rollout_server(tiny: Tiny, fraction: float
     trainer = trainer_of(tiny, f"algorithm.hpd.on_policy_fraction={fraction}")
     assert trainer.serves_rollouts == (workers > 0)
     assert trainer.config.reward.num_workers == workers
+
+
+@pytest.mark.parametrize(
+    "bad", ["algorithm.hpd.temperature=0", "data.train_batch_size=65", "actor_rollout_ref.ref.model.path=/none"]
+)
+def test_without_the_driver_the_trainer_checks(tiny: Tiny, bad: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Settings, data and models; a run through ``algorithm=hpd`` has been checked in its driver."""
+    with caplog.at_level("INFO"), pytest.raises(ValueError, match=f"^{re.escape(bad)}: "):
+        trainer_of(tiny, bad)
+    assert "the trainer checks settings, data and models" in caplog.text
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

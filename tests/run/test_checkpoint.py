@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from conftest import main_ppo_config
 from omegaconf import DictConfig, OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.trainer.ppo.checkpoint_callback import build_checkpoint_callback
@@ -180,7 +180,9 @@ def test_resuming_by_path_from_what_is_not_whole_is_refused(tmp_path: Path) -> N
     write(tmp_path, 15)  # by verl alone
     for step in (5, 15):
         check_whole(trainer_node(f"{step_dir(tmp_path, step)}/"), ACTOR)
-    message = f"trainer.resume_from_path={step_dir(tmp_path, 10)}: this checkpoint is not whole, its saving or removal "
+    message = (
+        f"trainer.resume_from_path={step_dir(tmp_path, 10)}: this checkpoint is incomplete, its saving or removal "
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         check_whole(trainer_node(str(step_dir(tmp_path, 10))), ACTOR)
 
@@ -213,8 +215,7 @@ class Workers:
 @functools.cache
 def composed() -> DictConfig:
     """What a save reads of main_ppo's settings: it writes all that are there, which takes longer than the rest."""
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=["algorithm=hpd"])
+    config = main_ppo_config()
     actor = OmegaConf.masked_copy(config.actor_rollout_ref.actor, ["checkpoint"])
     node = OmegaConf.create({"trainer": config.trainer, "actor_rollout_ref": {"actor": actor}})
     OmegaConf.resolve(node)
@@ -280,9 +281,9 @@ def test_a_resume_with_other_rows_is_said(tmp_path: Path, caplog: pytest.LogCapt
     say_changed_rows(folder, rows)
     assert not caplog.text
     say_changed_rows(folder, {"rows": 24, "sha256": "b"})
-    assert f"resuming from {folder} with other training data: 24 rows, 16 when it was saved. Their order" in caplog.text
+    assert f"resuming from {folder} with other training data: 24 rows, 16 when it was saved. They" in caplog.text
     say_changed_rows(folder, {"rows": 16, "sha256": "b"})
-    assert "16 rows as when it was saved, but other ones or in another order. Their order is drawn anew" in caplog.text
+    assert "16 rows as when it was saved, but other ones or in another order. They are shuffled again" in caplog.text
 
 
 @pytest.mark.parametrize("keep", [1, 2])

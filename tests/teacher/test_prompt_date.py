@@ -47,7 +47,7 @@ def test_the_date_of_the_setting_wins(tmp_path: Path, caplog: pytest.LogCaptureF
         assert not caplog.text
         assert chosen(tmp_path) == "2021-03-04"
         assert chosen(tmp_path, strftime_now="2022-03-04") == "2022-03-04"
-    assert "was begun with the date 2021-03-04 in its prompts; its rows are not found" in caplog.text
+    assert "has prompts of the date 2021-03-04; its rows do not match" in caplog.text
     with pytest.raises(ValueError, match=r"^data\.apply_chat_template_kwargs\.strftime_now=now: not a date"):
         chosen(tmp_path, strftime_now="now")
 

@@ -1,7 +1,6 @@
 """A store in front of any teacher: what it asks of the teacher behind it, and that stored features equal fresh ones."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,15 +9,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
-from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import response_tokens
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
 from hpd_verl.head.output_head import OutputHead
-from hpd_verl.sft.start import ALONE
 from hpd_verl.teacher.store.disk import DiskStore
-from hpd_verl.teacher.store.records import StoreIdentity, teacher_identity
+from hpd_verl.teacher.store.identity import StoreIdentity, teacher_identity
 from hpd_verl.teacher.store.store import MemoryStore, TeacherStore
 from hpd_verl.teacher.stored import StoredTeacher
 from hpd_verl.teacher.teacher import Teacher
@@ -27,17 +24,7 @@ VOCABULARY, HIDDEN, TOP_K, TEMPERATURE = 23, 12, 5, 1.5
 SCALING = (0.5, 4.0)
 ROWS = [(11, 0, 3, 4), (4, 1, 1, 1), (7, 0, 5, 6), (0, 0, 2, 3)]
 """Row number, is a rollout, lengths of prompt and response."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group() -> Iterator[None]:
-    kept = dict(os.environ)
-    os.environ.update(ALONE)
-    initialize_global_process_group()
-    yield
-    destroy_global_process_group()
-    os.environ.clear()
-    os.environ.update(kept)
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @dataclass
@@ -49,6 +36,7 @@ class Elsewhere(Teacher):
     asked: list[list[int]] = field(default_factory=list)
     """Row numbers of each call."""
     prepared: int = 0
+    template: TeacherFeatures | None = None
 
     def __post_init__(self) -> None:
         random = torch.Generator().manual_seed(self.seed)
@@ -76,6 +64,7 @@ class Elsewhere(Teacher):
             else:
                 hidden = hidden.bfloat16().float()  # as the store keeps it
                 found[number] = teacher_features(hidden, self.head, labels, TEMPERATURE)
+            self.template = found[number][:0]
         return found
 
 

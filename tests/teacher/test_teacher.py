@@ -2,52 +2,32 @@
 
 import json
 import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import Tiny, make_nan_model, make_rows, write_parquet
-from hydra import compose, initialize_config_dir, initialize_config_module
+from conftest import Tiny, main_ppo_config, make_nan_model, make_rows, sft_config, write_parquet
 from omegaconf import DictConfig
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
-from hpd_verl.hydra_config import config_dir
 from hpd_verl.ppo.trainer import HPDTrainer
 from hpd_verl.sft.fill_store import fill
-from hpd_verl.sft.start import ALONE, checked
+from hpd_verl.sft.start import checked
 
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group() -> Iterator[None]:
-    kept = dict(os.environ)
-    os.environ.update(ALONE)
-    initialize_global_process_group()
-    yield
-    destroy_global_process_group()
-    os.environ.clear()
-    os.environ.update(kept)
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def configured(tiny: Tiny, folder: Path, *overrides: str) -> DictConfig:
     settings = [
-        f"model.path={tiny.student}",
-        f"teacher.model.path={tiny.teacher}",
-        f"data.train_files={tiny.train}",
-        "data.train_batch_size=8",
-        "data.max_prompt_length=16",
-        "data.max_response_length=16",
+        *tiny.sft,
         "data.num_workers=0",
         "algorithm.hpd.teacher_cache=disk",
         f"algorithm.hpd.teacher_cache_dir={folder}",
         "algorithm.hpd.teacher_cache_max_gib=0.01",
     ]
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        return compose("sft_trainer", overrides=[*settings, *overrides])
+    return sft_config(*settings, *overrides)
 
 
 def make_adapter(tiny: Tiny, folder: Path, seed: int) -> Path:
@@ -146,20 +126,9 @@ def test_nan_everywhere(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_memory_on_several_ranks_is_refused_by_the_driver(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """In either trainer, before a model loads."""
-    message = "algorithm.hpd.teacher_cache=memory: each of the 2 ranks would keep rows"
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        settings = [
-            "algorithm=hpd",
-            f"actor_rollout_ref.model.path={tiny.student}",
-            f"actor_rollout_ref.ref.model.path={tiny.teacher}",
-            f"data.train_files={tiny.train}",
-            "data.max_prompt_length=16",
-            "data.max_response_length=16",
-            "algorithm.hpd.teacher_cache=memory",
-            "trainer.n_gpus_per_node=2",
-            "trainer.nnodes=1",
-        ]
-        config = compose("ppo_trainer", overrides=settings)
+    message = "algorithm.hpd.teacher_cache=memory: rows change between the 2 ranks"
+    settings = ["algorithm.hpd.teacher_cache=memory", "trainer.n_gpus_per_node=2", "trainer.nnodes=1"]
+    config = main_ppo_config(*tiny.main_ppo, *settings)
     with pytest.raises(ValueError, match=f"^{message}"):
         HPDTrainer(config)
     monkeypatch.setenv("WORLD_SIZE", "2")

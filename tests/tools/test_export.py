@@ -169,8 +169,8 @@ def spoil(folder: Path, case: str) -> None:
     [
         ("torn shard", "model_world_size_1_rank_0.pt cannot be read"),
         ("empty shard", "model_world_size_1_rank_0.pt cannot be read"),
-        ("missing rank", "2 of 2 files are missing, as model_world_size_2_rank_0.pt"),
-        ("no fsdp_config", "does not tell the number of ranks"),
+        ("missing rank", "2 of 2 files are missing, such as model_world_size_2_rank_0.pt"),
+        ("no fsdp_config", "has no number of ranks"),
         ("other model", "its weights are not those of its huggingface/config.json"),
         ("torn safetensors", "model.safetensors"),
         ("no weights", "no weights there"),
@@ -183,7 +183,7 @@ def spoil(folder: Path, case: str) -> None:
         ("torn template", "its tokenizer or chat template in huggingface cannot be read"),
         ("config of another kind", "its huggingface/config.json cannot be read"),
         ("torn generation_config", "its huggingface/generation_config.json cannot be read"),
-        ("ranks of different runs", "model_world_size_2_rank_1.pt: no parameters, or others than those of"),
+        ("ranks of different runs", "model_world_size_2_rank_1.pt: no parameters, or not those of"),
         ("no parameters", "model_world_size_1_rank_0.pt: no parameters"),
     ],
 )
@@ -226,12 +226,14 @@ def test_a_planted_pickle_runs_nothing(kind: str, place: str, tiny: Tiny, tmp_pa
         place, state | {"extra": [planted]}
     )
     torch.save(content, shard, _use_new_zipfile_serialization=place != "in legacy form")
-    with pytest.raises(ValueError, match=r"^CHECKPOINT=.*rank_0\.pt (holds more than data|cannot be read)") as caught:
+    with pytest.raises(
+        ValueError, match=r"^CHECKPOINT=.*rank_0\.pt (holds code, not only data|cannot be read)"
+    ) as caught:
         export(folder, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not ran.exists()
     with pytest.raises(
-        ValueError, match=r"^trainer\.resume_from_path=.*rank_0\.pt (holds more than data|cannot be read)"
+        ValueError, match=r"^trainer\.resume_from_path=.*rank_0\.pt (holds code, not only data|cannot be read)"
     ):
         checkpoint.check_whole(
             OmegaConf.create({"resume_mode": "resume_path", "resume_from_path": str(folder.parent)}), "actor"
@@ -288,7 +290,7 @@ def test_a_folder_does_not_decide_that_its_code_runs(tiny: Tiny, tmp_path: Path)
     trusting = LEAN_SETTINGS | {"model": LEAN_SETTINGS["model"] | {"trust_remote_code": True}}
     (folder / "settings.yaml").write_text(yaml.safe_dump(trusting))
     bring_code(folder, tmp_path / "ran")
-    with pytest.raises(ValueError, match=r"names code of the model's own, which runs only by --trust-remote-code"):
+    with pytest.raises(ValueError, match=r"needs the model's own code; read it, then add --trust-remote-code"):
         export(folder, tmp_path / "out")
     assert not (tmp_path / "ran").exists()
     export(folder, tmp_path / "out", dtype="fp32", trusts_code=True)
@@ -314,11 +316,11 @@ TURN = "<turn> {{ m['role'] }} {{ m['content'] }} <end> "
         ("huggingface/tokenizer.json", "[" * 100_000, "tokenizer or chat template"),
         ("huggingface/config.json", "\udcff\udcfe{}", "config.json cannot be read"),
         ("huggingface/generation_config.json", "\udcff", "generation_config.json cannot be read"),
-        ("fsdp_config.json", "[" * 100_000, "does not tell the number of ranks"),
-        ("fsdp_config.json", '{"world_size": 1e999}', "does not tell the number of ranks"),
-        ("fsdp_config.json", '{"world_size": 1000000000000}', "does not tell the number of ranks"),
-        ("adapter_config.json", "[" * 100_000, "adapter_config.json does not tell the adapter's settings"),
-        ("adapter_config.json", '{"r": "8"}', "adapter_config.json does not tell the adapter's settings"),
+        ("fsdp_config.json", "[" * 100_000, "has no number of ranks"),
+        ("fsdp_config.json", '{"world_size": 1e999}', "has no number of ranks"),
+        ("fsdp_config.json", '{"world_size": 1000000000000}', "has no number of ranks"),
+        ("adapter_config.json", "[" * 100_000, "adapter_config.json has no settings of an adapter"),
+        ("adapter_config.json", '{"r": "8"}', "adapter_config.json has no settings of an adapter"),
         ("log_probs.json", '{"rows": 5}', "log_probs.json cannot be read"),
         ("settings.yaml", "[" * 10_000, "settings.yaml is damaged"),
         ("settings.yaml", "a: \udcff", "settings.yaml is damaged"),
@@ -426,8 +428,8 @@ def test_what_is_in_the_way_stays(tiny: Tiny, tmp_path: Path) -> None:
     for out, found in (
         (mine, "not empty"),
         (file, "a file or link"),
-        (folder / "out", "lies in the checkpoint"),
-        (tmp_path, "lies in the checkpoint or holds it"),
+        (folder / "out", "inside or around the checkpoint"),
+        (tmp_path, "inside or around the checkpoint"),
     ):
         with pytest.raises(ValueError, match=f"^OUT=.*{found}"):
             export(folder, out)

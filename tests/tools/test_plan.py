@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir, initialize_config_module
+from conftest import main_ppo_config, sft_config
 from transformers import (
     AutoConfig,
     Gemma2Config,
@@ -22,11 +22,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from hpd_verl.hydra_config import config_dir
 from hpd_verl.tools.plan.__main__ import describe, main
 from hpd_verl.tools.plan.memory import ALLOWANCE, complaints, plan_memory, what_helps
 from hpd_verl.tools.plan.model_size import ModelSize, model_size, read_config
-from hpd_verl.tools.plan.run import GIB, Run
+from hpd_verl.tools.plan.run import GIB, PlannedRun
 from hpd_verl.tools.plan.work import plan_work
 
 
@@ -58,6 +57,9 @@ MODELS: dict[str, tuple[PretrainedConfig, int]] = {
     "gemma-2-2b": (Gemma2Config(**shape(2304, 9216, 26, 8, 4, 256_000), head_dim=256), 2_614_341_888),
     "Phi-3-mini": (Phi3Config(**shape(3072, 8192, 32, 32, 32, 32_064), pad_token_id=0), 3_821_079_552),
 }
+
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_experts_count_once_in_total_and_by_choice_in_active() -> None:
 
 
 def test_memory_by_hand(student: ModelSize, teacher: ModelSize) -> None:
-    run = Run(gpus=4, tokens=8192, rows=1000, prompt_tokens=24, response_tokens=1000, batch_size=64)
+    run = PlannedRun(gpus=4, tokens=8192, rows=1000, prompt_tokens=24, response_tokens=1000, batch_size=64)
     phases = plan_memory(student, teacher, run).phases
     backward, output = phases["backward"], phases["output layer"]
     assert backward["student's weights"] == 1_543_714_304  # 4 bytes, over 4 GPUs
@@ -113,7 +115,7 @@ def test_memory_by_hand(student: ModelSize, teacher: ModelSize) -> None:
 
 def test_a_served_teacher_by_hand(student: ModelSize, teacher: ModelSize) -> None:
     """Of the teacher there is its output layer, and the hidden states of two batches, prompts included."""
-    run = Run(gpus=4, tokens=8192, rows=1000, prompt_tokens=24, response_tokens=1000, batch_size=64)
+    run = PlannedRun(gpus=4, tokens=8192, rows=1000, prompt_tokens=24, response_tokens=1000, batch_size=64)
     served = plan_memory(student, teacher, replace(run, teacher_served=True))
     assert served.machine == {"the teacher's hidden states": 2 * 64 * 1024 * 2 * 3584}
     beside = plan_memory(student, teacher, run).phases
@@ -124,8 +126,28 @@ def test_a_served_teacher_by_hand(student: ModelSize, teacher: ModelSize) -> Non
     assert operations["teacher"] == 3 * 1000 * 2 * 152_064 * 3584 * 1000  # three epochs of the output layer
 
 
+def test_gpus_that_share_a_sequence(student: ModelSize, teacher: ModelSize, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its part of a row's tokens, and of the batch's features; docs/cost.md holds what its script writes."""
+    alone = PlannedRun(tokens=32_768, prompt_tokens=1024, response_tokens=31_744, batch_size=32)
+    shared = replace(alone, tokens=8192, ulysses=4)
+    memory = plan_memory(student, teacher, alone), plan_memory(student, teacher, shared)
+    inputs = [each.phases["output layer"]["activations"] for each in memory]
+    assert inputs == [2 * tokens * 1536 * 28 for tokens in (32_768, 8192)]
+    features = [each.phases["output layer"]["teacher's features"] for each in memory]
+    assert features == [32 * 31_744 * (2 * 3584 + 8) / 8] * 2
+    helping = dict(what_helps(student, teacher, alone))
+    named = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2 actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+    saved = memory[0].peak - plan_memory(student, teacher, replace(alone, tokens=16_384, ulysses=2)).peak
+    assert helping[f"{named}=16384"] == saved > 2 * GIB
+    assert not any("ulysses_sequence_parallel_size=8" in name for name, _ in what_helps(student, teacher, shared))
+    monkeypatch.syspath_prepend(str(DOCS))
+    import long_contexts
+
+    assert long_contexts.table() in (DOCS / "cost.md").read_text()
+
+
 def test_operations_by_hand(student: ModelSize, teacher: ModelSize) -> None:
-    run = Run(gpus=1, rows=10, epochs=2, prompt_tokens=100, response_tokens=300, gradient_checkpointing=False)
+    run = PlannedRun(gpus=1, rows=10, epochs=2, prompt_tokens=100, response_tokens=300, gradient_checkpointing=False)
     work = plan_work(student, teacher, run)
     layers, output = 1_543_714_304 - 151_936 * 1536, 151_936 * 1536
     attention = 4 * 12 * 128 * 28 * 400 * 400 / 2
@@ -140,9 +162,9 @@ def test_operations_by_hand(student: ModelSize, teacher: ModelSize) -> None:
 
 
 def test_what_does_not_fit_is_said_with_what_helps(student: ModelSize, teacher: ModelSize) -> None:
-    run = Run(gpus=1, memory=24)
+    run = PlannedRun(gpus=1, memory=24)
     memory = plan_memory(student, teacher, run)
-    why = complaints(memory, student, run)
+    why = complaints(memory, run)
     assert any("phase 'backward' needs" in each and "of 24 GiB" in each for each in why)
     helping = dict(what_helps(student, teacher, run))
     assert list(helping.values()) == sorted(helping.values(), reverse=True)
@@ -157,8 +179,8 @@ def test_what_does_not_fit_is_said_with_what_helps(student: ModelSize, teacher: 
 
 
 def test_the_server_needs_room_for_a_row(student: ModelSize, teacher: ModelSize) -> None:
-    run = Run(on_policy_fraction=0.25, gpu_memory_utilization=0.06, memory=80)
-    (why,) = complaints(plan_memory(student, teacher, run), student, run)
+    run = PlannedRun(on_policy_fraction=0.25, gpu_memory_utilization=0.06, memory=80)
+    (why,) = complaints(plan_memory(student, teacher, run), run)
     assert "the rollout server's cache holds" in why
     run = replace(run, gpu_memory_utilization=0.9)
     memory = plan_memory(student, teacher, replace(run, gpus=1))
@@ -173,7 +195,7 @@ def test_the_server_needs_room_for_a_row(student: ModelSize, teacher: ModelSize)
     [{"gpus": 16}, {"tokens": 8192}, {"lora_rank": 32}, {"token_chunk_size": 1024}, {"offload_policy": True}],
 )
 def test_each_setting_lowers_what_it_is_said_to(student: ModelSize, teacher: ModelSize, change: dict[str, Any]) -> None:
-    run = Run(response_tokens=4000)
+    run = PlannedRun(response_tokens=4000)
     assert plan_memory(student, teacher, replace(run, **change)).peak < plan_memory(student, teacher, run).peak
 
 
@@ -181,18 +203,13 @@ def test_each_setting_lowers_what_it_is_said_to(student: ModelSize, teacher: Mod
 def test_what_helps_is_taken_by_the_trainer(trainer: str, student: ModelSize, teacher: ModelSize) -> None:
     """Every setting's name, as an override of the trainer's configuration."""
     share = 0.25 if trainer == "main_ppo" else 0.0
-    run = Run(gpus=1, trainer=trainer, on_policy_fraction=share, gradient_checkpointing=False, attention="sdpa")
+    run = PlannedRun(gpus=1, trainer=trainer, on_policy_fraction=share, gradient_checkpointing=False, attention="sdpa")
     with_server = [name for name, _ in what_helps(student, teacher, replace(run, gpu_memory_utilization=0.9))]
     names = {name.split(",")[0] for name in with_server}
     names |= {name.split(",")[0] for name, _ in what_helps(student, teacher, replace(run, on_policy_fraction=0.0))}
     overrides = [each for name in names if "=" in name for each in name.split()]
     assert len(overrides) >= (6 if trainer == "main_ppo" else 4)
-    if trainer == "main_ppo":
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            compose("ppo_trainer", overrides=["algorithm=hpd", *overrides])
-    else:
-        with initialize_config_dir(str(config_dir()), version_base=None):
-            compose("sft_trainer", overrides=overrides)
+    (main_ppo_config if trainer == "main_ppo" else sft_config)(*overrides)
 
 
 def write_config(folder: Path, config: PretrainedConfig) -> str:
@@ -226,6 +243,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["STUDENT", "--memory", "nan"], "--memory=nan: give a number above 0"),
         (["STUDENT", "--utilization", "40"], "--utilization=40.0: give a share"),
         (["STUDENT", "--tokens", "100"], "--tokens=100: a row has 1200"),
+        (
+            ["STUDENT", "--tokens", "500", "--ulysses", "2"],
+            "--tokens=500: a row has 1200 on average; a micro-batch holds",
+        ),
+        (["STUDENT", "--ulysses", "3"], "--ulysses=3: must divide --gpus=8"),
+        (["STUDENT", "--ulysses", "8"], "--ulysses=8: STUDENT has 12 heads, 2 of keys, which it must divide"),
+        (["STUDENT", "--ulysses", "2", "--attention", "sdpa"], "--attention=sdpa: Ulysses shares out"),
         (["STUDENT", "--trainer", "lean", "--on_policy_fraction", "0.5"], "--trainer=lean: it has no rollouts"),
         (["STUDENT", "--store_is_full"], "--store_is_full: there is no store"),
     ],

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3MoeCon
 
 from hpd_verl.tools.plan.memory import complaints, plan_memory
 from hpd_verl.tools.plan.model_size import model_size
-from hpd_verl.tools.plan.run import GIB, Run
+from hpd_verl.tools.plan.run import GIB, PlannedRun
 from hpd_verl.tools.plan.work import plan_work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,9 +56,9 @@ PLANS: dict[str, tuple[PretrainedConfig, PretrainedConfig, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", PLANS)
 def test_page_and_header_say_what_the_planner_says(name: str) -> None:
     student, teacher = (model_size(role, config) for role, config in zip(("s", "t"), PLANS[name][:2], strict=True))
-    run = Run(**PLANS[name][2])
+    run = PlannedRun(**PLANS[name][2])
     memory, work = plan_memory(student, teacher, run), plan_work(student, teacher, run)
-    assert not complaints(memory, student, run)
+    assert not complaints(memory, run)
     hours = sum(work.hours.values())
     gib, time = f"{memory.peak / GIB:.0f}", f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
     (row,) = [line for line in LINES if line.startswith(f"| `examples/{name} |")][-1:]

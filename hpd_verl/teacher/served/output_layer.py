@@ -13,7 +13,7 @@ from verl.workers.config import HFModelConfig
 
 from hpd_verl.engine.saved_model import weight_names
 from hpd_verl.errors import Refused, one_line
-from hpd_verl.teacher.store.identity import find_file
+from hpd_verl.teacher.store.teacher_files import find_file
 
 
 def output_layer(model: HFModelConfig, setting: str, read: bool = True) -> tuple[Tensor | None, Tensor | None]:

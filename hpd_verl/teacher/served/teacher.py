@@ -27,7 +27,7 @@ from hpd_verl.teacher.served.client import HiddenStates, Question, Servers, TopL
 from hpd_verl.teacher.served.output_layer import output_layer
 from hpd_verl.teacher.served.probe import Probe, probe_tokens
 from hpd_verl.teacher.settings import TeacherSettings
-from hpd_verl.teacher.store.identity import PATH_SETTING, config_hash
+from hpd_verl.teacher.store.teacher_files import PATH_SETTING, config_hash
 from hpd_verl.teacher.teacher import Teacher, TeacherUnavailable
 from hpd_verl.teacher_server import NODE, URLS
 
@@ -153,6 +153,14 @@ class ServedTeacher(Teacher):
             answer = future.result()[place][(responses.positions[own] - starts[index]).cpu()]
             found[numbers[index]] = self._features(answer, responses.labels[own])
         return found
+
+    @property
+    def template(self) -> TeacherFeatures | None:
+        if not self._is_prepared:
+            return None
+        question = self.servers.question
+        width = question.hidden_size if isinstance(question, HiddenStates) else 1 + 2 * self.config.teacher_server.top_k
+        return self._features(torch.empty(0, width), torch.empty(0, dtype=torch.int64))
 
     def _features(self, answer: Tensor, labels: Tensor) -> TeacherFeatures:
         """Of tokens: what a server has answered, and the labels."""

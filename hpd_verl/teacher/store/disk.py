@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hpd_verl.errors import Refused, require
-from hpd_verl.teacher.store.records import Record, Schema, StoreIdentity, output_head_hash, teacher_identity
+from hpd_verl.teacher.store.identity import StoreIdentity, teacher_identity
+from hpd_verl.teacher.store.records import Record, Schema, output_head_hash
 from hpd_verl.teacher.store.store import DIR_SETTING, GIB, LIMIT_SETTING, StoreStats, TeacherStore
 
 FORMAT_VERSION = 2

@@ -1,4 +1,4 @@
-"""What the teacher's store keeps of a row: one record, what it is a record of, and its bytes.
+"""What the teacher's store keeps of a row: one record, its key and its bytes.
 
 A record holds the features of one row's T response tokens, in one of two formats:
 
@@ -11,121 +11,20 @@ temperature. The names are those of the features in ``head.features``.
 """
 
 import hashlib
-import json
 import struct
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-FORMAT_SETTING = "algorithm.hpd.teacher_cache_format"
+from hpd_verl.teacher.store.identity import StoreIdentity
 
 Record = dict[str, Tensor]
 """The named tensors of one row, on the CPU."""
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 """Of stored hidden states, by the names of the setting."""
-
-
-# What the records are features of
-
-
-@dataclass(frozen=True)
-class StoreIdentity:
-    """Everything that a record depends on beside the row's tokens. Made by ``teacher_identity``."""
-
-    teacher: str
-    """sha256 of the teacher's weights, adapters and own code."""
-
-    temperature: float
-    """Temperature of ``log_sum_exp`` and of all log-probs."""
-
-    vocabulary_size: int
-    """Logits that the log-probs are normalised over: the first so many of the teacher's."""
-
-    format: str
-    """hidden or topk."""
-
-    dtype: str
-    """Of ``hidden``: bf16 or float32."""
-
-    top_k: int
-    """K of format topk; 0 for format hidden."""
-
-    teacher_config: str | None = None
-    """sha256 of the teacher's configuration as loaded, overrides applied."""
-
-    teacher_dtype: str | None = None
-    """Dtype that the teacher computes in."""
-
-    tokenisation: str | None = None
-    """sha256 of what turns a row's text into tokens; see ``tokenisation_hash``."""
-
-    def to_json(self) -> str:
-        """One line; the same text for equal identities."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "StoreIdentity":
-        return cls(**json.loads(text))
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the identity, for ``row_key``."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-def teacher_identity(
-    teacher: str,
-    teacher_config: str,
-    *,
-    temperature: float,
-    vocabulary_size: int,
-    format: str,
-    dtype: str,
-    top_k: int,
-    teacher_dtype: str | None = None,
-    tokenisation: str | None = None,
-) -> StoreIdentity:
-    """The identity of a teacher's features; what the format has no use for is left out.
-
-    Args:
-        teacher, teacher_config: of ``teacher_identity.teacher_hashes``.
-        temperature: distillation temperature.
-        vocabulary_size: logits that student and teacher share.
-        format: hidden or topk.
-        dtype: of stored hidden states, bf16 or float32; without meaning for format topk.
-        top_k: tokens kept per position; without meaning for format hidden.
-        teacher_dtype: dtype that the teacher computes in, where it matters to the caller.
-        tokenisation: of ``tokenisation_hash``; rows are keyed by their tokens, so that other tokenisation could only
-            miss, and is refused instead.
-
-    Raises:
-        ValueError: the format or dtype is unknown.
-    """
-    if format not in ("hidden", "topk"):
-        raise ValueError(f"{FORMAT_SETTING}={format}: choose hidden or topk")
-    if dtype not in DTYPES:
-        raise ValueError(f"algorithm.hpd.teacher_cache_dtype={dtype}: choose {' or '.join(DTYPES)}")
-    return StoreIdentity(
-        teacher=teacher,
-        teacher_config=teacher_config,
-        temperature=float(temperature),
-        vocabulary_size=vocabulary_size,
-        format=format,
-        dtype=dtype if format == "hidden" else "float32",
-        top_k=min(top_k, vocabulary_size) if format == "topk" else 0,
-        teacher_dtype=teacher_dtype,
-        tokenisation=tokenisation,
-    )
-
-
-def tokenisation_hash(vocabulary: Mapping[str, int], chat_template: str | None) -> str:
-    """sha256 of a tokenizer's vocabulary and of the template that its chats are written with."""
-    text = json.dumps([sorted(vocabulary.items()), chat_template], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def output_head_hash(weight: Tensor, bias: Tensor | None = None) -> str:

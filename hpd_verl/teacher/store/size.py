@@ -1,4 +1,4 @@
-"""How much the teacher's store will take, said before training starts."""
+"""Estimated size of the teacher's store, logged before training starts."""
 
 import logging
 import shutil
@@ -17,25 +17,24 @@ from hpd_verl.data.demonstration import DemonstrationTokenizer, demonstration_of
 from hpd_verl.data.row import TOOLS, tools_of
 from hpd_verl.teacher.model_config import teacher_model_config
 from hpd_verl.teacher.store.disk import estimate_bytes
-from hpd_verl.teacher.store.records import FORMAT_SETTING
 from hpd_verl.teacher.store.store import GIB, LIMIT_SETTING
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ResponseTokens:
+class TokenCount:
     """Rows with a demonstration, and their response tokens."""
 
     rows: int
     tokens: int
     source: str
-    """Where ``tokens`` comes from, for the reader."""
+    """The source of ``tokens``, for the log."""
 
 
 def count_response_tokens(
     dataset: Dataset[Any], max_response_length: int, sample: int = 256, of: tuple[str, str] | None = None
-) -> ResponseTokens:
+) -> TokenCount:
     """Count the demonstrations' response tokens: exactly in a small data set, else from rows spread evenly over it.
 
     Args:
@@ -46,7 +45,7 @@ def count_response_tokens(
     """
     if not isinstance(dataset, HPDDataset):
         rows = len(dataset)  # type: ignore[arg-type]
-        return ResponseTokens(rows, rows * max_response_length, f"at most {max_response_length:,} each")
+        return TokenCount(rows, rows * max_response_length, f"at most {max_response_length:,} each")
     total = len(dataset)
     looked_at = min(sample, total)
     tokenizer = DemonstrationTokenizer(
@@ -61,12 +60,12 @@ def count_response_tokens(
             length = tokenizer.length(row[dataset.prompt_key], answer, tools_of(row.get(TOOLS)))
             lengths.append(min(length, max_response_length))
     if looked_at == total:
-        return ResponseTokens(len(lengths), sum(lengths), "counted")
+        return TokenCount(len(lengths), sum(lengths), "counted")
     rows, tokens = (round(count * total / looked_at) for count in (len(lengths), sum(lengths)))
-    return ResponseTokens(rows, tokens, f"from the lengths of {looked_at} rows")
+    return TokenCount(rows, tokens, f"from the lengths of {looked_at} rows")
 
 
-def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[ResponseTokens]) -> tuple[str, float]:
+def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[TokenCount]) -> tuple[str, float]:
     """What the rows need, what the limit keeps of it and, for a store on disk, what is there and free.
 
     Args:
@@ -98,7 +97,7 @@ def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[Response
         held = sum(file.stat().st_size for file in folder.glob("part-*"))
         parts.append(f"{folder} holds {_gib(held)}, its disk has {_gib(shutil.disk_usage(place).free)} free")
     if share < 1.0:
-        smaller = f" or set {FORMAT_SETTING}=topk" if config.teacher_cache_format == "hidden" else ""
+        smaller = " or set algorithm.hpd.teacher_cache_format=topk" if config.teacher_cache_format == "hidden" else ""
         parts.append(f"for the others the teacher runs in every epoch: raise the limit{smaller} to keep more")
     return "; ".join(parts), share
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hpd_verl.teacher.store.records import Record, Schema, StoreIdentity
+from hpd_verl.teacher.store.identity import StoreIdentity
+from hpd_verl.teacher.store.records import Record, Schema
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +30,9 @@ def check_memory_store(kind: str, ranks: int) -> None:
     """
     if kind == "memory" and ranks > 1:
         raise ValueError(
-            f"algorithm.hpd.teacher_cache=memory: each of the {ranks} ranks would keep rows that the next epoch gives "
-            f"to another; set algorithm.hpd.teacher_cache=disk and {DIR_SETTING} to a folder that all ranks share (on "
-            "one node, one in /dev/shm keeps them in memory)"
+            f"algorithm.hpd.teacher_cache=memory: rows change between the {ranks} ranks in each epoch; set "
+            f"algorithm.hpd.teacher_cache=disk and {DIR_SETTING} to a folder that all ranks share (on one node, in "
+            "/dev/shm)"
         )
 
 
@@ -78,7 +79,7 @@ class TeacherStore(ABC):
 
     @abstractmethod
     def get(self, keys: Sequence[bytes]) -> list[Record | None]:
-        """One record a key, in order, None where there is none. Treat the tensors as read-only."""
+        """One record per key, in order, None if missing. Treat the tensors as read-only."""
 
     @abstractmethod
     def put(self, key: bytes, record: Record) -> None:
@@ -131,8 +132,7 @@ class TeacherStore(ABC):
             return True
         if not self._refused:
             logger.warning(
-                "%s=%g: the store of teacher features is full at %.3g GiB; rows beyond are not kept and go through the "
-                "teacher every time",
+                "%s=%g: the teacher's store is full at %.3g GiB; further rows go through the teacher every epoch",
                 LIMIT_SETTING,
                 self.max_bytes / GIB,
                 stored / GIB,

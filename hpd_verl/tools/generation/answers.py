@@ -1,4 +1,4 @@
-"""What is asked of a model, and what it answers."""
+"""Prompts for a model, and its answers."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class GenerationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How each prompt is answered.
+    """Sampling parameters of each prompt.
 
     Attributes:
         n: answers a prompt.
@@ -77,7 +77,7 @@ class Generator(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What the answers depend on beside prompts and sampling, as JSON values: the model and how it is run."""
+        """Everything but prompts and sampling that answers depend on, as JSON values: the model and its execution."""
 
     def answers(
         self, prompts: Sequence[Messages], sampling: Sampling, done: Collection[int] = ()
@@ -97,4 +97,4 @@ class Generator(Protocol):
         """
 
     def close(self) -> None:
-        """Give back what it holds, such as devices; it starts again where it is asked once more."""
+        """Release its resources, such as devices; the next prompt starts it again."""

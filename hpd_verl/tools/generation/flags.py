@@ -20,7 +20,7 @@ def _json(text: str) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, and by what it runs."""
+    """Flags of the model, and how it runs."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="folder or hub name of a Hugging Face model, run here by vLLM")
     group.add_argument(
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """The fields of ``Sampling``, with these defaults in place of its own."""
+    """Flags for the fields of ``Sampling``, with these defaults."""
     group = parser.add_argument_group("sampling")
     helps = {
         "n": "answers a prompt",
@@ -94,7 +94,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 
 def generator_of(args: argparse.Namespace) -> Generator:
-    """The model of these flags; nothing runs before it is asked.
+    """The model of these flags; it starts with the first prompt.
 
     Raises:
         ValueError: flags that contradict, or a model's folder that is not whole.

@@ -2,6 +2,9 @@
 
 The first line says what the answers depend on, and each line after it is a prompt with its answers. What a killed
 process leaves is whole lines and at most a part of one, which is cut off when the file is opened again.
+
+A database would not do. Synced at every answer sqlite takes 17 ms for each, this file 0.06; unsynced it can lose all
+answers when the machine goes down, where this file loses the last seconds.
 """
 
 import contextlib

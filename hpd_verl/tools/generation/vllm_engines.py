@@ -1,7 +1,7 @@
-"""Answers by vLLM's offline engine, in processes of their own.
+"""Answers by vLLM's offline engine, one process per engine.
 
-Each engine has a process, with its devices, from ``VLLMGenerator``'s first question until it is closed. Prompts go to
-the engine that has the fewest; an engine that dies, or the process that asks, ends them all.
+An engine lives from ``VLLMGenerator``'s first prompt until it is closed. Prompts go to the engine with the fewest; if
+an engine or the asking process dies, all end.
 """
 
 import atexit
@@ -79,8 +79,6 @@ class VLLMGenerator:
         trust_remote_code: bool = False,
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        from verl.plugin.platform import get_platform
-
         for name, value in (
             ("--tensor_parallel_size", tensor_parallel_size),
             ("--data_parallel_size", data_parallel_size),
@@ -100,9 +98,6 @@ class VLLMGenerator:
             "gpu_memory_utilization": gpu_memory_utilization,
             "disable_log_stats": True,
         }
-        if get_platform().device_name == "cpu":
-            # vLLM cannot take back a random number of an answer whose prompt it has read in part: prompts whole, then.
-            self._load["enable_chunked_prefill"] = False
         load_template(model, self.template_kwargs, trust_remote_code)
         self._devices = _shares_of_devices(data_parallel_size, tensor_parallel_size)
         self._engines: list[_Engine] = []
@@ -112,7 +107,7 @@ class VLLMGenerator:
         """The model by its path and its files' content, and what of its settings the answers depend on."""
         from transformers import AutoConfig
 
-        from hpd_verl.teacher.store.identity import FileHashes, config_hash, model_files
+        from hpd_verl.teacher.store.teacher_files import FileHashes, config_hash, model_files
 
         config = AutoConfig.from_pretrained(self.model, trust_remote_code=self.engine_kwargs["trust_remote_code"])
         files = model_files(self.model, getattr(config, "transformers_weights", None))
@@ -167,7 +162,7 @@ class VLLMGenerator:
             engine.waiting.add(position)
 
     def _collect(self) -> Iterator[tuple[int, list[Answer]]]:
-        """What the engines have finished; waits for one prompt at least."""
+        """Finished prompts of the engines; waits for at least one."""
         by_connection = {engine.connection: engine for engine in self._engines}
         for connection in wait(list(by_connection)):
             engine = by_connection[connection]  # type: ignore[index]
@@ -183,8 +178,8 @@ class VLLMGenerator:
     def _death(self, engine: _Engine) -> GenerationError:
         engine.process.join(10)
         return GenerationError(
-            f"--model={self.model}: vLLM's process ended (exit code {engine.process.exitcode}) without a word; "
-            "it may have been killed for its memory: see above, or the kernel's log"
+            f"--model={self.model}: vLLM's process ended (exit code {engine.process.exitcode}), perhaps killed for "
+            "its memory; see the log above, or the kernel's"
         )
 
     def _start(self) -> None:
@@ -242,7 +237,7 @@ def _shares_of_devices(engines: int, each: int) -> list[dict[str, str]]:
     if len(devices) < engines * each:
         raise ValueError(
             f"--data_parallel_size={engines}, --tensor_parallel_size={each}: {engines * each} devices are needed, "
-            f"{len(devices)} can be seen; lower one of them"
+            f"{len(devices)} are visible; lower one of them"
         )
     return [{name: ",".join(devices[index * each : (index + 1) * each])} for index in range(engines)]
 
@@ -277,7 +272,7 @@ def load_template(
         if weights:
             check_weights(setting, folder)
     elif model.startswith(("/", "./", "../", "~")):
-        raise ValueError(f"{setting}={model}: no such folder; give a folder that is there, or a hub name")
+        raise ValueError(f"{setting}={model}: no such folder; give an existing folder, or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # of transformers, tokenizers or the model's own code
@@ -295,7 +290,7 @@ def load_template(
 
 
 def end_with_parent() -> None:
-    """Let Linux kill this process when the one that started it ends, however that ends."""
+    """Let Linux kill this process when its parent ends."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
@@ -318,7 +313,7 @@ def _serve(connection: Connection, model: str, template_kwargs: Mapping[str, Any
 
     threading.Thread(target=receive, daemon=True).start()
     try:
-        engine = _load_engine(model, template_kwargs, load)
+        engine = _VLLM(model, template_kwargs, load)
         while (request := requests.get() if engine.is_idle() else _next(requests)) is not None:
             if request != ():
                 engine.add(*request)
@@ -344,38 +339,32 @@ def _next(requests: "queue.SimpleQueue[Any]") -> Any:
         return ()
 
 
-def _defaults() -> dict[str, Any]:
-    """Arguments of vLLM's ``LLM`` that a CPU needs; the user's own win."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return {}
-    # A prompt in several pieces takes its random numbers back, which generators of a CPU cannot. The plugin's
-    # environment does not compile.
-    return {"enable_chunked_prefill": False, "enforce_eager": os.environ.get("TORCHDYNAMO_DISABLE") == "1"}
-
-
 class _VLLM:
     """vLLM's engine, by tokens."""
 
     def __init__(self, model: str, template_kwargs: Mapping[str, Any], load: dict[str, Any]) -> None:
         import verl  # noqa: F401 - its plugins set what a CPU needs
         from vllm import LLM
+        from vllm.platforms import current_platform
 
+        if current_platform.is_cpu():
+            # It cannot take back a random number of an answer whose prompt it has read in part: prompts whole, then.
+            # The plugin's environment does not compile; the user's own choice wins.
+            eager = os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+            load = {"enforce_eager": eager, **load, "enable_chunked_prefill": False}
         self._model = model
         self._template = load_template(model, template_kwargs, load["trust_remote_code"])
         self._end = self._template.turn_end([{"role": "user", "content": "question"}]).token
-        self._llm = LLM(model, **{**_defaults(), **load})
+        self._llm = LLM(model, **load)
         self._engine = self._llm.llm_engine
         self._context: int = self._llm.model_config.max_model_len
         self._too_long: list[tuple[int, list[Answer]]] = []
-        self._positions: dict[str, int] = {}
 
     def is_idle(self) -> bool:
         return not self._too_long and not self._engine.has_unfinished_requests()
 
     def add(self, position: int, messages: Messages, sampling: Sampling) -> None:
-        """Begin a prompt; one that fills the context gets empty answers, cut."""
+        """Begin a prompt; a prompt that fills the context gets empty, cut answers."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -402,7 +391,7 @@ class _VLLM:
         self._engine.add_request(str(position), {"prompt_token_ids": tokens}, parameters)
 
     def step(self) -> list[tuple[int, list[Answer]]]:
-        """One step of the engine: the prompts that it finishes."""
+        """One step of the engine; returns the finished prompts."""
         finished, self._too_long = self._too_long, []
         if self._engine.has_unfinished_requests():
             for output in self._engine.step():
@@ -420,7 +409,3 @@ class _VLLM:
             clean_up_tokenization_spaces=False,
         )
         return Answer(text, tokens, output.finish_reason)
-
-
-def _load_engine(model: str, template_kwargs: Mapping[str, Any], load: dict[str, Any]) -> _VLLM:
-    return _VLLM(model, template_kwargs, load)

@@ -1,1 +1,1 @@
-"""What a run needs, before it starts: memory, time and disk, from the models' config.json alone (docs/planner.md)."""
+"""Estimates memory, time and disk of a run from the models' config.json (docs/planner.md)."""

@@ -1,8 +1,8 @@
-"""What a run needs, from the models' config.json alone: memory of a GPU, hours, disk; and what would make it fit.
+"""Estimates memory of a GPU, hours and disk of a run from the models' config.json, and what would make it fit.
 
     hpd-verl plan STUDENT TEACHER --gpus 8 --memory 80 --tokens 16384
 
-Ends with 1 where the run does not fit. docs/planner.md says how it counts and how near that is.
+Exits with 1 if the run does not fit. Method and accuracy: docs/planner.md.
 """
 
 import argparse
@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
 from hpd_verl.checks.architecture import check_architecture
+from hpd_verl.engine.families import divides_heads
 from hpd_verl.engine.on_meta import CannotBuild
 from hpd_verl.errors import Refused, one_line
 from hpd_verl.tools.plan.memory import Memory, complaints, plan_memory, what_helps
 from hpd_verl.tools.plan.model_size import ModelSize, model_size, read_config
-from hpd_verl.tools.plan.run import GIB, Run
+from hpd_verl.tools.plan.run import GIB, PlannedRun
 from hpd_verl.tools.plan.work import Work, plan_work
 
 CHOICES = {
@@ -30,12 +31,13 @@ CHOICES = {
     "platform": ("gpu", "cpu"),
 }
 HELP = {
-    "gpus": "of all machines together",
-    "memory": "of a GPU, GiB",
-    "tokens": "of a micro-batch: ppo_max_token_len_per_gpu, or data.max_token_len_per_gpu",
-    "rows": "of the data set",
-    "prompt_tokens": "of a row, on average",
-    "response_tokens": "of a row, on average",
+    "gpus": "GPUs of all machines",
+    "memory": "GiB of a GPU",
+    "ulysses": "GPUs that share a sequence: ulysses_sequence_parallel_size",
+    "tokens": "tokens per micro-batch on a GPU: ppo_max_token_len_per_gpu, or data.max_token_len_per_gpu",
+    "rows": "rows of the data set",
+    "prompt_tokens": "average per row",
+    "response_tokens": "average per row",
     "batch_size": "rows of a step: data.train_batch_size",
     "teacher_served": "servers on other GPUs run the teacher (algorithm.hpd.teacher_server.urls)",
     "offload_policy": "FSDP2 keeps student and optimiser in the machine's memory",
@@ -43,12 +45,12 @@ HELP = {
     "store_is_full": "the teacher's store was filled ahead; the teacher is not loaded",
     "utilization": "share of peak_tflops that training reaches, recomputation included",
     "rollout_utilization": "the same of generation",
-    "peak_tflops": "of a GPU, bfloat16, dense; 989 is an H100 SXM",
+    "peak_tflops": "peak of a GPU in dense bfloat16; 989 is an H100 SXM",
     "platform": "cpu: as VERL_PLATFORM=cpu runs",
 }
 
 
-def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Run]:
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, PlannedRun]:
     """The command line.
 
     Raises:
@@ -60,8 +62,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Run]:
     parser.add_argument("student", help="folder with config.json, or hub name")
     parser.add_argument("teacher", nargs="?", help="the same; without it, supervised fine-tuning is planned")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    types = get_type_hints(Run)
-    for field in dataclasses.fields(Run):
+    types = get_type_hints(PlannedRun)
+    for field in dataclasses.fields(PlannedRun):
         kind: Any = types[field.name]
         options: dict[str, Any] = {"help": HELP.get(field.name, ""), "default": field.default}
         if kind is bool:
@@ -71,12 +73,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Run]:
         options["help"] = f"{options['help']} ({field.default})".strip()
         parser.add_argument(f"--{field.name}", type=kind, choices=CHOICES.get(field.name), **options)
     parsed = parser.parse_args(arguments)
-    run = Run(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Run)})
+    run = PlannedRun(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(PlannedRun)})
     _check(run)
     return parsed, run
 
 
-def _check(run: Run) -> None:
+def _check(run: PlannedRun) -> None:
     may_be_zero = {"prompt_tokens", "lora_rank", "on_policy_fraction"}
     shares = {"on_policy_fraction", "gpu_memory_utilization", "utilization", "rollout_utilization"}
     for name, value in dataclasses.asdict(run).items():
@@ -86,10 +88,15 @@ def _check(run: Run) -> None:
             raise ValueError(f"--{name}={value}: give a number above 0")
         if name in shares and value > 1:
             raise ValueError(f"--{name}={value}: give a share, at most 1")
-    if run.tokens < run.row_tokens:
+    if run.gpus % run.ulysses:
+        raise ValueError(f"--ulysses={run.ulysses}: must divide --gpus={run.gpus}")
+    if run.tokens * run.ulysses < run.row_tokens:
         raise ValueError(
             f"--tokens={run.tokens}: a row has {run.row_tokens} on average; a micro-batch holds whole rows"
+            + (f", on {run.ulysses} GPUs" if run.ulysses > 1 else "")
         )
+    if run.ulysses > 1 and run.attention == "sdpa":
+        raise ValueError("--attention=sdpa: Ulysses shares out flash attention and packed_attention; leave it out")
     if run.trainer == "lean" and run.serves_rollouts:
         raise ValueError("--trainer=lean: it has no rollouts; use main_ppo, or --on_policy_fraction 0")
     if run.store_is_full and run.teacher_cache == "off":
@@ -113,7 +120,7 @@ def _hours(hours: float) -> str:
 
 
 def describe(
-    student: ModelSize, teacher: ModelSize | None, run: Run, memory: Memory, work: Work, why: list[str]
+    student: ModelSize, teacher: ModelSize | None, run: PlannedRun, memory: Memory, work: Work, why: list[str]
 ) -> list[str]:
     """The plan for a reader, line by line."""
     lines = [_model_line("student", student)] + ([] if teacher is None else [_model_line("teacher", teacher)])
@@ -151,7 +158,7 @@ def describe(
 
 
 def as_json(
-    student: ModelSize, teacher: ModelSize | None, run: Run, memory: Memory, work: Work, why: list[str]
+    student: ModelSize, teacher: ModelSize | None, run: PlannedRun, memory: Memory, work: Work, why: list[str]
 ) -> dict[str, Any]:
     """The plan for a program; memory in bytes."""
     return {
@@ -172,7 +179,7 @@ def as_json(
     }
 
 
-def _size(argument: str, name: str, run: Run) -> ModelSize:
+def _size(argument: str, name: str, run: PlannedRun) -> ModelSize:
     """Sizes of a model that the trainers take.
 
     Raises:
@@ -188,7 +195,13 @@ def _size(argument: str, name: str, run: Run) -> ModelSize:
             one_pass=run.trainer == "lean",
             gradient_checkpointing="--gradient_checkpointing" if checkpointed else None,
         )
-        return model_size(name, config)
+        size = model_size(name, config)
+        if not divides_heads(run.ulysses, size.heads, size.key_heads):
+            raise Refused(
+                f"--ulysses={run.ulysses}: {argument} has {size.heads} heads, {size.key_heads} of keys, which it must "
+                "divide"
+            )
+        return size
     except CannotBuild as error:
         raise ValueError(f"{argument}={name}: transformers cannot build it: {one_line(error)[:160]}") from error
     except Refused:
@@ -206,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"Error: {error}")
     memory, work = plan_memory(student, teacher, run), plan_work(student, teacher, run)
-    why = complaints(memory, student, run)
+    why = complaints(memory, run)
     if parsed.json:
         print(json.dumps(as_json(student, teacher, run, memory, work, why), indent=2))
     else:

@@ -8,15 +8,17 @@ memory, its layers come one by one, and each rank holds its whole output layer.
 What CUDA, NCCL and the allocator's gaps take is an allowance, ``ALLOWANCE``; everything else is counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from hpd_verl.engine.families import divides_heads
 from hpd_verl.tools.plan.model_size import ModelSize
-from hpd_verl.tools.plan.run import GIB, Run
+from hpd_verl.tools.plan.run import GIB, PlannedRun
 
 ALLOWANCE = 3 * GIB
 """CUDA context, NCCL buffers, workspaces, gaps; not on a CPU."""
 ASLEEP = 2 * GIB
-"""What a rollout server keeps while it sleeps: its context and graphs."""
+"""Memory of a sleeping rollout server: its context and graphs."""
 _CHUNK = {"gpu": 8192, "cpu": 1024}
 _ELEMENTWISE = {"gpu": 2 * 4 * 2**25, "cpu": 2 * 4 * 2**18}
 """The output layer's work on a part of a chunk: head/output_head.py."""
@@ -27,7 +29,7 @@ Parts = dict[str, float]
 
 @dataclass(frozen=True)
 class Memory:
-    """What one GPU holds, in bytes."""
+    """Memory of one GPU, in bytes."""
 
     phases: dict[str, Parts]
     """In the order of a step."""
@@ -60,7 +62,7 @@ def _passing(model: ModelSize, width: int) -> int:
     return width * (2 * model.hidden + 3 * model.intermediate)
 
 
-def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memory:
+def plan_memory(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) -> Memory:
     """Count what one GPU holds.
 
     Args:
@@ -170,14 +172,14 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: Run) -> Memo
     )
 
 
-def _chunk(run: Run) -> int:
+def _chunk(run: PlannedRun) -> int:
     return run.token_chunk_size or _CHUNK[run.platform]
 
 
 # ------------------------------ what would help ------------------------------
 
 
-def _settings(run: Run) -> list[tuple[str, Run]]:
+def _settings(models: Sequence[ModelSize], run: PlannedRun) -> list[tuple[str, PlannedRun]]:
     """Settings that take less memory, by their names, and the run with each."""
     lean = run.trainer == "lean"
     engine = "engine" if lean else "actor_rollout_ref.actor.fsdp_config"
@@ -191,8 +193,15 @@ def _settings(run: Run) -> list[tuple[str, Run]]:
         ),
         (f"algorithm.hpd.token_chunk_size={_chunk(run) // 4}", replace(run, token_chunk_size=_chunk(run) // 4)),
     ]
-    if run.tokens // 2 >= run.row_tokens:
-        tried.append((f"{length}={run.tokens // 2}", replace(run, tokens=run.tokens // 2)))
+    fewer = run.tokens // 2
+    if fewer * run.ulysses >= run.row_tokens:
+        tried.append((f"{length}={fewer}", replace(run, tokens=fewer)))
+    shared = 2 * run.ulysses
+    divides = all(divides_heads(shared, model.heads, model.key_heads) for model in models)
+    if run.gpus % shared == 0 and divides and run.attention != "sdpa":
+        role = "engine" if lean else "actor_rollout_ref.actor"
+        name = f"{role}.ulysses_sequence_parallel_size={shared} {length}={fewer}"
+        tried.append((name, replace(run, ulysses=shared, tokens=fewer)))
     if not run.teacher_served:
         tried.append(("algorithm.hpd.teacher_server.urls, on other GPUs", replace(run, teacher_served=True)))
     if run.teacher_cache == "off" and not run.serves_rollouts:
@@ -213,14 +222,15 @@ def _settings(run: Run) -> list[tuple[str, Run]]:
     return tried
 
 
-def what_helps(student: ModelSize, teacher: ModelSize | None, run: Run) -> list[tuple[str, float]]:
+def what_helps(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) -> list[tuple[str, float]]:
     """Settings that lower the peak by at least a hundredth, and the bytes they save, most first."""
     now = plan_memory(student, teacher, run).peak
-    saved = [(name, now - plan_memory(student, teacher, other).peak) for name, other in _settings(run)]
+    models = [model for model in (student, teacher) if model is not None]
+    saved = [(name, now - plan_memory(student, teacher, other).peak) for name, other in _settings(models, run)]
     return sorted([each for each in saved if each[1] > 0.01 * now], key=lambda each: -each[1])
 
 
-def complaints(memory: Memory, student: ModelSize, run: Run) -> list[str]:
+def complaints(memory: Memory, run: PlannedRun) -> list[str]:
     """Why the run does not fit; nothing if it does."""
     found = []
     for name, parts in memory.phases.items():

@@ -1,4 +1,4 @@
-"""A model's sizes, from its config.json: transformers builds it without memory, and its parameters are counted."""
+"""A model's sizes from its config.json: transformers builds it without memory to count its parameters."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from hpd_verl.engine.families import layers_to_wrap
+from hpd_verl.engine.families import head_counts, layers_to_wrap
 from hpd_verl.errors import one_line
 
 
@@ -21,24 +21,26 @@ class ModelSize:
     parameters: int
     """All; tied ones count once."""
     active: int
-    """Those that one token meets: all, but for the experts that it is not sent to."""
+    """Parameters that one token uses: all except unselected experts."""
     embedding: int
-    """Of the input embedding."""
+    """Parameters of the input embedding."""
     output: int
-    """Of the output layer, which is the embedding where they are tied."""
+    """Parameters of the output layer, the embedding's if they are tied."""
     tied: bool
     layers: int
     layer: int
-    """Of the largest layer."""
+    """Parameters of the largest layer."""
     vocabulary: int
     """Rows of the output layer."""
     hidden: int
     intermediate: int
-    """Width of a token's feed-forward network: with experts, of all those that it is sent to."""
+    """Width of a token's feed-forward network: with experts, of all selected ones."""
     query: int
     """Attention heads times their size."""
     key: int
     """Heads of keys times their size."""
+    heads: int
+    key_heads: int
     lora_per_rank: int
     """Parameters of an adapter of rank 1 on every linear module of the layers."""
 
@@ -66,7 +68,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 
 def _experts(config: PretrainedConfig) -> tuple[int, int] | None:
-    """How many experts a layer has, and how many of them a token is sent to."""
+    """Number of a layer's experts, and of those that a token selects."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     count = next((value for name in names if (value := getattr(config, name, None))), None)
     chosen = getattr(config, "num_experts_per_tok", None)
@@ -105,7 +107,7 @@ def model_size(name: str, config: PretrainedConfig) -> ModelSize:
     )
     total = sum(parameter.numel() for parameter in model.parameters())
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    heads = text.num_attention_heads
+    heads, key_heads = head_counts(text)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     if experts:
@@ -126,6 +128,8 @@ def model_size(name: str, config: PretrainedConfig) -> ModelSize:
         hidden=text.hidden_size,
         intermediate=intermediate,
         query=heads * head_size,
-        key=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        key=key_heads * head_size,
+        heads=heads,
+        key_heads=key_heads,
         lora_per_rank=sum(module.in_features + module.out_features for module in linear),
     )

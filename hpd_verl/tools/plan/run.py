@@ -1,4 +1,4 @@
-"""The settings of a run that memory and time depend on."""
+"""Settings that determine a run's memory and time."""
 
 from dataclasses import dataclass
 
@@ -6,19 +6,21 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A run. Tokens and rows are those of the data set unless they say otherwise."""
 
     gpus: int = 8
     memory: float = 80.0
-    """Of a GPU, GiB."""
+    """GiB of a GPU."""
     tokens: int = 16384
-    """Of a micro-batch, prompts and responses, at most."""
+    """Per micro-batch on a GPU, prompts and responses, at most."""
+    ulysses: int = 1
+    """GPUs that share a sequence; their micro-batch has as many times ``tokens``."""
     rows: int = 40_000
     prompt_tokens: int = 200
-    """Of a row, on average."""
+    """Average per row."""
     response_tokens: int = 1000
-    """Of a row, on average."""
+    """Average per row."""
     batch_size: int = 256
     """Rows of a training step, over all GPUs."""
     epochs: float = 3.0
@@ -43,15 +45,15 @@ class Run:
     store_is_full: bool = False
     """The store was filled ahead: the teacher is not loaded."""
     gpu_memory_utilization: float = 0.5
-    """Of the rollout server."""
+    """Share of the GPU for the rollout server."""
     platform: str = "gpu"
     """Or ``cpu``: as VERL_PLATFORM=cpu runs, float32 and nothing gathered twice."""
     utilization: float = 0.4
     """Share of ``peak_tflops`` that training reaches, recomputation counted as work."""
     rollout_utilization: float = 0.05
-    """The same of generation, whose steps are small."""
+    """The same for generation, whose steps are small."""
     peak_tflops: float = 989.0
-    """Of a GPU in bfloat16, dense; H100 SXM by default."""
+    """Peak of a GPU in dense bfloat16; default: H100 SXM."""
 
     @property
     def row_tokens(self) -> int:

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from hpd_verl.teacher.store.disk import estimate_bytes
 from hpd_verl.tools.plan.model_size import ModelSize
-from hpd_verl.tools.plan.run import Run
+from hpd_verl.tools.plan.run import PlannedRun
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of a whole run, over all GPUs."""
+    """Work of a whole run, over all GPUs."""
 
     steps: int
     tokens: float
@@ -21,13 +21,13 @@ class Work:
     """0 without a store."""
 
 
-def _forward(model: ModelSize, run: Run) -> float:
+def _forward(model: ModelSize, run: PlannedRun) -> float:
     """Operations of one row's forward pass, the output layer left out: two a parameter, and causal attention."""
     attention = 2 * model.query * model.layers * run.row_tokens**2
     return 2 * model.body * run.row_tokens + attention
 
 
-def plan_work(student: ModelSize, teacher: ModelSize | None, run: Run) -> Work:
+def plan_work(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) -> Work:
     """Count operations.
 
     Args:

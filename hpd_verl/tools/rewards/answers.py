@@ -15,7 +15,7 @@ _BETWEEN = re.compile(
 
 
 def without_reasoning(answer: str) -> str:
-    """What follows the last ``</think>``; nothing if the reasoning has not ended."""
+    """The text after the last ``</think>``; empty if the reasoning has not ended."""
     _, end, rest = answer.rpartition("</think>")
     if end:
         return rest
@@ -49,7 +49,7 @@ def code_of(answer: str, names: Collection[str] = ()) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last complete ``\boxed{...}`` holds, braces balanced; None without one.
+    r"""The content of the last complete ``\boxed{...}``, braces balanced; None without one.
 
     Boxes that only "and", "or" or a comma parts are one answer, of several items: ``\boxed{3} and \boxed{4}`` holds
     "3, 4". Takes time in proportion to the text.

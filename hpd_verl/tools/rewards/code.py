@@ -31,7 +31,7 @@ from heapq import *
 from bisect import *
 import bisect, collections, functools, heapq, itertools, math, random, re, string, sys
 """
-"""What an answer with ``fn_name`` may take for given: the sites that set such problems give it."""
+"""Names that an answer with ``fn_name`` may use without import, as on the sites that set such problems."""
 _CALLS = """
 import json
 def listed(value):  # a tuple is written as a list in JSON
@@ -43,7 +43,7 @@ for number, (given, wanted) in enumerate(json.loads({cases!r}), start=1):
 
 
 def outcome_of(answer: str, ground_truth: str, extra_info: dict[str, Any] | None = None) -> Outcome:
-    """What becomes of an answer's program.
+    """The result of an answer's program.
 
     Args:
         answer: the model's.
@@ -92,7 +92,7 @@ def compute_score(
 
 
 def _names(tests: str) -> list[str]:
-    """The answer's names that tests use; none where they are no program, which the sandbox says."""
+    """The answer's names that tests use; none if the tests are not a program, which the sandbox reports."""
     try:
         return asked_names(tests)[0]
     except (SyntaxError, ValueError, RecursionError, MemoryError):

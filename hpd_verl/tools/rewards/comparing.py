@@ -1,8 +1,8 @@
-"""Tests that compare shapes too: an empty result, or one of another shape, is no match.
+"""Tests that also compare shapes: results that are empty or of another shape fail.
 
-Runs inside the sandbox, in the tests' process. Some comparisons in tests pass where nothing is compared: numpy repeats
-the shorter operand, and an empty one is close to everything; ``zip`` ends with the shorter one. ``prepare`` compiles
-tests so that these fail. All else means what it means in Python.
+Runs inside the sandbox, in the tests' process. Some comparisons pass without comparing: numpy repeats the shorter
+operand, an empty one is close to everything, ``zip`` ends with the shorter one. ``prepare`` compiles tests so that
+these fail. Everything else is plain Python.
 """
 
 import ast
@@ -85,7 +85,7 @@ def _call(name: str, at: ast.AST, *args: Any) -> ast.AST:
 
 
 def helpers(results: Iterable[Any], proxies: Any) -> dict[str, Any]:
-    """What prepared tests use, by name.
+    """Helpers of prepared tests, by name.
 
     Args:
         results: the candidate's last results, as they arrived; looked at anew each time.

@@ -1,7 +1,7 @@
-"""What a sandboxed process does to itself before it runs a program: limits, a user, a keyring, a system-call filter.
+"""A sandboxed process confines itself before it runs a program: limits, a user, a keyring, a system-call filter.
 
-Runs inside the sandbox (``sandbox.py`` ships it there) and needs the standard library only. All of it is inherited by
-whatever the program starts and cannot be undone by it.
+Runs inside the sandbox (``sandbox.py`` ships it there) with the standard library only. The program and its children
+inherit all of it and cannot undo it.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ class Unconfined(Exception):
 
 
 class Machine(NamedTuple):
-    """What the filter must know of a processor."""
+    """The filter's constants of a processor."""
 
     audit: int
     """Its AUDIT_ARCH word."""

@@ -1,11 +1,11 @@
-"""Objects of a candidate in the hands of its tests, and the other way round, over two pipes.
+"""Exchanges objects between a candidate and its tests over two pipes.
 
-Runs inside the sandbox. Each side is a ``Port``. Plain data go by value (``plain.py``). Of everything else the other
-side gets a ``Proxy``, whose operations are carried out where the object is. An exception class becomes a class of the
-same name and bases, so that ``except`` knows it; a coroutine becomes a coroutine.
+Runs inside the sandbox. Each side is a ``Port``. Plain data go by value (``plain.py``), everything else as a ``Proxy``,
+whose operations run on the side of the object. An exception class becomes a class of the same name and bases, which
+``except`` catches; a coroutine becomes a coroutine.
 
-The two sides do not trust each other equally. What a candidate's proxy says is never part of a comparison by the
-tests, and through a proxy of the tests' a candidate reaches what that object shows, not the module that it is from.
+The tests do not trust the candidate: its proxies never take part in a comparison by the tests, and a proxy of a tests'
+object shows the candidate that object, not its module.
 """
 
 import builtins
@@ -237,7 +237,7 @@ class Port:
         """The other side's numbers of coroutines that stand for its own."""
         self.lock = threading.RLock()
 
-    # What the other side is asked.
+    # Requests to the other side.
 
     def ask(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """The result of an operation on the other side's object.
@@ -297,7 +297,7 @@ class Port:
     def encode(self, value: Any) -> Any:
         return encode(value, self.refer)
 
-    # What the other side asks.
+    # Requests of the other side.
 
     def respond(self, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to what the other side asks."""
@@ -368,7 +368,7 @@ class Port:
         if issubclass(type(own), type) and own.__module__ == self.scope["__name__"]:
             return own
         found = self.ask("special", proxy, ("__type__",))
-        # What says that it is a number must not count as one.
+        # An object that claims to be a number must not count as one.
         return found if issubclass(type(found), Proxy) or found is type else type(proxy)
 
     def coroutine(self, number: int, how: str) -> Any:
@@ -402,7 +402,7 @@ class Port:
         return self.numbers[id(value)]
 
     def refer(self, value: Any) -> dict[str, Any] | None:
-        """What stands for a value that is no plain data."""
+        """The reference to a value that is not plain data."""
         kind: Any = type(value)
         if isinstance(value, Proxy):
             return {"yours": value._hpd_number}
@@ -485,7 +485,7 @@ class Port:
         return {"raised": [self.refer_to_class(type(error)), args, text, self.keep(error), state]}
 
     def meet(self, tag: str, content: Any) -> Any:
-        """What stands here for what is no plain data."""
+        """This side's object for a reference to a value that is not plain data."""
         match tag:
             case "yours":
                 return self.own(int(content))
@@ -660,7 +660,7 @@ def changes(value: Any) -> bool:
 
 
 def text_of(error: BaseException) -> str:
-    """An exception's text; a class of its own may fail to make one."""
+    """An exception's text; a custom class may fail to make one."""
     try:
         return str(error)[:300]
     except BaseException:
@@ -668,7 +668,7 @@ def text_of(error: BaseException) -> str:
 
 
 class Printed(io.StringIO):
-    """What a candidate prints, up to a limit."""
+    """A candidate's output, up to a limit."""
 
     def write(self, text: str) -> int:
         return super().write(text) if self.tell() < PRINTED else len(text)
@@ -821,7 +821,7 @@ class TestsPort(Port):
         return super().respond(request)
 
     def perform(self, op: str, target: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """What a candidate may do with an object of its tests: use it, not look behind it."""
+        """Carry out a candidate's operation on an object of its tests: use it, not look behind it."""
         name = args[0] if args else ""
         if op in ("get", "set", "delete") and (
             type(name) is not str or name.startswith(("__", *_REACHING)) or isinstance(target, _FUNCTIONS)
@@ -862,7 +862,7 @@ class TestsPort(Port):
             return super().refer_to_object(value)
         raise TypeError(f"an argument is a {kind.__name__}, which cannot be handed to a candidate")
 
-    # What a proxy of the candidate's may be used for.
+    # Permitted uses of a candidate's proxy.
 
     def attribute(self, proxy: Any, name: str) -> Any:
         if name == "__signature__":
@@ -888,7 +888,7 @@ class TestsPort(Port):
             if not isinstance(result, Proxy) and not isinstance(args[0], Proxy):
                 raise TypeError(_NO_COMPARISON)
             if isinstance(result, Proxy) and not _is_made(proxy, args[0]):
-                # What the tests expect may be in it: nothing comes of it but its attributes.
+                # It may hold what the tests expect: only its attributes are given.
                 object.__setattr__(result, "_hpd_made", "derived")
         if name == "__contains__" and result and self.holds_everything(proxy, *args):
             raise TypeError("the object of the candidate holds everything")

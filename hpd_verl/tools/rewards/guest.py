@@ -1,4 +1,4 @@
-"""What runs inside the sandbox: ``sandbox.py`` hands this module's code and its neighbours' to their interpreters.
+"""Code that runs inside the sandbox: ``sandbox.py`` passes this module and its neighbours to the interpreters there.
 
 A candidate and its tests are two processes in two sandboxes. The tests see a candidate's functions and objects through
 ``exchange.py``: arguments go to the candidate's process, results come back as plain data (numbers, texts, lists, ...),
@@ -35,7 +35,7 @@ def serve(program: str, requests: int, replies: int) -> None:
     port = CandidatePort(requests, replies, scope)
 
     def found(names: list[str]) -> tuple[dict[str, Any], list[str]]:
-        """What the candidate defines of these, and which of them are modules."""
+        """The names that the candidate defines, and which of them are modules."""
         values = {name: scope[name] for name in names if name in scope}
         modules = [name for name, value in values.items() if isinstance(value, types.ModuleType)]
         return {name: value for name, value in values.items() if name not in modules}, modules
@@ -54,7 +54,7 @@ def serve(program: str, requests: int, replies: int) -> None:
 
 
 def asked_names(tests: str, function: str = "", tree: ast.Module | None = None) -> tuple[list[str], list[str]]:
-    """The candidate's names that tests use, and modules that they use without an import of their own.
+    """The candidate's names that tests use, and modules that they use without importing them.
 
     A name of Python's own (``abs``, ``len``) is the candidate's only if it is ``function``, or if the tests use no
     other and call this one alone, inside whatever they compare with, and with arguments that Python's own does not take
@@ -210,7 +210,7 @@ def before(helper: str, scope: dict[str, Any]) -> dict[str, Any]:
     """Execute what stands before an answer in its problem, as far as it is a program of its own; what that defines."""
     lines, known = helper.splitlines(keepends=True), set(scope)
     while lines:
-        # It may end within a statement that the answer goes on with: a decorator, the first line of a class.
+        # It may end within a statement that the answer continues: a decorator, the first line of a class.
         with contextlib.suppress(SyntaxError):
             exec(compile("".join(lines), "<helper>", "exec"), scope)
             break

@@ -2,10 +2,9 @@ r"""verl's reward function of maths: 1.0 if an answer is equal to the ground tru
 
     reward.custom_reward_function.path=pkg://hpd_verl.tools.rewards.maths
 
-Of an answer counts what follows its reasoning: its last ``\boxed{}``, else what follows its last ``####``, else its end
-(``maths_equal.statement``).
-``extra_info.tolerance`` of a row is the largest difference of two numbers that counts as none. May be called from any
-thread; what takes longer than ``SECONDS`` is not equal, and what is done before takes time in proportion to the text.
+After the reasoning, the last ``\boxed{}`` counts, else the text after the last ``####``, else the end
+(``maths_equal.statement``). ``extra_info.tolerance`` of a row is the largest difference between equal numbers. May be
+called from any thread; a comparison longer than ``SECONDS`` is not equal, and the rest is linear in the text.
 """
 
 import atexit

@@ -1,7 +1,7 @@
 r"""Whether two maths answers are equal: exactly, by structure. ``docs/evaluation.md`` has the rules with examples.
 
-math-verify's parser reads expressions. Its comparison rounds to six digits and ignores differences below 1e-15, so that
-it decides only about inequalities that are no interval.
+math-verify's parser reads expressions. Its comparison rounds to six digits and ignores differences below 1e-15, so it
+decides only about inequalities that are not an interval.
 """
 
 # ruff: noqa: RUF001 (answers hold such characters)
@@ -44,7 +44,7 @@ def equal(truth: str, answer: str, in_box: bool = True, tolerance: Fraction = Fr
 
 
 def _is_numeric(truth: str) -> bool:
-    """Whether a ground truth has no variables, whatever words stand beside its numbers."""
+    """Whether a ground truth has no variables, apart from words next to its numbers."""
     if re.search(r"\d\s+[mgshLl]\s*\.?\s*$", truth):
         return True
     values = list(_values(read(truth, False)))
@@ -74,7 +74,7 @@ def _variables(tex: str) -> bool:
     return bool(re.search(r"[A-Za-z]", re.sub(r"\\[a-zA-Z]+|(?<![A-Za-z])[ei](?![A-Za-z])", "", tex)))
 
 
-# What an answer without a box says
+# The statement of an answer without a box
 
 _MARKER = re.compile(
     r"(?:answer|result|答案|答え|正解|정답|ответ|réponse|respuesta|antwort|resposta|risposta)\**\s*"
@@ -103,7 +103,7 @@ _MATHS = re.compile(r"(?<!\\)\$\$(.+?)\$\$|(?<![\\\d])\$([^$\n]+)(?<!\\)\$|\\\((
 
 
 def statement(text: str, of_letters: bool) -> str:
-    """What the end of an answer says: what follows its last "answer is", else its last formula or number.
+    """The statement at an answer's end: the text after its last "answer is", else its last formula or number.
 
     Args:
         text: the answer's end.
@@ -476,7 +476,7 @@ def _words_of(text: str) -> list[str]:
 
 
 def _factor(wanted: tuple[str, ...], given: tuple[str, ...]) -> Fraction | None:
-    """How many of the wanted unit one of the given is; None where units or words are of different things."""
+    """Factor from the given to the wanted unit; None if units or words are of different things."""
     if not wanted or not given:
         return Fraction(1)
     units = [UNITS.get(words[0]) or UNITS.get(words[0].removesuffix("s")) for words in (wanted, given)]

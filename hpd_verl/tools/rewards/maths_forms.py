@@ -1,7 +1,7 @@
 r"""The structure of a maths answer: lists, sets, tuples, relations, matrices, letters, words, and single values.
 
-Characters that mark what LaTeX writes in several ways: ``«word»`` a word, ``⦃ ⦄`` the braces of a set, ``⟨ ⟩`` angle
-brackets, ``¤`` a currency, ``⏎`` the end of a matrix's row.
+Characters that stand for things LaTeX writes in several ways: ``«word»`` a word, ``⦃ ⦄`` the braces of a set, ``⟨ ⟩``
+angle brackets, ``¤`` a currency, ``⏎`` the end of a matrix's row.
 """
 
 # ruff: noqa: RUF001, SIM905 (answers hold such characters; lists of words are read best as text)
@@ -504,7 +504,7 @@ def _read(text: str, numeric: bool, thousands: bool) -> Form:
         return _relation([part.strip() for part in parts], [_SIGNS[sign] for sign in signs], numeric)
     if numeric and (found := re.match(r"^(?:«[^»]*»\s*)+:\s*(.*)$", text, re.S)):
         return _read(found[1], numeric, thousands)
-    return _value(text, numeric)
+    return _value(text)
 
 
 def _relation(parts: list[str], signs: list[str], numeric: bool) -> Form:
@@ -551,7 +551,7 @@ def _matrix(text: str, numeric: bool) -> Matrix | None:
     return Matrix(read_rows, match[1] in ("vmatrix", "Vmatrix") or text[0] == "|")
 
 
-def _value(text: str, numeric: bool) -> Form:
+def _value(text: str) -> Form:
     """A value with its words, or words alone."""
     bound = "not" if _NEGATING.search(text) else ""
     for sign, pattern in _BOUNDING.items():

@@ -120,7 +120,7 @@ def expression(tex: str, lower: bool) -> Any:
             conversion_config=ConversionConfig(lowercase_symbols=lower),
         )
         return _exact(found)
-    # What the parser raises on odd LaTeX is of every kind; none of it is an expression.
+    # The parser raises errors of every kind on odd LaTeX; such text is not an expression.
     except Exception:
         return None
 

@@ -1,6 +1,6 @@
-"""Compares maths answers in a process of its own, a line of JSON for a line of JSON: ``maths.py`` ends it if it hangs.
+"""Compares maths answers in a separate process, one line of JSON in, one out; ``maths.py`` ends it if it hangs.
 
-A time limit by a signal would neither work in a thread nor end a product of huge numbers.
+A signal as time limit neither works in a thread nor ends a product of huge numbers.
 """
 
 import json
@@ -18,10 +18,10 @@ ALARM = 60  # seconds after which a worker ends by itself, should whoever asked 
 def main() -> None:
     """Serve until the input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    # What sympy and its parsers print is not the protocol.
+    # Output of sympy and its parsers is not part of the protocol.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # Beside this file lies a module with a name of the standard library's; the package is found as its asker found it.
+    # This folder holds a module with a standard library name; the package is found as by the calling process.
     sys.path[0] = str(Path(__file__).parents[3])
     sys.set_int_max_str_digits(0)  # numbers are compared exactly, and in bounded time
     import latex2sympy2_extended  # noqa: F401
@@ -36,7 +36,7 @@ def main() -> None:
         try:
             truth, answer, in_box, tolerance = json.loads(line)
             found = equal(truth, answer, in_box, Fraction(tolerance))
-        # What the parsers raise on odd LaTeX is of every kind; none of it is an equal answer.
+        # The parsers raise errors of every kind on odd LaTeX; such an answer is not equal.
         except Exception:
             found = False
         signal.alarm(0)

@@ -1,7 +1,7 @@
-"""Plain data as JSON and back: what a candidate and its tests hand to each other by value.
+"""Plain data as JSON and back, which candidate and tests exchange by value.
 
 Runs inside the sandbox. Plain data are of exactly the types listed here; ``exchange.py`` hands over everything else.
-Modules are imported when one of their values arrives, since a sandbox starts often.
+Modules are imported when one of their values arrives, because sandboxes start often.
 """
 
 import base64

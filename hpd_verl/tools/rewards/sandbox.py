@@ -1,9 +1,9 @@
-"""Programs that nobody has read run in a sandbox: ``check`` a candidate against tests, or ``run`` a program.
+"""Untrusted programs run in a sandbox: ``check`` a candidate against tests, or ``run`` a program.
 
 The sandbox is bubblewrap (Debian's package of that name). A program sees Python's own files and numpy, read-only, an
 empty ``/tmp`` and ``/dev/shm`` in memory, and nothing else: no network, no other process, no environment, no ``/proc``.
-It has limits and a system-call filter, and what it started is killed with it. ``guest.py`` is what runs inside, and
-``confine.py`` the filter.
+It has limits and a system-call filter, and its children are killed with it. ``guest.py`` runs inside; ``confine.py`` is
+the filter.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import errno
 import fcntl
 import functools
 import importlib.util
+import io
 import json
 import marshal
 import math
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 _INSIDE = ("plain", "exchange", "comparing", "confine", "guest")
-"""Modules beside this one that run in the sandbox, each after those that it imports."""
+"""Modules that run in the sandbox, each after those that it imports."""
 _BOOT = """
 import json, marshal, sys, types
 settings = json.loads(sys.argv[1])
@@ -68,7 +69,7 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may take. Beyond it, the program is ended or the system call fails."""
+    """Limits of a program. Beyond them the program is ended or the system call fails."""
 
     seconds: float = 10.0
     """Wall-clock time of candidate and tests together."""
@@ -89,7 +90,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program."""
+    """Result of a program."""
 
     status: Status
     """``passed``: all tests of ``check`` passed, or the program of ``run`` ended with exit status 0. Otherwise
@@ -99,7 +100,7 @@ class Outcome:
     output: str = ""
     """Standard output of ``run``."""
     seconds: float = field(default=0.0, compare=False)
-    """How long it ran."""
+    """Run time in seconds."""
 
     @property
     def passed(self) -> bool:
@@ -107,7 +108,7 @@ class Outcome:
 
 
 def check(candidate: str, tests: str, *, helper: str = "", function: str = "", limits: Limits | None = None) -> Outcome:
-    """Whether a candidate, a Python module, passes tests: statements that use its names and raise where it is wrong.
+    """Whether a candidate, a Python module, passes tests: statements that use its names and raise if it is wrong.
 
     Args:
         candidate: the module.
@@ -134,9 +135,8 @@ def check(candidate: str, tests: str, *, helper: str = "", function: str = "", l
             ),
         ):
             processes.append(stack.enter_context(_started(role, given, limits, ends, told)))
-        for pipe in (requests, replies):
-            pipe.close()
-        os.close(report.write.detach())
+        for end in (*requests, *replies, report.write):
+            end.close()
         collected, over, seconds = _collect({"report": report.read}, processes, limits)
         if over in ("timeout", "memory"):
             return Outcome(over, _MET[over], seconds=seconds)
@@ -154,7 +154,7 @@ def check(candidate: str, tests: str, *, helper: str = "", function: str = "", l
 
 
 def run(program: str, *, stdin: str = "", limits: Limits | None = None) -> Outcome:
-    """Run a Python program as a script. That it ended well says nothing of what it did: compare its output.
+    """Run a Python program as a script. Success does not mean that it is right: compare its output.
 
     Raises:
         SandboxError: the sandbox does not work here.
@@ -168,9 +168,9 @@ def run(program: str, *, stdin: str = "", limits: Limits | None = None) -> Outco
             _started("program", given, limits, ends, errors.write, stdin=input_, stdout=output.write)
         )
         for pipe in (report, output, errors):
-            os.close(pipe.write.detach())
+            pipe.write.close()
         read = {"report": report.read, "out": output.read, "err": errors.read}
-        # It may have closed all of them and go on.
+        # It may have closed all of them and still run.
         collected, over, seconds = _collect(read, [process], limits, until_end=True)
         code = process.poll()
     lines = collected["err"].decode(errors="replace").strip()
@@ -191,37 +191,17 @@ _MET: dict[Status, str] = {
 }
 
 
-class _End:
-    """One end of a pipe, closed once."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor: int | None = descriptor
-
-    def fileno(self) -> int:
-        assert self._descriptor is not None
-        return self._descriptor
-
-    def detach(self) -> int:
-        descriptor = self.fileno()
-        self._descriptor = None
-        return descriptor
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self.detach())
+class _Pipe(NamedTuple):
+    read: io.FileIO
+    write: io.FileIO
 
 
-class _Pipe:
-    def __init__(self) -> None:
-        self.read, self.write = (_End(_raised(end)) for end in os.pipe())
-
-    def close(self) -> None:
-        self.read.close()
-        self.write.close()
-
-
-def _pipe() -> contextlib.closing[_Pipe]:
-    return contextlib.closing(_Pipe())
+@contextlib.contextmanager
+def _pipe() -> Iterator[_Pipe]:
+    """Two ends; one that is closed earlier is closed once."""
+    read, write = map(_raised, os.pipe())
+    with io.FileIO(read, "r") as reader, io.FileIO(write, "w") as writer:
+        yield _Pipe(reader, writer)
 
 
 def _raised(descriptor: int) -> int:
@@ -289,7 +269,7 @@ def _started(
     role: str,
     given: dict[str, str],
     limits: Limits,
-    ends: dict[str, _End],
+    ends: dict[str, io.FileIO],
     errors: Any,
     stdin: Any = subprocess.DEVNULL,
     stdout: Any = subprocess.DEVNULL,
@@ -320,7 +300,7 @@ def _started(
             env=ENVIRONMENT if way.sandboxed else {**ENVIRONMENT, "HOME": folder, "TMPDIR": folder},
             stdin=stdin,
             stdout=stdout,
-            # What the candidate writes is nobody's; what bubblewrap writes says why it does not start.
+            # The candidate's output is ignored; bubblewrap's tells why it does not start.
             stderr=errors,
             pass_fds=(program, *descriptors.values()),
             start_new_session=True,
@@ -342,7 +322,7 @@ def _resource_limits(limits: Limits) -> dict[str, int]:
         "RLIMIT_CPU": math.ceil(limits.seconds) + 1,
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
-        # What the kernel keeps for a process: pages that stay, timers and signals, queues.
+        # Kernel memory of a process: pinned pages, timers and signals, queues.
         "RLIMIT_MEMLOCK": 1 << 16,
         "RLIMIT_SIGPENDING": 1024,
         "RLIMIT_MSGQUEUE": 0,
@@ -350,11 +330,11 @@ def _resource_limits(limits: Limits) -> dict[str, int]:
 
 
 def _collect(
-    ends: dict[str, _End], processes: "list[subprocess.Popen[bytes]]", limits: Limits, until_end: bool = False
+    ends: dict[str, io.FileIO], processes: "list[subprocess.Popen[bytes]]", limits: Limits, until_end: bool = False
 ) -> tuple[dict[str, bytes], Status | None, float]:
     """What comes from these until all are closed, or until a limit is met; which one; and how long it took.
 
-    Time counts from the first word of ``report``: a machine that is busy is no fault of a program's.
+    Time counts from the first word of ``report``, because a busy machine is not the program's fault.
 
     Args:
         ends: of pipes.
@@ -432,7 +412,7 @@ def _proportional(process: Path) -> int:
 
 
 def _device(folder: str) -> int | None:
-    """What a folder lies on; None where it does not exist or is closed to this user."""
+    """The device of a folder; None if it does not exist or is closed to this user."""
     with contextlib.suppress(OSError):
         return os.stat(folder).st_dev
     return None
@@ -442,7 +422,7 @@ class _Way(NamedTuple):
     """How programs are isolated."""
 
     words: list[str]
-    """What stands before a command."""
+    """Prefix of a command."""
     packages: str
     """The folder of numpy in there."""
     first_user: int | None
@@ -521,7 +501,7 @@ def _bubblewrap_fails(prefix: list[str]) -> str | None:
 
 
 def _namespaces() -> list[str]:
-    """``unshare`` without network and with processes of its own, where it works; nothing otherwise."""
+    """``unshare`` without network and with its own processes, if it works; else nothing."""
     own_user = [] if os.getuid() == 0 else ["--user", "--map-current-user"]
     words = [shutil.which("unshare") or "", *own_user, "--net", "--pid", "--fork", "--kill-child=SIGKILL"]
     try:

@@ -11,8 +11,9 @@ from torch.utils.data import TensorDataset
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.dataset import HPDDataset
 from hpd_verl.teacher.store.disk import DiskStore, estimate_bytes
-from hpd_verl.teacher.store.records import row_key, teacher_identity
-from hpd_verl.teacher.store.size import ResponseTokens, count_response_tokens, describe_size
+from hpd_verl.teacher.store.identity import teacher_identity
+from hpd_verl.teacher.store.records import row_key
+from hpd_verl.teacher.store.size import TokenCount, count_response_tokens, describe_size
 
 GIB = 1 << 30
 
@@ -60,9 +61,9 @@ def test_counts_a_small_data_set_exactly(tmp_path: Path) -> None:
     """Up to the limit of a response, which cuts longer ones."""
     expected = [len(row["demonstration"].split()) + 1 for row in make_rows(100)]
     dataset = make_dataset(tmp_path, 100)
-    assert count_response_tokens(dataset, 16) == ResponseTokens(100, sum(expected), "counted")
+    assert count_response_tokens(dataset, 16) == TokenCount(100, sum(expected), "counted")
     shortened = sum(min(length, 3) for length in expected)
-    assert count_response_tokens(dataset, 3) == ResponseTokens(100, shortened, "counted")
+    assert count_response_tokens(dataset, 3) == TokenCount(100, shortened, "counted")
 
 
 def test_samples_a_large_one(tmp_path: Path) -> None:
@@ -74,11 +75,11 @@ def test_samples_a_large_one(tmp_path: Path) -> None:
 
 def test_another_data_set_counts_as_long_as_it_may_be() -> None:
     counted = count_response_tokens(TensorDataset(torch.zeros(40)), 4096)
-    assert counted == ResponseTokens(40, 40 * 4096, "at most 4,096 each")
+    assert counted == TokenCount(40, 40 * 4096, "at most 4,096 each")
 
 
 def test_what_is_said_of_a_store_that_is_too_small(tmp_path: Path) -> None:
-    counts = [ResponseTokens(40_000, 40_000 * 4096, "at most 4,096 each")]
+    counts = [TokenCount(40_000, 40_000 * 4096, "at most 4,096 each")]
     config = HPDConfig(teacher_cache="disk", teacher_cache_dir=str(tmp_path / "not" / "there"))
     line, share = describe_size(config, 3584, counts)
     needed = (40_000 * 64 + 40_000 * 4096 * 7176) / GIB
@@ -93,7 +94,7 @@ def test_what_is_said_of_a_store_that_is_too_small(tmp_path: Path) -> None:
 
 def test_what_is_said_of_one_that_is_large_enough(tmp_path: Path) -> None:
     config = HPDConfig(teacher_cache="memory")
-    line, share = describe_size(config, 8, [ResponseTokens(2, 10, "counted"), ResponseTokens(0, 0, "counted")])
+    line, share = describe_size(config, 8, [TokenCount(2, 10, "counted"), TokenCount(0, 0, "counted")])
     assert share == 1.0
     assert line == (
         "the teacher's features of 2 rows with 10 response tokens (counted) need 3.4e-07 GiB; "

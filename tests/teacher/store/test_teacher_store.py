@@ -19,14 +19,8 @@ import pytest
 import torch
 
 from hpd_verl.teacher.store.disk import DiskStore
-from hpd_verl.teacher.store.records import (
-    Record,
-    StoreIdentity,
-    output_head_hash,
-    row_key,
-    teacher_identity,
-    tokenisation_hash,
-)
+from hpd_verl.teacher.store.identity import StoreIdentity, teacher_identity, tokenisation_hash
+from hpd_verl.teacher.store.records import Record, output_head_hash, row_key
 from hpd_verl.teacher.store.store import MemoryStore, StoreStats, TeacherStore, check_memory_store
 
 HIDDEN = StoreIdentity(
@@ -216,7 +210,9 @@ def test_does_not_store_what_is_not_finite(
 def test_a_store_in_memory_is_of_one_rank() -> None:
     for kind, ranks in (("memory", 1), ("disk", 8), ("off", 8)):
         check_memory_store(kind, ranks)
-    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.teacher_cache=memory: each of the 8 ranks .*; set .*=disk"):
+    with pytest.raises(
+        ValueError, match=r"^algorithm\.hpd\.teacher_cache=memory: rows change between the 8 ranks .*; set .*=disk"
+    ):
         check_memory_store("memory", 8)
 
 
@@ -253,7 +249,6 @@ def test_identity_changes_with_a_setting(change: dict[str, object]) -> None:
     assert identify(**change) != identify()
     assert identify(**change).digest != identify().digest
     assert identify(teacher_dtype="bf16") != identify()
-    assert StoreIdentity.from_json(identify(**change).to_json()) == identify(**change)
 
 
 def test_identity_ignores_settings_of_the_other_format() -> None:
@@ -261,13 +256,6 @@ def test_identity_ignores_settings_of_the_other_format() -> None:
     assert identify(format="topk", dtype="float32") == identify(format="topk")
     assert identify(format="topk", top_k=1) != identify(format="topk")
     assert identify(format="topk", top_k=500).top_k == 100
-
-
-def test_identity_refuses_unknown_settings() -> None:
-    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.teacher_cache_format=logits: choose"):
-        identify(format="logits")
-    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.teacher_cache_dtype=float16: choose"):
-        identify(dtype="float16")
 
 
 # Sharing

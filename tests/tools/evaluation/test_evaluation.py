@@ -10,16 +10,16 @@ import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from answering_server import AnsweringServer, running, send
 from conftest import Tiny, make_model, make_rows, write_parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,57 +36,35 @@ Answerer = Callable[[str, int], str]
 """From the last message and the answer's number to the answer."""
 
 
-class Server:
-    """An OpenAI-compatible server; ``answer`` says what, ``fail_after`` after how many requests it fails.
-
-    Prompts in ``refuses`` are refused by its content filter.
-    """
+class Server(AnsweringServer):
+    """``answer`` says what, ``fail_after`` after how many requests it fails; prompts in ``refuses`` are refused by its
+    content filter."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.answer: Answerer = lambda question, number: "no"
         self.fail_after = 10**9
         self.finish_reason = "stop"
         self.refuses: set[str] = set()
-        self.requests: list[dict[str, Any]] = []
-        outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                refused = len(outer.requests) >= outer.fail_after
-                outer.requests.append(request)
-                body: dict[str, Any] = {"error": "no such model"}
-                text = request["messages"][-1]["content"]
-                if not refused and text in outer.refuses:
-                    body = {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}
-                    body["choices"] *= request["n"]
-                elif not refused:
-                    body = {
-                        "choices": [
-                            {"message": {"content": outer.answer(text, number)}, "finish_reason": outer.finish_reason}
-                            for number in range(request["n"])
-                        ]
-                    }
-                data = json.dumps(body).encode()
-                self.send_response(404 if refused else 200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+    def reply(self, handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+        text = request["messages"][-1]["content"]
+        if len(self.requests) > self.fail_after:
+            return send(handler, {"error": "no such model"}, 404)
+        refusal = {"message": {"content": None}, "finish_reason": "content_filter"}
+        choices = [
+            refusal
+            if text in self.refuses
+            else {"message": {"content": self.answer(text, number)}, "finish_reason": self.finish_reason}
+            for number in range(request["n"])
+        ]
+        send(handler, {"choices": choices})
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    with running(Server()) as started:
+        yield started
 
 
 class Call:
@@ -654,8 +632,8 @@ def test_models_that_are_not_whole(call: Call, tiny: Tiny, tmp_path: Path) -> No
 
 
 def test_a_server_that_is_down(call: Call, problems: Path, server: Server) -> None:
-    server.http.shutdown()
-    server.http.server_close()
+    server.shutdown()
+    server.server_close()
     assert "--endpoint=" in call.error(maths, problems)
 
 

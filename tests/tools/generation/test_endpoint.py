@@ -3,30 +3,21 @@
 import gzip
 import json
 import socket
-import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+from answering_server import AnsweringServer, Reply, running, send
 
 from hpd_verl.tools.generation import Answer, GenerationError, Sampling, generate_all
 from hpd_verl.tools.generation.endpoint import EndpointGenerator
 
-Reply = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 PROMPTS = [[{"role": "user", "content": f"{number} plus 1 ?"}] for number in range(6)]
-
-
-def send(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **headers: str) -> None:
-    handler.send_response(status)
-    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.end_headers()
-    handler.wfile.write(body)
 
 
 def choice_of(request: dict[str, Any], number: int, **message: Any) -> dict[str, Any]:
@@ -36,24 +27,23 @@ def choice_of(request: dict[str, Any], number: int, **message: Any) -> dict[str,
 
 def good(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
     choices = [choice_of(request, number) for number in range(request["n"])]
-    send(handler, json.dumps({"choices": choices}).encode())
+    send(handler, {"choices": choices})
 
 
 def replies(content: Any, status: int = 200, **headers: str) -> Reply:
-    body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return lambda handler, request: send(handler, body, status, **headers)
+    return lambda handler, request: send(handler, content, status, **headers)
 
 
 def one_choice(**changed: Any) -> Reply:
     def reply(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
         choices = [{**choice_of(request, number), **changed} for number in range(request["n"])]
-        send(handler, json.dumps({"choices": choices}).encode())
+        send(handler, {"choices": choices})
 
     return reply
 
 
 def one_answer_only(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
-    send(handler, json.dumps({"choices": [choice_of(request, 0)]}).encode())
+    send(handler, {"choices": [choice_of(request, 0)]})
 
 
 def slow(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
@@ -88,48 +78,24 @@ def stops_in_the_middle(handler: BaseHTTPRequestHandler, request: dict[str, Any]
 BEYOND_CONTEXT = replies({"error": {"message": "This model's maximum context length is 8 tokens"}}, 400)
 
 
-class Server(ThreadingHTTPServer):
-    """Gives the replies of ``script`` in turn, good ones after them, and keeps the requests."""
-
-    daemon_threads = True
+class Server(AnsweringServer):
+    """Gives the replies of ``script`` in turn, good ones after them."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__()
         self.script: list[Reply] = []
         self.always: Reply = good
-        self.requests: list[dict[str, Any]] = []
-        self.lock = threading.Lock()
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that have gone are part of the tests."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append({"path": self.path, "key": self.headers.get("Authorization"), **request})
-            reply = self.server.script.pop(0) if self.server.script else self.server.always
-        reply(self, request)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+    def reply(self, handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+        with self.lock:
+            reply = self.script.pop(0) if self.script else self.always
+        reply(handler, request)
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
+    with running(Server()) as started:
+        yield started
 
 
 def endpoint(url: str, **settings: Any) -> EndpointGenerator:

@@ -529,8 +529,9 @@ def test_users_that_are_not_root(tmp_path: Path) -> None:
     if os.getuid() == 0 and not python.exists():
         pytest.skip("needs a python3.11 that other users may run")
     copy = tmp_path / "package"
-    shutil.copytree(ROOT / "hpd_verl/rewards", copy / "hpd_verl/rewards")
-    (copy / "hpd_verl/__init__.py").write_text("")
+    shutil.copytree(ROOT / "hpd_verl/tools/rewards", copy / "hpd_verl/tools/rewards")
+    for name in ("hpd_verl", "hpd_verl/tools"):
+        (copy / name / "__init__.py").write_text("")
     for folder in (copy, *tmp_path.parents[:3], tmp_path):
         folder.chmod(0o755)
     program = WITHOUT + (

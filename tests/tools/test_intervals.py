@@ -3,17 +3,13 @@
 import itertools
 import random
 import statistics as standard
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # examples is no part of the installed package
-
-from examples.evaluation.statistics import avg_at_k, bootstrap, compare, pass_at_k
+from hpd_verl.tools.intervals import avg_at_k, bootstrap, bootstrap_seeds, compare, compare_seeds, holm, pass_at_k
 
 
 @given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -107,3 +103,36 @@ def test_pairs_see_what_separate_intervals_do_not() -> None:
     found = compare(first, second)
     assert found.p_value < 0.001
     assert found.low == pytest.approx(0.05)
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_a_comparison_over_seeds_is_paired() -> None:
+    """Problems that differ much between one another do not hide a difference that all of them have."""
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(0, 0.9, size=(5, 60))
+    found = compare_seeds(scores + 0.05, scores)
+    assert found.difference == pytest.approx(0.05)
+    assert (found.low, found.high) == pytest.approx((0.05, 0.05))
+    assert found.verdict == "better"
+    assert compare_seeds(scores, scores + 0.05).verdict == "worse"
+    value = bootstrap_seeds(scores)
+    assert value.low < scores.mean() < value.high
+    assert compare_seeds(scores, scores).p_value == 1
+
+
+def test_an_interval_over_seeds_is_that_of_all_draws() -> None:
+    """Two seeds of three problems, drawn exhaustively: wider than problems alone where seeds differ."""
+    scores = np.array([[0.0, 0.5, 1.0], [0.2, 0.9, 1.0]])
+    means = sorted(
+        float(scores[np.ix_(seeds, problems)].mean())
+        for seeds in itertools.product(range(2), repeat=2)
+        for problems in itertools.product(range(3), repeat=3)
+    )
+    found = bootstrap_seeds(scores)
+    assert (found.value, found.problems) == (pytest.approx(0.6), 3)
+    assert means[0] <= found.low <= means[6]  # 108 draws
+    assert means[-7] <= found.high <= means[-1]

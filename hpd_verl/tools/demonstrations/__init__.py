@@ -1,0 +1,1 @@
+"""A teacher's answers become demonstrations: ``hpd-verl generate``."""
