@@ -512,7 +512,7 @@ BAD_SETTINGS = {
     ),
     "no model": (
         ("algorithm.hpd.teachers={maths: {path: /nowhere}, code: {path: student}}",),
-        "algorithm.hpd.teachers.maths.path=/nowhere: no such folder; give a folder that is there, or a hub name",
+        "algorithm.hpd.teachers.maths.path=/nowhere: no such folder; give an existing folder, or a hub name",
     ),
     "unknown teacher": (
         ("algorithm.hpd.teachers={maths: {path: student}}",),
