@@ -138,6 +138,9 @@ REFUSED = [
     *(("teacher_cache_top_k", value) for value in NOT_POSITIVE_INTEGERS),
     *(("teacher_cache_max_gib", value) for value in (0, -1.0, *NOT_NUMBERS)),
     *(("teacher_server", value) for value in ([1], "http://host:8000", None)),
+    *(("teachers", value) for value in ([1], "maths", {}, 1)),
+    *(("teacher_key", value) for value in ("", 1, None)),
+    *(("teacher_ema", value) for value in (-0.1, 1, 1.0, 1.5, *NOT_NUMBERS) if value is not None),
 ]
 
 

@@ -52,7 +52,9 @@ class TeacherColumns:
         self._rows, self._truncated = {uid: {} for uid in uids}, set()
         if TEACHER_CHAT in batch:
             tools = list(batch[TOOLS]) if TOOLS in batch else [None] * len(uids)
-            for uid, chat, of_row in zip(uids, batch.pop(TEACHER_CHAT), tools, strict=True):
+            chats = list(batch[TEACHER_CHAT])
+            del batch[TEACHER_CHAT]
+            for uid, chat, of_row in zip(uids, chats, tools, strict=True):
                 ids, is_cut = self._prompts.encode(json.loads(chat), f"row {uid}", tools_of(of_row))
                 self._rows[uid][fields.TEACHER_PROMPTS] = ids
                 self._truncated |= {uid} if is_cut else set()

@@ -15,8 +15,8 @@ from typing import Any, get_args, get_type_hints
 from hpd_verl.checks.architecture import check_architecture
 from hpd_verl.engine.families import divides_heads
 from hpd_verl.engine.on_meta import CannotBuild
-from hpd_verl.several_teachers import STUDENT
 from hpd_verl.errors import Refused, one_line
+from hpd_verl.several_teachers import STUDENT
 from hpd_verl.tools.plan.memory import Memory, complaints, plan_memory, what_helps
 from hpd_verl.tools.plan.model_size import ModelSize, model_size, read_config
 from hpd_verl.tools.plan.run import GIB, PlannedRun
