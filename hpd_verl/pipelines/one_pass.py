@@ -335,6 +335,7 @@ class OnePass(RankPipeline):
     def _templates(self, data: TensorDict, sharing: SequenceGroup) -> dict[int, TeacherFeatures]:
         """Of each teacher that has rows here; all ranks of the group together, whose rows are the same."""
         numbers = row_numbers(data).tolist()
+        assert self.teacher is not None
         teachers, of_row = [self.teacher], [0] * len(numbers)
         if isinstance(self.teacher, SeveralTeachers):
             teachers, of_row = list(self.teacher.teachers.values()), column(data, fields.TEACHER).tolist()

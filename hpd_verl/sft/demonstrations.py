@@ -47,10 +47,10 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
             chat = self.rows.teacher_prompts.messages(row)
             encoded = self.teacher_prompts.encode(chat, where, tools_of(row.get(TOOLS)))
             tensors[fields.TEACHER_PROMPTS], flags[fields.TRUNCATED_TEACHER_PROMPT] = encoded
+        columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, fields.TRUNCATED_TEACHER_PROMPT: 0, **flags}
         teachers = self.rows.teachers
         if teachers:
-            flags[fields.TEACHER] = teachers.index(row[self.rows.teacher_key])
-        columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, fields.TRUNCATED_TEACHER_PROMPT: 0, **flags}
+            columns[fields.TEACHER] = teachers.index(row[self.rows.teacher_key])
         return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()}
 
 
@@ -130,7 +130,7 @@ def read_demonstrations(
     )
     teacher_prompts = None
     if rows.has_teacher_prompts:
-        longest = max_teacher_prompt_length(data)
+        longest = max_teacher_prompt_length(config.data)
         teacher_prompts = TeacherPromptTokenizer(sequences.prompts, longest, sequences.embedded)
     return DemonstrationDataset(rows, sequences, teacher_prompts)
 

@@ -238,7 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
         teachers = [_size("TEACHER", each, run) for each in paths]
     except ValueError as error:
         sys.exit(f"Error: {error}")
-    teacher, *others = sorted(teachers, key=lambda each: -each.parameters) or [None]
+    teachers.sort(key=lambda each: -each.parameters)
+    teacher, others = (teachers[0] if teachers else None), teachers[1:]
     memory, work = plan_memory(student, teacher, run, others), plan_work(student, teacher, run)
     why = complaints(memory, run)
     if parsed.json:
