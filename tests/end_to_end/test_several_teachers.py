@@ -20,7 +20,7 @@ def rows_of_two(folder: Path, hints: tuple[str, ...]) -> Path:
 
 def test_a_resumed_run_and_main_ppo(run_sft: RunSFT, run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
     """A teacher beside the student and the student's running average: 2 ranks, stopped after step 2, go on bit for bit;
-    main_ppo has the loss of the lean trainer."""
+    under Ulysses the same within rounding; main_ppo sees the same tokens as the lean trainer."""
     file = rows_of_two(tmp_path, ("maths", "code"))
     shared = (
         f"data.train_files={file}",
@@ -44,6 +44,12 @@ def test_a_resumed_run_and_main_ppo(run_sft: RunSFT, run_main_ppo: RunMainPPO, t
     validated = whole.steps[3]
     fractions = [validated[f"val/hpd/teachers/{name}/token_fraction"] for name in ("maths", "code")]
     assert sum(fractions) == pytest.approx(1)
+
+    shared_out = run_sft(*lean, "engine.ulysses_sequence_parallel_size=2", "trainer.resume_mode=disable", ranks=2)
+    assert shared_out.returncode == 0, shared_out.output[-3000:]
+    for step, reference in zip(shared_out.steps[:2], whole.steps[:2], strict=True):
+        for name in ("hpd/loss", "actor/grad_norm", "hpd/teachers/maths/reverse_kl_k1"):
+            assert step[name] == pytest.approx(reference[name], rel=2e-4), name
 
     one_batch = ("data.train_batch_size=64", "trainer.total_training_steps=1", "trainer.resume_mode=disable", *shared)
     first = run_sft("teacher.model.path=null", *one_batch)

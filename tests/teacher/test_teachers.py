@@ -446,8 +446,8 @@ def test_the_running_average_teaches(tiny: Tiny, files: dict[str, Path], tmp_pat
     features = teacher.features(teacher_rows(batch_of(config)))
     again = teacher_of(config, student_of(config))
     again.resume(tmp_path)
-    for row, each in again.features(teacher_rows(batch_of(config))).items():
-        for name, tensor in each.tensors.items():
+    for row, found in again.features(teacher_rows(batch_of(config))).items():
+        for name, tensor in found.tensors.items():
             assert torch.equal(tensor, features[row].tensors[name]), name
     (saved,) = tmp_path.glob("*.safetensors")
     assert all(torch.equal(each, average[name]) for name, each in load_file(saved).items())
