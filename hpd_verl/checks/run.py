@@ -503,13 +503,14 @@ def _main_ppo_ranks(config: DictConfig, hpd: HPDConfig, is_staged: bool) -> Iter
         ("actor.ppo", actor.use_dynamic_bsz, mini_batch * rollout.n // data_parallel, sharing["actor"]),
         ("ref.log_prob", ref.log_prob_use_dynamic_bsz, of_teacher, sharing["ref"]),
     ]
-    if is_staged:
-        of_student = batch * rollout.n // data_parallel
+    if is_staged or hpd.teacher_ema == 0:  # verl's sizes of the student's passes without an update
+        of_student = batch * rollout.n // data_parallel if is_staged else 0
         passes.append(("rollout.log_prob", rollout.log_prob_use_dynamic_bsz, of_student, sharing["actor"]))
     for name, by_tokens, of_rank, shared in passes:
         start = f"actor_rollout_ref.{name}"
         sizes = (f"{start}_micro_batch_size_per_gpu", f"{start}_max_token_len_per_gpu")
-        yield from _micro_batches(config, *sizes, by_tokens, of_rank, shared, has_teacher=name == "ref.log_prob")
+        has_teacher = name == "ref.log_prob" or (name == "rollout.log_prob" and hpd.teacher_ema == 0)
+        yield from _micro_batches(config, *sizes, by_tokens, of_rank, shared, has_teacher)
     yield (
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
         actor.use_dynamic_bsz == rollout.log_prob_use_dynamic_bsz,

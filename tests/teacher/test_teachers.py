@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, Tiny, make_model, make_rows, write_parquet
+from conftest import WORDS, Tiny, main_ppo_config, make_model, make_rows, write_parquet
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from pooling_server import PoolingServer
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor
@@ -23,7 +24,7 @@ from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 from verl.workers.config import TrainingWorkerConfig
 
-from hpd_verl.checks.start import check_sft_run
+from hpd_verl.checks.start import check_main_ppo, check_sft_run
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import column, row_numbers
@@ -538,3 +539,88 @@ def test_each_teacher_has_the_students_tokenizer(tiny: Tiny, files: dict[str, Pa
     config = configured(tiny, files["named"], of_two(tiny, strange))
     with pytest.raises(ValueError, match=f"algorithm.hpd.teachers.code.path={strange}"):
         check_sft_run(config)
+
+
+STAGED = "algorithm.hpd.pipeline=staged"
+TWO_UPDATES = "actor_rollout_ref.actor.ppo_mini_batch_size=4"
+ONE_PASS_ONLY = {
+    "several": ((STAGED, "algorithm.hpd.teachers={maths: {path: student}}"), "named", "algorithm.hpd.teachers needs"),
+    "average": (
+        (STAGED, "actor_rollout_ref.ref.model.path=student", "algorithm.hpd.teacher_ema=0.5"),
+        "plain",
+        "algorithm.hpd.teacher_ema=0.5 needs",
+    ),
+    "template": (
+        (STAGED, 'data.teacher_prompt_template="{prompt} {answer}"'),
+        "plain",
+        "data.teacher_prompt_template needs",
+    ),
+    "column": ((STAGED,), "hinted", "the column 'teacher_prompt'"),
+    "column, several updates": ((TWO_UPDATES,), "hinted", "the column 'teacher_prompt'"),
+}
+
+
+@pytest.mark.parametrize("case", ONE_PASS_ONLY)
+def test_staged_names_one_pass(tiny: Tiny, files: dict[str, Path], case: str, tmp_path: Path) -> None:
+    overrides, file, message = ONE_PASS_ONLY[case]
+    settings = [*tiny.main_ppo, f"data.train_files={files[file]}", f"trainer.default_local_dir={tmp_path / 'saved'}"]
+    if case == "several":
+        settings.append("actor_rollout_ref.ref.model.path=null")
+    with pytest.raises(ValueError, match=r"^algorithm\.hpd\.pipeline=\w+: ") as error:
+        check_main_ppo(main_ppo_config(*settings, *overrides))
+    assert message in str(error.value)
+    assert "algorithm.hpd.pipeline=one_pass" in str(error.value)
+    if case.startswith("column"):
+        check_main_ppo(main_ppo_config(*settings, *overrides[1:], TWO_UPDATES, "algorithm.hpd.pipeline=one_pass"))
+
+
+def test_rows_of_the_teacher_fit_its_passes(tiny: Tiny, files: dict[str, Path], tmp_path: Path) -> None:
+    """Of the model that runs them: the teacher's own, or the student."""
+    settings = [
+        *tiny.main_ppo,
+        f"data.train_files={files['hinted']}",
+        f"trainer.default_local_dir={tmp_path / 'saved'}",
+    ]
+    settings += ["actor_rollout_ref.ref.model.path=student", "data.max_teacher_prompt_length=20"]
+    for ema, node in (("null", "ref"), ("0", "rollout")):
+        short = f"actor_rollout_ref.{node}.log_prob_max_token_len_per_gpu"
+        message = rf"^{short}=33: below data.max_teacher_prompt_length \+ data.max_response_length = 36; raise it"
+        with pytest.raises(ValueError, match=message):
+            check_main_ppo(main_ppo_config(*settings, f"algorithm.hpd.teacher_ema={ema}", f"{short}=33"))
+
+
+def test_served_stored_and_colocated_mix(tiny: Tiny, files: dict[str, Path], other: Path, tmp_path: Path) -> None:
+    """A served teacher with a store and one beside the student, with prompts of their own: features of two models."""
+    own = "data.max_teacher_prompt_length=20"
+    config = configured(tiny, files["both"], of_two(tiny, other), own)
+    write_row_layouts(config)
+    expected = teacher_of(config).features(teacher_rows(batch_of(config)))
+    server = PoolingServer(tiny.teacher)
+    try:
+        mixed = configured(
+            tiny,
+            files["both"],
+            f"algorithm.hpd.teachers={{maths: {{path: {tiny.teacher}, urls: [{server.url}], teacher_cache: disk}}, "
+            f"code: {{path: {other}}}}}",
+            own,
+            f"algorithm.hpd.teacher_cache_dir={tmp_path / 'store'}",
+            "algorithm.hpd.teacher_cache_dtype=float32",
+            "algorithm.hpd.teacher_cache_max_gib=0.01",
+        )
+        check_sft_run(mixed)
+        write_row_layouts(mixed)
+        worst = 0.0
+        for hits in (0, 1):
+            teacher = teacher_of(mixed)
+            assert isinstance(teacher, SeveralTeachers)
+            teacher.announce(teacher_rows(batch_of(mixed)))
+            for row, features in teacher.features(teacher_rows(batch_of(mixed))).items():
+                difference = features.tensors["hidden"] - expected[row].tensors["hidden"]
+                worst = max(worst, difference.abs().max().item())
+            assert teacher.metrics()["hpd/teachers/maths/teacher_cache_hit_fraction"] == hits
+            teacher.save(tmp_path / "saved")
+            teacher.resume(tmp_path / "saved")
+    finally:
+        server.stop()
+    print("largest difference of hidden states", worst)
+    assert worst < 2e-5
