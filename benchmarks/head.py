@@ -10,8 +10,8 @@ benchmarks/results/head.csv with the machine and the versions.
     head                hpd_verl.head.distillation_head.distillation_head, the teacher's features known
     head_and_teacher    and the features computed
     plain               whole logits and log-probs of both models, autograd (tests/reference.py, naive_hpd_loss)
-    fused_head, fused_head_and_teacher    with the elementwise work fused by torch.compile; not on a CPU unless named
     NAME_and_teacher    an objective over the vocabulary, hpd_exact, fkl, ...: the teacher's hidden states known
+    fused_NAME    head, head_and_teacher or NAME_and_teacher compiled by torch; not on a CPU unless named
     trl_fkl, trl_rkl, trl_jsd    TRL's chunked divergence of the whole vocabulary, where TRL can be imported
     liger_jsd           Liger's fused Jensen-Shannon divergence, where Liger can be imported; on a GPU only
 
@@ -109,14 +109,8 @@ class Case:
         self.features = self._features(compiled)
         self.head(compiled)
 
-    def fused_head(self) -> None:
-        self.head(compiled=True)
-
-    def fused_head_and_teacher(self) -> None:
-        self.head_and_teacher(compiled=True)
-
-    def over_vocabulary(self, objective: str) -> None:
-        self._head(objective, HiddenFeatures(self.teacher_hidden, self.teacher_head, 1.0))
+    def over_vocabulary(self, objective: str, compiled: bool = False) -> None:
+        self._head(objective, HiddenFeatures(self.teacher_hidden, self.teacher_head, 1.0), compiled)
 
     def trl(self, beta: float) -> None:
         from trl.trainer.distillation_trainer import _chunked_divergence_loss
@@ -148,20 +142,27 @@ class Case:
         """One of ``IMPLEMENTATIONS`` or ``OPTIONAL``."""
         if name in TRL:
             return functools.partial(self.trl, TRL[name])
-        if name in EXACT:
-            return functools.partial(self.over_vocabulary, name.removesuffix("_and_teacher"))
-        return getattr(self, name)
+        plain = name.removeprefix(FUSED)
+        compiled = {"compiled": True} if name.startswith(FUSED) else {}
+        if plain in EXACT:
+            return functools.partial(self.over_vocabulary, plain.removesuffix("_and_teacher"), **compiled)
+        return functools.partial(getattr(self, plain), **compiled)
 
     def _backward(self, loss: Tensor) -> None:
         self.hidden.grad = self.weight.grad = None
         loss.backward()
 
 
-IMPLEMENTATIONS = ["gemms", "gemms_and_teacher", "head", "head_and_teacher", "plain"]
+FUSED = "fused_"
 EXACT = [f"{name}_and_teacher" for name, each in OBJECTIVES.items() if each.over == "vocabulary"]
 TRL = {"trl_fkl": 0.0, "trl_rkl": 1.0, "trl_jsd": 0.5}
 """TRL's beta."""
-OPTIONAL = ["fused_head", "fused_head_and_teacher", *EXACT, *TRL, "liger_jsd"]
+IMPLEMENTATIONS = ["gemms", "gemms_and_teacher", "head", "head_and_teacher", *EXACT, "plain"]
+OPTIONAL = [
+    *(FUSED + name for name in IMPLEMENTATIONS if name in ("head", "head_and_teacher", *EXACT)),
+    *TRL,
+    "liger_jsd",
+]
 
 
 def _synchronise(device: str) -> None:

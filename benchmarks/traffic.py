@@ -1,40 +1,45 @@
 """Bytes that the output layer's elementwise work reads and writes per logit: what it costs beside the matrix products
 on a device whose memory is the limit.
 
-    python benchmarks/traffic.py
+    python benchmarks/traffic.py [--objective NAME ...]
+    python benchmarks/traffic.py --kernels
 
-Counted, not timed, on any machine: operation by operation as they run one after the other (``eager``), and by the
-compiler's own account where they are fused (``compiled``), which is what a GPU runs. Matrix products are left out, and
-so is what touches single entries. The compiler counts once what one loop reads, also where it passes over it twice.
-HPD in bfloat16 with the teacher's features computed, at a vocabulary of 151,936, hidden size 1,536 and chunks of 8,192
-tokens.
+Counted, not timed, on any machine, at a vocabulary of 151,936. The first counts operation by operation, as they run
+uncompiled in bfloat16, with what adding up the weight's gradient takes at a hidden size of 1,536. The second counts the
+loads and stores of the kernels that torch generates for an H100, where a loop that loads again counts again, as CSV
+``objective,bytes_a_logit,kernels``, and fails where an objective takes more than ``LIMITS``. Matrix products are left
+out, and so is what touches single entries. Where an objective needs the teacher's products it is counted with its
+reads of them; one over tokens with the pass that makes the teacher's features.
 """
 
 import argparse
+import functools
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-import torch._inductor.config
-import torch._inductor.metrics
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from hpd_verl.head import compiling, output_head  # noqa: E402
+import fake_cuda  # noqa: E402
+
+from hpd_verl.head import output_head  # noqa: E402
+from hpd_verl.head.bodies import Biases, Form, Rows, log_sum_exp, parts_of, read, write  # noqa: E402
 from hpd_verl.head.distillation_head import distillation_head  # noqa: E402
-from hpd_verl.head.features import teacher_features  # noqa: E402
-from hpd_verl.head.output_head import OutputHead  # noqa: E402
-from hpd_verl.objectives import RowObjectives  # noqa: E402
+from hpd_verl.head.features import HiddenFeatures, TeacherProducts, teacher_features  # noqa: E402
+from hpd_verl.head.output_head import OutputHead, Scaling  # noqa: E402
+from hpd_verl.objectives import OBJECTIVES, RowObjectives  # noqa: E402
 
-VOCABULARY, HIDDEN, CHUNK = 151_936, 1536, 8192
+VOCABULARY, HIDDEN, CHUNK, ROWS = 151_936, 1536, 8192, 4096
+LIMITS = {"token": 12.5, "vocabulary": 16.5, "akl": 32.0}
+"""Bytes per logit in bfloat16; float32 may take twice as many. akl looks for its head and sums it up first."""
 _PRODUCTS = ("mm", "addmm", "bmm", "matmul")
 _WRITTEN_WHOLE = ("copy_", "fill_", "zero_")  # do not read what they overwrite
 _OF_ENTRIES = ("gather", "index", "index_select", "embedding", "scatter_", "scatter_add_", "index_add_", "index_put_")
@@ -82,51 +87,36 @@ class Traffic(TorchDispatchMode):
         return tensor.data_ptr(), tensor.shape
 
 
-def run(tokens: int, hidden_size: int, chunk_size: int, compiled: bool) -> None:
-    """HPD's loss and gradients of random inputs, with the teacher's features."""
+def run(objective: str, tokens: int, hidden_size: int, chunk_size: int) -> None:
+    """An objective's loss and gradients of random inputs, with the teacher's features."""
     torch.manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(VOCABULARY, hidden_size, dtype=torch.bfloat16).requires_grad_()
-    head = OutputHead(weight, VOCABULARY)
     labels = torch.randint(VOCABULARY, (tokens,))
     teacher_head = OutputHead(weight.detach().flip(0), VOCABULARY)
-    features = teacher_features(hidden.detach(), teacher_head, labels, 1.0, chunk_size, compiled)
+    objectives = RowObjectives.of(objective)
+    features = HiddenFeatures(hidden.detach(), teacher_head, 1.0)
+    if not objectives.over_vocabulary:
+        features = teacher_features(hidden.detach(), teacher_head, labels, 1.0, chunk_size)
     distillation_head(
         hidden,
-        head,
+        OutputHead(weight, VOCABULARY),
         labels,
         torch.rand(tokens, 1, dtype=torch.float64),
         torch.full((tokens,), 1 / tokens),
         torch.zeros(tokens, dtype=torch.bool),
         features,
-        RowObjectives.of("hpd"),
+        objectives,
         chunk_size=chunk_size,
-        compiled=compiled,
     )
 
 
-def elementwise(compiled: bool, tokens: int = 16) -> Counter[str]:
-    """Bytes per logit by operation, all tokens in one chunk and one step."""
+def elementwise(objective: str, tokens: int = 16) -> Counter[str]:
+    """Bytes per logit by operation, uncompiled, all tokens in one chunk and one step."""
     output_head._CPU_STEP = output_head._STEP  # steps of a device without a CPU's cache
-    traffic = Traffic(tokens * VOCABULARY // 2)
-    if compiled:
-        torch._inductor.metrics.reset()
-        run(tokens, 2, tokens, compiled=True)
-        traffic.bytes["fused"] = torch._inductor.metrics.num_bytes_accessed
-    uncounted = mock.patch.object(compiling, "_fused", lambda function: _uncounted(function, traffic))
-    with uncounted, traffic:  # under it nothing is compiled
-        run(tokens, 2, tokens, compiled)
+    with Traffic(tokens * VOCABULARY // 2) as traffic:
+        run(objective, tokens, 2, tokens)
     return Counter({name: count / (tokens * VOCABULARY) for name, count in traffic.bytes.items() if count})
-
-
-def _uncounted(function: Callable[..., Any], traffic: Traffic) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        traffic.paused = True
-        result = function(*args)
-        traffic.paused = False
-        return result
-
-    return call
 
 
 def accumulation(chunk_size: int, hidden_size: int = 16) -> float:
@@ -134,22 +124,100 @@ def accumulation(chunk_size: int, hidden_size: int = 16) -> float:
 
     def total(chunks: int) -> int:
         with Traffic(VOCABULARY * hidden_size // 64, columns=hidden_size) as traffic:
-            run(chunks * 4, hidden_size, 4, compiled=False)
+            run("hpd", chunks * 4, hidden_size, 4)
         return sum(traffic.bytes.values())
 
     per_chunk = (total(6) - total(3)) / 3
     return per_chunk / (VOCABULARY * hidden_size) * HIDDEN / chunk_size
 
 
+def generated(objective: str, dtype: torch.dtype) -> tuple[float, int]:
+    """Bytes per logit and kernels of both passes as an H100 runs them.
+
+    Raises:
+        fake_cuda.TorchChanged: see there.
+    """
+    objectives, scaling = RowObjectives.of(objective), Scaling(torch.float32)
+    if objectives.over_vocabulary:
+        return _generated(Form(scaling, scaling, (parts_of(objectives.demonstration),)), False, dtype)
+    return _generated(Form(scaling), objectives.needs_teacher, dtype)
+
+
+@functools.cache
+def _generated(form: Form, makes_features: bool, dtype: torch.dtype) -> tuple[float, int]:
+    over_vocabulary = bool(form.parts)
+
+    def rows(*written: str) -> Rows:
+        """Fake tensors, of the fields that a pass has beside the products."""
+        fields = {name: _fake(dtype=torch.float32) for name in ("student_label", *written)}
+        fields |= {"student": _fake(VOCABULARY, dtype=dtype), "labels": _fake(dtype=torch.int64)}
+        if form.teacher is not None:
+            fields |= {"teacher": _fake(VOCABULARY, dtype=dtype), "teacher_label": _fake(dtype=torch.float32)}
+        statistics = tuple(
+            tuple(None if part.statistic is None else _fake(1, dtype=torch.float32) for part in parts)
+            for parts in form.parts
+        )
+        return Rows(is_rollout=_fake(dtype=torch.bool), row_statistics=statistics, **fields)
+
+    sums = ["student_log_sum_exp", *(["teacher_log_sum_exp", "total"] if over_vocabulary else [])]
+    passes: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [
+        (lambda rows: read(form, rows, Biases())[0], lambda: (rows(),)),
+        (lambda rows: write(form, rows, Biases()), lambda: (rows(*sums),)),
+    ]
+    if makes_features:
+        passes.append(
+            (lambda products: log_sum_exp(form.student, products, None), lambda: (_fake(VOCABULARY, dtype=dtype),))
+        )
+    launched = [each for one in passes for each in fake_cuda.kernels(fake_cuda.generate(*one), ROWS)]
+    moved = sum(kernel.bytes for kernel in launched) / (ROWS * VOCABULARY)
+    return moved + _beforehand(form, dtype), len(launched)
+
+
+def _fake(*shape: int, dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(ROWS, *shape, dtype=dtype, device="cuda")
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensor
+
+
+def _beforehand(form: Form, dtype: torch.dtype, tokens: int = 4) -> float:
+    """Bytes per logit of row statistics, which run operation by operation."""
+    products, known = torch.randn(tokens, VOCABULARY).to(dtype).mul_(5), torch.zeros(tokens)
+    with Traffic(tokens * VOCABULARY // 2) as traffic:
+        for part in (part for parts in form.parts for part in parts):
+            part.row_statistic(TeacherProducts(products, form.student, None, known))
+    return sum(traffic.bytes.values()) / (tokens * VOCABULARY)
+
+
+def count_kernels(objectives: Iterable[str], dtype: torch.dtype) -> int:
+    """Print the CSV; the number of objectives beyond their limit."""
+    beyond = 0
+    print("objective,bytes_a_logit,kernels")
+    for name in objectives:
+        moved, kernels = generated(name, dtype)
+        limit = LIMITS.get(name, LIMITS[OBJECTIVES[name].over]) * (2 if dtype == torch.float32 else 1)
+        print(f"{name},{moved:.1f},{kernels}", flush=True)
+        if moved > limit:
+            print(f"Error: {name}: {moved:.1f} bytes a logit, the limit is {limit}", file=sys.stderr)
+            beyond += 1
+    return beyond
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    torch._inductor.config.force_disable_caches = True
-    torch._logging.set_logs(inductor_metrics=True)  # without which the compiler does not count
-    for compiled in (False, True):
-        counted = elementwise(compiled=compiled)
-        parts = ", ".join(f"{name} {count:.1f}" for name, count in counted.most_common() if count >= 0.05)
-        print(f"{'compiled' if compiled else 'eager':10} {sum(counted.values()):6.1f} bytes a logit ({parts})")
+    parser.add_argument("--kernels", action="store_true", help="count generated kernels; needs g++ and triton")
+    parser.add_argument("--objective", nargs="+", choices=sorted(OBJECTIVES), help="these only")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="with --kernels")
+    arguments = parser.parse_args()
+    if arguments.kernels:
+        try:
+            beyond = count_kernels(arguments.objective or OBJECTIVES, getattr(torch, arguments.dtype))
+        except fake_cuda.TorchChanged as error:
+            parser.exit(2, f"Error: {error}\n")
+        parser.exit(1 if beyond else 0)
+    for name in arguments.objective or ["hpd", "fkl"]:
+        counted = elementwise(name)
+        parts = ", ".join(f"{operation} {count:.1f}" for operation, count in counted.most_common() if count >= 0.05)
+        print(f"{name:10} {sum(counted.values()):6.1f} bytes a logit ({parts})")
     for chunk_size in (1024, CHUNK):
         print(f"weight's gradient over chunks of {chunk_size:5} tokens: {accumulation(chunk_size):5.1f} bytes a logit")
 

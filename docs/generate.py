@@ -27,7 +27,7 @@ GENERATED = "<!-- Written by docs/generate.py: change the declarations in the co
 
 SECTIONS: dict[str, list[str]] = {
     "What is optimised": ["objective", "on_policy_objective", *HPDParameters.model_fields],
-    "Sampling and temperature": ["num_student_samples", "temperature", "teacher_temperature", "seed"],
+    "Sampling and temperature": ["temperature", "teacher_temperature", "seed"],
     "Demonstrations and rollouts": [
         "on_policy_fraction",
         "rollouts_per_prompt",

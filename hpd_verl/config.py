@@ -76,9 +76,6 @@ class HPDConfig(HPDParameters):
     on_policy_objective: str | dict[str, float] | None = None
     """The objective on rollouts; null: as ``objective``."""
 
-    num_student_samples: int = Field(1, ge=1)
-    """Tokens that the student samples per position; their terms are averaged."""
-
     temperature: float = Field(1.0, gt=0)
     """Divides both models' logits in the objective; rollouts use actor_rollout_ref.rollout.temperature."""
 
@@ -129,14 +126,18 @@ class HPDConfig(HPDParameters):
     teacher_cache_dir: str | None = Field(None, min_length=1, json_schema_extra=says("give a folder, or null"))
     """Folder of the store on disk, shared by all ranks and runs with this teacher."""
 
-    teacher_cache_format: Literal["hidden", "topk"] = "hidden"
-    """Stored per token: the final hidden state, or the likeliest tokens' log-probs."""
+    teacher_cache_format: Literal["hidden", "topk", "hybrid"] = "hidden"
+    """Stored per token: the final hidden state, the likeliest tokens' log-probs, or a coarse state with corrections of
+    the likeliest tokens (docs/store.md)."""
 
     teacher_cache_dtype: Literal["bf16", "float32"] = "bf16"
     """Format hidden: dtype on disk."""
 
     teacher_cache_top_k: int = Field(64, ge=1)
-    """Format topk: tokens stored per position."""
+    """Formats topk and hybrid: likeliest tokens stored per position."""
+
+    teacher_cache_bits: int = Field(4, ge=2, le=7)
+    """Format hybrid: bits of a value of the coarse state."""
 
     teacher_cache_max_gib: float = Field(100.0, gt=0)
     """Size limit of the folder without the output layer, or of the process's memory; rows beyond it are not stored."""
@@ -246,7 +247,8 @@ class HPDConfig(HPDParameters):
             not self.exact_kl_metrics or self.teacher_cache == "off" or self.teacher_cache_format == "hidden",
             f"{PREFIX}.exact_kl_metrics",
             self.exact_kl_metrics,
-            f"{PREFIX}.teacher_cache_format=topk stores only part of the teacher's distribution; choose hidden",
+            f"{PREFIX}.teacher_cache_format={self.teacher_cache_format} stores only part of the teacher's "
+            "distribution; choose hidden",
         )
         if self.teacher_server.urls and self.teacher_server.features == "topk":
             self.check_served_top_k()
@@ -426,11 +428,6 @@ class HPDConfig(HPDParameters):
     def of_each_teacher(self) -> dict[str, "HPDConfig"]:
         """The settings of each teacher by name; of a single one under the empty name."""
         return {"": self} if self.teachers is None else {name: self.of_teacher(name) for name in self.teachers}
-
-    @property
-    def samples(self) -> int:
-        """Tokens sampled per position whose loss terms are needed: 0 if no objective in use weighs them."""
-        return self.num_student_samples if self.objectives.weighs_sample else 0
 
     @property
     def temperature_of_teacher(self) -> float:

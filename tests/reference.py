@@ -255,7 +255,7 @@ def plain_head_loss(
 
     Args:
         row_objectives: n names.
-        sampled: [n, K], K >= 1; token-level objectives are averaged over the K draws.
+        sampled: int64 [n, 1].
         token_scale: [n].
         coefficients: keyword arguments of objectives, by name.
         teacher_temperature: of the teacher alone; None for the same.
@@ -273,10 +273,8 @@ def plain_head_loss(
             losses.append(position_value(name, log_q[t], log_p[t], y, **arguments))
             continue
         q, p = log_q[t].detach().exp().tolist(), log_p[t].exp().tolist()
-        loss = torch.zeros((), dtype=torch.float64)
-        for a in sampled[t].tolist():
-            label_weight, sampled_weight = position_weights(name, q, p, y, a, **arguments)
-            loss = loss - (label_weight * log_q[t, y] + sampled_weight * log_q[t, a]) / sampled.shape[1]
-        losses.append(loss)
+        a = int(sampled[t])
+        label_weight, sampled_weight = position_weights(name, q, p, y, a, **arguments)
+        losses.append(-(label_weight * log_q[t, y] + sampled_weight * log_q[t, a]))
     stacked = torch.stack(losses)
     return (stacked * token_scale).sum(), stacked

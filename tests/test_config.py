@@ -56,7 +56,7 @@ def test_defaults_are_the_paper() -> None:
         "reinforce_coef": 1.0,
         "student_sampling": True,
     }
-    assert (config.num_student_samples, config.temperature, config.on_policy_fraction) == (1, 1.0, 0.0)
+    assert (config.temperature, config.on_policy_fraction) == (1.0, 0.0)
 
 
 # Values
@@ -73,7 +73,7 @@ ACCEPTED = [
     {"objective": {"hpd": 1.0, "sft": 0.1}, "on_policy_objective": {"opd": 2}},
     {"objective": "fkl", "teacher_temperature": 1.5},
     {"teacher_temperature": None},
-    {"num_student_samples": 4, "token_chunk_size": 1},
+    {"token_chunk_size": 1},
     {"temperature": 1e-3},
     {"temperature": 2},
     {"seed": 0},
@@ -120,7 +120,6 @@ REFUSED = [
     *(("on_policy_objective", value) for value in ("kl", "")),
     *((f"{name}_coef", value) for name in ("forward", "reverse", "reinforce") for value in (-0.1, *NOT_NUMBERS)),
     *((name, value) for name in ("student_sampling", "score_rollouts", "check_saved_model") for value in NOT_BOOLEANS),
-    *(("num_student_samples", value) for value in NOT_POSITIVE_INTEGERS),
     *(("token_chunk_size", value) for value in NOT_POSITIVE_INTEGERS if value is not None),
     *(("objective", value) for value in ({}, {"hpd": 0}, {"hpd": -1.0}, {"hpd": True}, {"hpd": "1"}, {"kl": 1.0})),
     *(("objective", {"hpd": value}) for value in (1e300, 1e-300, *NOT_NUMBERS)),
@@ -395,23 +394,22 @@ def test_exact_kl_needs_the_whole_teacher() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "objectives", "samples"),
+    ("values", "objectives", "weighs_sample"),
     [
-        ({}, {"hpd"}, 1),
-        ({"num_student_samples": 3}, {"hpd"}, 3),
-        ({"num_student_samples": 3, "student_sampling": False}, {"hpd"}, 0),
-        ({"objective": "sft", "num_student_samples": 3}, {"sft"}, 0),
-        ({"objective": "sft", "on_policy_objective": "hpd", "num_student_samples": 2}, {"sft", "hpd"}, 2),
-        ({"on_policy_objective": "opd"}, {"hpd", "opd"}, 1),
-        ({"on_policy_objective": "hpd"}, {"hpd"}, 1),
+        ({}, {"hpd"}, True),
+        ({"student_sampling": False}, {"hpd"}, False),
+        ({"objective": "sft"}, {"sft"}, False),
+        ({"objective": "sft", "on_policy_objective": "hpd"}, {"sft", "hpd"}, True),
+        ({"on_policy_objective": "opd"}, {"hpd", "opd"}, True),
+        ({"on_policy_objective": "hpd"}, {"hpd"}, True),
     ],
     ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),  # a set has no order
 )
-def test_objectives_and_samples(values: dict[str, Any], objectives: set[str], samples: int) -> None:
-    """Which objectives are in use, and how many sampled tokens their loss needs."""
+def test_objectives_in_use(values: dict[str, Any], objectives: set[str], weighs_sample: bool) -> None:
+    """And whether their loss needs the sampled token."""
     config = HPDConfig(**values)
     assert {bound.objective.name for bound in config.objectives.bound} == objectives
-    assert config.samples == samples
+    assert config.objectives.weighs_sample == weighs_sample
 
 
 def test_schedule_of_a_number_is_constant() -> None:

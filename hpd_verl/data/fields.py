@@ -47,54 +47,26 @@ STEP = "hpd_step"
 
 # Student pass (full, float32 except the tokens).
 STUDENT_LABEL_LOG_PROBS = "student_label_log_probs"
+SAMPLED_TOKENS = "sampled_tokens"  # int64
+STUDENT_SAMPLED_LOG_PROBS = "student_sampled_log_probs"
 ENTROPY = "student_entropy"
 
 # Teacher pass (full, float32).
 TEACHER_LABEL_LOG_PROBS = "teacher_label_log_probs"
+TEACHER_SAMPLED_LOG_PROBS = "teacher_sampled_log_probs"
 
 # Update (response, float32): detached weights; log-probs the weights were computed with, only where a ratio is used.
 LABEL_WEIGHTS = "advantages"  # verl's name, which its metrics read
 OLD_LABEL_LOG_PROBS = "old_log_probs"  # verl's name
+SAMPLED_WEIGHTS = "sampled_weights"
+OLD_SAMPLED_LOG_PROBS = "old_sampled_log_probs"
 
 # Of the rollout server (response, float32).
 ROLLOUT_LOG_PROBS = "rollout_log_probs"  # verl's name; 0 for demonstrations
 
 # Returned by the student in the update (full, differentiable).
 LABEL_LOG_PROBS = "label_log_probs"
+SAMPLED_LOG_PROBS = "sampled_log_probs"
 
 # The fields of the sequences that a worker needs.
 SEQUENCE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "response_mask", "loss_mask", ROW, IS_ROLLOUT]
-
-
-# What a teacher reads beside them, where the run has it.
-TEACHER_FIELDS = [TEACHER_PROMPTS, TEACHER]
-
-
-def sampled_tokens(sample: int) -> str:
-    """int64, full: the token the student drew as its ``sample``-th."""
-    return f"sampled_tokens_{sample}"
-
-
-def student_sampled_log_probs(sample: int) -> str:
-    """float32, full: the student's log-prob of it in the student pass."""
-    return f"student_sampled_log_probs_{sample}"
-
-
-def teacher_sampled_log_probs(sample: int) -> str:
-    """float32, full: the teacher's log-prob of it."""
-    return f"teacher_sampled_log_probs_{sample}"
-
-
-def sampled_weights(sample: int) -> str:
-    """float32, response: its detached weight."""
-    return f"sampled_weights_{sample}"
-
-
-def old_sampled_log_probs(sample: int) -> str:
-    """float32, response: the log-prob its weight was computed with, only where a ratio is used."""
-    return f"old_sampled_log_probs_{sample}"
-
-
-def sampled_log_probs(sample: int) -> str:
-    """float32, full, differentiable: its log-prob in the update."""
-    return f"sampled_log_probs_{sample}"

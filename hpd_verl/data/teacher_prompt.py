@@ -57,7 +57,7 @@ class TeacherPrompts:
     def reads(self, columns: Sequence[str]) -> list[str]:
         """The columns that are read, of those that are there."""
         named = {self.key, *([] if self.template is None else placeholders(self.template))}
-        if _ANSWER in named and _ANSWER not in columns:
+        if _ANSWER in named:
             named.add(_REWARD)
         return [name for name in columns if name in named]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
 
 from hpd_verl.engine import families
-from hpd_verl.engine.causal_lm import check_head, offer_head
+from hpd_verl.engine.causal_lm import check_head, offer_head, output_head
 from hpd_verl.engine.row_engine import RowEngine
 from hpd_verl.engine.sequence_parallel import SequenceGroup
 from hpd_verl.head.output_head import OutputHead
@@ -54,8 +55,8 @@ class HeadEngine(RowEngine):
         offer_head(module)
         return super()._build_fsdp_module(module)
 
-    def offer_head(self, vocabulary_size: int | None = None) -> None:
-        """Say how many logits to use, and refuse a model whose output layer is not understood.
+    def use_head(self, vocabulary_size: int | None = None) -> None:
+        """Say how many logits losses use, and refuse a model whose output layer is not understood.
 
         Args:
             vocabulary_size: number of logits that the loss uses; None for all.
@@ -66,6 +67,17 @@ class HeadEngine(RowEngine):
         self.vocabulary_size = vocabulary_size
         with self.eval_mode(), self._autocast():
             check_head(self.module)
+
+    def warm_up(self, run: Callable[[OutputHead], None]) -> None:
+        """Run something with the output layer under the settings of a step, which compiled code is made for.
+
+        Args:
+            run: of the layer, whose weight may be sharded but has the dtype of a step.
+        """
+        layer = output_head(self.module, self.vocabulary_size)
+        weight = torch.empty(len(layer.weight), 1, dtype=self.compute_dtype, device=get_device_id())
+        with self._autocast(), torch.autocast(device_type=get_device_name(), enabled=False):
+            run(dataclasses.replace(layer, weight=weight))
 
     @property
     def compiles(self) -> bool:

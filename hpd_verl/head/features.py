@@ -14,36 +14,45 @@ from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hpd_verl.head.compiling import maybe_compiled
+from hpd_verl.head.bodies import log_sum_exp
+from hpd_verl.head.compiling import run_compiled
 from hpd_verl.head.output_head import (
     OutputHead,
     Products,
-    Scratch,
+    Scaling,
     chunks,
     default_chunk_size,
     label_logits,
     steps,
     take,
 )
-from hpd_verl.head.sampling import block_masses
-from hpd_verl.objectives import LOG_ZERO
+from hpd_verl.objectives import LOG_ZERO, TeacherRows
 
 Features = TypeVar("Features", bound="TeacherFeatures")
 
 
 class WholeDistribution(ABC):
-    """The teacher's log-probs of the student's whole vocabulary, one chunk of tokens after the other."""
+    """The teacher's distributions over its whole vocabulary as products, one chunk of tokens after the other."""
+
+    scaling: Scaling
+    """How the products become logits over temperature."""
+    bias: Tensor | None = None
+    """[V], the output layer's."""
+    fills_memory: bool = False
+    """Whether ``rows`` takes memory of its own: ask for few rows at a time."""
 
     @abstractmethod
     def start(self, chunk: slice) -> None:
         """Go to a chunk of tokens; slices are of the features' tokens."""
 
     @abstractmethod
-    def rows(self, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Log-probs, at least ``LOG_ZERO``, and probabilities of tokens in the chunk, [tokens, V] each, valid until the
-        next call."""
+    def rows(self, tokens: slice) -> Tensor:
+        """Products of tokens in the chunk, [tokens, V], valid until the next chunk."""
+
+    @abstractmethod
+    def log_sum_exp(self, tokens: slice) -> Tensor | None:
+        """Of the logits over temperature, [tokens], where it is known."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +95,8 @@ class TeacherFeatures(ABC):
         """log p, at least ``LOG_ZERO``, of chosen tokens: floating [n, M] of int64 [n, M], the student's numbers."""
 
     @abstractmethod
-    def whole_distribution(self, vocabulary_size: int, chunk_size: int) -> WholeDistribution:
-        """The teacher's whole distribution.
-
-        Args:
-            vocabulary_size: of the student's output layer, at least the teacher's.
-            chunk_size: tokens of a chunk.
-        """
+    def whole_distribution(self, chunk_size: int) -> WholeDistribution:
+        """The teacher's whole distribution, in chunks of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -128,44 +132,27 @@ class HiddenFeatures(TeacherFeatures):
         log_probs = (logits - self.log_sum_exp.unsqueeze(1)).clamp_min_(LOG_ZERO)
         return torch.where(tokens < self.vocabulary_size, log_probs, LOG_ZERO)
 
-    def whole_distribution(self, vocabulary_size: int, chunk_size: int) -> WholeDistribution:
-        return _WholeOfHidden(self, vocabulary_size, chunk_size)
+    def whole_distribution(self, chunk_size: int) -> WholeDistribution:
+        return _WholeOfHidden(self, chunk_size)
 
 
 class _WholeOfHidden(WholeDistribution):
-    def __init__(self, features: HiddenFeatures, vocabulary_size: int, chunk_size: int) -> None:
+    def __init__(self, features: HiddenFeatures, chunk_size: int) -> None:
         self.features = features
         self.products = Products(features.hidden, features.head, chunk_size)
-        self.scratch = Scratch(self.products.buffer, features.head.dtype, count=2)
-        self.beyond = vocabulary_size - features.vocabulary_size
+        self.scaling = features.head.scaling(features.temperature)
+        self.bias = features.head.used_bias
 
     def start(self, chunk: slice) -> None:
         self.first = chunk.start
         self.matrix = self.products[chunk]
 
-    def rows(self, tokens: slice) -> tuple[Tensor, Tensor]:
-        features = self.features
-        log_probs, probs = self.scratch.rows(tokens.stop - tokens.start)
-        products = self.matrix[tokens.start - self.first : tokens.stop - self.first]
-        logits = features.head.logits(products, features.temperature, out=log_probs)
-        if features.log_sum_exp is not None:
-            torch.sub(logits, features.log_sum_exp[tokens].unsqueeze(1), out=log_probs)
-            torch.exp(log_probs, out=probs)
-        else:
-            log_softmax(logits, log_probs, probs)
-        log_probs.clamp_min_(LOG_ZERO)
-        if self.beyond:
-            return F.pad(log_probs, (0, self.beyond), value=LOG_ZERO), F.pad(probs, (0, self.beyond))
-        return log_probs, probs
+    def rows(self, tokens: slice) -> Tensor:
+        return self.matrix[tokens.start - self.first : tokens.stop - self.first]
 
-
-def log_softmax(logits: Tensor, log_probs: Tensor, probs: Tensor) -> None:
-    """Log-probs and probabilities of logits [n, V], in the memory of the other two, with one exponential a logit."""
-    torch.sub(logits, logits.amax(-1, keepdim=True), out=log_probs)
-    torch.exp(log_probs, out=probs)
-    mass = probs.sum(-1, keepdim=True)
-    log_probs.sub_(mass.log())
-    probs.div_(mass)
+    def log_sum_exp(self, tokens: slice) -> Tensor | None:
+        known = self.features.log_sum_exp
+        return None if known is None else known[tokens].to(self.scaling.dtype)
 
 
 @dataclass(frozen=True)
@@ -204,36 +191,78 @@ class TopKFeatures(TeacherFeatures):
         others = max(1, self.vocabulary_size - self.top_tokens.shape[1])
         return (self.rest_log_prob.to(self.dtype) - math.log(others)).unsqueeze(1)
 
-    def whole_distribution(self, vocabulary_size: int, chunk_size: int) -> WholeDistribution:
-        return _WholeOfTopK(self, vocabulary_size)
+    def whole_distribution(self, chunk_size: int) -> WholeDistribution:
+        return _WholeOfTopK(self)
 
 
 class _WholeOfTopK(WholeDistribution):
-    def __init__(self, features: TopKFeatures, vocabulary_size: int) -> None:
+    """Log-probs in place of products: their log-sum-exp is 0."""
+
+    fills_memory = True
+
+    def __init__(self, features: TopKFeatures) -> None:
         self.features = features
-        self.beyond = vocabulary_size - features.vocabulary_size
+        self.scaling = Scaling(features.dtype)
 
     def start(self, chunk: slice) -> None:
         pass  # nothing is made for a whole chunk
 
-    def rows(self, tokens: slice) -> tuple[Tensor, Tensor]:
+    def rows(self, tokens: slice) -> Tensor:
         features = self.features[tokens]
         log_probs = features.other_log_prob.repeat(1, features.vocabulary_size)
-        log_probs.scatter_(1, features.top_tokens.long(), features.top_log_probs.to(features.dtype))
-        log_probs = F.pad(log_probs.clamp_min_(LOG_ZERO), (0, self.beyond), value=LOG_ZERO)
-        return log_probs, log_probs.exp()
+        return log_probs.scatter_(1, features.top_tokens.long(), features.top_log_probs.to(features.dtype))
+
+    def log_sum_exp(self, tokens: slice) -> Tensor:
+        return torch.zeros_like(self.features.rest_log_prob[tokens], dtype=self.scaling.dtype)
 
 
-def _top_and_mass(products: Tensor, head: OutputHead, temperature: float, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The largest logit and the sum of ``exp(logit - largest)``, [n] each, of products [n, V].
+@dataclass(frozen=True)
+class TeacherProducts(TeacherRows):
+    """The teacher's rows by its products."""
 
-    Added up as the student's are, so that a student that is its teacher finds the same log-probs; ``out`` is memory of
-    the products' shape.
-    """
-    logits = head.logits(products, temperature, out=out)
-    top = logits.amax(-1, keepdim=True)
-    shifted = torch.sub(logits, top, out=out)
-    return top.squeeze(1), block_masses(torch.exp(shifted, out=out)).sum(-1, dtype=torch.float64)
+    products: Tensor
+    """[n, V of the teacher]"""
+    scaling: Scaling
+    bias: Tensor | None
+    known_log_sum_exp: Tensor | None = None
+    """[n], floating; computed where it is needed."""
+    compiled: bool = False
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits over temperature of chosen tokens, int64 [n, M]; -inf beyond the teacher's vocabulary."""
+        within = tokens.clamp_max(self.products.shape[1] - 1)
+        logits = self.scaling.logits(self.products.gather(1, within), None if self.bias is None else self.bias[within])
+        return torch.where(tokens < self.products.shape[1], logits, -math.inf)
+
+    def log_sum_exp(self) -> Tensor:
+        """[n]; kept."""
+        if self.known_log_sum_exp is None:
+            found = log_sums_exp(self.products, self.scaling, self.bias, self.compiled)
+            object.__setattr__(self, "known_log_sum_exp", found)
+        assert self.known_log_sum_exp is not None
+        return self.known_log_sum_exp
+
+    def top(self, count: int) -> Tensor:
+        count = min(count, self.products.shape[1])
+        if self.bias is None:  # the products have the logits' order
+            logits = self.scaling.logits(self.products.topk(count, -1).values, None)
+        else:
+            each = [self.scaling.logits(self.products[rows], self.bias) for rows in steps(self.products)]
+            logits = torch.cat([part.topk(count, -1).values for part in each])
+        return (logits - self.log_sum_exp().unsqueeze(1)).clamp_min_(LOG_ZERO)
+
+    def log_probs(self, rows: Tensor) -> Tensor:
+        logits = self.scaling.logits(self.products[rows], self.bias)
+        return (logits - self.log_sum_exp()[rows].unsqueeze(1)).clamp_min_(LOG_ZERO)
+
+
+def log_sums_exp(products: Tensor, scaling: Scaling, bias: Tensor | None, compiled: bool) -> Tensor:
+    """Log-sum-exp of the logits over temperature, [n], of products [n, V]."""
+    if compiled:
+        parts = [run_compiled(log_sum_exp, scaling, products[rows], bias) for rows in steps(products, whole=True)]
+    else:
+        parts = [log_sum_exp(scaling, products[rows], bias) for rows in steps(products)]
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -256,24 +285,19 @@ def teacher_features(
         compiled: fuse the elementwise work by ``torch.compile``.
     """
     label_log_probs = torch.empty(len(hidden), dtype=head.dtype, device=hidden.device)
-    log_sum_exp = torch.empty_like(label_log_probs)
+    normaliser = torch.empty_like(label_log_probs)
     known = labels < head.vocabulary_size
     within = labels.clamp_max(head.vocabulary_size - 1)
     chunk_size = default_chunk_size(chunk_size, hidden.device)
     products = Products(hidden, head, chunk_size)
-    scratch = None if compiled else Scratch(products.buffer, head.dtype, count=1)
+    scaling, bias = head.scaling(temperature), head.used_bias
     for chunk in chunks(len(hidden), chunk_size):
         matrix = products[chunk]
         logits = label_logits(matrix, head, within[chunk], temperature)
-        for rows in steps(matrix, compiled):
-            tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            out = None if scratch is None else scratch.rows(rows.stop - rows.start)[0]
-            top, mass = maybe_compiled(_top_and_mass, compiled)(matrix[rows], head, temperature, out)
-            log_mass = mass.log().to(head.dtype)
-            label_log_probs[tokens] = logits[rows] - top - log_mass
-            log_sum_exp[tokens] = top + log_mass
+        normaliser[chunk] = log_sums_exp(matrix, scaling, bias, compiled)
+        label_log_probs[chunk] = logits - normaliser[chunk]
     label_log_probs = torch.where(known, label_log_probs.clamp_min_(LOG_ZERO), LOG_ZERO)
-    return HiddenFeatures(hidden.detach(), head, temperature, label_log_probs, log_sum_exp)
+    return HiddenFeatures(hidden.detach(), head, temperature, label_log_probs, normaliser)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ _CPU_STEP = 1 << 18  # elements of [rows, vocabulary] worked on at a time: what 
 _STEP = 1 << 25  # the same on other devices
 _CPU_CHUNK = 1024  # tokens of a chunk, where no size is set
 _CHUNK = 8192  # the same on other devices: a low-precision weight gradient is added up once a chunk
+_INDEXED = (1 << 31) - 1  # elements that a compiled kernel reaches with the indices it is compiled for
 
 
 @dataclass(frozen=True)
@@ -45,36 +46,28 @@ class OutputHead:
         """[V, d]"""
         return self.weight[: self.vocabulary_size]
 
-    def logits(
-        self, products: Tensor, temperature: float, tokens: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
+    @property
+    def used_bias(self) -> Tensor | None:
+        """[V] or None, detached."""
+        return None if self.bias is None else self.bias[: self.vocabulary_size].detach()
+
+    def scaling(self, temperature: float) -> "Scaling":
+        """How this layer's products become logits over temperature."""
+        return Scaling(self.dtype, self.scale, self.soft_cap, temperature)
+
+    def logits(self, products: Tensor, temperature: float, tokens: Tensor | None = None) -> Tensor:
         """Logits over temperature.
 
         Args:
             products: hidden states times weight rows, of any dtype: [n, V], or [n, M] of chosen tokens.
             temperature: the distillation temperature.
             tokens: int64 [n, M], the chosen tokens; None for the whole vocabulary.
-            out: of the products' shape and this head's ``dtype``, memory to use.
 
         Returns:
             Of the products' shape, of this head's ``dtype``: the products themselves where nothing changes them.
         """
-        bias = self.bias
-        if bias is not None:
-            bias = bias[: self.vocabulary_size] if tokens is None else bias[tokens]
-        plain = bias is None and self.soft_cap is None and self.scale == temperature == 1.0
-        if plain and products.dtype == self.dtype:
-            return products
-        logits = products.to(self.dtype, copy=True) if out is None else out.copy_(products)
-        if bias is not None:
-            logits.add_(bias)
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.soft_cap is not None:
-            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
-        if temperature != 1.0:
-            logits.div_(temperature)
-        return logits
+        bias = self.used_bias
+        return self.scaling(temperature).logits(products, bias if bias is None or tokens is None else bias[tokens])
 
     def token_logits(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         """Logits over temperature of chosen tokens [n, M], for hidden states [n, d] of the weight's dtype; [n, M]."""
@@ -82,9 +75,36 @@ class OutputHead:
         # Rounded as in the product with the whole weight.
         return self.logits(products.to(self.weight.dtype), temperature, tokens)
 
-    def slope(self, logits: Tensor, temperature: float) -> Tensor | None:
+
+@dataclass(frozen=True)
+class Scaling:
+    """From products to logits over temperature; hashable, for a compiled body is made for one."""
+
+    dtype: torch.dtype
+    """Of the logits."""
+    scale: float = 1.0
+    soft_cap: float | None = None
+    temperature: float = 1.0
+
+    def logits(self, products: Tensor, bias: Tensor | None) -> Tensor:
+        """Logits over temperature of products, and of a bias that broadcasts to them; maybe the products themselves."""
+        plain = bias is None and self.soft_cap is None and self.scale == self.temperature == 1.0
+        if plain:
+            return products.to(self.dtype)
+        logits = products.to(self.dtype, copy=True)
+        if bias is not None:
+            logits.add_(bias)
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.soft_cap is not None:
+            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | None:
         """Derivative of the soft cap at logits over temperature, of their shape; None without one."""
-        return None if self.soft_cap is None else 1 - (logits * (temperature / self.soft_cap)).square()
+        return None if self.soft_cap is None else 1 - (logits * (self.temperature / self.soft_cap)).square()
 
 
 class Products:
@@ -106,23 +126,6 @@ class Products:
         return torch.mm(self.hidden[tokens], self.weight.T, out=self.buffer[: tokens.stop - tokens.start])
 
 
-class Scratch:
-    """Memory of a step's rows, used again and again: a CPU pays fresh memory with page faults.
-
-    Args:
-        matrix: [n, V], whose steps it is for.
-        dtype: of the memory.
-        count: how many matrices of a step.
-    """
-
-    def __init__(self, matrix: Tensor, dtype: torch.dtype, count: int) -> None:
-        self.buffers = [matrix.new_empty(_step_rows(matrix), matrix.shape[1], dtype=dtype) for _ in range(count)]
-
-    def rows(self, count: int) -> list[Tensor]:
-        """[count, V] of each."""
-        return [buffer[:count] for buffer in self.buffers]
-
-
 def chunks(count: int, chunk_size: int) -> Iterator[slice]:
     """Slices of ``range(count)``."""
     for start in range(0, count, chunk_size):
@@ -139,13 +142,15 @@ def _step_rows(matrix: Tensor) -> int:
     return max(1, min(len(matrix), elements // matrix.shape[1]))
 
 
-def steps(matrix: Tensor, compiled: bool = False) -> Iterator[slice]:
+def steps(matrix: Tensor, whole: bool = False) -> Iterator[slice]:
     """Slices of the rows of [n, V] to work on at a time.
 
-    A compiled function needs no memory of the matrix's size between its operations: an accelerator then takes all rows
-    at once, for its time would go into starting kernels.
+    Args:
+        matrix: [n, V].
+        whole: take all rows at once, as far as 32-bit indices reach: for compiled work, which needs no memory of the
+            matrix's size, and whose time on an accelerator would go into starting kernels.
     """
-    return chunks(len(matrix), max(1, len(matrix)) if compiled and matrix.device.type != "cpu" else _step_rows(matrix))
+    return chunks(len(matrix), max(1, _INDEXED // matrix.shape[1]) if whole else _step_rows(matrix))
 
 
 def take(matrix: Tensor, tokens: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 _MASK_64 = (1 << 64) - 1
 _CHUNK_SIZE = 1024  # tokens per chunk, where no size is given
-_BLOCK = 256  # vocabulary entries per block of the two-level inverse-CDF search
+BLOCK = 256  # vocabulary entries per block of the two-level inverse-CDF search
 
 
 def _signed(value: int) -> int:
@@ -37,7 +37,7 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ _shift_right(value, 31)
 
 
-def counter_uniform(seed: int, step: int, row: Tensor, position: Tensor, sample: int = 0) -> Tensor:
+def counter_uniform(seed: int, step: int, row: Tensor, position: Tensor) -> Tensor:
     """One uniform number a token, a pure function of its counters.
 
     Args:
@@ -45,13 +45,12 @@ def counter_uniform(seed: int, step: int, row: Tensor, position: Tensor, sample:
         step: training step.
         row: int64 [n], the row of the batch each token belongs to.
         position: int64 [n], the token's position in its row.
-        sample: index of the sample, where several are drawn a position.
 
     Returns:
         float64 [n] in [0, 1), on the device of ``row``.
     """
     state = torch.zeros_like(row)
-    for counter in (seed, step, sample, row, position):
+    for counter in (seed, step, 0, row, position):
         if isinstance(counter, int):
             counter = torch.full_like(row, _signed(counter))
         state = _mix(state + counter + _signed(0x9E3779B97F4A7C15))
@@ -67,6 +66,13 @@ def _chunks(logits: Tensor, chunk_size: int | None) -> Iterator[tuple[slice, Ten
         yield rows, logits[rows].to(dtype)
 
 
+def blocks(values: Tensor, size: int = BLOCK) -> list[Tensor]:
+    """The vocabulary's blocks of values [n, V]: a view of [n, blocks, size], and of a shorter last block."""
+    whole = values.shape[1] // size * size
+    views = [values[:, :whole].unflatten(1, (-1, size))] if whole else []
+    return views + [values[:, whole:].unsqueeze(1)] * (whole < values.shape[1])
+
+
 def block_masses(values: Tensor) -> Tensor:
     """Sums of non-negative values over blocks of the vocabulary, the last of which may be shorter.
 
@@ -76,11 +82,7 @@ def block_masses(values: Tensor) -> Tensor:
     Returns:
         [n, blocks], of the values' dtype.
     """
-    whole = values.shape[1] // _BLOCK * _BLOCK
-    masses = values[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
-    if whole < values.shape[1]:
-        masses = torch.cat([masses, values[:, whole:].sum(-1, keepdim=True)], 1)
-    return masses
+    return torch.cat([block.sum(-1) for block in blocks(values)], 1)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def block_tokens(block: Tensor, vocabulary_size: int) -> tuple[Tensor, Tensor]:
         ``(tokens, beyond)``, [n, K, block size] each: int64, within the vocabulary, and bool, True where the block
         reaches beyond it.
     """
-    tokens = (block * _BLOCK).unsqueeze(2) + torch.arange(_BLOCK, device=block.device)
+    tokens = (block * BLOCK).unsqueeze(2) + torch.arange(BLOCK, device=block.device)
     return tokens.clamp_max(vocabulary_size - 1), tokens >= vocabulary_size
 
 
@@ -133,19 +135,11 @@ def draw_tokens(draws: BlockDraws, vocabulary_size: int) -> tuple[Tensor, Tensor
     target = draws.target.unsqueeze(2)
     target = torch.minimum(target, torch.nextafter(within[..., -1:], torch.zeros_like(target)))
     offset = torch.searchsorted(within, target, right=True).squeeze(2)
-    first = draws.block * _BLOCK
+    first = draws.block * BLOCK
     tokens = (first + offset).clamp_max_(vocabulary_size - 1)
     # Only a row of NaN reaches the bounds.
-    offset = (tokens - first).clamp_max_(_BLOCK - 1)
+    offset = (tokens - first).clamp_max_(BLOCK - 1)
     return tokens, draws.masses.gather(2, offset.unsqueeze(2)).squeeze(2)
-
-
-def _draw(masses: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF draws from each row: int64 [n, K] from masses [n, V] and uniforms [n, K]."""
-    block, target = draw_blocks(block_masses(masses), uniforms)
-    tokens, beyond = block_tokens(block, masses.shape[1])
-    inside = masses.gather(1, tokens.flatten(1)).view_as(tokens).masked_fill_(beyond, 0.0)
-    return draw_tokens(BlockDraws(block, target, inside), masses.shape[1])[0]
 
 
 def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -159,33 +153,36 @@ def sample_from(probs: Tensor, uniform: Tensor) -> Tensor:
         int64 [n]: the first token whose cumulative mass exceeds ``uniform`` times the row's mass; any token where the
         row holds a NaN.
     """
-    return _draw(probs, uniform.unsqueeze(1)).squeeze(1)
+    block, target = draw_blocks(block_masses(probs), uniform.unsqueeze(1))
+    tokens, beyond = block_tokens(block, probs.shape[1])
+    inside = probs.gather(1, tokens.flatten(1)).view_as(tokens).masked_fill_(beyond, 0.0)
+    return draw_tokens(BlockDraws(block, target, inside), probs.shape[1])[0].squeeze(1)
 
 
 @torch.no_grad()
 def sample_tokens(
     logits: Tensor, labels: Tensor, uniforms: Tensor, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw tokens from the student and take the log-probs needed of it, in one sweep.
+    """Draw a token from the student and take the log-probs needed of it, in one sweep.
 
     Args:
         logits: floating [n, V].
         labels: int64 [n].
-        uniforms: float64 [n, K], one number for each of K draws a position.
+        uniforms: float64 [n].
         chunk_size: tokens per chunk; changes memory, not the result.
 
     Returns:
-        ``(label_log_probs [n], sampled [n, K] int64, sampled_log_probs [n, K], entropy [n])``, float32
+        ``(label_log_probs, sampled, sampled_log_probs, entropy)``, float32
         (float64 for float64 logits).
     """
     outputs = []
     for rows, chunk in _chunks(logits, chunk_size):
         log_probs = torch.log_softmax(chunk, dim=-1)
         probs = log_probs.exp()
-        sampled = _draw(probs, uniforms[rows])
+        sampled = sample_from(probs, uniforms[rows])
         entropy = -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
-        label_log_probs = log_probs.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
-        outputs.append((label_log_probs, sampled, log_probs.gather(1, sampled), entropy))
+        label, drawn = log_probs.gather(1, torch.stack([labels[rows], sampled], 1)).unbind(1)
+        outputs.append((label, sampled, drawn, entropy))
     label_log_probs, sampled, sampled_log_probs, entropy = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     return label_log_probs, sampled, sampled_log_probs, entropy
 

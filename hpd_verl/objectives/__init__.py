@@ -11,6 +11,7 @@ Imports torch alone, and pydantic for parameters. ``registry.py`` says what an o
 from hpd_verl.objectives import token, vocabulary
 from hpd_verl.objectives.log_probs import (
     LOG_ZERO,
+    TeacherRows,
     TokenLogProbs,
     TokenWeights,
     VocabularyLogProbs,
@@ -37,6 +38,7 @@ __all__ = [
     "Objective",
     "ObjectiveParameters",
     "RowObjectives",
+    "TeacherRows",
     "TokenLogProbs",
     "TokenWeights",
     "VocabularyLogProbs",

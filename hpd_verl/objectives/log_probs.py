@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class TokenWeights:
 class VocabularyLogProbs:
     """Log-probs and probabilities of the whole vocabulary at each position. Objectives must not write into them.
 
-    Made of log-probs alone, it computes the probabilities; log-probs below ``LOG_ZERO`` become it, NaN stays NaN.
+    Made of log-probs alone, it computes the rest; log-probs below ``LOG_ZERO`` become it, NaN stays NaN.
     """
 
     student: Tensor
@@ -55,6 +56,12 @@ class VocabularyLogProbs:
     """q, [n, V]."""
     teacher_probs: Tensor = field(default=None)  # type: ignore[assignment]
     """p, [n, V]."""
+    student_label: Tensor = field(default=None)  # type: ignore[assignment]
+    """log q(y), [n, 1], at least ``LOG_ZERO``."""
+    teacher_label: Tensor = field(default=None)  # type: ignore[assignment]
+    """log p(y), [n, 1], at least ``LOG_ZERO``."""
+    row_statistic: Tensor | None = None
+    """[n, 1], the objective's own; see ``Objective.row_statistic``."""
 
     def __post_init__(self) -> None:
         for name in ("student", "teacher"):
@@ -62,6 +69,8 @@ class VocabularyLogProbs:
                 log_probs = getattr(self, name).clamp_min(LOG_ZERO)
                 object.__setattr__(self, name, log_probs)
                 object.__setattr__(self, f"{name}_probs", log_probs.exp())
+            if getattr(self, f"{name}_label") is None:
+                object.__setattr__(self, f"{name}_label", getattr(self, name).gather(1, self.labels.unsqueeze(1)))
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,25 @@ class VocabularyWeights:
     """[n, V]. A multiple of q(v) added to all weights of a position changes no gradient, and is left out."""
     value: Tensor
     """[n], the loss itself: the divergence, or for hpd_exact the weighted log-likelihood."""
+    label: Tensor | None = None
+    """[n], a weight of the label to add to its entry in ``weights``: written into the entry instead, it costs a GPU a
+    pass over the vocabulary."""
+
+    def whole(self, labels: Tensor) -> Tensor:
+        """``weights`` with ``label`` added: [n, V], for labels [n]."""
+        if self.label is None:
+            return self.weights
+        return self.weights.scatter_add(1, labels.unsqueeze(1), self.label.unsqueeze(1))
+
+
+class TeacherRows(Protocol):
+    """The teacher's distributions at n positions, before the passes over the vocabulary."""
+
+    def top(self, count: int) -> Tensor:
+        """The largest log-probs, [n, at most count], in descending order."""
+
+    def log_probs(self, rows: Tensor) -> Tensor:
+        """Log-probs, at least ``LOG_ZERO``, of some positions: [m, V of the teacher] of int64 [m]."""
 
 
 def log_ratio(student: Tensor, teacher: Tensor) -> Tensor:

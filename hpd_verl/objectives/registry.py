@@ -17,7 +17,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +68,9 @@ class Objective:
     """It is for labels that the student drew itself."""
     is_likelihood: bool = False
     """Its weights do not depend on the student: no importance ratio applies to them."""
+    row_statistic: Callable[..., Tensor] | None = None
+    """``row_statistic(teacher, **parameters)``: [n, 1] of ``TeacherRows``, for what the function, over the vocabulary,
+    must know of a row beforehand and no compiled pass can compute, such as a sorted order. It runs uncompiled."""
     has_own_node: bool = True
     """False: its parameters are settings of the algorithm itself, beside the objective's name."""
 
@@ -106,10 +109,11 @@ class BoundObjective:
 
     @torch.no_grad()
     def __call__(self, log_probs: Any) -> Any:
-        return self.objective.function(log_probs, **self._arguments)
+        return self.objective.function(log_probs, **self.arguments)
 
     @cached_property
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
+        """The parameters' values by name."""
         return dict(self.parameters)
 
     @property
@@ -214,7 +218,7 @@ def check_objective(checked: Objective) -> None:
     else:
         log_probs = TokenLogProbs(student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], labels > 2)
         kind, likes = TokenWeights, {"label": student[:, 0], "sampled": student[:, 0]}
-    given = {name: value.clone() for name, value in vars(log_probs).items()}
+    given = {name: value.clone() for name, value in vars(log_probs).items() if value is not None}
     try:
         result = checked(log_probs)
         of_one = checked(type(log_probs)(**{name: value[:1] for name, value in given.items()}))
@@ -222,9 +226,11 @@ def check_objective(checked: Objective) -> None:
         raise ValueError(f"objective {checked.name!r} fails on {rows} random tokens ({typed_line(error)})") from error
     if not isinstance(result, kind):
         raise ValueError(f"objective {checked.name!r} returns {type(result).__name__}, not {kind.__name__}")
-    for name, value in vars(log_probs).items():
-        if not torch.equal(value.nan_to_num(), given[name].nan_to_num()):
+    for name, value in given.items():
+        if not torch.equal(getattr(log_probs, name).nan_to_num(), value.nan_to_num()):
             raise ValueError(f"objective {checked.name!r}: writes into {name} of the log-probs; let it work on a copy")
+    if isinstance(result, VocabularyWeights) and result.label is not None:
+        likes["label"] = student[:, 0]
     for name, like in likes.items():
         value = getattr(result, name)
         if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
@@ -259,25 +265,13 @@ class Mixture:
     def __iter__(self) -> Iterator[tuple[BoundObjective, float]]:
         return iter(self.parts)
 
-    def token_weights(self, log_probs: Sequence[TokenLogProbs]) -> tuple[Tensor, list[Tensor]]:
-        """Weights of the label and of each sampled token, by the parts over tokens.
-
-        Args:
-            log_probs: one entry for each of the K sampled tokens a position, all of one shape.
-
-        Returns:
-            ``(label_weights, K sampled_weights)`` of the log-probs' shape and dtype. The label's weight is the mean
-            over sampled tokens, and each of them counts 1/K.
-        """
-        label = torch.zeros_like(log_probs[0].student_label)
-        sampled = [torch.zeros_like(sample.student_sampled) for sample in log_probs]
+    def token_weights(self, log_probs: TokenLogProbs) -> TokenWeights:
+        """Weights of the label and of the sampled token by the parts over tokens, of the log-probs' shape."""
+        label = sampled = torch.zeros_like(log_probs.student_label)
         for bound, factor in self.over("token"):
-            weights: list[TokenWeights] = [bound(sample) for sample in log_probs]
-            label = label + factor * torch.stack([each.label for each in weights]).mean(0)
-            sampled = [
-                others + factor / len(weights) * each.sampled for each, others in zip(weights, sampled, strict=True)
-            ]
-        return label, sampled
+            weights = bound(log_probs)
+            label, sampled = label + factor * weights.label, sampled + factor * weights.sampled
+        return TokenWeights(label, sampled)
 
 
 @dataclass(frozen=True)

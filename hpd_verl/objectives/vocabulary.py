@@ -6,12 +6,13 @@ says so.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpd_verl.objectives.log_probs import VocabularyLogProbs, VocabularyWeights
+from hpd_verl.objectives.log_probs import TeacherRows, VocabularyLogProbs, VocabularyWeights
 from hpd_verl.objectives.registry import ObjectiveParameters, objective
 from hpd_verl.objectives.token import PAPER, HPDParameters
 
@@ -47,41 +48,48 @@ def hpd_exact(
         log_probs: see ``VocabularyLogProbs``.
         forward_coef, reverse_coef, reinforce_coef, student_sampling: see ``HPDParameters``.
     """
-    labels = log_probs.labels.unsqueeze(1)
-    teacher_prob = log_probs.teacher_probs.gather(1, labels)
-    student_label = log_probs.student.gather(1, labels)
-    label_ratio = log_probs.teacher.gather(1, labels) - student_label
-    label_gap = log_probs.student_probs.gather(1, labels) * label_ratio
+    label_ratio = log_probs.teacher_label - log_probs.student_label
+    student_prob, teacher_prob = log_probs.student_label.exp(), log_probs.teacher_label.exp()
 
-    label = reverse_coef * label_gap + torch.where(label_ratio >= 0, forward_coef * teacher_prob, 0.0)
-    if student_sampling:
-        # Tokens that the student over-estimates, where log p - log q < 0, and their chance to be sampled, q. NaN stays.
-        over = torch.sub(log_probs.teacher, log_probs.student).clamp_max_(0.0)
-        over.scatter_(1, labels, 0.0)
-        drawn = -over.sign().mul_(log_probs.student_probs).sum(-1, keepdim=True)
-        reinforced = torch.where(label_ratio > 0, drawn, 0.0)
-        label = label + reinforce_coef * teacher_prob * reinforced
-        weights = over.mul_(log_probs.student_probs).mul_(log_probs.student_probs).mul_(reverse_coef)
-        value = -(weights * log_probs.student).sum(-1)
-    else:
+    label = reverse_coef * student_prob * label_ratio + torch.where(label_ratio >= 0, forward_coef * teacher_prob, 0.0)
+    if not student_sampling:
         weights = torch.zeros_like(log_probs.student)
-        value = torch.zeros_like(label).squeeze(1)
-    weights.scatter_(1, labels, label)
-    return VocabularyWeights(weights, value - (label * student_label).squeeze(1))
+        value = -(label * log_probs.student_label)
+        return VocabularyWeights(weights, value.squeeze(1), label.squeeze(1))
+    # Tokens that the student over-estimates, where log p - log q < 0, and their chance to be sampled, q. NaN stays.
+    over = torch.sub(log_probs.teacher, log_probs.student).clamp_max_(0.0)
+    drawn = over.sign().mul_(log_probs.student_probs).sum(-1, keepdim=True)
+    weights = over.mul_(log_probs.student_probs).mul_(log_probs.student_probs).mul_(reverse_coef)
+    value = -(weights * log_probs.student).sum(-1, keepdim=True)
+    # The label is not sampled: what the sums and the weights have of it is taken back.
+    label_over = label_ratio.clamp_max(0.0)
+    drawn = drawn.neg() + label_over.sign() * student_prob
+    label = label + reinforce_coef * teacher_prob * torch.where(label_ratio > 0, drawn, 0.0)
+    label = label - reverse_coef * label_over * student_prob * student_prob
+    value = value - label * log_probs.student_label
+    return VocabularyWeights(weights, value.squeeze(1), label.squeeze(1))
+
+
+def _fkl(log_probs: VocabularyLogProbs) -> VocabularyWeights:
+    value = torch.sub(log_probs.teacher, log_probs.student).mul_(log_probs.teacher_probs).sum(-1)
+    return VocabularyWeights(log_probs.teacher_probs, value)
 
 
 @objective("fkl", over="vocabulary", source="Hinton et al. 2015, arXiv 1503.02531")
 def fkl(log_probs: VocabularyLogProbs) -> VocabularyWeights:
     """Forward KL divergence KL(p || q): weight p(v)."""
-    value = torch.sub(log_probs.teacher, log_probs.student).mul_(log_probs.teacher_probs).sum(-1)
-    return VocabularyWeights(log_probs.teacher_probs, value)
+    return _fkl(log_probs)
+
+
+def _rkl(log_probs: VocabularyLogProbs) -> VocabularyWeights:
+    gaps = _gaps(log_probs)
+    return VocabularyWeights(gaps, -gaps.sum(-1))
 
 
 @objective("rkl_exact", over="vocabulary", source="MiniLLM, Gu et al. 2024, arXiv 2306.08543")
 def rkl_exact(log_probs: VocabularyLogProbs) -> VocabularyWeights:
     """Reverse KL divergence KL(q || p): weight gap(v)."""
-    gaps = _gaps(log_probs)
-    return VocabularyWeights(gaps, -gaps.sum(-1))
+    return _rkl(log_probs)
 
 
 class SymmetricKLParameters(ObjectiveParameters):
@@ -94,10 +102,9 @@ class SymmetricKLParameters(ObjectiveParameters):
 @objective("symmetric_kl", over="vocabulary", parameters=SymmetricKLParameters, source=f"the code of {DISTILLM}")
 def symmetric_kl(log_probs: VocabularyLogProbs, reverse_share: float) -> VocabularyWeights:
     """Both KL divergences: (1 - reverse_share) KL(p || q) + reverse_share KL(q || p)."""
-    gaps = _gaps(log_probs)
-    forward = fkl(log_probs)
-    value = torch.lerp(forward.value, -gaps.sum(-1), reverse_share)
-    return VocabularyWeights(gaps.lerp_(forward.weights, 1 - reverse_share), value)
+    forward, reverse = _fkl(log_probs), _rkl(log_probs)
+    value = torch.lerp(forward.value, reverse.value, reverse_share)
+    return VocabularyWeights(torch.lerp(reverse.weights, forward.weights, 1 - reverse_share), value)
 
 
 @objective("tvd", over="vocabulary", source=f"the code of {DISTILLM}")
@@ -151,7 +158,7 @@ def skew_fkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights:
         skew: share of the teacher in the mixture; with 0 it is fkl.
     """
     if skew == 0:  # the mixture is q, whose logarithm is known where q is too small for a number
-        return fkl(log_probs)
+        return _fkl(log_probs)
     mixture = _mixture(log_probs.teacher_probs, log_probs.student_probs, skew)
     weights = torch.div(log_probs.student_probs, mixture).mul_(log_probs.teacher_probs).mul_(1 - skew)
     value = mixture.log_().neg_().add_(log_probs.teacher).mul_(log_probs.teacher_probs).sum(-1)
@@ -169,7 +176,7 @@ def skew_rkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights:
         skew: share of the student in the mixture; with 0 it is rkl_exact.
     """
     if skew == 0:
-        return rkl_exact(log_probs)
+        return _rkl(log_probs)
     mixture = _mixture(log_probs.student_probs, log_probs.teacher_probs, skew)
     ratio = torch.div(log_probs.student_probs, mixture)
     weights = mixture.log_().sub_(log_probs.student).mul_(log_probs.student_probs)
@@ -188,15 +195,27 @@ _HEAD_TOKENS = 64
 """Tokens among which the head is looked for first: most distributions of a language model have it there."""
 
 
-def _head_sum(values: Tensor, probs: Tensor, mass: float) -> Tensor:
-    """The sum of values, [n], over the fewest most likely tokens that hold ``mass`` and those as likely as the last."""
-    top, tokens = probs.topk(min(_HEAD_TOKENS, probs.shape[1]), dim=-1)
-    held = top.cumsum(-1)
-    least = torch.where(held - top < mass, top, math.inf).amin(-1, keepdim=True)
-    # Beyond the last of these tokens there may be more that are as likely.
-    if bool(((held[:, -1:] >= mass) & ((least > top[:, -1:]) | (top.shape[1] == probs.shape[1]))).all()):
-        return values.gather(1, tokens).mul_(top >= least).sum(-1)
-    return (probs >= _least_of_head(probs, mass)).to(values.dtype).mul_(values).sum(-1)
+def _head_floor(teacher: TeacherRows, mu: float) -> Tensor:
+    """A log-prob between the head's last token and the most likely one outside, [n, 1].
+
+    The head is the fewest most likely tokens that hold ``mu``, with those as likely as the last of them. Between the
+    two, rounding of a token's log-prob does not matter.
+    """
+    top = teacher.top(_HEAD_TOKENS)
+    probs = top.exp()
+    held = probs.cumsum(-1)
+    least = torch.where(held - probs < mu, top, math.inf).amin(-1, keepdim=True)
+    below = torch.where(top < least, top, -math.inf).amax(-1, keepdim=True)
+    # Beyond the last of these tokens there may be more of the head, or others as likely.
+    known = (held[:, -1:] >= mu) & (below > -math.inf)
+    if not bool(known.all()):
+        rows = (~known).squeeze(1).nonzero().squeeze(1)
+        log_probs = teacher.log_probs(rows)
+        probs = log_probs.exp()
+        inside = probs >= _least_of_head(probs, mu)
+        least[rows] = torch.where(inside, log_probs, math.inf).amin(-1, keepdim=True)
+        below[rows] = torch.where(inside, -math.inf, log_probs).amax(-1, keepdim=True)
+    return torch.where(below == -math.inf, least - 1.0, (least + below) / 2)
 
 
 def _least_of_head(probs: Tensor, mass: float) -> Tensor:
@@ -218,10 +237,24 @@ def _least_of_head(probs: Tensor, mass: float) -> Tensor:
     return low.view(probs.dtype)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """``TeacherRows`` of log-probs [n, V]."""
+
+    whole: Tensor
+
+    def top(self, count: int) -> Tensor:
+        return self.whole.topk(min(count, self.whole.shape[1]), dim=-1).values
+
+    def log_probs(self, rows: Tensor) -> Tensor:
+        return self.whole[rows]
+
+
 @objective(
     "akl",
     over="vocabulary",
     parameters=AKLParameters,
+    row_statistic=_head_floor,
     source="Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models, "
     "Wu et al. 2024, arXiv 2404.02657",
 )
@@ -236,13 +269,17 @@ def akl(log_probs: VocabularyLogProbs, mu: float) -> VocabularyWeights:
         log_probs: see ``VocabularyLogProbs``.
         mu: see ``AKLParameters``.
     """
+    floor = log_probs.row_statistic
+    if floor is None:
+        floor = _head_floor(_Rows(log_probs.teacher), mu)
     difference = torch.sub(log_probs.teacher, log_probs.student)
     forward = torch.mul(log_probs.teacher_probs, difference).sum(-1)
     gaps = difference.mul_(log_probs.student_probs)
     reverse = -gaps.sum(-1)
     distance = torch.sub(log_probs.teacher_probs, log_probs.student_probs).abs_()
     total = distance.sum(-1)
-    share = torch.where(total == 0, 0.5, _head_sum(distance, log_probs.teacher_probs, mu) / total)
+    head = torch.where(log_probs.teacher > floor, distance, 0.0).sum(-1)
+    share = torch.where(total == 0, 0.5, head / total)
     return VocabularyWeights(
         gaps.lerp_(log_probs.teacher_probs, share.unsqueeze(1)), torch.lerp(reverse, forward, share)
     )

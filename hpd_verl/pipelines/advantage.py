@@ -1,6 +1,5 @@
 """Advantage estimator "hpd" in verl's registry: the token weights of the configured objective."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,21 +14,20 @@ from hpd_verl.objectives import RowObjectives, TokenLogProbs
 def compute_hpd_advantage(
     response_mask: Tensor,
     objectives: RowObjectives | None = None,
-    log_probs: Sequence[TokenLogProbs] | None = None,
+    log_probs: TokenLogProbs | None = None,
     is_rollout: Tensor | None = None,
     **_: Any,
-) -> tuple[Tensor, list[Tensor]]:
-    """Weights of the label and of each sampled token.
+) -> tuple[Tensor, Tensor]:
+    """Weights of the label and of the sampled token.
 
     Args:
         response_mask: [rows, response], 1 on response tokens.
         objectives: what is optimised.
-        log_probs: one entry for each of the K sampled tokens a position, tensors of shape [rows, response].
+        log_probs: tensors of shape [rows, response].
         is_rollout: bool [rows], True where the label is the student's own.
 
     Returns:
-        ``(label_weights [rows, response], K sampled_weights [rows, response])``, zero outside the mask. With K > 1
-        the label's weight is the mean over sampled tokens, and each of them counts 1/K.
+        ``(label_weights, sampled_weights)``, [rows, response], zero outside the mask.
 
     Raises:
         ValueError: called by another trainer than HPD's, which alone provides the log-probs.
@@ -40,5 +38,5 @@ def compute_hpd_advantage(
             "provides: select algorithm=hpd instead of setting the estimator alone"
         )
     mask = response_mask.bool()
-    label_weights, sampled_weights = token_weights(log_probs, objectives.by_row(is_rollout.unsqueeze(1)))
-    return torch.where(mask, label_weights, 0.0), [torch.where(mask, weights, 0.0) for weights in sampled_weights]
+    weights = token_weights(log_probs, objectives.by_row(is_rollout.unsqueeze(1)))
+    return torch.where(mask, weights.label, 0.0), torch.where(mask, weights.sampled, 0.0)

@@ -24,6 +24,7 @@ from hpd_verl.head.features import TeacherFeatures
 from hpd_verl.head.metrics import token_metrics
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform
+from hpd_verl.head.warm_up import warm_up
 from hpd_verl.objectives import TokenLogProbs
 from hpd_verl.pipelines.pipeline import Driver, Pipeline, RankPipeline
 from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, ROLLOUT_TOKENS, of_each_teacher, train
@@ -127,16 +128,11 @@ class OnePassLoss(HeadLoss):
         return sharing.to_parts(whole, self.templates[place], parts, [self.owners.get(row, 0) for row in rows])
 
     def _uniforms(self, responses: ResponseTokens, rows: Tensor, data: TensorDict) -> Tensor:
-        """The numbers that the student's tokens are sampled with, float64 [n, samples]."""
-        samples = self.config.num_student_samples if self.config.needs_teacher else 0
+        """The numbers that the student's tokens are sampled with, float64 [n, 1]; [n, 0] without a teacher."""
         step = tu.get_non_tensor_data(data=data, key=fields.STEP, default=None)
         positions = data["position_ids"].values()[responses.positions]
-        drawn = [
-            counter_uniform(self.config.seed, step, rows[responses.row], positions, sample) for sample in range(samples)
-        ]
-        if not drawn:
-            return torch.empty(len(positions), 0, dtype=torch.float64, device=positions.device)
-        return torch.stack(drawn, dim=1)
+        uniforms = counter_uniform(self.config.seed, step, rows[responses.row], positions).unsqueeze(1)
+        return uniforms if self.config.needs_teacher else uniforms[:, :0]
 
     def _token_scale(self, data: TensorDict) -> Tensor:
         """Factor of each token's loss in the global loss [n]: verl's aggregation, which is linear in the losses."""
@@ -183,17 +179,14 @@ class OnePassLoss(HeadLoss):
         """Sums over this micro-batch, which verl adds up over micro-batches and averages over ranks."""
         per_token = {"hpd/student_nll": -output.label_log_probs}
         if output.teacher_label_log_probs is not None and output.teacher_sampled_log_probs is not None:
-            log_probs = [
-                TokenLogProbs(
-                    student_label=output.label_log_probs,
-                    teacher_label=output.teacher_label_log_probs,
-                    student_sampled=output.sampled_log_probs[:, sample],
-                    teacher_sampled=output.teacher_sampled_log_probs[:, sample],
-                    sampled_is_label=output.sampled[:, sample] == responses.labels,
-                )
-                for sample in range(output.sampled.shape[1])
-            ]
-            weights = output.sampled_weights.unbind(1)
+            log_probs = TokenLogProbs(
+                student_label=output.label_log_probs,
+                teacher_label=output.teacher_label_log_probs,
+                student_sampled=output.sampled_log_probs.squeeze(1),
+                teacher_sampled=output.teacher_sampled_log_probs.squeeze(1),
+                sampled_is_label=output.sampled.squeeze(1) == responses.labels,
+            )
+            weights = output.sampled_weights.squeeze(1)
             per_token = token_metrics(log_probs, output.label_weights, weights, output.entropy)
         if output.forward_kl is not None and output.reverse_kl is not None:
             per_token |= {"hpd/forward_kl": output.forward_kl, "hpd/reverse_kl": output.reverse_kl}
@@ -244,7 +237,7 @@ class StudentWorker(TrainingWorker):
             ValueError: its output layer is not understood.
         """
         super().reset()
-        self.engine.offer_head()
+        self.engine.use_head()
 
 
 class OnePassDriver(Driver):
@@ -279,6 +272,22 @@ class OnePass(RankPipeline):
         """The rows of the next update, if they are known: the teacher may fetch their features during this one."""
         self.loss = OnePassLoss(config, loss_agg_mode, loss_scale_factor, self.student.engine.compiles)
         self.student.set_loss_fn(self.loss)
+        if self.loss.compiled:
+            self._warm_up(config)
+
+    def _warm_up(self, config: HPDConfig) -> None:
+        """Compile what the output layer runs; what it needs of a teacher that is not known yet, the first step does."""
+        forms: list[TeacherFeatures | None] = [None]
+        if self.teacher is not None:
+            forms = [form for each in self._teachers() if (form := each.known_form()) is not None]
+        run = (config.objectives, config.temperature, int(config.needs_teacher), config.exact_kl_metrics)
+        for form in forms:
+            self.student.engine.warm_up(lambda head, form=form: warm_up(head, form, *run))
+
+    def _teachers(self) -> list[Teacher]:
+        """In the order of ``fields.TEACHER``."""
+        assert self.teacher is not None
+        return list(self.teacher.teachers.values()) if isinstance(self.teacher, SeveralTeachers) else [self.teacher]
 
     @classmethod
     def of_workers(
@@ -334,16 +343,13 @@ class OnePass(RankPipeline):
 
     def _templates(self, data: TensorDict, sharing: SequenceGroup) -> dict[int, TeacherFeatures]:
         """Of each teacher that has rows here; all ranks of the group together, whose rows are the same."""
-        numbers = row_numbers(data).tolist()
-        assert self.teacher is not None
-        teachers, of_row = [self.teacher], [0] * len(numbers)
-        if isinstance(self.teacher, SeveralTeachers):
-            teachers, of_row = list(self.teacher.teachers.values()), column(data, fields.TEACHER).tolist()
+        numbers, teachers = row_numbers(data).tolist(), self._teachers()
+        of_row = column(data, fields.TEACHER).tolist() if fields.TEACHER in data else [0] * len(numbers)
         found = {}
         for place in sorted(set(of_row)):
             own = {row for row, of in zip(numbers, of_row, strict=True) if of == place}
             features = {row: each for row, each in self.loss.teacher_features.items() if row in own}
-            template = teachers[place].template
+            template = teachers[place].known_form()
             assert template is not None
             found[place] = sharing.common_template(features, template)
         return found

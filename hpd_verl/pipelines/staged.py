@@ -5,7 +5,6 @@ log-probs, under the names of ``data.fields``. In between the driver computes th
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,15 +51,12 @@ def _labels(data: TensorDict) -> Tensor:
 
 
 def _uniforms(data: TensorDict, config: HPDConfig) -> Tensor:
-    """The numbers that the student's tokens are sampled with, float64 [tokens of this rank, samples]."""
+    """The numbers that the student's tokens are sampled with, float64 [tokens of this rank]."""
     lengths = data["input_ids"].offsets().diff()
     row = _local_part(torch.repeat_interleave(row_numbers(data), lengths), data)
     position = _local_part(data["position_ids"].values(), data)
     step = tu.get_non_tensor_data(data=data, key=fields.STEP, default=None)
-    return torch.stack(
-        [counter_uniform(config.seed, step, row, position, sample) for sample in range(config.num_student_samples)],
-        dim=1,
-    )
+    return counter_uniform(config.seed, step, row, position)
 
 
 def _as_outputs(named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,28 +89,31 @@ class StudentLoss:
         return torch.zeros(()), {}
 
     def _draw(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
-        """Student pass: sample tokens at every position and take the log-probs."""
+        """Student pass: sample a token at every position and take the log-probs."""
         label_log_probs, sampled, sampled_log_probs, entropy = sample_tokens(
             logits, _labels(data), _uniforms(data, self.hpd), self.hpd.token_chunk_size
         )
-        outputs = {fields.STUDENT_LABEL_LOG_PROBS: label_log_probs, fields.ENTROPY: entropy}
-        for sample in range(self.hpd.num_student_samples):
-            outputs[fields.sampled_tokens(sample)] = sampled[:, sample]
-            outputs[fields.student_sampled_log_probs(sample)] = sampled_log_probs[:, sample]
-        return _as_outputs(outputs)
+        return _as_outputs(
+            {
+                fields.STUDENT_LABEL_LOG_PROBS: label_log_probs,
+                fields.SAMPLED_TOKENS: sampled,
+                fields.STUDENT_SAMPLED_LOG_PROBS: sampled_log_probs,
+                fields.ENTROPY: entropy,
+            }
+        )
 
     def _chosen_tokens(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
-        """Update: differentiable log-probs of the label and the sampled tokens."""
+        """Update: differentiable log-probs of the label and the sampled token."""
         tokens = [_labels(data)]
         names = [fields.LABEL_LOG_PROBS]
-        for sample in range(self.hpd.samples):
-            tokens.append(_local_part(data[fields.sampled_tokens(sample)].values(), data))
-            names.append(fields.sampled_log_probs(sample))
+        if self.hpd.objectives.weighs_sample:
+            tokens.append(_local_part(data[fields.SAMPLED_TOKENS].values(), data))
+            names.append(fields.SAMPLED_LOG_PROBS)
         log_probs = token_log_probs(logits, torch.stack(tokens, dim=1), self.hpd.token_chunk_size)
         return _as_outputs(dict(zip(names, log_probs.unbind(1), strict=True)))
 
     def _loss(self, model_output: dict[str, Tensor], data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
-        """Update: the weighted log-likelihood of the label and of the sampled tokens (paper eq. 9, 14, 15)."""
+        """Update: the weighted log-likelihood of the label and of the sampled token (paper eq. 9, 14, 15)."""
         self.actor.global_batch_info.update(
             dp_size=data["dp_size"],
             batch_num_tokens=data["batch_num_tokens"],
@@ -122,14 +121,8 @@ class StudentLoss:
             loss_scale_factor=self.actor.loss_scale_factor,
         )
         terms = [(fields.LABEL_LOG_PROBS, fields.LABEL_WEIGHTS, fields.OLD_LABEL_LOG_PROBS)]
-        terms += [
-            (
-                fields.sampled_log_probs(sample),
-                fields.sampled_weights(sample),
-                fields.old_sampled_log_probs(sample),
-            )
-            for sample in range(self.hpd.samples)
-        ]
+        if self.hpd.objectives.weighs_sample:
+            terms += [(fields.SAMPLED_LOG_PROBS, fields.SAMPLED_WEIGHTS, fields.OLD_SAMPLED_LOG_PROBS)]
         has_ratio = fields.OLD_LABEL_LOG_PROBS in data
         response_fields = [name for _, weights, old in terms for name in ([weights, old] if has_ratio else [weights])]
         padded = data.select("response_mask", *response_fields).to_padded_tensor()
@@ -164,7 +157,7 @@ class StudentLoss:
 
 
 class TeacherLogProbs:
-    """verl's loss function of the teacher: log-probs of the label and of the sampled tokens, never a loss.
+    """verl's loss function of the teacher: log-probs of the label and of the sampled token, never a loss.
 
     Args:
         hpd: the algorithm's configuration.
@@ -179,13 +172,8 @@ class TeacherLogProbs:
     def __call__(self, data: TensorDict, student_logits: Tensor | None = None, **_: Any) -> Any:
         if student_logits is None:
             return torch.zeros(()), {}
-        samples = range(self.hpd.num_student_samples)
-        tokens = [_labels(data)]
-        tokens += [_local_part(data[fields.sampled_tokens(sample)].values(), data) for sample in samples]
-        names = [
-            fields.TEACHER_LABEL_LOG_PROBS,
-            *(fields.teacher_sampled_log_probs(sample) for sample in samples),
-        ]
+        tokens = [_labels(data), _local_part(data[fields.SAMPLED_TOKENS].values(), data)]
+        names = [fields.TEACHER_LABEL_LOG_PROBS, fields.TEACHER_SAMPLED_LOG_PROBS]
         logits = student_logits.squeeze(0)[:, : self.vocabulary_size]  # verl's name; these are the teacher's
         chosen = torch.stack(tokens, dim=1)
         known = chosen < logits.shape[1]
@@ -208,7 +196,7 @@ class StagedDriver(Driver):
         batch.student_pass([])
 
     def teacher_pass(self, batch: Batch) -> None:
-        batch.teacher_pass([fields.sampled_tokens(sample) for sample in range(self.config.num_student_samples)])
+        batch.teacher_pass([fields.SAMPLED_TOKENS])
 
     def weigh(self, batch: Batch) -> dict[str, float]:
         """Turn log-probs into weights, and write these back.
@@ -219,7 +207,7 @@ class StagedDriver(Driver):
         data = batch.get(["response_mask", "responses", *self._pass_outputs()])
         nested_mask = data["response_mask"]
         response_mask = nested_mask.to_padded_tensor(0)
-        log_probs = _token_log_probs(data, self.config.num_student_samples)
+        log_probs = _token_log_probs(data)
         _refuse_nan(batch, log_probs)
         is_rollout = batch.is_rollout
         label_weights, sampled_weights = compute_hpd_advantage(
@@ -232,36 +220,29 @@ class StagedDriver(Driver):
         per_token = token_metrics(log_probs, label_weights, sampled_weights, _response(data, fields.ENTROPY))
         metrics = {name: values[mask].double().mean().item() for name, values in per_token.items()}
         if self.compares_rollouts and is_rollout.any():
-            metrics |= _compare_with_rollout(data, log_probs[0].student_label, response_mask * is_rollout.unsqueeze(1))
+            metrics |= _compare_with_rollout(data, log_probs.student_label, response_mask * is_rollout.unsqueeze(1))
 
         written = {fields.LABEL_WEIGHTS: label_weights}
-        for sample in range(self.config.samples):
-            written[fields.sampled_weights(sample)] = sampled_weights[sample]
         if self.uses_ratio:
-            written[fields.OLD_LABEL_LOG_PROBS] = log_probs[0].student_label
-            for sample in range(self.config.samples):
-                written[fields.old_sampled_log_probs(sample)] = log_probs[sample].student_sampled
+            written[fields.OLD_LABEL_LOG_PROBS] = log_probs.student_label
+        if self.config.objectives.weighs_sample:
+            written[fields.SAMPLED_WEIGHTS] = sampled_weights
+            if self.uses_ratio:
+                written[fields.OLD_SAMPLED_LOG_PROBS] = log_probs.student_sampled
         batch.put({name: response_to_nested(values, nested_mask) for name, values in written.items()})
         return metrics
 
     def _pass_outputs(self) -> list[str]:
         names = [fields.STUDENT_LABEL_LOG_PROBS, fields.ENTROPY, fields.TEACHER_LABEL_LOG_PROBS]
-        for sample in range(self.config.num_student_samples):
-            names += [
-                fields.sampled_tokens(sample),
-                fields.student_sampled_log_probs(sample),
-                fields.teacher_sampled_log_probs(sample),
-            ]
+        names += [fields.SAMPLED_TOKENS, fields.STUDENT_SAMPLED_LOG_PROBS, fields.TEACHER_SAMPLED_LOG_PROBS]
         return [*names, fields.ROLLOUT_LOG_PROBS] if self.compares_rollouts else names
 
     @property
     def update_inputs(self) -> list[str]:
-        samples = range(self.config.samples)
-        names = [fields.sampled_tokens(sample) for sample in samples]
-        names += [fields.LABEL_WEIGHTS, *(fields.sampled_weights(sample) for sample in samples)]
+        label, sampled = [fields.LABEL_WEIGHTS], [fields.SAMPLED_TOKENS, fields.SAMPLED_WEIGHTS]
         if self.uses_ratio:
-            names += [fields.OLD_LABEL_LOG_PROBS, *(fields.old_sampled_log_probs(sample) for sample in samples)]
-        return names
+            label, sampled = [*label, fields.OLD_LABEL_LOG_PROBS], [*sampled, fields.OLD_SAMPLED_LOG_PROBS]
+        return label + sampled if self.config.objectives.weighs_sample else label
 
 
 def _response(data: TensorDict, name: str) -> Tensor:
@@ -269,30 +250,24 @@ def _response(data: TensorDict, name: str) -> Tensor:
     return response_from_nested(data[name], data["response_mask"]).to_padded_tensor(0)
 
 
-def _token_log_probs(data: TensorDict, samples: int) -> list[TokenLogProbs]:
-    """Both models' log-probs, one entry for each sampled token, [rows, response]."""
-    student_label = _response(data, fields.STUDENT_LABEL_LOG_PROBS)
-    teacher_label = _response(data, fields.TEACHER_LABEL_LOG_PROBS)
-    labels = data["responses"].to_padded_tensor(0)
-    return [
-        TokenLogProbs(
-            student_label=student_label,
-            teacher_label=teacher_label,
-            student_sampled=_response(data, fields.student_sampled_log_probs(sample)),
-            teacher_sampled=_response(data, fields.teacher_sampled_log_probs(sample)),
-            sampled_is_label=_response(data, fields.sampled_tokens(sample)) == labels,
-        )
-        for sample in range(samples)
-    ]
+def _token_log_probs(data: TensorDict) -> TokenLogProbs:
+    """Both models' log-probs, [rows, response]."""
+    return TokenLogProbs(
+        student_label=_response(data, fields.STUDENT_LABEL_LOG_PROBS),
+        teacher_label=_response(data, fields.TEACHER_LABEL_LOG_PROBS),
+        student_sampled=_response(data, fields.STUDENT_SAMPLED_LOG_PROBS),
+        teacher_sampled=_response(data, fields.TEACHER_SAMPLED_LOG_PROBS),
+        sampled_is_label=_response(data, fields.SAMPLED_TOKENS) == data["responses"].to_padded_tensor(0),
+    )
 
 
-def _refuse_nan(batch: Batch, log_probs: Sequence[TokenLogProbs]) -> None:
+def _refuse_nan(batch: Batch, log_probs: TokenLogProbs) -> None:
     """Stop before an update that NaN logits would spoil."""
     for model, names in (
         ("student", ("student_label", "student_sampled")),
         ("teacher", ("teacher_label", "teacher_sampled")),
     ):
-        bad = torch.stack([getattr(sample, name).isnan() for sample in log_probs for name in names]).any(0).any(1)
+        bad = torch.stack([getattr(log_probs, name).isnan() for name in names]).any(0).any(1)
         if bad.any():
             rows = [batch.row_name(index) for index in bad.nonzero().flatten().tolist()]
             raise FloatingPointError(

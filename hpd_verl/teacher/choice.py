@@ -94,6 +94,7 @@ def open_store(
             format=config.teacher_cache_format,
             dtype=config.teacher_cache_dtype,
             top_k=config.teacher_cache_top_k,
+            bits=config.teacher_cache_bits,
             teacher_dtype=settings.dtype_name,
             tokenisation=tokenisation_hash(student.tokenizer.get_vocab(), student.tokenizer.chat_template),
         )

@@ -24,7 +24,9 @@ from hpd_verl.engine.head_engine import MODEL_TYPE, HeadLoss
 from hpd_verl.engine.ranks import highest_of_ranks
 from hpd_verl.engine.row_engine import ROWS_MODEL_TYPE
 from hpd_verl.engine.sequence_parallel import SequenceGroup
-from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TopKFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.hybrid import HybridFeatures, teacher_hybrid
+from hpd_verl.head.hybrid_code import HybridCode
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.teacher.store.records import DTYPES
 from hpd_verl.teacher.teacher import Teacher
@@ -63,6 +65,8 @@ class FeatureForm:
 
     top_k: int | None = None
     """The log-probs of so many tokens; None: hidden states."""
+    bits: int | None = None
+    """Format hybrid: of a value of the coarse hidden state; with ``top_k`` tokens' corrections."""
     rounded_to: torch.dtype | None = None
     """Hidden states are rounded before anything is computed from them, so that log-probs fit what a store keeps."""
     complete: bool = True
@@ -76,52 +80,73 @@ class FeatureForm:
             return cls(complete=not (config.objectives.over_vocabulary or config.exact_kl_metrics))
         if config.teacher_cache_format == "topk":
             return cls(top_k=config.teacher_cache_top_k)
+        if config.teacher_cache_format == "hybrid":
+            return cls(top_k=config.teacher_cache_top_k, bits=config.teacher_cache_bits)
         return cls(rounded_to=DTYPES[config.teacher_cache_dtype])
 
-    def features(
-        self,
-        hidden: Tensor,
-        head: OutputHead,
-        labels: Tensor,
-        temperature: float,
-        chunk_size: int | None,
-        compiled: bool,
-    ) -> TeacherFeatures:
-        """Features of hidden states; arguments as of ``teacher_features``."""
-        if self.top_k is not None:
-            k = min(self.top_k, head.vocabulary_size)
-            return teacher_top_k(hidden, head, labels, temperature, chunk_size, k=k)
-        if not self.complete:
-            return HiddenFeatures(hidden.detach(), head, temperature)
-        if self.rounded_to is not None:
-            hidden = hidden.to(self.rounded_to).to(hidden.dtype)
-        return teacher_features(hidden, head, labels, temperature, chunk_size, compiled)
 
+class FeatureMaker:
+    """Makes features of hidden states.
 
-class _FeatureLoss(HeadLoss):
-    """The teacher's loss function: keeps the features of each row, and has no loss."""
+    Args:
+        form: which features.
+        head: the teacher's output layer, whole.
+        temperature: of the teacher's distribution.
+        chunk_size: tokens whose logits exist at once; None chooses by the device.
+        compiled: fuse the elementwise work by ``torch.compile``.
+    """
 
-    def __init__(self, form: FeatureForm, head: OutputHead, temperature: float, chunk_size: int | None) -> None:
+    def __init__(
+        self, form: FeatureForm, head: OutputHead, temperature: float, chunk_size: int | None, compiled: bool
+    ) -> None:
         self.form = form
         self.head = head
         self.temperature = temperature
         self.chunk_size = chunk_size
-        self.compiled = False
+        self.compiled = compiled
+        self.code: HybridCode | None = None
+        if form.top_k is not None and form.bits is not None:
+            self.code = HybridCode(head, temperature, form.top_k, form.bits)
+
+    def features(self, hidden: Tensor, head: OutputHead, labels: Tensor) -> TeacherFeatures:
+        """Features of hidden states; ``head`` is that of the pass, whose logits are this one's."""
+        if self.code is not None:
+            return teacher_hybrid(hidden, self.code, labels, self.chunk_size)
+        if self.form.top_k is not None:
+            k = min(self.form.top_k, head.vocabulary_size)
+            return teacher_top_k(hidden, head, labels, self.temperature, self.chunk_size, k=k)
+        if not self.form.complete:
+            return HiddenFeatures(hidden.detach(), self.head, self.temperature)
+        if self.form.rounded_to is not None:
+            hidden = hidden.to(self.form.rounded_to).to(hidden.dtype)
+        features = teacher_features(hidden, head, labels, self.temperature, self.chunk_size, self.compiled)
+        return dataclasses.replace(features, head=self.head)  # of this pass, the engine's own is sharded again
+
+    def known_form(self) -> TeacherFeatures:
+        """Features of no tokens."""
+        head, nothing = self.head, self.head.weight.new_empty(0)
+        if self.code is not None:
+            return HybridFeatures(nothing, nothing, nothing, self.code)
+        if self.form.top_k is not None:
+            return TopKFeatures(nothing, nothing, nothing, nothing, head.vocabulary_size, head.dtype)
+        known = nothing if self.form.complete else None
+        return HiddenFeatures(nothing, head, self.temperature, known, known)
+
+
+class _FeatureLoss(FeatureMaker, HeadLoss):
+    """The teacher's loss function: keeps the features of each row, and has no loss."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.rows: dict[int, TeacherFeatures] = {}
         self.owners: dict[int, int] = {}
         """The rank of a group that wants a row, by row number."""
-        self.template: TeacherFeatures | None = None
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
         sharing, rows = SequenceGroup.current(), row_numbers(data).tolist()
         parts = sharing.parts(response_tokens(data), len(hidden))
         responses = parts[sharing.rank]
-        features = self.form.features(
-            responses.take(hidden), head, responses.labels, self.temperature, self.chunk_size, self.compiled
-        )
-        if isinstance(features, HiddenFeatures):
-            features = dataclasses.replace(features, head=self.head)  # of this pass, the engine's own is sharded again
-        self.template = features.with_tensors({name: each[:0].clone() for name, each in features.tensors.items()})
+        features = self.features(responses.take(hidden), head, responses.labels)
         if sharing.size > 1:
             owned = sharing.to_owners(features, parts, [self.owners.get(row) for row in rows])
             self.rows |= {rows[index]: of_row for index, of_row in owned.items()}
@@ -161,11 +186,10 @@ class ColocatedTeacher(Teacher):
             return self._loss
         self._load()
         engine = self.worker.engine
-        engine.offer_head(self.vocabulary_size)
+        engine.use_head(self.vocabulary_size)
         head = self._whole_head()
         form, temperature = FeatureForm.of(self.config), self.config.temperature_of_teacher
-        self._loss = _FeatureLoss(form, head, temperature, self.config.token_chunk_size)
-        self._loss.compiled = engine.compiles
+        self._loss = _FeatureLoss(form, head, temperature, self.config.token_chunk_size, engine.compiles)
         # Return memory that loading took: a rollout server counts the free memory of the device.
         aggressive_empty_cache(force_sync=True)
         return self._loss
@@ -204,9 +228,8 @@ class ColocatedTeacher(Teacher):
         computed, loss.rows = loss.rows, {}
         return computed
 
-    @property
-    def template(self) -> TeacherFeatures | None:
-        return None if self._loss is None else self._loss.template
+    def known_form(self) -> TeacherFeatures | None:
+        return None if self._loss is None else self._loss.known_form()
 
     def metrics(self) -> dict[str, float]:
         return {}

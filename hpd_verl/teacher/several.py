@@ -34,10 +34,10 @@ class SeveralTeachers(Teacher):
             found |= {numbers[row]: computed[numbers[row]] for row in own}
         return found
 
-    @property
-    def template(self) -> TeacherFeatures | None:
-        """Of the first teacher that has any: each has a form of its own."""
-        return next((each.template for each in self.teachers.values() if each.template is not None), None)
+    def known_form(self) -> TeacherFeatures | None:
+        """Of the first teacher whose form is known: each has one of its own."""
+        forms = (each.known_form() for each in self.teachers.values())
+        return next((form for form in forms if form is not None), None)
 
     def announce(self, data: TensorDict, wanted: Sequence[int] | None = None) -> None:
         for teacher, own in self._shared_out(data, wanted):

@@ -13,6 +13,8 @@ from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import column, row_numbers
 from hpd_verl.engine.ranks import highest_of_ranks, sums_of_ranks
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TopKFeatures
+from hpd_verl.head.hybrid import HybridFeatures
+from hpd_verl.head.hybrid_code import HybridCode
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.teacher.store.disk import DiskStore
 from hpd_verl.teacher.store.records import Record, row_key
@@ -56,6 +58,9 @@ class StoredTeacher(Teacher):
         assert weight is not None
         scale, soft_cap = self.scaling
         head = OutputHead(weight, identity.vocabulary_size, bias, scale, soft_cap)
+        if identity.format == "hybrid":
+            code = HybridCode(head, identity.temperature, identity.top_k, identity.bits)
+            return HybridFeatures(nothing, nothing, nothing, code)
         return HiddenFeatures(nothing, head, identity.temperature)
 
     def prepare(self) -> None:
@@ -90,16 +95,17 @@ class StoredTeacher(Teacher):
 
     def _take_head(self) -> None:
         """Check and store the output head of the first computed features; all ranks together."""
-        first = self.teacher.template
+        first = self.teacher.known_form()
         assert first is not None
         is_new = self._form is None
         if self._is_head_checked and not is_new:
             return
-        if isinstance(self.store, DiskStore) and isinstance(first, HiddenFeatures):
-            self.store.check_output_head(first.head.weight, first.head.bias)
+        head = _output_head(first)
+        if isinstance(self.store, DiskStore) and head is not None:
+            self.store.check_output_head(head.weight, head.bias)
             if is_new:
                 if torch.distributed.get_rank() == 0:
-                    self.store.save_output_head(first.head.weight, first.head.bias)
+                    self.store.save_output_head(head.weight, head.bias)
                 torch.distributed.barrier()
         self._is_head_checked = True
         # Use the teacher's own head instead of the equal stored one: only one is in memory.
@@ -127,9 +133,11 @@ class StoredTeacher(Teacher):
             if not is_rollout[index]
         }
 
-    @property
-    def template(self) -> TeacherFeatures | None:
-        return self._form
+    def known_form(self) -> TeacherFeatures | None:
+        if self._form is None:
+            return self.teacher.known_form()
+        nothing = torch.empty(0, device=get_device_name())
+        return self._form.with_tensors(dict.fromkeys(self._form.TENSORS, nothing))  # records hold all of them
 
     def announce(self, data: TensorDict, wanted: Sequence[int] | None = None) -> None:
         """Those that are not stored."""
@@ -159,6 +167,13 @@ class StoredTeacher(Teacher):
             "hpd/teacher_cache_damaged_rows": damaged,
             "hpd/teacher_is_loaded": float(self.is_teacher_used),
         }
+
+
+def _output_head(features: TeacherFeatures) -> OutputHead | None:
+    """The teacher's output layer, of features that need it."""
+    if isinstance(features, HybridFeatures):
+        return features.code.head
+    return features.head if isinstance(features, HiddenFeatures) else None
 
 
 def _to_device(value: Tensor) -> Tensor:

@@ -39,14 +39,13 @@ class Teacher(ABC):
             TeacherUnavailable: on all ranks, where one has none.
         """
 
-    @property
-    @abstractmethod
-    def template(self) -> TeacherFeatures | None:
-        """Features of no tokens, in tensors of any shape; None before ``features`` found or computed any on a rank."""
-
     @abstractmethod
     def prepare(self) -> None:
         """Take now, once, the memory that features will need, before others count what is free."""
+
+    def known_form(self) -> TeacherFeatures | None:
+        """Features of no tokens, in tensors of any shape, as ``features`` gives them; None while that is unknown."""
+        return None
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:

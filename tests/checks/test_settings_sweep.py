@@ -147,7 +147,10 @@ def test_defaults_pass_on_both_platforms(base: DictConfig, monkeypatch: pytest.M
         ({"engine__fsdp_size": 3}, "engine.fsdp_size=3: must divide the ranks, torchrun's processes (4)"),
         ({"teacher__engine__fsdp_size": 3}, "teacher.engine.fsdp_size=3: must divide the ranks, torchrun's processes"),
         ({"engine__dtype": "float31"}, "engine.dtype=float31: the student is not trained in float16, whose"),
-        ({"engine__dtype": "bfloat16", "teacher__engine__dtype": "float16"}, "teacher.engine.dtype=float16: mixed_p"),
+        (
+            {"engine__dtype": "bfloat16", "teacher__engine__dtype": "float16"},
+            "teacher.engine.dtype=float16: differs from mixed_p",
+        ),
         (
             {"teacher__engine__model_dtype": "half"},
             "teacher.engine.model_dtype=half: choose bfloat16, float32 or float",

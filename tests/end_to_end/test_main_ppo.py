@@ -137,7 +137,6 @@ def test_mixed_batches_with_vllm(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path:
         "trainer.val_before_train=true",
         "trainer.test_freq=2",
         "data.max_prompt_length=9",
-        "algorithm.hpd.num_student_samples=2",
         *UPDATES,
     )
     assert run.returncode == 0, run.output[-3000:]

@@ -168,6 +168,30 @@ def test_ranks_store_and_validation(run_sft: RunSFT, tiny: Tiny, tmp_path: Path)
     assert by_vllm(exported) == by_transformers(exported)
 
 
+def test_hybrid_store(run_sft: RunSFT, tmp_path: Path) -> None:
+    """Training from a filled store, without the teacher, has the losses of training beside it, bit for bit."""
+    form = ("algorithm.hpd.teacher_cache_format=hybrid", "algorithm.hpd.teacher_cache_top_k=4")
+    at = (
+        "algorithm.hpd.teacher_cache=disk",
+        f"algorithm.hpd.teacher_cache_dir={tmp_path / 'teacher'}",
+        "algorithm.hpd.teacher_cache_max_gib=0.01",
+    )
+    mixture = "algorithm.hpd.objective={hpd: 1.0, rkl_exact: 0.5}"
+    once = ("trainer.resume_mode=disable", mixture, "trainer.total_training_steps=2")
+    beside = run_sft(*once, *form, "algorithm.hpd.teacher_cache=memory")
+    filling = run_sft(*form, *at, module="hpd_verl.teacher_cache")
+    alone = run_sft(*once, *form, *at)
+    for run in (beside, filling, alone):
+        assert run.returncode == 0, run.output[-3000:]
+    assert [step["hpd/teacher_is_loaded"] for step in alone.steps] == [0, 0]
+    assert [step["hpd/teacher_is_loaded"] for step in beside.steps] == [1, 1]
+    assert alone.losses() == beside.losses()
+    of_another = run_sft(*once, *at)
+    assert of_another.returncode != 0
+    assert f"{tmp_path / 'teacher'}: holds features of another teacher or of other settings (dtype" in of_another.output
+    assert "Traceback" not in of_another.output
+
+
 def test_an_adapter_goes_on(run_sft: RunSFT, tiny: Tiny, tmp_path: Path) -> None:
     """On two ranks, with its own scaling, upon a student whose configuration says less than its files.
 

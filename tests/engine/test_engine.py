@@ -64,11 +64,17 @@ class Precision(HeadLoss):
         self.hidden: torch.dtype | None = None
 
     @staticmethod
+    def of_compilation(head: OutputHead) -> tuple[Any, ...]:
+        """What compiled code of the output layer is made for."""
+        return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), head.weight.dtype, len(head.weight)
+
+    @staticmethod
     def of_a_product() -> torch.dtype:
         return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
         self.in_loss, self.hidden = self.of_a_product(), hidden.dtype
+        self.settings = self.of_compilation(head)
         return hidden.sum() * 0.0, {}
 
 
@@ -77,7 +83,7 @@ def test_the_loss_is_out_of_autocast(tiny: Tiny) -> None:
     """The model's products are bfloat16; those of the loss are in the dtype of their operands."""
     config = configuration(tiny, *PRECISIONS["bfloat16"])
     student = make_student(config)
-    student.engine.offer_head(29)
+    student.engine.use_head(29)
     loss = Precision()
     student.set_loss_fn(loss)
 
@@ -90,6 +96,9 @@ def test_the_loss_is_out_of_autocast(tiny: Tiny) -> None:
     assert loss.in_model == torch.bfloat16
     assert loss.hidden == torch.bfloat16
     assert loss.in_loss == torch.float32
+    warm: list[tuple[Any, ...]] = []
+    student.engine.warm_up(lambda head: warm.append(loss.of_compilation(head)))
+    assert warm == [loss.settings]
 
 
 @pytest.mark.usefixtures("process_group")
@@ -101,7 +110,11 @@ def test_some_rows_in_micro_batches_of_a_fixed_size(rows_each: int, tiny: Tiny) 
     teacher = ColocatedTeacher(worker, HPDConfig(), 29)
     batch = make_batch(config, worker.model_config)
     packed = ColocatedTeacher(teacher_settings(configuration(tiny)).worker(), HPDConfig(), 29)
+    assert packed.known_form() is None
     whole = packed.features(make_batch(configuration(tiny), worker.model_config))
+    form = packed.known_form()
+    assert form is not None
+    assert all(each.tensors.keys() == form.tensors.keys() for each in whole.values())
     numbers = row_numbers(batch).tolist()
     for wanted in ([2], [0, 3], [0, 1, 2], [0, 1, 2, 3]):
         found = teacher.features(batch, wanted)

@@ -23,13 +23,18 @@ from reference import (
 from torch import Tensor
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.head import bodies as bodies_module
+from hpd_verl.head import compiling as compiling_module
 from hpd_verl.head import features as features_module
 from hpd_verl.head import gradients as gradients_module
 from hpd_verl.head import output_head as output_head_module
 from hpd_verl.head.distillation_head import HeadOutput, distillation_head
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.hybrid import teacher_hybrid
+from hpd_verl.head.hybrid_code import HybridCode
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform, sample_tokens
+from hpd_verl.head.warm_up import warm_up
 from hpd_verl.objectives import LOG_ZERO, OBJECTIVES, Mixture, RowObjectives
 
 TOKENS, VOCABULARY, PADDING, HIDDEN, TEACHER_HIDDEN = 37, 19, 4, 8, 12
@@ -55,7 +60,6 @@ class Case:
     dtype: torch.dtype = torch.float64
     tokens: int = TOKENS
     vocabulary: int = VOCABULARY
-    draws: int = 1
     seed: int = 0
     layer: dict[str, Any] = field(default_factory=dict)
     """``scale`` and ``soft_cap`` of both output layers."""
@@ -77,7 +81,7 @@ class Case:
         self.teacher_bias = normal(rows + 3) if self.bias else None
         self.labels = torch.randint(self.vocabulary, (self.tokens,), generator=random)
         index = torch.arange(self.tokens)
-        self.uniforms = torch.stack([counter_uniform(1, 2, index, index, draw) for draw in range(self.draws)], 1)
+        self.uniforms = counter_uniform(1, 2, index, index).unsqueeze(1)
         self.is_rollout = index % 3 == 0
         self.token_scale = torch.rand(self.tokens, dtype=torch.float64, generator=random) + 0.1
         self.token_scale[index % 7 == 6] = 0.0
@@ -194,7 +198,7 @@ def test_parameters_reach_the_objective(objective: str) -> None:
 MIXTURES: list[dict[str, Any]] = [
     {"objective": {"hpd": 1.0, "sft": 0.1}},
     {"objective": {"fkl": 0.3, "rkl_exact": 2.0}},
-    {"objective": {"hpd": 0.5, "fkl": 1.5, "tvd": 0.25}, "num_student_samples": 2},
+    {"objective": {"hpd": 0.5, "fkl": 1.5, "tvd": 0.25}},
     {"objective": {"sft": 0.2, "jsd_exact": 1.0}, "on_policy_objective": {"opd": 1.0, "rkl_exact": 0.4}},
     {"objective": "hpd", "on_policy_objective": {"hpd": 1.0, "skew_rkl": 0.5}},
 ]
@@ -205,8 +209,7 @@ MIXTURES: list[dict[str, Any]] = [
 def test_mixtures(values: dict[str, Any], layer: dict[str, Any]) -> None:
     """Values and gradients are the weighted sums of the objectives' own, over tokens and vocabulary, in each row."""
     config = HPDConfig(token_chunk_size=5, **values)
-    draws = config.num_student_samples
-    case = Case(draws=draws, layer=layer, config=config)
+    case = Case(layer=layer, config=config)
     output, gradients = case.run_with_gradients()
     loss, sums = torch.zeros(()).double(), [torch.zeros_like(each) for each in gradients]
     for mixture, is_mine in (
@@ -214,7 +217,7 @@ def test_mixtures(values: dict[str, Any], layer: dict[str, Any]) -> None:
         (config.objectives.rollout, case.is_rollout),
     ):
         for bound, factor in mixture:
-            part = Case(draws=draws, layer=layer, config=config)
+            part = Case(layer=layer, config=config)
             part.token_scale = torch.where(is_mine, case.token_scale, 0.0)
             one, own = part.run_with_gradients(objectives=RowObjectives(Mixture(((bound, 1.0),))))
             loss = loss + factor * one.loss.detach()
@@ -227,7 +230,7 @@ def test_mixtures(values: dict[str, Any], layer: dict[str, Any]) -> None:
 @pytest.mark.parametrize("spread", [1.0, 100.0])
 def test_a_mixture_changes_nothing_for_objectives_over_tokens(spread: float) -> None:
     """Beside one over the vocabulary: the label's own log p of top-k features, and log p far below ``LOG_ZERO``."""
-    case = Case(draws=2, config=configured("hpd"))
+    case = Case(config=configured("hpd"))
     case.teacher_weight *= spread
     alone = RowObjectives(HPDConfig(objective={"hpd": 1.0, "opd": 0.5}, on_policy_fraction=1.0).objectives.rollout)
     beside = RowObjectives(Mixture((*alone.demonstration.parts, (OBJECTIVES["fkl"].bind(), 1e-12))))
@@ -256,7 +259,7 @@ def test_temperature_of_the_teacher(objective: str) -> None:
 @each_objective
 def test_bare_features_are_the_same(objective: str) -> None:
     """Where the sweep computes the teacher's log-sum-exp itself, from the product that it makes anyway."""
-    case = Case(draws=2, bias=True, layer={"soft_cap": 4.0}, config=configured(objective, temperature=1.3))
+    case = Case(bias=True, layer={"soft_cap": 4.0}, config=configured(objective, temperature=1.3))
     bare = HiddenFeatures(case.teacher_hidden, case.teacher_head(), 1.3)
     output, gradients = case.run_with_gradients(exact_kl=True)
     found, others = case.run_with_gradients(exact_kl=True, teacher=bare)
@@ -311,18 +314,12 @@ def test_output_layers(objective: str, temperature: float, layer: dict[str, Any]
         Case(
             layer=layer,
             bias=bias,
-            draws=2,
-            config=configured(objective, num_student_samples=2) if objective == "hpd" else configured(objective),
+            config=configured(objective),
         )
     )
     config = configured(objective, temperature=temperature)
     assert_matches(Case(layer=layer, bias=bias, config=config))
     assert_matches(Case(layer=layer, bias=bias, dtype=torch.float32, config=config), tolerance=1e-4)
-
-
-@pytest.mark.parametrize("draws", [1, 2, 3])
-def test_draws_are_averaged(draws: int) -> None:
-    assert_matches(Case(draws=draws, config=configured("hpd", num_student_samples=draws)))
 
 
 @pytest.mark.parametrize(
@@ -387,14 +384,15 @@ def test_hpd_exact_is_the_mean_of_hpd() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_outputs(temperature: float) -> None:
     """Log-probs, entropy, draws and divergences are those of whole logits; the draws are sample_tokens'."""
-    case = Case(draws=2, config=configured("hpd", num_student_samples=2, temperature=temperature))
+    case = Case(config=configured("hpd", temperature=temperature))
     case.token_scale[:] = 1.0
     output = case.run(exact_kl=True)
     log_q = torch.log_softmax(case.logits() / temperature, -1)
     log_p = torch.log_softmax(case.teacher_logits() / temperature, -1)
     label, sampled, sampled_log_probs, entropy = sample_tokens(
-        case.logits() / temperature, case.labels, case.uniforms, chunk_size=8
+        case.logits() / temperature, case.labels, case.uniforms.squeeze(1), chunk_size=8
     )
+    sampled, sampled_log_probs = sampled.unsqueeze(1), sampled_log_probs.unsqueeze(1)
     assert torch.equal(output.sampled, sampled)
     close(output.label_log_probs, label)
     close(output.sampled_log_probs, sampled_log_probs)
@@ -465,7 +463,7 @@ def test_low_precision_gradient_is_accumulated_in_float32(monkeypatch: pytest.Mo
 
 def test_tokens_of_scale_zero_are_skipped() -> None:
     """Whatever stands there, NaN included; their outputs are zeros, those of the others unchanged."""
-    case = Case(draws=2, config=configured("hpd", num_student_samples=2))
+    case = Case(config=configured("hpd"))
     output, gradients = case.run_with_gradients()
     teacher = case.teacher()
     skipped = case.token_scale == 0
@@ -548,7 +546,7 @@ def test_tied_weight() -> None:
 @pytest.mark.parametrize("top", [1, 5, VOCABULARY])
 def test_top_k_features(objective: str, top: int) -> None:
     """The loss is that with the dense distribution in which the remaining mass is spread evenly."""
-    case = Case(draws=2, config=configured(objective, num_student_samples=2, temperature=1.3))
+    case = Case(config=configured(objective, temperature=1.3))
     log_p = torch.log_softmax(case.teacher_logits() / 1.3, -1)
     best, tokens = log_p.topk(top, -1)
     rest = (1 - best.exp().sum(-1, keepdim=True)) / max(1, VOCABULARY - top)
@@ -565,6 +563,26 @@ def test_top_k_features(objective: str, top: int) -> None:
     close(output.loss, loss, 1e-7)
     for gradient, wanted in zip(gradients, expected, strict=True):
         close(gradient, wanted, 1e-7)
+
+
+@each_objective
+def test_hybrid_features(objective: str) -> None:
+    """The loss is that with the dense distribution that the features say token by token."""
+    case = Case(bias=True, config=configured(objective, temperature=1.3))
+    code = HybridCode(case.teacher_head(), 1.3, top_k=7)
+    teacher = teacher_hybrid(case.teacher_hidden, code, case.labels, 6)
+    dense = teacher.log_probs(torch.arange(VOCABULARY).expand(case.tokens, -1))
+    log_p = torch.log_softmax(case.teacher_logits() / 1.3, -1)
+    close(teacher.label_log_probs, log_p.gather(1, case.labels.unsqueeze(1)).squeeze(1))
+    # The label has its true log-prob; the plain computation has no place for it.
+    teacher = teacher.with_tensors(
+        teacher.tensors | {"label_log_probs": dense.gather(1, case.labels.unsqueeze(1)).squeeze(1)}
+    )
+    output, gradients = case.run_with_gradients(teacher=teacher)
+    loss, _, expected = case.expected(output.sampled, 1.3 * dense)
+    close(output.loss, loss, 1e-6)  # a token's mass is 1 to a float32's precision
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        close(gradient, wanted, 1e-6)
 
 
 @pytest.mark.parametrize("objective", ["rkl_exact", "akl", "todi", "hpd_exact", "hpd"])
@@ -586,9 +604,10 @@ def test_top_k_that_hold_nearly_everything(objective: str) -> None:
 def test_student_of_a_larger_vocabulary(objective: str, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The student is normalised over all its logits; beyond the teacher's vocabulary the teacher's probability is 0."""
     impossible = -600.0  # a probability that float64 can still hold, for the reference's logarithm
-    monkeypatch.setattr(features_module, "LOG_ZERO", impossible)
+    for module in (bodies_module, features_module):
+        monkeypatch.setattr(module, "LOG_ZERO", impossible)
     known = VOCABULARY - 5
-    case = Case(draws=2, config=configured(objective, num_student_samples=2))
+    case = Case(config=configured(objective))
     case.labels %= known
     teacher_head = dataclasses.replace(case.teacher_head(), vocabulary_size=known)
     arguments = (case.teacher_hidden, teacher_head, case.labels, 1.0, 6)
@@ -647,39 +666,38 @@ def test_label_beyond_the_teachers_vocabulary(objective: str) -> None:
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-COMPILED_CASES = """
-import sys, torch
-sys.path[:0] = sys.argv[1:]
-from test_head import Case, close, configured
-from hpd_verl.head.features import teacher_features
-for dtype, tolerance, layer in (
-    (torch.float32, 2e-5, {"soft_cap": 3.0, "scale": 0.7}),
-    (torch.bfloat16, 2e-2, {}),
-):
-    case = Case(dtype=dtype, vocabulary=600, draws=2, layer=layer, config=configured("hpd", num_student_samples=2))
-    plain, gradients = case.run_with_gradients()
-    arguments = (case.teacher_hidden, case.teacher_head(), case.labels, 1.0, 6)
-    teacher = teacher_features(*arguments, compiled=True)
-    close(teacher.log_sum_exp, case.teacher().tensors["log_sum_exp"], 1e-5)
-    fused, others = case.run_with_gradients(teacher=teacher, compiled=True)
-    assert torch.equal(plain.sampled, fused.sampled)
-    for name, value in vars(plain).items():
-        if value is not None:
-            close(getattr(fused, name), value, 2e-5)
-    for gradient, other in zip(gradients, others, strict=True):
-        assert (gradient - other).double().norm() <= tolerance * gradient.double().norm()
-frames = torch._dynamo.utils.counters["frames"]
-assert frames["ok"] >= 3 and frames["total"] == frames["ok"], frames
-"""
+@pytest.mark.parametrize("form", ["hidden", "bare", "top k"])
+@pytest.mark.parametrize("objective", ["hpd", "akl", {"hpd": 1.0, "jsd_exact": 0.5}])
+def test_warm_up_compiles_what_a_run_needs(objective: Any, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it and nothing else, for every form of the teacher's features. Nothing is compiled here."""
+    compiled: dict[Any, Any] = {}
+    monkeypatch.setattr(compiling_module, "_compiled", compiled)
+    monkeypatch.setattr(compiling_module, "_compile", lambda body, form: lambda rows, others: body(form, rows, others))
+    if form == "bare" and objective == "hpd":
+        return  # refused: log p of single tokens needs the log-sum-exp
+    case = Case(dtype=torch.bfloat16, bias=True, config=configured(objective))
+    arguments = (case.teacher_hidden, case.teacher_head(), case.labels, 1.0)
+    teacher = {
+        "hidden": lambda: teacher_features(*arguments, compiled=True),
+        "bare": lambda: HiddenFeatures(case.teacher_hidden, case.teacher_head(), 1.0),
+        "top k": lambda: teacher_top_k(*arguments, k=3),
+    }[form]
+    run = case.run_with_gradients(teacher=teacher(), compiled=True)[0]
+    needed, nothing = set(compiled), teacher()[:0]
+    compiled.clear()
+    warm_up(case.head(), nothing, case.config.objectives, 1.0, 1, exact_kl=False)
+    assert set(compiled) == needed
+    close(run.loss, case.run(teacher=teacher()).loss, 1e-6)
 
 
 @pytest.mark.slow
-def test_compiled_is_the_same_within_rounding() -> None:
-    """The elementwise part through torch.compile, in a process of its own: a CPU run disables the compiler."""
+def test_compiled() -> None:
+    """``compiled_cases.py``: all that is said of compiled passes, in one process, for torch takes its time."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-    paths = [str(folder) for folder in Path(__file__).parents[:3]]
-    command = [sys.executable, "-c", COMPILED_CASES, *paths]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    folder = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in (folder.parents[1], folder.parent, folder))
+    command = [sys.executable, str(folder / "compiled_cases.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -725,7 +743,7 @@ def test_sft_needs_no_teacher_and_no_draws() -> None:
 @each_objective
 def test_draws_are_optional_where_no_objective_weighs_them(objective: str) -> None:
     case = Case(config=configured(objective))
-    if case.config.samples:
+    if case.config.objectives.weighs_sample:
         with pytest.raises(ValueError, match="hpd: weighs the sampled token, uniforms has no"):
             case.run(uniforms=case.uniforms[:, :0])
         return
@@ -817,20 +835,19 @@ def test_impossible_tokens() -> None:
 @given(
     tokens=st.integers(0, 9),
     vocabulary=st.integers(1, 12),
-    draws=st.integers(1, 3),
     chunk_size=st.integers(1, 10),
     objective=st.sampled_from(sorted(OBJECTIVES)),
     seed=st.integers(0, 99),
 )
-def test_shapes(tokens: int, vocabulary: int, draws: int, chunk_size: int, objective: str, seed: int) -> None:
+def test_shapes(tokens: int, vocabulary: int, chunk_size: int, objective: str, seed: int) -> None:
     """Any number of tokens, none included; any vocabulary, of one token included."""
-    config = configured(objective, num_student_samples=draws, token_chunk_size=chunk_size)
-    case = Case(tokens=tokens, vocabulary=vocabulary, draws=draws, seed=seed, config=config)
+    config = configured(objective, token_chunk_size=chunk_size)
+    case = Case(tokens=tokens, vocabulary=vocabulary, seed=seed, config=config)
     output, gradients = case.run_with_gradients()
     for name in ("label_log_probs", "entropy", "label_weights", "token_losses"):
         assert getattr(output, name).shape == (tokens,)
     for name in ("sampled", "sampled_log_probs", "sampled_weights", "teacher_sampled_log_probs"):
-        assert getattr(output, name).shape == (tokens, draws)
+        assert getattr(output, name).shape == (tokens, 1)
     assert ((output.sampled >= 0) & (output.sampled < vocabulary)).all()
     if tokens:
         loss, _, expected = case.expected(output.sampled)

@@ -450,10 +450,11 @@ def test_vocabulary_values_and_gradients(objective: str, coefficients: dict[str,
     (expected,) = torch.autograd.grad(values.sum(), logits)
     found = OBJECTIVES[objective](vocabulary_log_probs(batch), **coefficients)
     torch.testing.assert_close(found.value, values.detach(), rtol=1e-8, atol=1e-9)
-    grad = found.weights.sum(-1, keepdim=True) * log_q.detach().exp() - found.weights
+    weights = found.whole(batch.labels)
+    grad = weights.sum(-1, keepdim=True) * log_q.detach().exp() - weights
     torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-9)
-    assert found.weights.shape == logits.shape
-    assert not found.weights.requires_grad
+    assert weights.shape == logits.shape
+    assert not weights.requires_grad
 
 
 def test_vocabulary_limits() -> None:
@@ -507,11 +508,11 @@ def test_vocabulary_weights_are_finite(objective: str, seed: int, scale: float, 
     student, teacher = logits.masked_fill(removed, -math.inf).log_softmax(-1)
     labels = torch.zeros(5, dtype=torch.int64)
     found = OBJECTIVES[objective](VocabularyLogProbs(student, teacher, labels))
-    assert found.weights.isfinite().all()
+    assert found.whole(labels).isfinite().all()
     assert found.value.isfinite().all()
     equal = OBJECTIVES[objective](VocabularyLogProbs(student, student, labels))
     if objective == "hpd_exact":
-        assert torch.equal(equal.weights[:, 0], student[:, 0].exp())
+        assert torch.equal(equal.whole(labels)[:, 0], student[:, 0].exp())
         assert not equal.weights[:, 1:].any()
     else:
         assert (found.value > -1e-5).all()
@@ -717,12 +718,11 @@ def test_reinforcement_of_a_label_of_no_mass() -> None:
     log_probs = TokenLogProbs(
         student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], torch.zeros(1, dtype=torch.bool)
     )
+    label = torch.tensor([0])
     assert not student[:, 0].exp().any()
     for found in (
         OBJECTIVES["hpd"](log_probs, forward_coef=0.0).label,
-        OBJECTIVES["hpd_exact"](VocabularyLogProbs(student, teacher, torch.tensor([0])), forward_coef=0.0).weights[
-            :, 0
-        ],
+        OBJECTIVES["hpd_exact"](VocabularyLogProbs(student, teacher, label), forward_coef=0.0).whole(label)[:, 0],
     ):
         torch.testing.assert_close(found, torch.tensor([0.3]))
 

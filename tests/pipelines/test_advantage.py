@@ -1,4 +1,4 @@
-"""The estimator "hpd" in verl's registry: mask, objective per row, average over samples."""
+"""The estimator "hpd" in verl's registry: mask, objective per row."""
 
 import math
 from typing import Any
@@ -17,44 +17,41 @@ ROWS, RESPONSE, VOCABULARY = 4, 7, 9
 
 
 class Responses:
-    """Float64 logits of student and teacher, labels, K samples, a mask; row 1 is a rollout, row 3 too."""
+    """Float64 logits of student and teacher, labels, samples, a mask; row 1 is a rollout, row 3 too."""
 
-    def __init__(self, samples: int = 1, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0) -> None:
         random = torch.Generator().manual_seed(seed)
         n = ROWS * RESPONSE
         self.student = 2 * torch.randn(n, VOCABULARY, dtype=torch.float64, generator=random)
         self.teacher = self.student + torch.randn(n, VOCABULARY, dtype=torch.float64, generator=random)
         self.labels = torch.randint(VOCABULARY, (n,), generator=random)
-        self.sampled = torch.multinomial(self.student.softmax(-1), samples, replacement=True, generator=random)
-        self.sampled[::3, 0] = self.labels[::3]  # samples that are the label
+        self.sampled = torch.multinomial(self.student.softmax(-1), 1, generator=random).squeeze(1)
+        self.sampled[::3] = self.labels[::3]  # samples that are the label
         self.is_rollout = torch.tensor([False, True, False, True])
         self.mask = torch.arange(RESPONSE) < torch.tensor([[7], [4], [1], [0]])
 
-    def log_probs(self) -> list[TokenLogProbs]:
-        """What the trainer passes: one entry a sample, [rows, response]."""
+    def log_probs(self) -> TokenLogProbs:
+        """What the trainer passes, [rows, response]."""
 
         def of(logits: Tensor, tokens: Tensor) -> Tensor:
             return torch.log_softmax(logits, -1).gather(1, tokens.unsqueeze(1)).view(ROWS, RESPONSE)
 
-        return [
-            TokenLogProbs(
-                of(self.student, self.labels),
-                of(self.teacher, self.labels),
-                of(self.student, sampled),
-                of(self.teacher, sampled),
-                (sampled == self.labels).view(ROWS, RESPONSE),
-            )
-            for sampled in self.sampled.unbind(1)
-        ]
+        return TokenLogProbs(
+            of(self.student, self.labels),
+            of(self.teacher, self.labels),
+            of(self.student, self.sampled),
+            of(self.teacher, self.sampled),
+            (self.sampled == self.labels).view(ROWS, RESPONSE),
+        )
 
-    def reference(self, objective: str, sample: int, **coefficients: Any) -> tuple[Tensor, Tensor]:
-        """Weights with one of the samples, [rows, response], before the mask."""
+    def reference(self, objective: str, **coefficients: Any) -> tuple[Tensor, Tensor]:
+        """Weights, [rows, response], before the mask."""
         label, sampled = reference_weights(
-            objective, self.student, self.teacher, self.labels, self.sampled[:, sample], **coefficients
+            objective, self.student, self.teacher, self.labels, self.sampled, **coefficients
         )
         return label.view(ROWS, RESPONSE), sampled.view(ROWS, RESPONSE)
 
-    def advantage(self, **config: Any) -> tuple[Tensor, list[Tensor]]:
+    def advantage(self, **config: Any) -> tuple[Tensor, Tensor]:
         return compute_hpd_advantage(
             response_mask=self.mask.long(),
             objectives=HPDConfig(**config).objectives,
@@ -73,14 +70,13 @@ def test_registered_under_hpd() -> None:
 
 
 @pytest.mark.parametrize("objective", sorted(name for name, each in OBJECTIVES.items() if each.over == "token"))
-def test_weights_of_one_sample(objective: str) -> None:
+def test_weights(objective: str) -> None:
     """The objective's weights on response tokens, zero elsewhere."""
     batch = Responses()
     label, sampled = batch.advantage(objective=objective, on_policy_fraction=float(objective == "opd"))
-    expected_label, expected_sampled = batch.reference(objective, 0)
+    expected_label, expected_sampled = batch.reference(objective)
     close(label, expected_label * batch.mask)
-    assert len(sampled) == 1
-    close(sampled[0], expected_sampled * batch.mask)
+    close(sampled, expected_sampled * batch.mask)
     assert label[batch.mask].any()
 
 
@@ -91,8 +87,8 @@ def test_weights_of_one_sample(objective: str) -> None:
 )
 def test_coefficients_reach_the_objective(coefficients: dict[str, Any]) -> None:
     batch = Responses(seed=1)
-    label, (sampled,) = batch.advantage(**coefficients)
-    expected_label, expected_sampled = batch.reference("hpd", 0, **coefficients)
+    label, sampled = batch.advantage(**coefficients)
+    expected_label, expected_sampled = batch.reference("hpd", **coefficients)
     close(label, expected_label * batch.mask)
     close(sampled, expected_sampled * batch.mask)
 
@@ -100,22 +96,20 @@ def test_coefficients_reach_the_objective(coefficients: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 def test_mask_hides_whatever_stands_outside(dtype: torch.dtype) -> None:
     """Masks of every dtype; NaN and infinity at padding do not come through."""
-    batch = Responses(samples=2)
+    batch = Responses()
     expected_label, expected_sampled = batch.advantage()
     dirty = batch.log_probs()
-    for sample in dirty:
-        for values, garbage in (
-            (sample.student_label, math.nan),
-            (sample.teacher_label, math.inf),
-            (sample.student_sampled, math.inf),
-            (sample.teacher_sampled, -1.0),
-        ):
-            values[~batch.mask] = garbage
+    for values, garbage in (
+        (dirty.student_label, math.nan),
+        (dirty.teacher_label, math.inf),
+        (dirty.student_sampled, math.inf),
+        (dirty.teacher_sampled, -1.0),
+    ):
+        values[~batch.mask] = garbage
     label, sampled = compute_hpd_advantage(batch.mask.to(dtype), RowObjectives.of("hpd"), dirty, batch.is_rollout)
     assert not label[~batch.mask].any()
     assert torch.equal(label, expected_label)
-    for found, expected in zip(sampled, expected_sampled, strict=True):
-        assert torch.equal(found, expected)
+    assert torch.equal(sampled, expected_sampled)
 
 
 @pytest.mark.parametrize(
@@ -124,37 +118,12 @@ def test_mask_hides_whatever_stands_outside(dtype: torch.dtype) -> None:
 )
 def test_objective_of_each_row(objective: str, on_policy_objective: str | None) -> None:
     """Rollouts have the on-policy objective's label and sampled weights, demonstrations the other's."""
-    batch = Responses(samples=2, seed=2)
+    batch = Responses(seed=2)
     label, sampled = batch.advantage(objective=objective, on_policy_objective=on_policy_objective)
     for row in range(ROWS):
         name = on_policy_objective if on_policy_objective and batch.is_rollout[row] else objective
-        weights = [batch.reference(name, sample) for sample in range(2)]
-        close(label[row], (weights[0][0][row] + weights[1][0][row]) / 2 * batch.mask[row])
-        for sample in range(2):
-            close(sampled[sample][row], weights[sample][1][row] / 2 * batch.mask[row])
-
-
-@pytest.mark.parametrize("samples", [1, 2, 5])
-def test_samples_are_averaged(samples: int) -> None:
-    """With K samples label and sampled weights are the means of the K one-sample weights."""
-    batch = Responses(samples=samples, seed=3)
-    label, sampled = batch.advantage(num_student_samples=samples)
-    singles = [batch.reference("hpd", sample) for sample in range(samples)]
-    close(label, sum(single[0] for single in singles) / samples * batch.mask)
-    assert len(sampled) == samples
-    for found, single in zip(sampled, singles, strict=True):
-        close(found, single[1] / samples * batch.mask)
-
-
-def test_equal_samples_are_one() -> None:
-    """The same token drawn three times has the total weight of one draw."""
-    batch = Responses(seed=4)
-    one_label, (one_sampled,) = batch.advantage()
-    batch.sampled = batch.sampled.repeat(1, 3)
-    label, sampled = batch.advantage(num_student_samples=3)
-    close(label, one_label)
-    close(sum(sampled, torch.zeros(())), one_sampled)
-    assert one_sampled.any()
+        for found, expected in zip((label, sampled), batch.reference(name), strict=True):
+            close(found[row], expected[row] * batch.mask[row])
 
 
 def test_ignores_what_else_verl_passes() -> None:

@@ -69,9 +69,9 @@ def labels() -> Tensor:
     return torch.arange(TOKENS) * 17 % VOCABULARY
 
 
-def uniforms(draws: int = 2) -> Tensor:
+def uniforms() -> Tensor:
     index = torch.arange(TOKENS)
-    return torch.stack([counter_uniform(1, 2, index, index, draw) for draw in range(draws)], 1)
+    return counter_uniform(1, 2, index, index).unsqueeze(1)
 
 
 # Objectives
@@ -94,7 +94,7 @@ def test_objective(name: str) -> None:
 
 
 def test_counter_uniform() -> None:
-    check(lambda row, position: counter_uniform(7, 3, row, position, 1), torch.arange(TOKENS), torch.arange(TOKENS))
+    check(lambda row, position: counter_uniform(7, 3, row, position), torch.arange(TOKENS), torch.arange(TOKENS))
 
 
 def test_sample_from() -> None:
@@ -103,7 +103,12 @@ def test_sample_from() -> None:
 
 @each_dtype
 def test_sample_tokens(dtype: torch.dtype) -> None:
-    check(functools.partial(sample_tokens, chunk_size=5), random(TOKENS, VOCABULARY, dtype=dtype), labels(), uniforms())
+    check(
+        functools.partial(sample_tokens, chunk_size=5),
+        random(TOKENS, VOCABULARY, dtype=dtype),
+        labels(),
+        uniforms()[:, 0],
+    )
 
 
 def log_probs_and_gradient(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +160,6 @@ def head_and_gradients(
 def check_head(
     config: HPDConfig,
     dtype: torch.dtype,
-    draws: int = 1,
     bias: bool = False,
     form: str = "hidden",
     exact_kl: bool = False,
@@ -173,7 +177,7 @@ def check_head(
     tolerance = {"rtol": 2e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {}
     check(
         functools.partial(head_and_gradients, layer, config, form, exact_kl),
-        *(*made, labels(), uniforms(draws), scale, is_rollout),
+        *(*made, labels(), uniforms(), scale, is_rollout),
         **tolerance,
     )
 
@@ -190,15 +194,15 @@ def test_head(objective: str, dtype: torch.dtype) -> None:
 
 @each_dtype
 def test_head_with_everything(dtype: torch.dtype) -> None:
-    """Several draws, biases, scaling, soft cap, another objective on rollouts, tokens that do not count, exact KL."""
-    config = configured("hpd", on_policy_objective="fkl", temperature=1.5, num_student_samples=2)
-    check_head(config, dtype, draws=2, bias=True, exact_kl=True, skip=True, scale=0.5, soft_cap=3.0)
+    """Biases, scaling, soft cap, another objective on rollouts, tokens that do not count, exact KL."""
+    config = configured("hpd", on_policy_objective="fkl", temperature=1.5)
+    check_head(config, dtype, bias=True, exact_kl=True, skip=True, scale=0.5, soft_cap=3.0)
 
 
 @each_dtype
 def test_head_with_a_mixture(dtype: torch.dtype) -> None:
-    config = HPDConfig(objective={"hpd": 1.0, "fkl": 0.5, "tvd": 0.1}, token_chunk_size=5, num_student_samples=2)
-    check_head(config, dtype, draws=2, form="bare", soft_cap=3.0)
+    config = HPDConfig(objective={"hpd": 1.0, "fkl": 0.5, "tvd": 0.1}, token_chunk_size=5)
+    check_head(config, dtype, form="bare", soft_cap=3.0)
 
 
 @each_dtype
@@ -250,7 +254,7 @@ def one_pass(batch: PackedRows, config: HPDConfig, dtype: torch.dtype, copied: C
 @pytest.mark.parametrize("objective", ["hpd", "sft", "fkl"])
 def test_one_pass_loss(objective: str, dtype: torch.dtype) -> None:
     """From nested tensors to gradients, with the checks for NaN and the metrics."""
-    config = configured(objective, on_policy_objective=None if objective == "sft" else "opd", num_student_samples=2)
+    config = configured(objective, on_policy_objective=None if objective == "sft" else "opd")
     batch = PackedRows(config)
     *expected, expected_metrics = one_pass(batch, config, dtype, lambda each: each)
     with fake_device():
@@ -285,19 +289,19 @@ def staged(batch: PackedRows, config: HPDConfig, dtype: torch.dtype, device: str
     keep(loss(data, student_logits=logits.detach()))
     keep(TeacherLogProbs(config, vocabulary)(data, student_logits=teacher_logits))
     weights = torch.linspace(-1, 1, data["response_mask"].values().numel(), device=device)
-    for name in (fields.LABEL_WEIGHTS, *(fields.sampled_weights(draw) for draw in range(config.samples))):
+    for name in (fields.LABEL_WEIGHTS, fields.SAMPLED_WEIGHTS):
         data[name] = nested(weights, "response_mask")
     log_probs = loss(data, student_logits=logits)
     output = {name: nested(value.squeeze(0), "input_ids") for name, value in log_probs.items()}
     value, _ = loss(data, model_output=output)
-    teacher = [data[name].values() for name in (fields.TEACHER_LABEL_LOG_PROBS, fields.teacher_sampled_log_probs(0))]
-    sampled = [data[name].values() for name in (fields.sampled_tokens(0), fields.student_sampled_log_probs(1))]
+    teacher = [data[name].values() for name in (fields.TEACHER_LABEL_LOG_PROBS, fields.TEACHER_SAMPLED_LOG_PROBS)]
+    sampled = [data[name].values() for name in (fields.SAMPLED_TOKENS, fields.STUDENT_SAMPLED_LOG_PROBS)]
     return [value.detach(), torch.autograd.grad(value, logits)[0], *teacher, *sampled, data[fields.ENTROPY].values()]
 
 
 @each_dtype
 def test_staged_losses(dtype: torch.dtype) -> None:
-    config = configured("hpd", num_student_samples=2, pipeline="staged")
+    config = configured("hpd", pipeline="staged")
     batch = PackedRows(config)
     expected = staged(batch, config, dtype, "cpu")
     with fake_device():

@@ -144,13 +144,7 @@ def naive(batch: PackedRows) -> Naive:
             label = batch.ids[index][at + 1].view(1)
             logits = (hidden[index][at] @ batch.weight.T).view(1, -1)
             teacher_logits = (batch.teacher_hidden[index][at] @ batch.teacher_weight.T).view(1, -1)
-            uniforms = torch.stack(
-                [
-                    counter_uniform(config.seed, STEP, torch.tensor([number]), torch.tensor([at]), draw)
-                    for draw in range(config.num_student_samples)
-                ],
-                1,
-            )
+            uniforms = counter_uniform(config.seed, STEP, torch.tensor([number]), torch.tensor([at]))
             _, sampled, _, _ = sample_tokens(logits / config.temperature, label, uniforms, 8)
             loss, _ = plain_head_loss(
                 [str(objective)],
@@ -198,20 +192,17 @@ def _token_metrics(
 ) -> dict[str, float]:
     """The log's metrics at one position, from the probabilities of the whole vocabulary."""
     q, p = torch.softmax(logits[0].detach(), -1).tolist(), torch.softmax(teacher_logits[0], -1).tolist()
-    y, draws = int(label), sampled[0].tolist()
+    y, a = int(label), int(sampled)
 
     def gap(token: int) -> float:
         return q[token] * (math.log(p[token]) - math.log(q[token]))
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(draws)
-
     found = {
         "label_gap_mean": gap(y),
         "forward_fraction": float(gap(y) >= 0),
-        "reinforced_fraction": mean([float(gap(y) > 0 and gap(a) < 0) for a in draws]),
-        "sampled_equals_label_fraction": mean([float(a == y) for a in draws]),
-        "reverse_kl_k1": mean([math.log(q[a]) - math.log(p[a]) for a in draws]),
+        "reinforced_fraction": float(gap(y) > 0 and gap(a) < 0),
+        "sampled_equals_label_fraction": float(a == y),
+        "reverse_kl_k1": math.log(q[a]) - math.log(p[a]),
         "teacher_nll": -math.log(p[y]),
         "student_nll": -math.log(q[y]),
         "entropy": -sum(x * math.log(x) for x in q),
@@ -219,10 +210,9 @@ def _token_metrics(
         "reverse_kl": sum(a * (math.log(a) - math.log(b)) for a, b in zip(q, p, strict=True)),
     }
     if objective not in VOCABULARY_OBJECTIVE_NAMES:
-        weights = [position_weights(objective, q, p, y, a) for a in draws]
-        found["label_weight_mean"] = mean([label for label, _ in weights])
-        found["sampled_weight_mean"] = mean([sample for _, sample in weights])
-        found["suppressed_fraction"] = mean([float(sample < 0) for _, sample in weights])
+        label_weight, sampled_weight = position_weights(objective, q, p, y, a)
+        found["label_weight_mean"], found["sampled_weight_mean"] = label_weight, sampled_weight
+        found["suppressed_fraction"] = float(sampled_weight < 0)
     return found
 
 
@@ -242,7 +232,6 @@ MIXED = {"on_policy_objective": "opd", "temperature": 1.7}
 CONFIGS = {
     "hpd": configured("hpd"),
     "hpd on demonstrations, opd on rollouts": configured("hpd", **MIXED),
-    "three draws": configured("hpd", num_student_samples=3),
     "sft": configured("sft"),
     "fkl": configured("fkl"),
 }
@@ -267,7 +256,7 @@ def test_an_unknown_aggregation_is_refused_by_verl() -> None:
         PackedRows(loss_agg_mode="token-median").run()
 
 
-@pytest.mark.parametrize("name", ["hpd", "hpd on demonstrations, opd on rollouts", "three draws"])
+@pytest.mark.parametrize("name", ["hpd", "hpd on demonstrations, opd on rollouts"])
 @pytest.mark.parametrize("dp_size", [1, 4])
 def test_metrics(name: str, dp_size: int) -> None:
     """Means over the response tokens of the batch; verl divides the sum by dp_size."""
@@ -345,7 +334,7 @@ def test_a_teacher_known_by_all_its_log_probs() -> None:
 
 def test_draws_depend_on_step_row_and_position_alone() -> None:
     """Another step draws other tokens; another place in the batch does not."""
-    batch = PackedRows(configured("hpd", num_student_samples=4))
+    batch = PackedRows(configured("hpd"))
     name = "hpd/reverse_kl_k1"
     alone = sum(values(batch.run(index)[1])[name] for index in range(len(ROWS)))
     assert values(batch.run(2, 0, 4, 1, 3)[1])[name] == pytest.approx(alone, rel=1e-9)

@@ -15,14 +15,14 @@ def test_tokens_beyond_the_teachers_vocabulary_are_impossible() -> None:
     data = tu.get_tensordict(
         {
             "input_ids": tu.nested_tensor_from_tensor_list([tokens]),
-            fields.sampled_tokens(0): tu.nested_tensor_from_tensor_list([torch.tensor([4, 5, 0, 7])]),
+            fields.SAMPLED_TOKENS: tu.nested_tensor_from_tensor_list([torch.tensor([4, 5, 0, 7])]),
         }
     )
     logits = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0))
     outputs = TeacherLogProbs(HPDConfig(), vocabulary_size=5)(data, student_logits=logits)
     log_probs = torch.log_softmax(logits[0, :, :5], -1)
     label = outputs[fields.TEACHER_LABEL_LOG_PROBS].squeeze(0)
-    sampled = outputs[fields.teacher_sampled_log_probs(0)].squeeze(0)
+    sampled = outputs[fields.TEACHER_SAMPLED_LOG_PROBS].squeeze(0)
     torch.testing.assert_close(label[[0, 2]], log_probs[[0, 2], [2, 3]])
     torch.testing.assert_close(sampled[[0, 2]], log_probs[[0, 2], [4, 0]])
     assert label[1].item() == sampled[1].item() == sampled[3].item() == LOG_ZERO

@@ -106,6 +106,8 @@ FIXED = ("data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1", "model
 SPLITS: dict[str, dict[str, Any]] = {
     "one pass": {"pipeline": "one_pass"},
     "one pass, rows": {"pipeline": "one_pass", "overrides": FIXED},
+    # Where torch's compiler is switched off, as here, the compiled passes run uncompiled, warm-up and all.
+    "one pass, compiled": {"pipeline": "one_pass", "overrides": ("engine.use_torch_compile=true",)},
     "one pass, of sequences, two epochs": {"pipeline": "one_pass", "mode": "seq-mean-token-sum-norm", "epochs": 2},
     "staged": {"pipeline": "staged", "epochs": 2},
     "staged, rows": {"pipeline": "staged", "epochs": 2, "overrides": FIXED},

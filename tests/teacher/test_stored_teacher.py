@@ -13,6 +13,8 @@ from verl.utils import tensordict_utils as tu
 from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import response_tokens
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features, teacher_top_k
+from hpd_verl.head.hybrid import HybridFeatures, teacher_hybrid
+from hpd_verl.head.hybrid_code import HybridCode
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.teacher.store.disk import DiskStore
 from hpd_verl.teacher.store.identity import StoreIdentity, teacher_identity
@@ -43,6 +45,7 @@ class Elsewhere(Teacher):
         self.table = torch.randn(VOCABULARY, HIDDEN, generator=random)
         weight = torch.randn(VOCABULARY, HIDDEN, generator=random)
         self.head = OutputHead(weight, VOCABULARY, torch.randn(VOCABULARY, generator=random), *SCALING)
+        self.code = HybridCode(self.head, TEMPERATURE, TOP_K)
 
     def prepare(self) -> None:
         self.prepared += 1
@@ -61,6 +64,8 @@ class Elsewhere(Teacher):
             labels, hidden = responses.labels[of_row], self.table[ids[responses.positions[of_row]]]
             if self.form == "topk":
                 found[number] = teacher_top_k(hidden, self.head, labels, TEMPERATURE, k=TOP_K)
+            elif self.form == "hybrid":
+                found[number] = teacher_hybrid(hidden, self.code, labels)
             else:
                 hidden = hidden.bfloat16().float()  # as the store keeps it
                 found[number] = teacher_features(hidden, self.head, labels, TEMPERATURE)
@@ -115,7 +120,7 @@ def same(left: dict[int, TeacherFeatures], right: dict[int, TeacherFeatures]) ->
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-@pytest.mark.parametrize("form", ["hidden", "topk"])
+@pytest.mark.parametrize("form", ["hidden", "topk", "hybrid"])
 def test_each_demonstration_is_computed_once(kind: str, form: str, tmp_path: Path) -> None:
     """Stored features are fresh ones to the bit; rollouts are computed every time."""
     behind = Elsewhere(form)
@@ -137,7 +142,7 @@ def test_each_demonstration_is_computed_once(kind: str, form: str, tmp_path: Pat
     assert metrics["hpd/teacher_is_loaded"] == 1
 
 
-@pytest.mark.parametrize("form", ["hidden", "topk"])
+@pytest.mark.parametrize("form", ["hidden", "topk", "hybrid"])
 def test_a_later_run_asks_for_missing_rows_only(form: str, tmp_path: Path) -> None:
     """With all rows stored the teacher behind is not even prepared; hidden states come with their stored head."""
     demonstrations = [row for row in ROWS if not row[1]]
@@ -157,15 +162,18 @@ def test_a_later_run_asks_for_missing_rows_only(form: str, tmp_path: Path) -> No
     (again,) = teacher.features(batch(demonstrations[:1])).values()
     if isinstance(again, HiddenFeatures):  # the stored copy of the head is given up
         assert again.head is behind.head
+    if isinstance(again, HybridFeatures):
+        assert again.code is behind.code
 
 
-def test_the_head_that_is_stored_is_the_teachers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["hidden", "hybrid"])
+def test_the_head_that_is_stored_is_the_teachers(form: str, tmp_path: Path) -> None:
     """Taken from the first features, and compared with those of any later teacher before its rows are stored."""
-    StoredTeacher(open_store("disk", tmp_path, "hidden"), Elsewhere(), SCALING).features(batch(ROWS[:1]))
-    other = StoredTeacher(open_store("disk", tmp_path, "hidden"), Elsewhere(seed=1), SCALING)
+    StoredTeacher(open_store("disk", tmp_path, form), Elsewhere(form), SCALING).features(batch(ROWS[:1]))
+    other = StoredTeacher(open_store("disk", tmp_path, form), Elsewhere(form, seed=1), SCALING)
     with pytest.raises(ValueError, match="its output head is not the teacher's"):
         other.features(batch())
-    assert open_store("disk", tmp_path, "hidden").stats.rows == 1
+    assert open_store("disk", tmp_path, form).stats.rows == 1
 
 
 def test_records_without_their_head(tmp_path: Path) -> None:

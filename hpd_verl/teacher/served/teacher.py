@@ -22,7 +22,7 @@ from hpd_verl.errors import Refused, one_line
 from hpd_verl.head.features import TeacherFeatures, TopKFeatures
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.objectives import LOG_ZERO
-from hpd_verl.teacher.colocated import FeatureForm
+from hpd_verl.teacher.colocated import FeatureForm, FeatureMaker
 from hpd_verl.teacher.served.client import HiddenStates, Question, Servers, TopLogProbs
 from hpd_verl.teacher.served.output_layer import output_layer
 from hpd_verl.teacher.served.probe import Probe, probe_tokens
@@ -59,7 +59,7 @@ class ServedTeacher(Teacher):
         self.config = config
         self.vocabulary_size = vocabulary_size
         self.servers = make_servers(settings.model, settings.dtype, config, vocabulary_size)
-        self._head: OutputHead | None = None
+        self._maker: FeatureMaker | None = None
         self._is_prepared = False
         self._ahead: dict[bytes, Answer] = {}
         self._waited = 0.0
@@ -85,7 +85,9 @@ class ServedTeacher(Teacher):
         scale, soft_cap = head_scaling(self.model.hf_config)
         weight, bias = (None if each is None else each.to(get_device_id(), self.dtype) for each in (weight, bias))
         assert weight is not None
-        self._head = OutputHead(weight, self.vocabulary_size, bias, scale, soft_cap)
+        head = OutputHead(weight, self.vocabulary_size, bias, scale, soft_cap)
+        temperature, chunk_size = self.config.temperature_of_teacher, self.config.token_chunk_size
+        self._maker = FeatureMaker(FeatureForm.of(self.config), head, temperature, chunk_size, self.compiled)
 
     def _meet(self) -> Probe:
         """Which model answers, the same for all ranks: a rank's servers must answer as rank 0's do."""
@@ -154,18 +156,18 @@ class ServedTeacher(Teacher):
             found[numbers[index]] = self._features(answer, responses.labels[own])
         return found
 
-    @property
-    def template(self) -> TeacherFeatures | None:
+    def known_form(self) -> TeacherFeatures | None:
         if not self._is_prepared:
             return None
-        question = self.servers.question
-        width = question.hidden_size if isinstance(question, HiddenStates) else 1 + 2 * self.config.teacher_server.top_k
+        if self._maker is not None:
+            return self._maker.known_form()
+        width = 1 + 2 * self.config.teacher_server.top_k
         return self._features(torch.empty(0, width), torch.empty(0, dtype=torch.int64))
 
     def _features(self, answer: Tensor, labels: Tensor) -> TeacherFeatures:
         """Of tokens: what a server has answered, and the labels."""
         device = get_device_id()
-        if self._head is None:
+        if self._maker is None:
             k = (answer.shape[1] - 1) // 2
             top = answer[:, 1 + k :].clamp_max(0.0)
             rest = torch.log1p(-top.exp().sum(-1).clamp_max(1 - 1e-12))
@@ -176,14 +178,7 @@ class ServedTeacher(Teacher):
                 top_log_probs=top.float().clamp_min(LOG_ZERO).to(device),
                 teacher_vocabulary_size=self.used_vocabulary_size,
             )
-        return FeatureForm.of(self.config).features(
-            answer.to(device, self.dtype),
-            self._head,
-            labels.to(device),
-            self.config.temperature_of_teacher,
-            self.config.token_chunk_size,
-            self.compiled,
-        )
+        return self._maker.features(answer.to(device, self.dtype), self._maker.head, labels.to(device))
 
     def announce(self, data: TensorDict, wanted: Sequence[int] | None = None) -> None:
         if not self._is_prepared:  # behind a store that has had all rows so far

@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hpd_verl.errors import Refused, require
+from hpd_verl.head.hybrid_code import token_bytes
 from hpd_verl.teacher.store.identity import StoreIdentity, teacher_identity
 from hpd_verl.teacher.store.records import Record, Schema, output_head_hash
 from hpd_verl.teacher.store.store import DIR_SETTING, GIB, LIMIT_SETTING, StoreStats, TeacherStore
@@ -58,19 +59,34 @@ class _Entry:
     crc: int
 
 
-def estimate_bytes(*, format: str, dtype: str, top_k: int, hidden_size: int, rows: int, tokens: int) -> int:
+def estimate_bytes(
+    *,
+    format: str,
+    dtype: str,
+    top_k: int,
+    bits: int,
+    hidden_size: int,
+    vocabulary_size: int,
+    rows: int,
+    tokens: int,
+) -> int:
     """Size of a store on the disk, its output head left out.
 
     Args:
-        format, dtype, top_k: as of ``StoreIdentity``.
-        hidden_size: of the teacher.
+        format, dtype, top_k, bits: as of ``teacher_identity``.
+        hidden_size, vocabulary_size: of the teacher.
         rows: how many rows.
         tokens: response tokens of all rows together.
     """
-    schema = Schema(
-        teacher_identity("", "", temperature=1.0, vocabulary_size=top_k, format=format, dtype=dtype, top_k=top_k)
+    identity = teacher_identity(
+        "", "", temperature=1.0, vocabulary_size=vocabulary_size, format=format, dtype=dtype, top_k=top_k, bits=bits
     )
-    return rows * _ENTRY.size + schema.size(tokens, hidden_size if format == "hidden" else top_k)
+    width = {
+        "hidden": hidden_size,
+        "topk": identity.top_k,
+        "hybrid": token_bytes(hidden_size, vocabulary_size, top_k, bits),
+    }[format]
+    return rows * _ENTRY.size + Schema(identity).size(tokens, width)
 
 
 def check_space(folder: Path, max_bytes: int) -> None:

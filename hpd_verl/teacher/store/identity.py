@@ -20,13 +20,13 @@ class StoreIdentity:
     """Logits that the log-probs are normalised over: the first so many of the teacher's."""
 
     format: str
-    """hidden or topk."""
+    """hidden, topk or hybrid."""
 
     dtype: str
-    """Of ``hidden``: bf16 or float32."""
+    """Of ``hidden``: bf16 or float32. Of a value of format hybrid: e8_4 with 4 bits."""
 
     top_k: int
-    """K of format topk; 0 for format hidden."""
+    """K of formats topk and hybrid; 0 for format hidden."""
 
     teacher_config: str | None = None
     """sha256 of the teacher's configuration as loaded, overrides applied."""
@@ -40,6 +40,11 @@ class StoreIdentity:
     def to_json(self) -> str:
         """One line; the same text for equal identities."""
         return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def bits(self) -> int:
+        """Of a value of format hybrid."""
+        return int(self.dtype.removeprefix("e8_"))
 
     @property
     def digest(self) -> str:
@@ -56,6 +61,7 @@ def teacher_identity(
     format: str,
     dtype: str,
     top_k: int,
+    bits: int = 4,
     teacher_dtype: str | None = None,
     tokenisation: str | None = None,
 ) -> StoreIdentity:
@@ -65,9 +71,10 @@ def teacher_identity(
         teacher, teacher_config: of ``teacher_files.teacher_hashes``.
         temperature: distillation temperature.
         vocabulary_size: logits that student and teacher share.
-        format: hidden or topk.
-        dtype: of stored hidden states, bf16 or float32; without meaning for format topk.
+        format: hidden, topk or hybrid.
+        dtype: of stored hidden states, bf16 or float32; without meaning for other formats.
         top_k: tokens kept per position; without meaning for format hidden.
+        bits: of a value of the state; format hybrid only.
         teacher_dtype: dtype that the teacher computes in, where it matters to the caller.
         tokenisation: of ``tokenisation_hash``; rows are keyed by their tokens, so that other tokenisation could only
             miss, and is refused instead.
@@ -78,8 +85,8 @@ def teacher_identity(
         temperature=float(temperature),
         vocabulary_size=vocabulary_size,
         format=format,
-        dtype=dtype if format == "hidden" else "float32",
-        top_k=min(top_k, vocabulary_size) if format == "topk" else 0,
+        dtype={"hidden": dtype, "topk": "float32", "hybrid": f"e8_{bits}"}[format],
+        top_k=0 if format == "hidden" else min(top_k, vocabulary_size),
         teacher_dtype=teacher_dtype,
         tokenisation=tokenisation,
     )

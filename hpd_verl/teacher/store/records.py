@@ -1,10 +1,11 @@
 """What the teacher's store keeps of a row: one record, its key and its bytes.
 
-A record holds the features of one row's T response tokens, in one of two formats:
+A record holds the features of one row's T response tokens, in one of three formats:
 
     hidden   label_log_probs float32 [T], log_sum_exp float32 [T], hidden bfloat16 or float32 [T, d]
     topk     label_log_probs float32 [T], rest_log_prob float32 [T], top_tokens int32 [T, K],
              top_log_probs float32 [T, K]
+    hybrid   label_log_probs float32 [T], shift float32 [T], packed uint8 [T, bytes], of ``head.hybrid_code``
 
 ``hidden`` is the final hidden state, before the output head; ``log_sum_exp`` that of the teacher's logits over the
 temperature. The names are those of the features in ``head.features``.
@@ -86,11 +87,14 @@ class Schema:
         if identity.format == "hidden":
             self.fields["log_sum_exp"] = _Field(torch.float32, wide=False)
             self.fields["hidden"] = _Field(DTYPES[identity.dtype], wide=True)
+        elif identity.format == "hybrid":
+            self.fields["shift"] = _Field(torch.float32, wide=False)
+            self.fields["packed"] = _Field(torch.uint8, wide=True)
         else:
             self.fields["rest_log_prob"] = _Field(torch.float32, wide=False)
             self.fields["top_tokens"] = _Field(torch.int32, wide=True)
             self.fields["top_log_probs"] = _Field(torch.float32, wide=True)
-        self.top_k = identity.top_k
+        self.fixed_width = identity.top_k if identity.format == "topk" else None
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -98,7 +102,7 @@ class Schema:
         return {name: field.dtype for name, field in self.fields.items()}
 
     def check(self, record: Record) -> tuple[int, int]:
-        """The record's tokens T and width (d or K).
+        """The record's tokens T and width (d, K or bytes).
 
         Raises:
             ValueError: a tensor is missing, unknown, or of another dtype or shape.
@@ -107,8 +111,8 @@ class Schema:
             raise ValueError(f"a record has the tensors {', '.join(self.fields)}, not {', '.join(record)}")
         tokens = record["label_log_probs"].numel()
         width = next(record[name].shape[-1:].numel() for name, field in self.fields.items() if field.wide)
-        if self.top_k:
-            width = self.top_k
+        if self.fixed_width is not None:
+            width = self.fixed_width
         for name, field in self.fields.items():
             tensor, shape = record[name], (tokens, width) if field.wide else (tokens,)
             if tensor.dtype != field.dtype or tensor.shape != shape:

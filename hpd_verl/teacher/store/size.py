@@ -65,12 +65,14 @@ def count_response_tokens(
     return TokenCount(rows, tokens, f"from the lengths of {looked_at} rows")
 
 
-def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[TokenCount]) -> tuple[str, float]:
+def describe_size(
+    config: HPDConfig, hidden_size: int, vocabulary_size: int, counts: Sequence[TokenCount]
+) -> tuple[str, float]:
     """What the rows need, what the limit keeps of it and, for a store on disk, what is there and free.
 
     Args:
         config: the algorithm's configuration, with a teacher cache.
-        hidden_size: of the teacher.
+        hidden_size, vocabulary_size: of the teacher.
         counts: of each data set.
 
     Returns:
@@ -81,7 +83,9 @@ def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[TokenCou
         format=config.teacher_cache_format,
         dtype=config.teacher_cache_dtype,
         top_k=config.teacher_cache_top_k,
+        bits=config.teacher_cache_bits,
         hidden_size=hidden_size,
+        vocabulary_size=vocabulary_size,
         rows=rows,
         tokens=tokens,
     )
@@ -97,7 +101,7 @@ def describe_size(config: HPDConfig, hidden_size: int, counts: Sequence[TokenCou
         held = sum(file.stat().st_size for file in folder.glob("part-*"))
         parts.append(f"{folder} holds {_gib(held)}, its disk has {_gib(shutil.disk_usage(place).free)} free")
     if share < 1.0:
-        smaller = " or set algorithm.hpd.teacher_cache_format=topk" if config.teacher_cache_format == "hidden" else ""
+        smaller = " or set algorithm.hpd.teacher_cache_format=hybrid" if config.teacher_cache_format == "hidden" else ""
         parts.append(f"for the others the teacher runs in every epoch: raise the limit{smaller} to keep more")
     return "; ".join(parts), share
 
@@ -128,8 +132,8 @@ def log_size(
         node = teacher_model_config(student, teachers[name])
         with open_dict(node):
             node.load_tokenizer = False
-        hidden_size = omega_conf_to_dataclass(node).hf_config.get_text_config().hidden_size
+        model = omega_conf_to_dataclass(node).hf_config.get_text_config()
         rows = (config.teacher_key, name) if name else None
         counts = [count_response_tokens(dataset, max_response_length, of=rows) for dataset in datasets]
-        line, share = describe_size(own, hidden_size, counts)
+        line, share = describe_size(own, model.hidden_size, model.vocab_size, counts)
         logger.log(logging.INFO if share == 1.0 else logging.WARNING, f"teacher {name}: {line}" if name else line)

@@ -27,7 +27,7 @@ CHOICES = {
     "attention": ("flash_attention_2", "sdpa"),
     "teacher_dtype": ("bf16", "fp32"),
     "teacher_cache": ("off", "memory", "disk"),
-    "teacher_cache_format": ("hidden", "topk"),
+    "teacher_cache_format": ("hidden", "topk", "hybrid"),
     "teacher_cache_dtype": ("bf16", "float32"),
     "platform": ("gpu", "cpu"),
 }
@@ -93,6 +93,8 @@ def _check(run: PlannedRun) -> None:
             raise ValueError(f"--{name}={value}: give a number above 0")
         if name in shares and value > 1:
             raise ValueError(f"--{name}={value}: give a share, at most 1")
+    if not 2 <= run.teacher_cache_bits <= 7:
+        raise ValueError(f"--teacher_cache_bits={run.teacher_cache_bits}: give a number from 2 to 7")
     if run.gpus % run.ulysses:
         raise ValueError(f"--ulysses={run.ulysses}: must divide --gpus={run.gpus}")
     if run.tokens * run.ulysses < run.row_tokens:

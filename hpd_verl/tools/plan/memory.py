@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hpd_verl.engine.families import divides_heads
+from hpd_verl.head.hybrid_code import token_bytes
 from hpd_verl.tools.plan.model_size import ModelSize
 from hpd_verl.tools.plan.run import GIB, PlannedRun
 
@@ -97,6 +98,10 @@ def plan_memory(
     if teacher is not None:
         keeps_top_k = run.teacher_cache != "off" and run.teacher_cache_format == "topk"
         form_width = 8 * run.teacher_cache_top_k if keeps_top_k else width * teacher.hidden
+        if run.teacher_cache != "off" and run.teacher_cache_format == "hybrid":
+            form_width = token_bytes(
+                teacher.hidden, teacher.vocabulary, run.teacher_cache_top_k, run.teacher_cache_bits
+            )
         features = run.rows_per_gpu * run.response_tokens * (form_width + 8)
         if not (keeps_top_k and run.store_is_full):
             always["teacher's whole output layer"] = width * teacher.output

@@ -42,6 +42,7 @@ class PlannedRun:
     teacher_cache_format: str = "hidden"
     teacher_cache_dtype: str = "bf16"
     teacher_cache_top_k: int = 64
+    teacher_cache_bits: int = 4
     store_is_full: bool = False
     """The store was filled ahead: the teacher is not loaded."""
     gpu_memory_utilization: float = 0.5

@@ -64,10 +64,13 @@ def plan_work(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) ->
             format=run.teacher_cache_format,
             dtype=run.teacher_cache_dtype,
             top_k=run.teacher_cache_top_k,
+            bits=run.teacher_cache_bits,
             hidden_size=teacher.hidden,
+            vocabulary_size=teacher.vocabulary,
             rows=run.rows,
             tokens=run.rows * run.response_tokens,
         )
-        if run.teacher_cache_format == "hidden":
-            store += (4 if run.teacher_cache_dtype == "float32" else 2) * teacher.output
+        if run.teacher_cache_format != "topk":
+            is_wide = run.teacher_cache_format == "hidden" and run.teacher_cache_dtype == "float32"
+            store += (4 if is_wide else 2) * teacher.output
     return Work(round(rows / run.batch_size), rows * run.row_tokens, operations, hours, store)

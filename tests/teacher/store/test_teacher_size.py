@@ -1,6 +1,7 @@
 """The size of the teacher's store, computed before there is one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.utils.data import TensorDataset
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.dataset import HPDDataset
+from hpd_verl.head.hybrid_code import HybridCode
+from hpd_verl.head.output_head import OutputHead
 from hpd_verl.teacher.store.disk import DiskStore, estimate_bytes
 from hpd_verl.teacher.store.identity import teacher_identity
 from hpd_verl.teacher.store.records import row_key
@@ -20,27 +23,32 @@ GIB = 1 << 30
 
 def test_bytes_a_token() -> None:
     """Of a 7B teacher with 3584 hidden units: 7,176 bytes a token, and an index entry a row."""
-    settings = {"format": "hidden", "top_k": 64, "hidden_size": 3584, "rows": 40_000, "tokens": 40_000 * 4096}
+    settings = {"format": "hidden", "top_k": 64, "bits": 4, "hidden_size": 3584, "vocabulary_size": 152_064}
+    settings |= {"rows": 40_000, "tokens": 40_000 * 4096}
     half = estimate_bytes(dtype="bf16", **settings)  # type: ignore[arg-type]
     assert half == 40_000 * 64 + 40_000 * 4096 * 7176
     assert estimate_bytes(dtype="float32", **settings) == half + 40_000 * 4096 * 7168  # type: ignore[arg-type]
+    hybrid = estimate_bytes(dtype="bf16", **settings | {"format": "hybrid"})  # type: ignore[arg-type]
+    assert hybrid == 40_000 * 64 + 40_000 * 4096 * 2071
 
 
-@pytest.mark.parametrize("format", ["hidden", "topk"])
+@pytest.mark.parametrize("format", ["hidden", "topk", "hybrid"])
 @pytest.mark.parametrize("dtype", ["bf16", "float32"])
 def test_estimate_is_what_a_store_takes(format: str, dtype: str, tmp_path: Path) -> None:
-    identity = teacher_identity("", "", temperature=1.0, vocabulary_size=100, format=format, dtype=dtype, top_k=5)
+    kept: dict[str, Any] = {"format": format, "dtype": dtype, "top_k": 5, "bits": 3, "vocabulary_size": 100}
+    identity = teacher_identity("", "", temperature=1.0, **kept)
     store = DiskStore(tmp_path, identity, GIB)
     lengths = [3, 0, 11, 200]
+    code = HybridCode(OutputHead(torch.ones(100, 24), 100), 1.0, top_k=5, bits=3)
+    packed = code.encode(torch.ones(1, 24), torch.zeros(1, dtype=torch.int64)).packed
     for number, tokens in enumerate(lengths):
         record = {}
         for name, field in store.schema.fields.items():
-            width = 24 if format == "hidden" else 5
+            width = {"hidden": 24, "topk": 5, "hybrid": packed.shape[1]}[format]
             record[name] = torch.ones((tokens, width) if field.wide else (tokens,), dtype=field.dtype)
         store.put(row_key(identity.digest, torch.arange(tokens + number + 1), tokens), record)
     found = sum(file.stat().st_size for file in tmp_path.glob("part-*"))
-    settings = {"format": format, "dtype": dtype, "top_k": 5, "hidden_size": 24}
-    assert estimate_bytes(rows=len(lengths), tokens=sum(lengths), **settings) == found  # type: ignore[arg-type]
+    assert estimate_bytes(rows=len(lengths), tokens=sum(lengths), hidden_size=24, **kept) == found
 
 
 def make_dataset(folder: Path, count: int, limit: int = 16) -> HPDDataset:
@@ -81,7 +89,7 @@ def test_another_data_set_counts_as_long_as_it_may_be() -> None:
 def test_what_is_said_of_a_store_that_is_too_small(tmp_path: Path) -> None:
     counts = [TokenCount(40_000, 40_000 * 4096, "at most 4,096 each")]
     config = HPDConfig(teacher_cache="disk", teacher_cache_dir=str(tmp_path / "not" / "there"))
-    line, share = describe_size(config, 3584, counts)
+    line, share = describe_size(config, 3584, 152_064, counts)
     needed = (40_000 * 64 + 40_000 * 4096 * 7176) / GIB
     assert share == pytest.approx(100 / needed)
     assert line.startswith(
@@ -94,10 +102,10 @@ def test_what_is_said_of_a_store_that_is_too_small(tmp_path: Path) -> None:
 
 def test_what_is_said_of_one_that_is_large_enough(tmp_path: Path) -> None:
     config = HPDConfig(teacher_cache="memory")
-    line, share = describe_size(config, 8, [TokenCount(2, 10, "counted"), TokenCount(0, 0, "counted")])
+    line, share = describe_size(config, 8, 36, [TokenCount(2, 10, "counted"), TokenCount(0, 0, "counted")])
     assert share == 1.0
     assert line == (
         "the teacher's features of 2 rows with 10 response tokens (counted) need 3.4e-07 GiB; "
         "algorithm.hpd.teacher_cache_max_gib=100 keeps 100% of them"
     )
-    assert describe_size(config, 8, [])[1] == 1.0
+    assert describe_size(config, 8, 36, [])[1] == 1.0

@@ -28,7 +28,8 @@ HIDDEN = StoreIdentity(
 )
 HIDDEN_FLOAT32 = replace(HIDDEN, dtype="float32")
 TOP_K = replace(HIDDEN, format="topk", dtype="float32", top_k=5)
-IDENTITIES = {"bf16": HIDDEN, "float32": HIDDEN_FLOAT32, "topk": TOP_K}
+HYBRID = replace(HIDDEN, format="hybrid", dtype="e8_4", top_k=5)
+IDENTITIES = {"bf16": HIDDEN, "float32": HIDDEN_FLOAT32, "topk": TOP_K, "hybrid": HYBRID}
 MIB = 1 << 20
 
 
@@ -44,6 +45,8 @@ def make_record(identity: StoreIdentity, number: int, tokens: int = 3, hidden_si
     if identity.format == "hidden":
         dtype = torch.bfloat16 if identity.dtype == "bf16" else torch.float32
         schema |= {"log_sum_exp": (torch.float32, (tokens,)), "hidden": (dtype, (tokens, hidden_size))}
+    elif identity.format == "hybrid":
+        schema |= {"shift": (torch.float32, (tokens,)), "packed": (torch.uint8, (tokens, 3 * hidden_size + 1))}
     else:
         shape = (tokens, identity.top_k)
         schema |= {"rest_log_prob": (torch.float32, (tokens,))}
@@ -146,7 +149,7 @@ def test_refuses_other_tensors(kind: str, identity: StoreIdentity, tmp_path: Pat
     """A record of another format, dtype or length is an error, not something to read back wrongly."""
     store = open_store(kind, tmp_path, identity)
     record = make_record(identity, 0)
-    wide = "hidden" if identity.format == "hidden" else "top_tokens"
+    wide = {"hidden": "hidden", "topk": "top_tokens", "hybrid": "packed"}[identity.format]
     others: list[Record] = [
         {name: tensor for name, tensor in record.items() if name != wide},
         record | {"entropy": torch.zeros(3)},
@@ -256,6 +259,10 @@ def test_identity_ignores_settings_of_the_other_format() -> None:
     assert identify(format="topk", dtype="float32") == identify(format="topk")
     assert identify(format="topk", top_k=1) != identify(format="topk")
     assert identify(format="topk", top_k=500).top_k == 100
+    assert identify(format="hybrid", dtype="float32") == identify(format="hybrid")
+    assert identify(format="hybrid", top_k=1) != identify(format="hybrid") != identify(format="hybrid", bits=5)
+    assert identify(bits=5) == identify()
+    assert (identify(format="hybrid", top_k=500).top_k, identify(format="hybrid", bits=5).bits) == (100, 5)
 
 
 # Sharing
@@ -407,7 +414,7 @@ def check_and_complete(folder: Path, identity: StoreIdentity, keys: list[bytes])
     return len(missing)
 
 
-@pytest.mark.parametrize("identity", [HIDDEN, TOP_K], ids=["hidden", "topk"])
+@pytest.mark.parametrize("identity", [HIDDEN, TOP_K, HYBRID], ids=["hidden", "topk", "hybrid"])
 @pytest.mark.parametrize("suffix", ["data", "index"])
 def test_truncation_at_every_byte(identity: StoreIdentity, suffix: str, tmp_path: Path) -> None:
     whole = tmp_path / "whole"

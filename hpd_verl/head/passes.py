@@ -1,0 +1,90 @@
+"""The two passes over products, compiled or on a few rows at a time."""
+
+import logging
+
+import torch
+from torch.utils._pytree import tree_map, tree_map_only
+
+from hpd_verl.head.bodies import Biases, Form, Kept, Part, Rows, Sums, read, write
+from hpd_verl.head.compiling import NotCompilable, check_traceable, run_compiled
+from hpd_verl.head.output_head import steps
+from hpd_verl.objectives import VocabularyLogProbs
+
+logger = logging.getLogger(__name__)
+
+_uncompiled: set[Form] = set()
+"""Forms that cannot be compiled, of which the log has said so."""
+
+
+class Passes:
+    """``read`` and ``write`` of ``bodies`` for one form.
+
+    Args:
+        form: what they are made for.
+        biases: of the output layers.
+        compiled: by ``torch.compile``. Where an objective cannot be, which is logged once, they run uncompiled.
+    """
+
+    def __init__(self, form: Form, biases: Biases, compiled: bool) -> None:
+        self.form = form
+        self.biases = biases
+        self._wanted = compiled
+
+    @property
+    def compiled(self) -> bool:
+        """Whether passes take any number of rows at once, without memory of their size."""
+        return self._wanted and self.form not in _uncompiled
+
+    def read(self, rows: Rows) -> tuple[Sums, Kept | None]:
+        """First pass; what it keeps is for ``write`` of the same rows."""
+        if not self._wanted:
+            return read(self.form, rows, self.biases)
+        if self.compiled:
+            try:
+                return run_compiled(_read, self.form, rows, self.biases), None
+            except NotCompilable as error:
+                self._say(error)
+        parts = [_read(self.form, _of(rows, step), self.biases) for step in steps(rows.student)]
+        return tree_map(lambda *each: None if each[0] is None else torch.cat(each), *parts), None
+
+    def write(self, rows: Rows, kept: Kept | None) -> None:
+        """Second pass."""
+        if kept is not None or not self._wanted:
+            write(self.form, rows, self.biases, kept)
+            return
+        if self.compiled:
+            try:
+                run_compiled(write, self.form, rows, self.biases)
+                return
+            except NotCompilable as error:
+                self._say(error)
+        for step in steps(rows.student):
+            write(self.form, _of(rows, step), self.biases)
+
+    def _say(self, error: NotCompilable) -> None:
+        _uncompiled.add(self.form)
+        parts = [part for parts in self.form.parts for part in parts]
+        names = dict.fromkeys(part.name for part in [part for part in parts if not _traces(part)] or parts)
+        logger.warning(
+            "%s: cannot be compiled (%s); runs operation by operation, at about 10 times the memory traffic",
+            f"objective {', '.join(names)}" if names else "objectives over tokens",
+            error,
+        )
+
+
+def _read(form: Form, rows: Rows, biases: Biases) -> Sums:
+    return read(form, rows, biases)[0]
+
+
+def _of(rows: Rows, step: slice) -> Rows:
+    return tree_map_only(torch.Tensor, lambda each: each[step], rows)
+
+
+def _traces(part: Part) -> bool:
+    student, teacher = torch.randn(2, 4, 7).log_softmax(-1)
+    example = VocabularyLogProbs(student, teacher, torch.arange(4), row_statistic=torch.zeros(4, 1))
+    try:
+        check_traceable(part.function, example, **dict(part.arguments))
+    except NotCompilable:
+        return False
+    return True
