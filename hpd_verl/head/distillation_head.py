@@ -106,8 +106,8 @@ def distillation_head(
         compiled: fuse what is computed of the logits by ``torch.compile``: the same within rounding.
 
     Raises:
-        ValueError: a teacher is missing or has a larger vocabulary, no sampled token where it is weighed, or
-            exact_kl is asked of a teacher whose distribution is known in part.
+        ValueError: a teacher is missing or has a larger vocabulary, no sampled token where it is weighed or more than
+            one, or exact_kl is asked of a teacher whose distribution is known in part.
     """
     _check(uniforms, head, teacher, objectives, exact_kl)
     active = (token_scale != 0).nonzero().squeeze(1)
@@ -140,6 +140,8 @@ def distillation_head(
 def _check(
     uniforms: Tensor, head: OutputHead, teacher: TeacherFeatures | None, objectives: RowObjectives, exact_kl: bool
 ) -> None:
+    if uniforms.shape[1] > 1:
+        raise ValueError(f"uniforms: {uniforms.shape[1]} numbers a token, and one token is sampled at a position")
     if objectives.weighs_sample and uniforms.shape[1] == 0:
         sampling = objectives.names(lambda bound: bound.weighs_sample)
         raise ValueError(f"{sampling}: weighs the sampled token, uniforms has no numbers to draw it with")
