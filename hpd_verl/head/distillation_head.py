@@ -33,7 +33,15 @@ from torch import Tensor
 from hpd_verl.head.bodies import Biases, Form, Rows, Statistics, Sums, parts_of
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TeacherProducts, WholeDistribution
 from hpd_verl.head.gradients import Gradients
-from hpd_verl.head.output_head import OutputHead, Products, chunks, default_chunk_size, label_logits, steps
+from hpd_verl.head.output_head import (
+    OutputHead,
+    Products,
+    chunks,
+    default_chunk_size,
+    keep_freed_memory,
+    label_logits,
+    steps,
+)
 from hpd_verl.head.passes import Passes
 from hpd_verl.head.sampling import BlockDraws, block_tokens, draw_blocks, draw_tokens
 from hpd_verl.head.token_weights import token_weights
@@ -244,6 +252,7 @@ class _Sweep:
     def run(self) -> HeadOutput:
         """The output, its loss detached."""
         output, draws = self.output, self.tokens.uniforms.shape[1]
+        keep_freed_memory(self.tokens.labels.device)
         for chunk in chunks(len(self.tokens.labels), self.chunk_size):
             matrix = self.products[chunk]
             if self.whole is not None:
