@@ -111,7 +111,7 @@ def test_a_runs_folder_gives_what_the_run_would_resume_from(tiny: Tiny, tmp_path
     assert (
         find_checkpoint(newest) == find_checkpoint(newest.parent) == find_checkpoint(newest / "huggingface") == newest
     )
-    with pytest.raises(ValueError, match=r"^CHECKPOINT=.*global_step_11: not whole"):
+    with pytest.raises(ValueError, match=r"^CHECKPOINT=.*global_step_11: incomplete"):
         find_checkpoint(tmp_path / "global_step_11")
 
 
