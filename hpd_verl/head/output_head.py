@@ -10,7 +10,7 @@ _CPU_STEP = 1 << 18  # elements of [rows, vocabulary] worked on at a time: what 
 _STEP = 1 << 25  # the same on other devices
 _CPU_CHUNK = 1024  # tokens of a chunk, where no size is set
 _CHUNK = 8192  # the same on other devices: a low-precision weight gradient is added up once a chunk
-_CPU_KEPT = 16 << 20  # bytes; half of what the C library keeps of freed memory: several matrices of a step
+_CPU_KEPT = 31 << 20  # bytes; half of what the C library keeps of freed memory: several matrices of a step
 _INDEXED = (1 << 31) - 1  # elements that a compiled kernel reaches with the indices it is compiled for
 
 
