@@ -76,7 +76,7 @@ class TeacherColumns:
 
     def of_keys(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """The fields of sequences; those that verl pads with, which count for nothing, have the first row's."""
-        first = next(iter(self._rows.values()))
+        first = next(iter(self._rows.values()), {})
         rows = [self._rows.get(_uid(key), first) for key in keys]
         found = {}
         for name in self.names:
