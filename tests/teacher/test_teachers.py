@@ -1,9 +1,7 @@
 """A teacher with a context of its own, several teachers, and the student as its own teacher."""
 
 import json
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
-from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 from verl.workers.config import TrainingWorkerConfig
 
 from hpd_verl.checks.start import check_main_ppo, check_sft_run
@@ -36,23 +33,14 @@ from hpd_verl.pipelines.updates import over_own_tokens
 from hpd_verl.run.choices import with_dtype
 from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
 from hpd_verl.sft.fill_store import fill
-from hpd_verl.sft.start import ALONE, teacher_settings, write_row_layouts
+from hpd_verl.sft.start import teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.of_student import AveragedStudent
 from hpd_verl.teacher.rows import teacher_rows
 from hpd_verl.teacher.several import SeveralTeachers
 from hpd_verl.teacher.teacher import Teacher
 
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group() -> Iterator[None]:
-    kept = dict(os.environ)
-    os.environ.update(ALONE)
-    initialize_global_process_group()
-    yield
-    destroy_global_process_group()
-    os.environ.clear()
-    os.environ.update(kept)
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def hint(row: dict[str, Any]) -> list[dict[str, str]]:
