@@ -56,9 +56,9 @@ from hpd_verl.pipelines.one_pass import OnePass, StudentWorker  # noqa: E402
 from hpd_verl.pipelines.pipeline import Batch  # noqa: E402
 from hpd_verl.pipelines.staged import STAGED  # noqa: E402
 from hpd_verl.sft.demonstrations import DemonstrationDataset, as_batch, read_demonstrations  # noqa: E402
-from hpd_verl.sft.start import ALONE, lazy_teacher, write_row_layouts  # noqa: E402
+from hpd_verl.sft.start import ALONE, teacher_settings, write_row_layouts  # noqa: E402
 from hpd_verl.teacher.choice import make_teacher  # noqa: E402
-from hpd_verl.teacher.colocated import TeacherWorker  # noqa: E402
+from hpd_verl.teacher.settings import TeacherSettings  # noqa: E402
 
 Step = Callable[[], TensorDict | None]
 """One training step; returns what verl's worker returns, the metrics among it."""
@@ -83,7 +83,7 @@ class Steps:
             )
         )
         self.student.reset()
-        self.teacher = lazy_teacher(config)
+        self.teacher = teacher_settings(config)
         dataset = read_demonstrations(config, self.model, config.data.train_files)
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.rows = _rows_of_length(dataset, rows, longest)[rank::ranks]  # verl shares a global batch out
@@ -111,10 +111,10 @@ class Steps:
 
         return step
 
-    def one_pass(self, teacher: TeacherWorker | None = None, **settings: Any) -> Step:
+    def one_pass(self, teacher: TeacherSettings | None = None, **settings: Any) -> Step:
         hpd = HPDConfig.from_config(OmegaConf.merge(self.config.algorithm.hpd, settings))
-        worker = teacher or self.teacher
-        one_pass = OnePass(self.student, make_teacher(worker, hpd, self.model) if hpd.needs_teacher else None, hpd)
+        of_run = teacher or self.teacher
+        one_pass = OnePass(self.student, make_teacher(of_run, hpd, self.model) if hpd.needs_teacher else None, hpd)
 
         def step() -> TensorDict | None:
             self.student.set_loss_fn(one_pass.loss)
@@ -136,17 +136,18 @@ class Steps:
         OmegaConf.update(
             config, "teacher.engine", {"model_dtype": "bf16", "mixed_precision": precision}, force_add=True
         )
-        return self.one_pass(lazy_teacher(config))
+        return self.one_pass(teacher_settings(config))
 
     def staged(self) -> Step:
         hpd = HPDConfig.from_config(self.config.algorithm.hpd)
         actor = ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, optim=self.optimizer)
         driver = STAGED.driver(hpd)
-        self.teacher.load()
+        teacher = self.teacher.worker()
+        teacher.load()
 
         def step() -> TensorDict | None:
-            rank = STAGED.rank.of_workers(self.student, self.teacher, hpd, actor)
-            batch = RankBatch(self.batch(**driver.settings), self.student, self.teacher)
+            rank = STAGED.rank.of_workers(self.student, teacher, hpd, actor)
+            batch = RankBatch(self.batch(**driver.settings), self.student, teacher)
             driver.student_pass(batch)
             driver.teacher_pass(batch)
             driver.weigh(batch)

@@ -21,6 +21,7 @@ from hpd_verl.config import HPDConfig  # noqa: E402
 from hpd_verl.field_text import allowed  # noqa: E402
 from hpd_verl.objectives import OBJECTIVES, Objective  # noqa: E402
 from hpd_verl.objectives.token import HPDParameters  # noqa: E402
+from hpd_verl.teacher_server import TeacherServer  # noqa: E402
 
 GENERATED = "<!-- Written by docs/generate.py: change the declarations in the code instead. -->"
 
@@ -36,9 +37,11 @@ SECTIONS: dict[str, list[str]] = {
     ],
     "Computation": ["pipeline", "token_chunk_size", "exact_kl_metrics"],
     "Checkpoints": ["check_saved_model"],
+    "The teacher": ["teachers", "teacher_key", "teacher_ema"],
     "The teacher's store": [name for name in HPDConfig.model_fields if name.startswith("teacher_cache")],
 }
-NOT_SETTINGS = {"objective_parameters"}
+SEE = {"The teacher": "See [teachers](teachers.md), also for `data.teacher_prompt_key` and its siblings.\n\n"}
+NOT_SETTINGS = {"objective_parameters", "teacher_server"}
 
 SETTINGS = """# Settings
 
@@ -130,7 +133,9 @@ def settings_page() -> str:
         raise SystemExit(f"docs/generate.py: {', '.join(missing)} in no section")
     parts = [SETTINGS, GENERATED]
     for title, names in SECTIONS.items():
-        parts.append(f"## {title}\n\n{_table({name: fields[name] for name in names})}")
+        parts.append(f"## {title}\n\n{SEE.get(title, '')}{_table({name: fields[name] for name in names})}")
+    served = {f"teacher_server.{name}": field for name, field in TeacherServer.model_fields.items()}
+    parts.append(f"## A served teacher\n\nSee [served](served.md).\n\n{_table(served)}")
     parts.append(REPRODUCIBLE)
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

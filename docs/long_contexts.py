@@ -2,7 +2,7 @@
 
     python docs/long_contexts.py
 
-tests/test_plan.py fails where the page is not what is planned.
+tests/tools/test_plan.py fails where the page is not what is planned.
 """
 
 import sys

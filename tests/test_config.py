@@ -91,6 +91,8 @@ ACCEPTED = [
     {"teacher_cache": "disk", "teacher_cache_dir": "/scratch/teacher"},
     {"teacher_cache_dir": "/scratch/teacher"},
     {"teacher_cache_format": "topk", "teacher_cache_top_k": 1},
+    {"teacher_cache_format": "hybrid", "teacher_cache_bits": 2},
+    {"teacher_cache_bits": 7},
     {"teacher_cache_dtype": "float32"},
     {"teacher_cache_max_gib": 1},
     {"teacher_cache_max_gib": 0.01},
@@ -112,6 +114,7 @@ def shown(value: Any) -> str:
 NOT_NUMBERS = [math.nan, math.inf, True, "1", None]
 NOT_BOOLEANS = [1, "true", None]
 NOT_POSITIVE_INTEGERS = [0, -1, 1.0, True, "2", None]
+NOT_TEACHERS: list[Any] = [[1], "maths", {}, 1]
 REFUSED = [
     *(("pipeline", value) for value in ("fast", None)),
     *(("exact_kl_metrics", value) for value in NOT_BOOLEANS),
@@ -135,7 +138,12 @@ REFUSED = [
     *(("teacher_cache_format", value) for value in ("logits", None)),
     *(("teacher_cache_dtype", value) for value in ("float16", "bfloat16", None)),
     *(("teacher_cache_top_k", value) for value in NOT_POSITIVE_INTEGERS),
+    *(("teacher_cache_bits", value) for value in (1, 8, *NOT_POSITIVE_INTEGERS)),
     *(("teacher_cache_max_gib", value) for value in (0, -1.0, *NOT_NUMBERS)),
+    *(("teacher_server", value) for value in ([1], "http://host:8000", None)),
+    *(("teachers", value) for value in NOT_TEACHERS),
+    *(("teacher_key", value) for value in ("", 1, None)),
+    *(("teacher_ema", value) for value in (-0.1, 1, 1.0, 1.5, *NOT_NUMBERS) if value is not None),
 ]
 
 
@@ -172,6 +180,28 @@ def test_the_whole_node_is_settings(node: Any) -> None:
 def test_every_setting_has_a_refused_value() -> None:
     """A new setting without a check would be missed here."""
     assert {name for name, _ in REFUSED} == HPDConfig.model_fields.keys() - {"objective_parameters"}
+
+
+OF_THE_SERVER: list[tuple[str, Any, str]] = [
+    ("urls", "http://host:8000", "give a list of addresses"),
+    ("urls", [1], "give a list of addresses"),
+    *(("urls", [url], "give addresses with http") for url in ("host:8000", "ftp://host", "http://", "http://a b")),
+    ("urls", ["http://host:99999"], "give addresses with http"),
+    ("urls", ["http://host", "http://host/v1/"], "an address twice"),
+    *(("urls", [url], "would be logged") for url in ("http://me:secret@host", "http://host/?key=secret")),
+    *(("timeout_s", value, "give a number above 0") for value in (0, -1.0, *NOT_NUMBERS)),
+    *(("prefetch", value, "give an integer") for value in (-1, 2, 0.5, True, None)),
+    ("timeout", 1.0, "no such parameter; there are urls"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), OF_THE_SERVER, ids=str)
+def test_refuses_settings_of_the_server(name: str, value: Any, message: str) -> None:
+    """In one line, without what may be a secret."""
+    with pytest.raises(ValueError, match=rf"^algorithm\.hpd\.teacher_server\.{name}\S*=.*: .*{message}") as refusal:
+        HPDConfig(teacher_server={name: value})
+    assert "\n" not in str(refusal.value)
+    assert "secret" not in str(refusal.value)
 
 
 REFUSED_PARAMETERS = [

@@ -137,7 +137,7 @@ def test_settings_exist(document: Path) -> None:
 def test_additions_of_the_readme_pass_the_check() -> None:
     table = (ROOT / "README.md").read_text().split("**Then**")[1].split("\n## ")[0]
     additions = [shlex.split(code) for line in table.splitlines() for code in line.split("`")[1::2]]
-    assert len(additions) == 6
+    assert len(additions) == 7
     for addition in additions:
         check_config(composed("main_ppo", *MODELS["main_ppo"], *addition))
 

@@ -69,7 +69,6 @@ HELD = {
     ("sft/trainer.py", "handler"): "verl.utils.checkpoint.checkpoint_handler:CheckpointHandler",
     ("sft/trainer.py", "self.engine"): "hpd_verl.engine.head_engine:HeadEngine",
     ("teacher/colocated.py", "self.worker"): "hpd_verl.teacher.colocated:TeacherWorker",
-    ("teacher/choice.py", "worker"): "hpd_verl.teacher.colocated:TeacherWorker",
 }
 """Expressions of files of ours that are objects of others' classes; of classes that are not verl's, private names."""
 

@@ -1,7 +1,7 @@
 """The interface of a pipeline: the driver's part, with whole batches, and each rank's part, with the models."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from verl.workers.config import ActorConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.teacher.colocated import TeacherWorker
+from hpd_verl.teacher.teacher import Teacher
 
 
 class Batch(ABC):
@@ -83,16 +83,17 @@ class Driver:
 class RankPipeline(ABC):
     """Student and teacher of one rank, ready for the passes and the update."""
 
+    teacher: Teacher | None = None
+    """What gives the update its features; None where none are needed, or the teacher has a pass of its own."""
+
     @classmethod
     @abstractmethod
-    def of_workers(
-        cls, student: TrainingWorker, teacher: TeacherWorker, config: HPDConfig, actor: ActorConfig
-    ) -> "RankPipeline":
+    def of_workers(cls, student: TrainingWorker, teacher: Any, config: HPDConfig, actor: ActorConfig) -> "RankPipeline":
         """Give verl's workers of the two models their loss functions.
 
         Args:
             student: of the pipeline's ``student_worker``, its model loaded.
-            teacher: loaded, unless the pipeline's is lazy.
+            teacher: of the pipeline's ``teacher``.
             config: the algorithm's configuration.
             actor: verl's, for the aggregation of token losses and the clipping of a ratio.
         """
@@ -113,5 +114,6 @@ class Pipeline:
     driver: type[Driver]
     rank: type[RankPipeline]
     student_worker: type[TrainingWorker]
-    teacher_is_lazy: bool
-    """The teacher's model is loaded when it is first needed, by the engine that hands out hidden states."""
+    teacher: Callable[..., Any]
+    """Takes verl's configuration of a reference's worker and ``model``, the teacher's (one_pass: also ``several``, by
+    name); stands where verl expects that worker."""

@@ -319,4 +319,4 @@ class StagedStudentWorker(TrainingWorker):
         super().__init__(dataclasses.replace(config, model_type=ROWS_MODEL_TYPE))
 
 
-STAGED = Pipeline(StagedDriver, Staged, student_worker=StagedStudentWorker, teacher_is_lazy=False)
+STAGED = Pipeline(StagedDriver, Staged, student_worker=StagedStudentWorker, teacher=TeacherWorker)

@@ -1,5 +1,6 @@
 """What main_ppo's driver does around a run with ``algorithm=hpd``."""
 
+import sys
 from typing import Any
 
 import ray
@@ -8,7 +9,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from hpd_verl.ppo import messages
-from hpd_verl.run.stopping import StopSignals
+from hpd_verl.run.stopping import EXIT_CODE, StopSignals
 
 
 class HPDDriver(Callback):
@@ -43,5 +44,8 @@ class HPDDriver(Callback):
         self.signals.ignore()
         ray.init = self.ray_init
         stopped = messages.stopped()
+        if stopped is not None and stopped.error is not None:
+            sys.stderr.write(f"Error: {stopped.error}, exit code {EXIT_CODE}\n")
+            sys.exit(EXIT_CODE)
         if stopped is not None:
             self.signals.end(stopped.step, stopped.total_steps, stopped.checkpoint)

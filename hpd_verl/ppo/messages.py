@@ -15,11 +15,13 @@ _CHECKED, _BEGUN, _ASKED, _STOPPED = "checked", "begun", "asked", "stopped"
 
 @dataclass(frozen=True)
 class Stopped:
-    """Where a run ended that was asked to."""
+    """Where a run ended before its last step."""
 
     step: int
     total_steps: int
     checkpoint: str
+    error: str | None = None
+    """Why, where nobody asked for it."""
 
 
 def _key(word: str) -> bytes:

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,17 @@ from hpd_verl.data.demonstration import has_demonstration
 from hpd_verl.data.on_policy import advantages, choose_rollouts, rollout_quota, shared_prompts
 from hpd_verl.objectives.context import ADVANTAGE, REWARD
 from hpd_verl.pipelines.choice import PIPELINES
-from hpd_verl.pipelines.updates import rows_of_ranks
+from hpd_verl.pipelines.updates import over_own_tokens, rows_of_ranks
 from hpd_verl.ppo import messages
 from hpd_verl.ppo.queue_batch import QueueBatch
+from hpd_verl.ppo.teacher_columns import TeacherColumns
 from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
 from hpd_verl.run import checkpoint
 from hpd_verl.run.choices import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
+from hpd_verl.teacher.model_config import teacher_nodes
 from hpd_verl.teacher.prompt_date import fix_prompt_date
 from hpd_verl.teacher.store.size import log_size
+from hpd_verl.teacher.teacher import TeacherUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +75,7 @@ class HPDTrainer(PPOTrainerSync):
     """``trainer.v1.trainer_mode=hpd``."""
 
     total_training_steps: int
+    train_dataloader: Any
 
     def __init__(self, config: DictConfig) -> None:
         if not messages.is_checked():
@@ -90,7 +95,8 @@ class HPDTrainer(PPOTrainerSync):
         nodes = config.actor_rollout_ref
         names = ("actor_rollout_ref.model", "actor_rollout_ref.ref.model")
         passes = main_ppo_passes(config, pipeline)
-        for model in model_nodes(nodes.model, nodes.ref.model, names):
+        self.student = student
+        for model in model_nodes(nodes.model, teacher_nodes(nodes.ref, hpd), names):
             write_row_layout(model, choose_row_layout(model, passes))
         self.serves_rollouts = needs_rollout_server(config, self.hpd)
         if not self.serves_rollouts:
@@ -101,6 +107,10 @@ class HPDTrainer(PPOTrainerSync):
                 config.reward.num_workers = 0  # demonstrations earn no reward: no process waits to give one
         self.server_is_awake = False
         self.is_stopping = False
+        self.prompts: dict[str, int] = {}
+        """The batch's prompts, by the names of its rows."""
+        self.row_columns: dict[str, dict[str, float]] = {}
+        """Columns of the data that objectives need, by name and by the names of the batch's rows."""
         super().__init__(config)
         self.use_reference_policy = True  # the teacher; verl derives this from its own KL terms
 
@@ -119,7 +129,9 @@ class HPDTrainer(PPOTrainerSync):
                 f"data.train_batch_size={batch_size}: data.train_files has {rows} rows, less than one batch; lower it"
             )
         models = self.config.actor_rollout_ref
-        log_size(self.hpd, models.model, models.ref.model, [self.train_dataset], self.config.data.max_response_length)
+        teachers = teacher_nodes(models.ref, self.hpd)
+        log_size(self.hpd, models.model, teachers, [self.train_dataset], self.config.data.max_response_length)
+        self.teacher_columns = TeacherColumns.of(self.config, self.hpd, self.student)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -166,6 +178,7 @@ class HPDTrainer(PPOTrainerSync):
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
         """The next prompts, numbered within the batch, each marked as demonstration or rollout."""
+        self.state_before = self.train_dataloader.state_dict()
         batch = super()._next_train_batch(num_prompts)
         rows = len(batch)
         demonstrations = list(batch[DEMONSTRATION]) if DEMONSTRATION in batch else [None] * rows
@@ -180,11 +193,11 @@ class HPDTrainer(PPOTrainerSync):
             {"uid": np.array(uids, dtype=object), fields.ON_POLICY: np.array(on_policy, dtype=object)}
         )
         batch["uid"], batch[fields.ON_POLICY] = named["uid"], named[fields.ON_POLICY]
-        # The prompts of the batch, and what objectives need of their rows, by the rows' names.
         self.prompts = dict(zip(uids, takes, strict=True))
         self.row_columns = {
             name: dict(zip(uids, map(float, batch[name]), strict=True)) for name in self.hpd.row_columns
         }
+        self.teacher_columns.take(batch, uids)
         self.on_policy_uids = {uid for uid, flag in zip(uids, on_policy, strict=True) if flag}
         self.batch_counts = {
             "hpd/on_policy_fraction": sum(on_policy) / rows,
@@ -206,6 +219,7 @@ class HPDTrainer(PPOTrainerSync):
         for flag, metric in fields.COUNTED_FLAGS.items():
             self.batch_counts[metric] = sum(bool(tag.get(flag)) for tag in batch.tags)
         self.batch_counts["hpd/truncated_prompts"] += self._truncated_rollout_prompts(batch)
+        self.batch_counts["hpd/truncated_teacher_prompts"] = self.teacher_columns.truncated(batch.keys)
         metrics.update(self.batch_counts)
         batch = super()._balance_batch(batch, metrics=metrics, **kwargs)
         # verl's padding stays. Its order would make the rows of an update depend on the number of ranks.
@@ -221,6 +235,7 @@ class HPDTrainer(PPOTrainerSync):
         columns = {
             fields.ROW: torch.tensor([[number[key]] for key in batch.keys]),
             fields.IS_ROLLOUT: self._is_rollout(batch).long().unsqueeze(1),
+            **self.teacher_columns.of_keys(batch.keys),
         }
         columns |= {
             fields.row_number(name): torch.tensor(values, dtype=torch.float32).unsqueeze(1)
@@ -298,7 +313,7 @@ class HPDTrainer(PPOTrainerSync):
         mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         output = self.actor_rollout_wg.update_actor(
             self._queue_batch(batch).for_worker(
-                self.pipeline.update_inputs,
+                [*self.pipeline.update_inputs, *self.teacher_columns.names],
                 calculate_entropy=actor.calculate_entropy or actor.entropy_coeff != 0,
                 global_batch_size=mini_batch_size,
                 mini_batch_size=mini_batch_size,
@@ -308,7 +323,7 @@ class HPDTrainer(PPOTrainerSync):
                 **{fields.COMPARES_ROLLOUTS: self.pipeline.compares_rollouts},
             )
         )
-        output = reduce_metrics(output["metrics"])
+        output = over_own_tokens(reduce_metrics(output["metrics"]))
         metrics.update({name if "/" in name else f"actor/{name}": value for name, value in output.items()})
         metrics["perf/mfu/actor"] = metrics.pop("actor/mfu")
         if not math.isfinite(metrics["actor/grad_norm"]):
@@ -369,8 +384,30 @@ class HPDTrainer(PPOTrainerSync):
         with _settings(trainer, **chosen):
             super()._load_checkpoint()
 
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """verl's; where the teacher gives no features any more, the run ends with a checkpoint of its last step."""
+        try:
+            super().fit(*args, **kwargs)
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, TeacherUnavailable):
+                raise
+            self._end_without_teacher(str(error.cause))
+
+    def _end_without_teacher(self, error: str) -> None:
+        """Save the last step that was made, with the data's order as it was before the one that failed."""
+        self.global_steps -= 1
+        saved = self._checkpoint_root() / f"global_step_{self.global_steps}"
+        if self.global_steps > self.first_step and self.previous_checkpoint != saved:
+            self.train_dataloader = _WithState(self.train_dataloader, self.state_before)
+            self._save_checkpoint()
+        if self.previous_checkpoint is not None:
+            error = f"{error} (step {self.global_steps} is saved: {self.previous_checkpoint})"
+        where = messages.Stopped(self.global_steps, self.total_training_steps, str(self.previous_checkpoint), error)
+        messages.say_stopped(where)
+
     def on_train_begin(self) -> None:
         super().on_train_begin()
+        self.first_step = self.global_steps - 1  # that the run goes on from
         messages.say_begun()
 
     def on_validate_end(self) -> None:
@@ -405,6 +442,17 @@ class HPDTrainer(PPOTrainerSync):
         if old:
             checkpoint.remove(old)
             self.actor_rollout_wg.remove_checkpoints([str(folder) for folder in old])
+
+
+@dataclass
+class _WithState:
+    """A loader with the state that it had earlier."""
+
+    loader: Any
+    state: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
 
 
 @contextmanager

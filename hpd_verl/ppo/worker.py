@@ -8,6 +8,7 @@ from omegaconf import open_dict
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.profiler import DistProfiler
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
@@ -18,8 +19,7 @@ from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.run.checkpoint import remove_files
 from hpd_verl.run.choices import with_dtype
-from hpd_verl.teacher.colocated import TeacherWorker
-from hpd_verl.teacher.model_config import teacher_model_config
+from hpd_verl.teacher.model_config import SEVERAL, teacher_model_config, teacher_nodes
 
 
 class HPDWorker(ActorRolloutRefWorker):
@@ -30,14 +30,21 @@ class HPDWorker(ActorRolloutRefWorker):
         """Build teacher, student and rollout adapter, and the pipeline of the two models."""
         teacher: HFModelConfig = omega_conf_to_dataclass(teacher_model_config(self.config.model, self.config.ref.model))
         hpd = HPDConfig.from_config(self.config.hpd)
+        several = {
+            name: omega_conf_to_dataclass(teacher_model_config(self.config.model, node))
+            for name, node in teacher_nodes(self.config.ref, hpd).items()
+            if name
+        }
         with open_dict(self.config):
             del self.config.ref.model  # verl's dataclass of the reference does not know it
+            self.config.ref.pop(SEVERAL, None)
             for role in (self.config.actor, self.config.ref):
                 role.fsdp_config = with_dtype(role.fsdp_config)
         pipeline = PIPELINES[hpd.pipeline]
-        self.ref_worker_cls = partial(TeacherWorker, model=teacher, lazy=pipeline.teacher_is_lazy)
+        self.ref_worker_cls = partial(pipeline.teacher, model=teacher, **({"several": several} if several else {}))
 
         def student(config: TrainingWorkerConfig) -> TrainingWorker:
+            initialize_global_process_group_ray(timeout_second=None)  # as verl's worker does, but before its seed
             seed_rank(hpd.seed)
             return pipeline.student_worker(config)
 
@@ -51,6 +58,20 @@ class HPDWorker(ActorRolloutRefWorker):
     def update_actor(self, data: TensorDict) -> TensorDict | None:
         """The pipeline's update of the student."""
         return self.pipeline.update(data)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """verl's, with what a resumed run needs of the teacher."""
+        super().save_checkpoint(local_path, *args, **kwargs)
+        if self.pipeline.teacher is not None:
+            self.pipeline.teacher.save(Path(local_path).parent)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> None:
+        """verl's, with the teacher's part."""
+        super().load_checkpoint(local_path, *args, **kwargs)
+        if self.pipeline.teacher is not None and local_path is not None:
+            self.pipeline.teacher.resume(Path(local_path).parent)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def remove_checkpoints(self, folders: list[str]) -> None:

@@ -70,6 +70,10 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
     needing = hpd.objectives.names(lambda bound: bool(bound.objective.needs))
     needs = {
         f"{PREFIX}.teacher_cache={hpd.teacher_cache}": hpd.teacher_cache != "off",
+        f"{PREFIX}.teacher_server.urls={hpd.teacher_server.urls}": bool(hpd.teacher_server.urls),
+        f"{PREFIX}.teachers": hpd.teachers is not None,
+        f"{PREFIX}.teacher_ema={hpd.teacher_ema}": hpd.teacher_ema is not None,
+        "data.teacher_prompt_template": config.data.get("teacher_prompt_template") is not None,
         f"{PREFIX}.exact_kl_metrics=true": hpd.exact_kl_metrics,
         f"an objective over the vocabulary ({hpd.objectives.names()})": hpd.objectives.over_vocabulary,
         f"an objective that needs more than log-probs ({needing})": needing != "",
@@ -82,7 +86,11 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
             f"{PREFIX}.pipeline",
             hpd.pipeline,
             (f"{' and '.join(needed_by)} needs one_pass, which " if needed_by else "")
-            + (f"does not work here: {'; '.join(reasons)}" if reasons else "is not what is set: choose auto"),
+            + (
+                f"does not work here: {'; '.join(reasons)}"
+                if reasons
+                else f"is not what is set: choose auto or {PREFIX}.pipeline=one_pass"
+            ),
         )
         return "one_pass", ", ".join(needed_by) or "set"
     if hpd.pipeline == "staged":

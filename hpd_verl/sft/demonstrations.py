@@ -1,7 +1,7 @@
 """Rows of demonstrations as token sequences, and batches of them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import SequenceBuilder, demonstration_of
 from hpd_verl.data.row import TOOLS, tools_of
+from hpd_verl.data.teacher_prompt import TeacherPromptTokenizer, max_teacher_prompt_length
 
 
 class DemonstrationDataset(Dataset[dict[str, Tensor]]):
@@ -26,12 +27,20 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
         rows: the checked rows.
         sequences: how a row becomes tokens.
         row_columns: columns of numbers that objectives need.
+        teacher_prompts: the same as ``sequences`` of the teacher's prompts; None where the teacher reads the student's.
     """
 
-    def __init__(self, rows: HPDDataset, sequences: SequenceBuilder, row_columns: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        rows: HPDDataset,
+        sequences: SequenceBuilder,
+        row_columns: Sequence[str] = (),
+        teacher_prompts: TeacherPromptTokenizer | None = None,
+    ) -> None:
         self.rows = rows
         self.sequences = sequences
         self.row_columns = row_columns
+        self.teacher_prompts = teacher_prompts
 
     def __len__(self) -> int:
         return len(self.rows.dataframe)
@@ -41,7 +50,14 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
         where = f"row {index}"
         answer = demonstration_of(row.get(DEMONSTRATION), where)
         tensors, flags = self.sequences.build(row[self.rows.prompt_key], answer, where, tools_of(row.get(TOOLS)))
-        columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, **flags}
+        if self.teacher_prompts is not None:
+            chat = self.rows.teacher_prompts.messages(row)
+            encoded = self.teacher_prompts.encode(chat, where, tools_of(row.get(TOOLS)))
+            tensors[fields.TEACHER_PROMPTS], flags[fields.TRUNCATED_TEACHER_PROMPT] = encoded
+        columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, fields.TRUNCATED_TEACHER_PROMPT: 0, **flags}
+        teachers = self.rows.teachers
+        if teachers:
+            columns[fields.TEACHER] = teachers.index(row[self.rows.teacher_key])
         numbers = {fields.row_number(name): torch.tensor([float(row[name])]) for name in self.row_columns}
         return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()} | numbers
 
@@ -66,6 +82,49 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
         return self.rows[index % len(self.rows)] | {name: torch.tensor([value]) for name, value in flags.items()}
 
 
+class LookAhead:
+    """A stateful loader, of which a batch may be known early; its state is that of what was trained on.
+
+    Args:
+        loader: verl's.
+        looks: whether the batch after is taken out early.
+    """
+
+    def __init__(self, loader: Any, looks: bool) -> None:
+        self.loader = loader
+        self.looks = looks
+        self._state: dict[str, Any] | None = None
+        self._after_this: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def pairs(self) -> Iterator[tuple[Any, Any]]:
+        """Each batch of an epoch with the one after it, None at its end; call ``trained`` after each."""
+        if self._state is None:
+            self._state = self.loader.state_dict()
+        batches = iter(self.loader)
+        batch = next(batches, None)
+        while batch is not None:
+            self._after_this = self.loader.state_dict()
+            following = next(batches, None) if self.looks else None
+            yield batch, following
+            batch = following if self.looks else next(batches, None)
+
+    def trained(self) -> None:
+        """The batch that was handed out last is trained on."""
+        self._state = self._after_this
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.loader.state_dict() if self._state is None else self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)
+
+
 def read_demonstrations(
     config: DictConfig, model: HFModelConfig, files: Any, max_samples: int = -1
 ) -> DemonstrationDataset:
@@ -77,7 +136,12 @@ def read_demonstrations(
     sequences = SequenceBuilder(
         model, data.apply_chat_template_kwargs, data.max_prompt_length, data.max_response_length
     )
-    return DemonstrationDataset(rows, sequences, HPDConfig.from_config(config.algorithm.hpd).row_columns)
+    teacher_prompts = None
+    if rows.has_teacher_prompts:
+        longest = max_teacher_prompt_length(config.data)
+        teacher_prompts = TeacherPromptTokenizer(sequences.prompts, longest, sequences.embedded)
+    row_columns = HPDConfig.from_config(config.algorithm.hpd).row_columns
+    return DemonstrationDataset(rows, sequences, row_columns, teacher_prompts)
 
 
 def as_batch(

@@ -38,13 +38,15 @@ from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.errors import Refused
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
+from hpd_verl.pipelines.updates import over_own_tokens
 from hpd_verl.run import checkpoint
 from hpd_verl.run.choices import with_dtype
-from hpd_verl.run.stopping import StopSignals
-from hpd_verl.sft.demonstrations import DemonstrationDataset, PaddedRows, as_batch, read_demonstrations
-from hpd_verl.sft.start import checked, lazy_teacher, log_store_size, write_row_layouts
+from hpd_verl.run.stopping import EXIT_CODE, StopSignals
+from hpd_verl.sft.demonstrations import DemonstrationDataset, LookAhead, PaddedRows, as_batch, read_demonstrations
+from hpd_verl.sft.start import checked, log_store_size, teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.prompt_date import fix_prompt_date
+from hpd_verl.teacher.teacher import TeacherUnavailable
 
 Value = TypeVar("Value")
 
@@ -52,11 +54,16 @@ Value = TypeVar("Value")
 class HPDSFTTrainer(SFTTrainer):
     """verl's SFT trainer with a teacher."""
 
+    previous_checkpoint: Path | None
+    train_dataloader: Any
+
     def __init__(self, config: DictConfig) -> None:
         self.hpd = HPDConfig.from_config(config.algorithm.hpd)
         self.checkpoint_root = Path(config.trainer.default_local_dir).absolute()
         write_row_layouts(config)
         super().__init__(config)
+        if self.previous_checkpoint is not None and self.one_pass.teacher is not None:
+            self.one_pass.teacher.resume(self.previous_checkpoint)
 
     def _build_config(self) -> None:
         super()._build_config()
@@ -83,6 +90,8 @@ class HPDSFTTrainer(SFTTrainer):
         data = self.config.data  # verl tells it with each batch only
         self.engine_config.use_dynamic_bsz = data.use_dynamic_bsz
         self.engine_config.micro_batch_size_per_gpu = data.micro_batch_size_per_gpu
+        self.engine_config.infer_max_token_len_per_gpu = data.max_token_len_per_gpu
+        self.engine_config.infer_micro_batch_size_per_gpu = data.micro_batch_size_per_gpu
         self.training_client = StudentWorker(
             TrainingWorkerConfig(
                 model_type="language_model",
@@ -116,10 +125,13 @@ class HPDSFTTrainer(SFTTrainer):
         seed_rank(self.hpd.seed)
         super()._init_engine()
         self.engine.checkpoint_manager = StudentCheckpoints(self.engine, self.hpd.check_saved_model)
-        needs_teacher = self.hpd.needs_teacher
+        teacher = None
+        if self.hpd.needs_teacher:
+            settings = teacher_settings(self.config, self.hpd)
+            teacher = make_teacher(settings, self.hpd, self.model_config, self.training_client)
         self.one_pass = OnePass(
             self.training_client,
-            make_teacher(lazy_teacher(self.config), self.hpd, self.model_config) if needs_teacher else None,
+            teacher,
             self.hpd,
             self.config.trainer.loss_agg_mode,
             loss_scale_factor=self.config.data.max_response_length,
@@ -128,9 +140,13 @@ class HPDSFTTrainer(SFTTrainer):
     def _batch(self, tensors: Mapping[str, Any], step: int) -> TensorDict:
         return as_batch(self.config, self.model_config, tensors, step, self.total_training_steps)
 
-    def _train_step(self, tensors: Mapping[str, Any], step: int) -> dict[str, Any]:
+    def _train_step(
+        self, tensors: Mapping[str, Any], step: int, following: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         start = time.perf_counter()
         data = self._batch(tensors, step)
+        if following is not None and self.one_pass.teacher is not None:
+            self.one_pass.following = self._batch(following, step + 1)
         tu.assign_non_tensor(
             data, mini_batch_size=self.global_batch_size, epochs=1, seed=0, dataloader_kwargs={"shuffle": False}
         )
@@ -141,7 +157,7 @@ class HPDSFTTrainer(SFTTrainer):
         ]  # whose ranks have the same rows
         if output is None:
             return {}
-        metrics = _train_names(reduce_metrics(tu.get(output, "metrics")))
+        metrics = over_own_tokens(_train_names(reduce_metrics(tu.get(output, "metrics"))))
         if not math.isfinite(metrics["actor/grad_norm"]):
             raise FloatingPointError(
                 f"step {step}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the update; the run "
@@ -183,7 +199,8 @@ class HPDSFTTrainer(SFTTrainer):
         if tokens == 0.0:
             return {}
         loss = loss / tokens if self.one_pass.loss.loss_agg_mode == "token-mean" else loss
-        return {f"val/{name}": value / tokens for name, value in sums.items()} | {"val/hpd/loss": loss}
+        means = over_own_tokens({name: value / tokens for name, value in sums.items()})
+        return {f"val/{name}": value for name, value in means.items()} | {"val/hpd/loss": loss}
 
     def fit(self, signals: StopSignals) -> None:
         """Train until ``trainer.total_training_steps`` or ``total_epochs``, resuming where a checkpoint is.
@@ -205,9 +222,13 @@ class HPDSFTTrainer(SFTTrainer):
         bar = tqdm(total=self.total_training_steps, initial=step, desc="training", unit="step", disable=not leads)
         while step < self.total_training_steps:
             self.train_sampler.set_epoch(step // self.steps_per_epoch)
-            for tensors in self.train_dataloader:
+            for tensors, following in self.train_dataloader.pairs():
                 step += 1
-                metrics = self._train_step(tensors, step)
+                try:
+                    metrics = self._train_step(tensors, step, following)
+                except TeacherUnavailable as error:
+                    raise self._without_teacher(step - 1, error) from error
+                self.train_dataloader.trained()
                 is_last = step >= self.total_training_steps
                 saves = is_last or (self.save_freq > 0 and step % self.save_freq == 0)
                 stops = self._is_asked(signals)
@@ -231,6 +252,12 @@ class HPDSFTTrainer(SFTTrainer):
                     break
         bar.close()
 
+    def _without_teacher(self, step: int, error: TeacherUnavailable) -> TeacherUnavailable:
+        """Save the last step that was made; the error with where that is."""
+        if step > self.resume_global_step and self.previous_checkpoint != self.checkpoint_root / f"global_step_{step}":
+            self._save(step)
+        return type(error)(f"{error} (step {step} is saved: {self.previous_checkpoint})" if step else str(error))
+
     def _is_asked(self, signals: StopSignals) -> bool:
         """Whether a signal asked any rank to end the run, the same on all of them."""
         asked = torch.tensor(int(signals.asked_by is not None), device=self.device_name)
@@ -239,6 +266,8 @@ class HPDSFTTrainer(SFTTrainer):
 
     def _build_ckpt_handler(self) -> None:
         """verl's, told which checkpoint to resume from and that old ones are removed here."""
+        ahead = self.hpd.teacher_server.prefetch if self.hpd.teacher_server.urls else 0
+        self.train_dataloader = LookAhead(self.train_dataloader, bool(ahead))
         super()._build_ckpt_handler()
         handler = self.ckpt_handler
         handler.max_ckpt_to_keep = None
@@ -262,6 +291,8 @@ class HPDSFTTrainer(SFTTrainer):
             checkpoint.mark_incomplete(root, step, self.previous_checkpoint)
         torch.distributed.barrier()
         self.ckpt_handler.save_checkpoint(step=step)
+        if self.one_pass.teacher is not None:
+            self.one_pass.teacher.save(root / f"global_step_{step}")
         torch.distributed.barrier()
         if leads:
             checkpoint.save_settings(root, step, self.config)
@@ -298,6 +329,9 @@ def main(config: DictConfig) -> None:
     initialize_global_process_group()
     try:
         HPDSFTTrainer(config).fit(signals)
+    except TeacherUnavailable as error:
+        print(f"Error: {error}, exit code {EXIT_CODE}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
     except (Refused, SavedModelError) as error:  # what only the loaded models show
         sys.exit(f"Error: {error}")
     signals.ignore()

@@ -3,13 +3,18 @@
 from pathlib import Path
 
 import torch.distributed
-from verl.workers.config import EngineConfig, HFModelConfig
+from verl.workers.config import HFModelConfig
+from verl.workers.engine_workers import TrainingWorker
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.engine.causal_lm import head_scaling
 from hpd_verl.engine.ranks import on_every_rank, on_rank_zero
-from hpd_verl.teacher.colocated import ColocatedTeacher, TeacherWorker
+from hpd_verl.teacher.colocated import ColocatedTeacher
 from hpd_verl.teacher.model_config import shared_vocabulary_size
+from hpd_verl.teacher.of_student import AveragedStudent, CurrentStudent
+from hpd_verl.teacher.served.teacher import ServedTeacher
+from hpd_verl.teacher.settings import TeacherSettings
+from hpd_verl.teacher.several import SeveralTeachers
 from hpd_verl.teacher.store.disk import DiskStore
 from hpd_verl.teacher.store.identity import StoreIdentity, teacher_identity, tokenisation_hash
 from hpd_verl.teacher.store.store import GIB, MemoryStore, TeacherStore, check_memory_store
@@ -18,32 +23,57 @@ from hpd_verl.teacher.stored import StoredTeacher
 from hpd_verl.teacher.teacher import Teacher
 
 
-def make_teacher(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig) -> Teacher:
-    """The teacher of one rank, prepared; all ranks together.
+def make_teacher(
+    settings: TeacherSettings, config: HPDConfig, student: HFModelConfig, worker: TrainingWorker | None = None
+) -> Teacher:
+    """The teacher of one rank, or several as one, prepared; all ranks together.
 
     Args:
-        worker: the teacher's model, lazy.
+        settings: of the teacher.
         config: the algorithm's configuration.
         student: whose tokens and vocabulary rows have.
+        worker: the student's, loaded, which ``teacher_ema`` needs.
 
     Raises:
-        ValueError: the teacher's output layer is not understood, or its store is not usable.
+        ValueError: the teacher's output layer is not understood, its store is not usable, or its server does not
+            answer, or is another's.
     """
-    teacher: Teacher = ColocatedTeacher(worker, config, shared_vocabulary_size(student, worker.model_config))
-    store = open_store(worker, config, student)
+    if config.teachers is not None:
+        return SeveralTeachers(
+            {
+                name: make_teacher(settings.of(name), config.of_teacher(name), student, worker)
+                for name in config.teachers
+            }
+        )
+    vocabulary_size = shared_vocabulary_size(student, settings.model)
+    teacher: Teacher
+    served = None
+    if config.teacher_ema is not None:
+        assert worker is not None
+        teacher = CurrentStudent(worker, config, vocabulary_size)
+        if config.teacher_ema > 0:  # in float32: half a percent of a small step would be lost in bfloat16
+            teacher = AveragedStudent(settings.in_float32().worker(), worker, config, vocabulary_size)
+    elif config.teacher_server.urls:
+        teacher = served = ServedTeacher(settings, config, vocabulary_size)
+    else:
+        teacher = ColocatedTeacher(settings.worker(), config, vocabulary_size)
+    store = open_store(settings, config, student, served)
     if store is not None:
-        teacher = StoredTeacher(store, teacher, head_scaling(worker.model_config.hf_config))
+        teacher = StoredTeacher(store, teacher, head_scaling(settings.model.hf_config))
     teacher.prepare()
     return teacher
 
 
-def open_store(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig) -> TeacherStore | None:
+def open_store(
+    settings: TeacherSettings, config: HPDConfig, student: HFModelConfig, served: ServedTeacher | None = None
+) -> TeacherStore | None:
     """The store of a teacher's features; None where none is kept.
 
     Args:
-        worker: the teacher's model, which need not be loaded.
+        settings: of the teacher.
         config: the algorithm's configuration.
         student: whose tokens and vocabulary rows have.
+        served: the teacher, where a server runs it.
 
     Raises:
         ValueError: a store in memory on several ranks, a folder that is another teacher's or cannot be used, weights of
@@ -58,12 +88,14 @@ def open_store(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig)
             teacher,
             teacher_config,
             temperature=config.temperature_of_teacher,
-            vocabulary_size=shared_vocabulary_size(student, worker.model_config),
+            vocabulary_size=shared_vocabulary_size(student, settings.model)
+            if served is None
+            else served.used_vocabulary_size,
             format=config.teacher_cache_format,
             dtype=config.teacher_cache_dtype,
             top_k=config.teacher_cache_top_k,
             bits=config.teacher_cache_bits,
-            teacher_dtype=_dtype_name(worker.engine_config),
+            teacher_dtype=settings.dtype_name,
             tokenisation=tokenisation_hash(student.tokenizer.get_vocab(), student.tokenizer.chat_template),
         )
 
@@ -72,14 +104,14 @@ def open_store(worker: TeacherWorker, config: HPDConfig, student: HFModelConfig)
         return MemoryStore(identity("", ""), max_bytes)  # of this process, which has one teacher
     assert config.teacher_cache_dir is not None  # HPDConfig requires it
     folder = Path(config.teacher_cache_dir).expanduser()
+    if served is not None:
+        known = identity(*served.hashes(folder))
+        store = on_every_rank(lambda: DiskStore(folder, known, max_bytes))
+        served.save(folder)  # once the folder is known to be this teacher's
+        return store
     hashes = FileHashes(folder / "teacher_files.json")
     # Of rank 0: its copy of the weights is what verl loads, and other nodes need not read theirs.
-    known = identity(*on_rank_zero(lambda: teacher_hashes(worker.model_config, hashes)))
+    known = identity(*on_rank_zero(lambda: teacher_hashes(settings.model, hashes)))
     store = on_every_rank(lambda: DiskStore(folder, known, max_bytes))
     hashes.save()  # once the folder is known to be this teacher's
     return store
-
-
-def _dtype_name(engine: EngineConfig) -> str:
-    """The dtype of the teacher's weights."""
-    return f"{engine.model_dtype}, {(engine.mixed_precision or {}).get('param_dtype', 'bf16')}"

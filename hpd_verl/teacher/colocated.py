@@ -85,8 +85,16 @@ class FeatureForm:
         return cls(rounded_to=DTYPES[config.teacher_cache_dtype])
 
 
-class _FeatureLoss(HeadLoss):
-    """The teacher's loss function: keeps the features of each row, and has no loss."""
+class FeatureMaker:
+    """Makes features of hidden states.
+
+    Args:
+        form: which features.
+        head: the teacher's output layer, whole.
+        temperature: of the teacher's distribution.
+        chunk_size: tokens whose logits exist at once; None chooses by the device.
+        compiled: fuse the elementwise work by ``torch.compile``.
+    """
 
     def __init__(
         self, form: FeatureForm, head: OutputHead, temperature: float, chunk_size: int | None, compiled: bool
@@ -99,26 +107,9 @@ class _FeatureLoss(HeadLoss):
         self.code: HybridCode | None = None
         if form.top_k is not None and form.bits is not None:
             self.code = HybridCode(head, temperature, form.top_k, form.bits)
-        self.rows: dict[int, TeacherFeatures] = {}
-        self.owners: dict[int, int] = {}
-        """The rank of a group that wants a row, by row number."""
 
-    def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
-        sharing, rows = SequenceGroup.current(), row_numbers(data).tolist()
-        parts = sharing.parts(response_tokens(data), len(hidden))
-        responses = parts[sharing.rank]
-        features = self._features(responses.take(hidden), head, responses.labels)
-        if sharing.size > 1:
-            owned = sharing.to_owners(features, parts, [self.owners.get(row) for row in rows])
-            self.rows |= {rows[index]: of_row for index, of_row in owned.items()}
-        else:
-            start = 0
-            for row, length in zip(rows, responses.lengths.tolist(), strict=True):
-                self.rows[row] = features[start : start + length]
-                start += length
-        return torch.zeros((), device=hidden.device), {}
-
-    def _features(self, hidden: Tensor, head: OutputHead, labels: Tensor) -> TeacherFeatures:
+    def features(self, hidden: Tensor, head: OutputHead, labels: Tensor) -> TeacherFeatures:
+        """Features of hidden states; ``head`` is that of the pass, whose logits are this one's."""
         if self.code is not None:
             return teacher_hybrid(hidden, self.code, labels, self.chunk_size)
         if self.form.top_k is not None:
@@ -131,6 +122,41 @@ class _FeatureLoss(HeadLoss):
         features = teacher_features(hidden, head, labels, self.temperature, self.chunk_size, self.compiled)
         return dataclasses.replace(features, head=self.head)  # of this pass, the engine's own is sharded again
 
+    def known_form(self) -> TeacherFeatures:
+        """Features of no tokens."""
+        head, nothing = self.head, self.head.weight.new_empty(0)
+        if self.code is not None:
+            return HybridFeatures(nothing, nothing, nothing, self.code)
+        if self.form.top_k is not None:
+            return TopKFeatures(nothing, nothing, nothing, nothing, head.vocabulary_size, head.dtype)
+        known = nothing if self.form.complete else None
+        return HiddenFeatures(nothing, head, self.temperature, known, known)
+
+
+class _FeatureLoss(FeatureMaker, HeadLoss):
+    """The teacher's loss function: keeps the features of each row, and has no loss."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.rows: dict[int, TeacherFeatures] = {}
+        self.owners: dict[int, int] = {}
+        """The rank of a group that wants a row, by row number."""
+
+    def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
+        sharing, rows = SequenceGroup.current(), row_numbers(data).tolist()
+        parts = sharing.parts(response_tokens(data), len(hidden))
+        responses = parts[sharing.rank]
+        features = self.features(responses.take(hidden), head, responses.labels)
+        if sharing.size > 1:
+            owned = sharing.to_owners(features, parts, [self.owners.get(row) for row in rows])
+            self.rows |= {rows[index]: of_row for index, of_row in owned.items()}
+        else:
+            start = 0
+            for row, length in zip(rows, responses.lengths.tolist(), strict=True):
+                self.rows[row] = features[start : start + length]
+                start += length
+        return torch.zeros((), device=hidden.device), {}
+
 
 class ColocatedTeacher(Teacher):
     """Features from the teacher's model, loaded when they are first needed.
@@ -141,7 +167,7 @@ class ColocatedTeacher(Teacher):
         vocabulary_size: the teacher's logits that are used: those that the student has too.
     """
 
-    def __init__(self, worker: TeacherWorker, config: HPDConfig, vocabulary_size: int) -> None:
+    def __init__(self, worker: TrainingWorker, config: HPDConfig, vocabulary_size: int) -> None:
         self.worker = worker
         self.config = config
         self.vocabulary_size = vocabulary_size
@@ -158,20 +184,30 @@ class ColocatedTeacher(Teacher):
     def _loaded(self) -> _FeatureLoss:
         if self._loss is not None:
             return self._loss
-        self.worker.load()
+        self._load()
         engine = self.worker.engine
         engine.use_head(self.vocabulary_size)
-        layer, dtype = output_head(engine.module, self.vocabulary_size), engine.compute_dtype
-        head = dataclasses.replace(
-            layer,
-            weight=_full_copy(layer.weight, dtype),
-            bias=None if layer.bias is None else _full_copy(layer.bias, dtype),
-        )
+        head = self._whole_head()
         form, temperature = FeatureForm.of(self.config), self.config.temperature_of_teacher
         self._loss = _FeatureLoss(form, head, temperature, self.config.token_chunk_size, engine.compiles)
         # Return memory that loading took: a rollout server counts the free memory of the device.
         aggressive_empty_cache(force_sync=True)
         return self._loss
+
+    def _load(self) -> None:
+        """Load the model, once; all ranks together."""
+        assert isinstance(self.worker, TeacherWorker)
+        self.worker.load()
+
+    def _whole_head(self) -> OutputHead:
+        """A copy of the output layer, gathered; all ranks together."""
+        engine = self.worker.engine
+        layer, dtype = output_head(engine.module, self.vocabulary_size), engine.compute_dtype
+        return dataclasses.replace(
+            layer,
+            weight=_full_copy(layer.weight, dtype),
+            bias=None if layer.bias is None else _full_copy(layer.bias, dtype),
+        )
 
     def features(self, data: TensorDict, wanted: Sequence[int] | None = None) -> dict[int, TeacherFeatures]:
         sharing = SequenceGroup.of(self.worker.engine.ulysses_parallel_group)
@@ -193,16 +229,7 @@ class ColocatedTeacher(Teacher):
         return computed
 
     def known_form(self) -> TeacherFeatures | None:
-        if self._loss is None:
-            return None
-        head, nothing = self._loss.head, self._loss.head.weight.new_empty(0)
-        form = self._loss.form
-        if self._loss.code is not None:
-            return HybridFeatures(nothing, nothing, nothing, self._loss.code)
-        if form.top_k is not None:
-            return TopKFeatures(nothing, nothing, nothing, nothing, head.vocabulary_size, head.dtype)
-        known = nothing if form.complete else None
-        return HiddenFeatures(nothing, head, self._loss.temperature, known, known)
+        return None if self._loss is None else self._loss.known_form()
 
     def metrics(self) -> dict[str, float]:
         return {}

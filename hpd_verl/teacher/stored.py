@@ -1,6 +1,7 @@
 """A store in front of any teacher: features of demonstrations are computed once."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed
@@ -137,6 +138,20 @@ class StoredTeacher(Teacher):
             return self.teacher.known_form()
         nothing = torch.empty(0, device=get_device_name())
         return self._form.with_tensors(dict.fromkeys(self._form.TENSORS, nothing))  # records hold all of them
+
+    def announce(self, data: TensorDict, wanted: Sequence[int] | None = None) -> None:
+        """Those that are not stored."""
+        numbers = row_numbers(data).tolist()
+        rows = range(len(numbers)) if wanted is None else wanted
+        keys = self._keys(data, numbers, rows)
+        missing = set(self.store.missing(list(keys.values())))
+        self.teacher.announce(data, [row for row in rows if keys.get(numbers[row], None) in {*missing, None}])
+
+    def save(self, folder: Path) -> None:
+        self.teacher.save(folder)
+
+    def resume(self, folder: Path) -> None:
+        self.teacher.resume(folder)
 
     def metrics(self) -> dict[str, float]:
         """Share of rows found, rows and size, and the metrics of the teacher behind. All ranks together."""

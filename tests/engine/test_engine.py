@@ -21,7 +21,7 @@ from hpd_verl.head.features import HiddenFeatures
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.pipelines.one_pass import StudentWorker
 from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
-from hpd_verl.sft.start import lazy_teacher, write_row_layouts
+from hpd_verl.sft.start import teacher_settings, write_row_layouts
 from hpd_verl.teacher import colocated
 from hpd_verl.teacher.colocated import ColocatedTeacher
 
@@ -106,10 +106,10 @@ def test_the_loss_is_out_of_autocast(tiny: Tiny) -> None:
 def test_some_rows_in_micro_batches_of_a_fixed_size(rows_each: int, tiny: Tiny) -> None:
     """As a store asks for them that has the others: features are those of the whole batch, packed by tokens."""
     config = configuration(tiny, "data.use_dynamic_bsz=false", f"data.micro_batch_size_per_gpu={rows_each}")
-    worker = lazy_teacher(config)
+    worker = teacher_settings(config).worker()
     teacher = ColocatedTeacher(worker, HPDConfig(), 29)
     batch = make_batch(config, worker.model_config)
-    packed = ColocatedTeacher(lazy_teacher(configuration(tiny)), HPDConfig(), 29)
+    packed = ColocatedTeacher(teacher_settings(configuration(tiny)).worker(), HPDConfig(), 29)
     assert packed.known_form() is None
     whole = packed.features(make_batch(configuration(tiny), worker.model_config))
     form = packed.known_form()
@@ -132,7 +132,7 @@ def test_teacher_head_has_memory_of_its_own(
     """Of the weight's size, shared with no parameter; and the device's cache is released once it is made."""
     folder = make_model(tmp_path / "teacher", seed=3, tie_word_embeddings=tied)
     config = configuration(tiny, f"teacher.model.path={folder}", *PRECISIONS[precision])
-    worker = lazy_teacher(config)
+    worker = teacher_settings(config).worker()
     loaded_at_release: list[bool] = []
     monkeypatch.setattr(colocated, "aggressive_empty_cache", lambda **_: loaded_at_release.append(worker.is_loaded))
     teacher = ColocatedTeacher(worker, HPDConfig(), 29)

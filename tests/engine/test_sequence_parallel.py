@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed
 from conftest import WORDS, Tiny, make_tokenizer
-from hpd_verl.lean import as_batch, lazy_teacher, read_demonstrations, write_row_layouts
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
@@ -29,6 +28,8 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
+from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
+from hpd_verl.sft.start import teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
 
 SHARED_OUT = {1: [1], 2: [2], 4: [4, 2]}
@@ -121,7 +122,7 @@ class Updates:
         self.config = configuration(folder, rows, shared)
         self.store = folder / f"{torch.distributed.get_world_size()}_{shared}"
         self.student = make_student(self.config)
-        self.teacher = lazy_teacher(self.config)
+        self.teacher = teacher_settings(self.config)
         self.demonstrations = read_demonstrations(self.config, self.student.model_config, str(rows))
         self.gradients: dict[str, Any] = {}
         engine = self.student.engine

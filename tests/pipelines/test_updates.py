@@ -23,7 +23,7 @@ from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
 from hpd_verl.pipelines.updates import batch_metrics, rows_of_ranks
 from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
-from hpd_verl.sft.start import ALONE, lazy_teacher
+from hpd_verl.sft.start import ALONE, teacher_settings
 from hpd_verl.teacher.choice import make_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,13 +72,14 @@ def take(
     tu.assign_non_tensor(
         data, mini_batch_size=mini, global_batch_size=mini, epochs=epochs, dataloader_kwargs={"shuffle": False}
     )
-    hpd, teacher = HPDConfig.from_config(config.algorithm.hpd), lazy_teacher(config)
+    hpd, teacher = HPDConfig.from_config(config.algorithm.hpd), teacher_settings(config)
     if pipeline == "one_pass":
         output = OnePass(student, make_teacher(teacher, hpd, model), hpd, mode, 16).update(data)
     else:
         from step import RankBatch
 
-        teacher.load()
+        worker = teacher.worker()
+        worker.load()
         actor = ActorConfig(
             strategy="fsdp2",
             rollout_n=1,
@@ -90,9 +91,9 @@ def take(
             clip_ratio_high=1e-3,
         )
         staged, driver = PIPELINES["staged"], PIPELINES["staged"].driver(hpd, ROWS // mini * epochs)
-        of_workers = staged.rank.of_workers(student, teacher, hpd, actor)
+        of_workers = staged.rank.of_workers(student, worker, hpd, actor)
         tu.assign_non_tensor(data, **driver.settings)
-        batch = RankBatch(data, student, teacher)
+        batch = RankBatch(data, student, worker)
         driver.student_pass(batch)
         driver.teacher_pass(batch)
         driver.weigh(batch)

@@ -38,7 +38,7 @@ class Elsewhere(Teacher):
     asked: list[list[int]] = field(default_factory=list)
     """Row numbers of each call."""
     prepared: int = 0
-    template: TeacherFeatures | None = None
+    form_of_features: TeacherFeatures | None = None
 
     def __post_init__(self) -> None:
         random = torch.Generator().manual_seed(self.seed)
@@ -69,8 +69,11 @@ class Elsewhere(Teacher):
             else:
                 hidden = hidden.bfloat16().float()  # as the store keeps it
                 found[number] = teacher_features(hidden, self.head, labels, TEMPERATURE)
-            self.template = found[number][:0]
+            self.form_of_features = found[number][:0]
         return found
+
+    def known_form(self) -> TeacherFeatures | None:
+        return self.form_of_features
 
 
 def batch(rows: Sequence[tuple[int, int, int, int]] = ROWS, step: int = 0) -> TensorDict:

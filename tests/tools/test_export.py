@@ -111,7 +111,7 @@ def test_a_runs_folder_gives_what_the_run_would_resume_from(tiny: Tiny, tmp_path
     assert (
         find_checkpoint(newest) == find_checkpoint(newest.parent) == find_checkpoint(newest / "huggingface") == newest
     )
-    with pytest.raises(ValueError, match=r"^CHECKPOINT=.*global_step_11: not whole"):
+    with pytest.raises(ValueError, match=r"^CHECKPOINT=.*global_step_11: incomplete"):
         find_checkpoint(tmp_path / "global_step_11")
 
 
@@ -504,7 +504,7 @@ def test_what_a_killed_export_left_is_removed(tiny: Tiny, tmp_path: Path) -> Non
 def test_a_full_disk_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
     """The command, with a limit to a file's size in place of the disk's: one line, and no folder."""
     save_checkpoint(tmp_path / "run", tiny.student, 1, actor=True, shards=True, weights=False)
-    limited = f"ulimit -f 100; exec hpd-verl export {tmp_path}/run {tmp_path}/out --dtype fp32"
+    limited = f"ulimit -f 100; exec {sys.executable} -m hpd_verl.tools.export {tmp_path}/run {tmp_path}/out --dtype fp32"
     run = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=100)
     assert run.returncode == 1
     last = run.stderr.splitlines()[-1]

@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[PretrainedConfig, int]] = {
 }
 
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,30 @@ def test_memory_by_hand(student: ModelSize, teacher: ModelSize) -> None:
     assert output["output layer's gradient"] == 2 * 151_936 * 1536  # 8000 response tokens: one chunk
     assert backward["CUDA, NCCL, gaps (allowance)"] == ALLOWANCE
     assert plan_memory(student, teacher, run).machine == {"teacher's weights": 2 * 7_615_616_512}
+
+
+def test_a_served_teacher_by_hand(student: ModelSize, teacher: ModelSize) -> None:
+    """Of the teacher there is its output layer, and the hidden states of two batches, prompts included."""
+    run = PlannedRun(gpus=4, tokens=8192, rows=1000, prompt_tokens=24, response_tokens=1000, batch_size=64)
+    served = plan_memory(student, teacher, replace(run, teacher_served=True))
+    assert served.machine == {"the teacher's hidden states": 2 * 64 * 1024 * 2 * 3584}
+    beside = plan_memory(student, teacher, run).phases
+    gone = {"teacher's layers, gathered", "teacher's activations"}
+    assert served.phases["teacher"] == {name: size for name, size in beside["teacher"].items() if name not in gone}
+    assert served.phases["backward"] == beside["backward"]
+    operations = plan_work(student, teacher, replace(run, teacher_served=True)).operations
+    assert operations["teacher"] == 3 * 1000 * 2 * 152_064 * 3584 * 1000  # three epochs of the output layer
+
+
+def test_several_teachers_by_hand(student: ModelSize, teacher: ModelSize) -> None:
+    """All weights in the machines' memory, all output layers on each GPU, a gradient of the student's for each."""
+    run = PlannedRun(gpus=4, batch_size=64, response_tokens=1000, prompt_tokens=24)
+    one, two = plan_memory(student, teacher, run), plan_memory(student, teacher, run, [student])
+    weights = {"teacher's weights": 2 * teacher.parameters, "other teachers' weights": 2 * student.parameters}
+    assert two.machine == weights
+    assert two.phases["backward"]["other teachers' output layers"] == 2 * student.output
+    gradients = [each.phases["output layer"]["output layer's gradient"] for each in (one, two)]
+    assert gradients[1] - gradients[0] == 2 * student.output
 
 
 def test_gpus_that_share_a_sequence(student: ModelSize, teacher: ModelSize, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +293,7 @@ def test_a_strange_config_is_one_line(content: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, [], "STUDENT={}: its weights are quantised (gptq), which"),
+        ({"quantization_config": {"quant_method": "gptq"}}, [], "STUDENT={}: its weights are quantised (gptq); give"),
         (
             {"architectures": ["Qwen2ForSequenceClassification"]},
             [],

@@ -114,13 +114,13 @@ def model_files(source: str, explicit: str | None = None, commit: str | None = N
         ValueError: there are none, or not all.
     """
     adapter: dict[str, Path] = {}
-    config = _find(source, "adapter_config.json", commit)
+    config = find_file(source, "adapter_config.json", commit)
     if config is not None:
         adapter = _named("adapter", adapter_files(source, PATH_SETTING))
         if not (Path(source) / "config.json").exists():  # transformers' condition
             source = json.loads(config.read_text())["base_model_name_or_path"]
-    index, names = weight_files(f"{PATH_SETTING}={source}", lambda name: _find(source, name, commit), explicit)
-    found = {name: _find(source, name, commit) for name in sorted(names)}
+    index, names = weight_files(f"{PATH_SETTING}={source}", lambda name: find_file(source, name, commit), explicit)
+    found = {name: find_file(source, name, commit) for name in sorted(names)}
     missing = [name for name, file in found.items() if file is None]
     if missing:
         raise ValueError(
@@ -137,9 +137,9 @@ def adapter_files(source: str, setting: str) -> dict[str, Path]:
     Raises:
         ValueError: they are not there.
     """
-    config = _find(source, "adapter_config.json")
+    config = find_file(source, "adapter_config.json")
     for name in ADAPTER_WEIGHTS:
-        weights = _find(source, name)
+        weights = find_file(source, name)
         if config is not None and weights is not None:
             return {"adapter_config.json": config, name: weights}
     raise ValueError(
@@ -164,7 +164,7 @@ def _named(kind: str, files: Mapping[str, Path]) -> dict[str, Path]:
     return {f"{kind}/{name}": file for name, file in files.items()}
 
 
-def _find(source: str, name: str, commit: str | None = None) -> Path | None:
+def find_file(source: str, name: str, commit: str | None = None) -> Path | None:
     """A file of a model: in its folder, or in the hub's cache, fetched if need be; None if there is none."""
     if Path(source).is_dir():
         file = Path(source) / name

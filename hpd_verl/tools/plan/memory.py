@@ -63,12 +63,15 @@ def _passing(model: ModelSize, width: int) -> int:
     return width * (2 * model.hidden + 3 * model.intermediate)
 
 
-def plan_memory(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) -> Memory:
+def plan_memory(
+    student: ModelSize, teacher: ModelSize | None, run: PlannedRun, others: Sequence[ModelSize] = ()
+) -> Memory:
     """Count what one GPU holds.
 
     Args:
         student: its sizes.
-        teacher: its sizes; None without one, as objective ``sft``.
+        teacher: its sizes, of several the largest's; None without one, as objective ``sft``.
+        others: the other teachers'.
         run: the settings.
     """
     on_cpu = run.platform == "cpu"
@@ -102,21 +105,36 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) 
         features = run.rows_per_gpu * run.response_tokens * (form_width + 8)
         if not (keeps_top_k and run.store_is_full):
             always["teacher's whole output layer"] = width * teacher.output
+            if others:
+                always["other teachers' output layers"] = width * sum(each.output for each in others)
         if not run.store_is_full:
+            chunk = min(_chunk(run), responses)
+            logits = width * chunk * teacher.vocabulary + _ELEMENTWISE[run.platform]
             stored = (4 if run.teacher_dtype == "fp32" else 2) * teacher.parameters
+        if run.teacher_served and not run.store_is_full:
+            phases["teacher"] = {**shard, **always, "logits of a chunk": logits, "teacher's features": features}
+            # Prompts too, of this batch and of the one that is fetched ahead.
+            machine["the teacher's hidden states"] = 2 * run.batch_size * run.row_tokens * width * teacher.hidden
+        elif not run.store_is_full:
             if on_cpu:
                 always["teacher's weights"] = (
                     stored / run.gpus + 4 * teacher.parameters
                 )  # and gathered, which they stay
             else:
                 machine["teacher's weights"] = stored
-            chunk = min(_chunk(run), responses)
+            bytes_each = 4 if run.teacher_dtype == "fp32" else 2
+            weights = bytes_each * sum(each.parameters for each in others)  # between their passes too
+            if others and on_cpu:
+                gathered_too = 4 * sum(each.parameters for each in others)
+                always["other teachers' weights"] = weights / run.gpus + gathered_too
+            elif others:
+                machine["other teachers' weights"] = weights
             phases["teacher"] = {
                 **shard,
                 **always,
                 "teacher's layers, gathered": 0 if on_cpu else width * (2 * teacher.layer + teacher.output),
                 "teacher's activations": tokens * (_passing(teacher, width) + 8 * teacher.hidden),
-                "logits of a chunk": width * chunk * teacher.vocabulary + _ELEMENTWISE[run.platform],
+                "logits of a chunk": logits,
                 "teacher's features": features,
             }
 
@@ -137,6 +155,7 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) 
     if trains_output:
         several = chunks > 1 and width == 2  # added up in float32 beside one chunk's product
         output_gradient = student.output * (width + (6 if several else 0))
+        output_gradient += student.output * width * len(others)  # one a teacher, added up in the backward pass
     phases["output layer"] = {
         **during,
         "activations": held + mask,
@@ -201,6 +220,8 @@ def _settings(models: Sequence[ModelSize], run: PlannedRun) -> list[tuple[str, P
         role = "engine" if lean else "actor_rollout_ref.actor"
         name = f"{role}.ulysses_sequence_parallel_size={shared} {length}={fewer}"
         tried.append((name, replace(run, ulysses=shared, tokens=fewer)))
+    if not run.teacher_served:
+        tried.append(("algorithm.hpd.teacher_server.urls, on other GPUs", replace(run, teacher_served=True)))
     if run.teacher_cache == "off" and not run.serves_rollouts:
         filled = replace(run, teacher_cache="disk", store_is_full=True)
         tried.append(("algorithm.hpd.teacher_cache=disk, filled ahead", filled))

@@ -36,6 +36,8 @@ class PlannedRun:
     attention: str = "flash_attention_2"
     token_chunk_size: int | None = None
     teacher_dtype: str = "bf16"
+    teacher_served: bool = False
+    """Servers on other GPUs run the teacher; here is its output layer."""
     teacher_cache: str = "off"
     teacher_cache_format: str = "hidden"
     teacher_cache_dtype: str = "bf16"

@@ -48,7 +48,8 @@ def plan_work(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) ->
         if run.teacher_cache != "off":  # demonstrations once, rollouts every time
             once = 0.0 if run.store_is_full else min(rows, run.rows)
             taught = rows * run.on_policy_fraction + once * (1 - run.on_policy_fraction)
-        operations["teacher"] = taught * (_forward(teacher, run) + 2 * teacher.output * run.response_tokens)
+        forward = 0.0 if run.teacher_served else _forward(teacher, run)  # on the servers' GPUs
+        operations["teacher"] = taught * (forward + 2 * teacher.output * run.response_tokens)
     generated = rows * run.on_policy_fraction
     if generated:
         operations["rollouts"] = generated * (_forward(student, run) + 2 * student.output * run.response_tokens)

@@ -1,0 +1,116 @@
+"""The settings of ``algorithm.hpd.teacher_server``: a teacher that a server of its own runs."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator
+
+from hpd_verl.errors import require
+from hpd_verl.field_text import first_error, says
+from hpd_verl.objectives import ObjectiveParameters
+
+NODE = "algorithm.hpd.teacher_server"
+URLS = f"{NODE}.urls"
+KEY_VARIABLE = "HPD_TEACHER_API_KEY"
+"""Environment variable with the server's API key; it is no setting, so that no log, dump or checkpoint holds it."""
+
+
+class TeacherServer(ObjectiveParameters):
+    """``algorithm.hpd.teacher_server``."""
+
+    urls: list[str] = Field([], json_schema_extra=says("give a list of addresses, as [http://host:8000]"))
+    """Servers of the teacher (vLLM with --runner pooling); several share the rows, and stand in for one another.
+    Empty: the teacher's model runs beside the student."""
+
+    features: Literal["auto", "hidden", "topk"] = "auto"
+    """hidden (exact: what the output layer takes), topk (the most likely tokens' log-probs, from a server of OpenAI's
+    completions with prompt_logprobs, which cannot pool), or auto: hidden where the server offers it."""
+
+    top_k: int = Field(20, ge=1)
+    """With topk: tokens a position, at most the server's --max-logprobs."""
+
+    timeout_s: float = Field(600.0, gt=0)
+    """Seconds for which every server may fail to answer, at the start or later; then the run ends, with a checkpoint. A
+    single request is given up and repeated after a quarter of it."""
+
+    prefetch: int = Field(1, ge=0, le=1)
+    """Lean trainer: batches whose features are fetched while the one before trains. main_ppo fetches a batch once its
+    rollouts are there."""
+
+    @classmethod
+    def from_node(cls, node: Any) -> "TeacherServer":
+        """Build from settings by name.
+
+        Raises:
+            ValueError: an unknown key, or a value outside its range; the message names the setting.
+        """
+        if isinstance(node, cls):
+            return node
+        require(isinstance(node, Mapping), NODE, node, f"give settings by name: {', '.join(cls.model_fields)}")
+        check_no_secrets(URLS, node.get("urls"))
+        try:
+            return cls(**node)
+        except ValidationError as error:
+            raise ValueError(first_error(error, cls.model_fields, NODE)) from None
+
+    @field_validator("urls", mode="after")
+    @classmethod
+    def _addresses(cls, value: list[str]) -> list[str]:
+        return addresses(value)
+
+
+def check_no_secrets(setting: str, urls: Any) -> None:
+    """Check that a list of addresses holds nothing that no log may have; other values pass.
+
+    Raises:
+        ValueError: an address holds a password or a query; the message masks it.
+    """
+    urls = urls if isinstance(urls, list | tuple) else []
+    shown = [re.sub(r"//.*@", "//***@", re.sub(r"[?#].*", "?***", str(url))) for url in urls]
+    require(
+        shown == [str(url) for url in urls],
+        setting,
+        shown,
+        "a name or password before the host, or what follows ?, would be logged; give the server's key by "
+        f"{KEY_VARIABLE} in the environment",
+    )
+
+
+def addresses(value: list[str]) -> list[str]:
+    """The same addresses.
+
+    Raises:
+        ValueError: one is none, or is there twice; the message does not name the setting.
+    """
+    for url in value:
+        parts = _parts(url)
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("give addresses with http:// or https://, as [http://host:8000]")
+    found = [url.rstrip("/").removesuffix("/v1") for url in value]
+    if len(set(found)) < len(found):
+        raise ValueError("an address twice; give each server once")
+    return value
+
+
+def _parts(url: str) -> Any:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return None if url.split() != [url] else parts
+
+
+def api_key() -> str | None:
+    """The server's API key, from the environment.
+
+    Raises:
+        ValueError: no header can hold it.
+    """
+    key = os.environ.get(KEY_VARIABLE) or None
+    if key is not None and not (key.isascii() and key.isprintable() and key.split() == [key]):
+        raise ValueError(f"{KEY_VARIABLE}=***: holds characters that no key has, as a space; set it anew")
+    return key

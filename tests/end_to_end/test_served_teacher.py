@@ -1,0 +1,169 @@
+"""Runs whose teacher is in a server that dies: vLLM's, and a small one where the run shall stop."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import WORDS, RunMainPPO, Tiny, make_model, read_steps
+from pooling_server import PoolingServer
+from test_sft_trainer import RunSFT, run_sft  # noqa: F401 (a fixture)
+
+from hpd_verl.run.stopping import EXIT_CODE
+
+STEPS = ("trainer.total_training_steps=24", "optim.lr=1e-4")
+"""At the other tests' learning rate Adam turns differences of 1e-6 into others' draws within 7 steps."""
+
+
+def when(condition: Callable[[], bool], deed: Callable[[], object]) -> threading.Thread:
+    """Do something as soon as a condition holds, beside the test."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 600
+        while not condition():
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+        deed()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+class VLLM:
+    """A vLLM server of its own process group."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        self.model, self.log = model, log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        pooler = '{"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": false}'
+        options = ["--runner", "pooling", "--convert", "embed", "--dtype", "float32", "--enforce-eager"]
+        options += ["--max-model-len", "64", "--pooler-config", pooler, "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model), *options]
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+        with open(self.log, "a") as stream:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=stream, stderr=stream, start_new_session=True
+            )
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 500
+        while True:
+            try:
+                httpx.get(self.url + "/v1/models")
+                return
+            except httpx.HTTPError:
+                is_alive = time.monotonic() < deadline and self.process.poll() is None
+                assert is_alive, self.log.read_text()[-3000:]
+                time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 64, which vLLM's pooling takes on a CPU."""
+    folder = tmp_path_factory.mktemp("served") / "teacher"
+    return make_model(folder, seed=2, vocab_size=len(WORDS) + 7, head_dim=64)
+
+
+@pytest.fixture
+def vllm(teacher: Path, tmp_path: Path) -> Iterator[VLLM]:
+    server = VLLM(teacher, tmp_path / "vllm.txt")
+    yield server
+    server.kill()
+
+
+def test_vllm_is_killed_in_mid_run(run_sft: RunSFT, teacher: Path, vllm: VLLM, tmp_path: Path) -> None:  # noqa: F811
+    """Every loss is that of a teacher beside the student, to 1e-4; a server that is started again is waited for."""
+    overrides = (f"teacher.model.path={teacher}", "trainer.resume_mode=disable", *STEPS)
+    colocated = run_sft(*overrides)
+    assert colocated.returncode == 0, colocated.output[-3000:]
+    vllm.wait()
+    log = tmp_path / "metrics.jsonl"
+    log.unlink()
+    killed: list[int] = []
+
+    def kill() -> None:
+        vllm.kill()
+        killed.append(len(read_steps(log)))
+        vllm.start()
+
+    when(lambda: len(read_steps(log)) >= 6, kill)
+    served = run_sft(*overrides, f"algorithm.hpd.teacher_server.urls=[{vllm.url}]")
+    assert served.returncode == 0, served.output[-3000:]
+    assert killed
+    assert 6 <= killed[0] < 22
+    assert served.steps[-1]["hpd/teacher_server_retries"] > 0
+    assert served.losses() == pytest.approx(colocated.losses(), abs=1e-4)
+
+
+@pytest.fixture
+def server(tiny: Tiny) -> Iterator[PoolingServer]:
+    made = PoolingServer(tiny.teacher)
+    yield made
+    made.stop()
+
+
+def test_the_lean_trainer_stops_and_goes_on(run_sft: RunSFT, server: PoolingServer, tmp_path: Path) -> None:  # noqa: F811
+    """Without a server: a checkpoint of the last step, one line, exit code 75; with it the same losses as without."""
+    whole = run_sft(*STEPS, "trainer.resume_mode=disable", f"trainer.default_local_dir={tmp_path / 'other'}")
+    log = tmp_path / "metrics.jsonl"
+    log.unlink()
+    when(lambda: len(read_steps(log)) >= 5, server.stop)
+    url = f"algorithm.hpd.teacher_server.urls=[{server.url}]"
+    stopped = run_sft(*STEPS, url, "algorithm.hpd.teacher_server.timeout_s=10")
+    last = assert_stopped(stopped.returncode, stopped.output, stopped.steps, server, tmp_path)
+    assert 5 <= last < 24
+    server.start()
+    resumed = run_sft(*STEPS, url)
+    assert resumed.returncode == 0, resumed.output[-3000:]
+    assert resumed.steps[0]["training/global_step"] == last + 1
+    assert [*stopped.losses(), *resumed.losses()] == pytest.approx(whole.losses(), abs=1e-4)
+
+
+def test_main_ppo_stops_and_goes_on(run_main_ppo: RunMainPPO, server: PoolingServer, tmp_path: Path) -> None:
+    """The same, with rollouts among the rows."""
+    log = tmp_path / "metrics.jsonl"
+    when(lambda: len(read_steps(log)) >= 2, server.stop)
+    settings = (
+        "trainer.total_training_steps=4",
+        f"algorithm.hpd.teacher_server.urls=[{server.url}]",
+        "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra]",
+    )
+    stopped = run_main_ppo(*settings, "algorithm.hpd.teacher_server.timeout_s=10")
+    last = assert_stopped(stopped.returncode, stopped.output, stopped.steps, server, tmp_path)
+    server.start()
+    resumed = run_main_ppo(*settings)
+    assert resumed.returncode == 0, resumed.output[-3000:]
+    assert [step["training/global_step"] for step in resumed.steps] == list(range(last + 1, 5))
+
+
+def assert_stopped(code: int, output: str, steps: list[dict[str, float]], server: PoolingServer, folder: Path) -> int:
+    """The last step."""
+    assert code == EXIT_CODE, output[-3000:]
+    last = int(steps[-1]["training/global_step"])
+    saved = folder / "checkpoints" / f"global_step_{last}"
+    lines = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, output[-3000:]
+    assert lines[0].startswith(f"Error: algorithm.hpd.teacher_server.urls=[{server.url}]: no answer for 10 s (")
+    assert lines[0].endswith(f"(step {last} is saved: {saved}), exit code {EXIT_CODE}")
+    assert (saved / "complete").is_file()
+    assert (saved / "teacher_probe.safetensors").is_file()
+    return last
