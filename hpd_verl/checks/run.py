@@ -46,10 +46,11 @@ from hpd_verl.checks.settings import (
     values,
 )
 from hpd_verl.config import PREFIX, HPDConfig
-from hpd_verl.data.files import as_list
+from hpd_verl.data.files import as_list, is_remote
 from hpd_verl.errors import require
 from hpd_verl.run.choices import choose_pipeline, needs_rollout_server
 from hpd_verl.teacher.store.store import check_memory_store
+from hpd_verl.teacher_server import NODE, URLS
 
 _COMMON: dict[str, Rule] = {
     **rules_of(
@@ -341,6 +342,11 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
     teacher = "actor_rollout_ref.ref.model.path"
     has_teacher = bool(OmegaConf.select(config, teacher))
     yield teacher, has_teacher or not hpd.needs_teacher, "give the teacher's folder or hub name"
+    starts_servers = hpd.teacher_server.n_gpus_per_node > 0
+    useless = "no objective in use needs a teacher, so that no server is needed; leave it out"
+    yield f"{NODE}.n_gpus_per_node", hpd.needs_teacher or not starts_servers, useless
+    fetched = f"a server that the run starts cannot fetch it; give a folder or a hub name, or {URLS}"
+    yield teacher, not (starts_servers and is_remote(str(OmegaConf.select(config, teacher)))), fetched
     for key, value in _MAIN_PPO_NEEDS.items():
         yield key, OmegaConf.select(config, key) == value, f"algorithm=hpd works only with {key}={value}"
     for role in ("actor", "ref"):
@@ -495,6 +501,8 @@ def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -
     yield f"{PREFIX}.on_policy_fraction", hpd.schedule.highest == 0, rollouts
     yield f"{PREFIX}.missing_demonstration", hpd.missing_demonstration == "error", rollouts
     yield f"{PREFIX}.pipeline", hpd.pipeline in ("auto", "one_pass"), "this trainer is one_pass only"
+    started = f"this trainer starts no servers; start them (docs/served.md), and give {URLS}"
+    yield f"{NODE}.n_gpus_per_node", hpd.teacher_server.n_gpus_per_node == 0, started
     for engine in ("engine", "teacher.engine"):
         yield _group(config, engine, ranks, "torchrun's processes")
     yield (

@@ -69,7 +69,7 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
     }
     needs = {
         f"{PREFIX}.teacher_cache={hpd.teacher_cache}": hpd.teacher_cache != "off",
-        f"{PREFIX}.teacher_server.urls={hpd.teacher_server.urls}": bool(hpd.teacher_server.urls),
+        hpd.teacher_server.source: hpd.teacher_server.is_used,
         f"{PREFIX}.exact_kl_metrics=true": hpd.exact_kl_metrics,
         f"an objective over the vocabulary ({hpd.objectives.names()})": hpd.objectives.over_vocabulary,
     }

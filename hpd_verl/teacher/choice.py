@@ -35,7 +35,7 @@ def make_teacher(settings: TeacherSettings, config: HPDConfig, student: HFModelC
     vocabulary_size = shared_vocabulary_size(student, settings.model)
     teacher: Teacher
     served = None
-    if config.teacher_server.urls:
+    if config.teacher_server.is_used:
         teacher = served = ServedTeacher(settings, config, vocabulary_size)
     else:
         teacher = ColocatedTeacher(settings.worker(), config, vocabulary_size)
