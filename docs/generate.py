@@ -37,8 +37,10 @@ SECTIONS: dict[str, list[str]] = {
     ],
     "Computation": ["pipeline", "token_chunk_size", "exact_kl_metrics"],
     "Checkpoints": ["check_saved_model"],
+    "The teacher": ["teachers", "teacher_key", "teacher_ema"],
     "The teacher's store": [name for name in HPDConfig.model_fields if name.startswith("teacher_cache")],
 }
+SEE = {"The teacher": "See [teachers](teachers.md), also for `data.teacher_prompt_key` and its siblings.\n\n"}
 NOT_SETTINGS = {"objective_parameters", "teacher_server"}
 
 SETTINGS = """# Settings
@@ -126,7 +128,7 @@ def settings_page() -> str:
         raise SystemExit(f"docs/generate.py: {', '.join(missing)} in no section")
     parts = [SETTINGS, GENERATED]
     for title, names in SECTIONS.items():
-        parts.append(f"## {title}\n\n{_table({name: fields[name] for name in names})}")
+        parts.append(f"## {title}\n\n{SEE.get(title, '')}{_table({name: fields[name] for name in names})}")
     served = {f"teacher_server.{name}": field for name, field in TeacherServer.model_fields.items()}
     parts.append(f"## A served teacher\n\nSee [served](served.md).\n\n{_table(served)}")
     parts.append(REPRODUCIBLE)

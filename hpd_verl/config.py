@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import (
@@ -21,6 +23,7 @@ from hpd_verl.errors import require
 from hpd_verl.field_text import first_error, says
 from hpd_verl.objectives import OBJECTIVES, Mixture, Objective, ObjectiveParameters, RowObjectives, find_objective
 from hpd_verl.objectives.token import HPDParameters
+from hpd_verl.several_teachers import STUDENT, OneTeacher, teachers_of
 from hpd_verl.teacher_server import NODE, TeacherServer
 
 PREFIX = "algorithm.hpd"
@@ -142,6 +145,21 @@ class HPDConfig(HPDParameters):
     teacher_server: TeacherServer = TeacherServer.from_node({})
     """A teacher that servers of its own run."""
 
+    teachers: dict[str, OneTeacher] | None = Field(
+        None, json_schema_extra=says("give {name: {path: folder or hub name}, ...}, or null")
+    )
+    """Several teachers by name, each row's by its ``teacher_key``: {maths: {path: ..}, code: {path: .., urls: [..]}}.
+    ``path`` may be student; ``urls`` are its servers; ``teacher_cache: "off"`` leaves it out of the store. null: the
+    trainer's own teacher."""
+
+    teacher_key: str = Field("data_source", min_length=1, json_schema_extra=says("give a column's name"))
+    """Several teachers: the column that names each row's."""
+
+    teacher_ema: float | None = Field(None, ge=0, lt=1)
+    """A teacher whose path is student: null, the student as it was at the start; above 0, the running average of its
+    weights, teacher_ema * average + (1 - teacher_ema) * student after each step; 0, its current weights, without a
+    second copy."""
+
     objective_parameters: dict[str, dict[str, Any]] = Field({}, repr=False, exclude=True)
     """Parameters by their objective's name: the keys of ``algorithm.hpd`` that are objectives. Not a setting itself."""
 
@@ -153,6 +171,8 @@ class HPDConfig(HPDParameters):
         nodes = {name: value for name, value in values.items() if name not in own}
         if "teacher_server" in own:
             own["teacher_server"] = TeacherServer.from_node(own["teacher_server"])
+        if "teachers" in own:
+            own["teachers"] = teachers_of(own["teachers"])
         try:
             super().__init__(**{"objective_parameters": nodes, **own})
         except ValidationError as error:
@@ -232,6 +252,33 @@ class HPDConfig(HPDParameters):
         )
         if self.teacher_server.urls and self.teacher_server.features == "topk":
             self.check_served_top_k()
+        if self.teachers is not None:
+            require(
+                not self.teacher_server.is_used,
+                *self.teacher_server.origin,
+                f"{PREFIX}.teachers has several teachers; give each its own urls there",
+            )
+            for name in self.teachers:
+                self.of_teacher(name)
+            require(
+                self.teacher_ema is None or any(each.path == STUDENT for each in self.teachers.values()),
+                f"{PREFIX}.teacher_ema",
+                self.teacher_ema,
+                f"it is of a teacher whose path is {STUDENT}, and {PREFIX}.teachers has none; leave it out",
+            )
+        require(
+            self.teacher_ema is None or self.teacher_cache == "off" or self.teachers is not None,
+            f"{PREFIX}.teacher_ema",
+            self.teacher_ema,
+            f"the teacher changes with each step, and {PREFIX}.teacher_cache={self.teacher_cache} keeps what it was; "
+            "set teacher_cache=off",
+        )
+        require(
+            self.teacher_ema is None or not self.teacher_server.is_used,
+            f"{PREFIX}.teacher_ema",
+            self.teacher_ema,
+            f"{self.teacher_server.source} is of servers, whose teacher does not change; leave one of them out",
+        )
         return self
 
     def check_served_top_k(self) -> None:
@@ -361,6 +408,25 @@ class HPDConfig(HPDParameters):
     def needs_teacher(self) -> bool:
         """Whether any objective in use, or a metric that is asked for, needs the teacher."""
         return self.objectives.needs_teacher or self.exact_kl_metrics
+
+    def of_teacher(self, name: str) -> "HPDConfig":
+        """The settings of one of several teachers, as if it were the only one. Its store has a folder of its own."""
+        assert self.teachers is not None
+        teacher, folder = self.teachers[name], self.teacher_cache_dir
+        return self.model_copy(
+            update={
+                "teachers": None,
+                "teacher_server": self.teacher_server.model_dump() | {"urls": list(teacher.urls)},
+                "teacher_cache": teacher.teacher_cache or self.teacher_cache,
+                "teacher_cache_dir": None if folder is None else str(Path(folder) / quote(name, safe="")),
+                "teacher_ema": self.teacher_ema if teacher.path == STUDENT else None,
+            }
+        )
+
+    @property
+    def of_each_teacher(self) -> dict[str, "HPDConfig"]:
+        """The settings of each teacher by name; of a single one under the empty name."""
+        return {"": self} if self.teachers is None else {name: self.of_teacher(name) for name in self.teachers}
 
     @property
     def temperature_of_teacher(self) -> float:

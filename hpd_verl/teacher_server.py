@@ -60,15 +60,7 @@ class TeacherServer(ObjectiveParameters):
         if isinstance(node, cls):
             return node
         require(isinstance(node, Mapping), NODE, node, f"give settings by name: {', '.join(cls.model_fields)}")
-        urls = node.get("urls") if isinstance(node.get("urls"), list | tuple) else []
-        shown = [re.sub(r"//.*@", "//***@", re.sub(r"[?#].*", "?***", str(url))) for url in urls]
-        require(
-            shown == [str(url) for url in urls],
-            URLS,
-            shown,
-            "a name or password before the host, or what follows ?, would be logged; give the server's key by "
-            f"{KEY_VARIABLE} in the environment",
-        )
+        check_no_secrets(URLS, node.get("urls"))
         try:
             return cls(**node)
         except ValidationError as error:
@@ -77,14 +69,7 @@ class TeacherServer(ObjectiveParameters):
     @field_validator("urls", mode="after")
     @classmethod
     def _addresses(cls, value: list[str]) -> list[str]:
-        for url in value:
-            parts = _parts(url)
-            if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError("give addresses with http:// or https://, as [http://host:8000]")
-        found = [url.rstrip("/").removesuffix("/v1") for url in value]
-        if len(set(found)) < len(found):
-            raise ValueError("an address twice; give each server once")
-        return value
+        return addresses(value)
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TeacherServer":
@@ -107,14 +92,52 @@ class TeacherServer(ObjectiveParameters):
         return bool(self.urls) or self.n_gpus_per_node > 0
 
     @property
+    def origin(self) -> tuple[str, Any]:
+        """The setting by which they are used, and its value."""
+        return (f"{NODE}.n_gpus_per_node", self.n_gpus_per_node) if self.n_gpus_per_node else (URLS, self.urls)
+
+    @property
     def source(self) -> str:
-        """The setting by which they are used, with its value."""
-        return f"{NODE}.n_gpus_per_node={self.n_gpus_per_node}" if self.n_gpus_per_node else f"{URLS}={self.urls}"
+        """``origin`` in one word."""
+        return "{}={}".format(*self.origin)
 
     def started(self, urls: list[str]) -> "TeacherServer":
         """The same settings once the run's own servers are there, as those of servers with these addresses."""
         none = {"n_gpus_per_node": 0, "nnodes": 1, "tensor_model_parallel_size": 1}
         return self.model_copy(update={"urls": urls, **none})
+
+
+def check_no_secrets(setting: str, urls: Any) -> None:
+    """Check that a list of addresses holds nothing that no log may have; other values pass.
+
+    Raises:
+        ValueError: an address holds a password or a query; the message masks it.
+    """
+    urls = urls if isinstance(urls, list | tuple) else []
+    shown = [re.sub(r"//.*@", "//***@", re.sub(r"[?#].*", "?***", str(url))) for url in urls]
+    require(
+        shown == [str(url) for url in urls],
+        setting,
+        shown,
+        "a name or password before the host, or what follows ?, would be logged; give the server's key by "
+        f"{KEY_VARIABLE} in the environment",
+    )
+
+
+def addresses(value: list[str]) -> list[str]:
+    """The same addresses.
+
+    Raises:
+        ValueError: one is none, or is there twice; the message does not name the setting.
+    """
+    for url in value:
+        parts = _parts(url)
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("give addresses with http:// or https://, as [http://host:8000]")
+    found = [url.rstrip("/").removesuffix("/v1") for url in value]
+    if len(set(found)) < len(found):
+        raise ValueError("an address twice; give each server once")
+    return value
 
 
 def _parts(url: str) -> Any:

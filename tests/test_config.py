@@ -114,6 +114,7 @@ def shown(value: Any) -> str:
 NOT_NUMBERS = [math.nan, math.inf, True, "1", None]
 NOT_BOOLEANS = [1, "true", None]
 NOT_POSITIVE_INTEGERS = [0, -1, 1.0, True, "2", None]
+NOT_TEACHERS: list[Any] = [[1], "maths", {}, 1]
 REFUSED = [
     *(("pipeline", value) for value in ("fast", None)),
     *(("exact_kl_metrics", value) for value in NOT_BOOLEANS),
@@ -140,6 +141,9 @@ REFUSED = [
     *(("teacher_cache_bits", value) for value in (1, 8, *NOT_POSITIVE_INTEGERS)),
     *(("teacher_cache_max_gib", value) for value in (0, -1.0, *NOT_NUMBERS)),
     *(("teacher_server", value) for value in ([1], "http://host:8000", None)),
+    *(("teachers", value) for value in NOT_TEACHERS),
+    *(("teacher_key", value) for value in ("", 1, None)),
+    *(("teacher_ema", value) for value in (-0.1, 1, 1.0, 1.5, *NOT_NUMBERS) if value is not None),
 ]
 
 
@@ -234,6 +238,23 @@ def test_servers_that_the_run_starts(beside: dict[str, Any], message: str) -> No
     with pytest.raises(ValueError, match="algorithm") as refusal:
         HPDConfig(teacher_server={"n_gpus_per_node": 4, **beside})
     assert str(refusal.value) == f"algorithm.hpd.teacher_server.{message}"
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        (
+            {"teachers": {"maths": {"path": "x"}}},
+            "teacher_server.n_gpus_per_node=4: algorithm.hpd.teachers has several teachers; give each its own urls",
+        ),
+        ({"teacher_ema": 0.5}, "teacher_ema=0.5: algorithm.hpd.teacher_server.n_gpus_per_node=4 is of servers, whose"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_servers_that_the_run_starts_are_of_one_teacher(beside: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="algorithm") as refusal:
+        HPDConfig(teacher_server={"n_gpus_per_node": 4}, **beside)
+    assert str(refusal.value).startswith(f"algorithm.hpd.{message}")
 
 
 def test_started_servers_are_servers_that_are_there() -> None:

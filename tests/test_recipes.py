@@ -133,6 +133,26 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
         "trainer.total_training_steps": 200,
         "trainer.test_freq": 50,
     },
+    ("math/self_distillation.sh", ""): MATH
+    | {
+        "algorithm.hpd.objective": "opd",
+        "algorithm.hpd.on_policy_fraction": 1,
+        "algorithm.hpd.teacher_ema": None,
+        "data.train_batch_size": 64,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 64,
+        "actor_rollout_ref.rollout.n": 4,
+        "actor_rollout_ref.rollout.temperature": 1.0,
+        "actor_rollout_ref.model.path": "Qwen/Qwen2.5-1.5B-Instruct",
+        "actor_rollout_ref.ref.model.path": "student",
+        "actor_rollout_ref.actor.optim.lr": 5e-6,
+        "data.max_prompt_length": 1024,
+        "data.max_response_length": 4096,
+        "data.max_teacher_prompt_length": 8192,
+        "data.teacher_prompt_template": "{prompt}\n\nHere is a worked solution:\n\n{demonstration}\n\nRead it, then "
+        "solve the problem in your own words.",
+        "trainer.total_training_steps": 200,
+        "trainer.test_freq": 50,
+    },
     ("math/lora.sh", ""): ONE_GPU
     | {
         "model.path": "Qwen/Qwen2.5-1.5B-Instruct",

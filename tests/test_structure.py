@@ -15,7 +15,7 @@ ORDER = [
     {"errors", "field_text"},
     {"objectives"},
     {"head"},
-    {"config", "run", "teacher_server"},
+    {"config", "run", "several_teachers", "teacher_server"},
     {"data"},
     {"engine"},
     {"teacher"},

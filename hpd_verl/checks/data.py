@@ -13,6 +13,7 @@ from hpd_verl.data.chat_template import begins_answer
 from hpd_verl.data.demonstration import DemonstrationTokenizer, PromptTokenizer, demonstration_of, has_demonstration
 from hpd_verl.data.files import DataFile
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, as_written, tools_of
+from hpd_verl.data.teacher_prompt import LENGTH_SETTING, max_teacher_prompt_length
 from hpd_verl.errors import one_line
 
 _TOKENISED_DEMONSTRATIONS = 64
@@ -59,6 +60,7 @@ def check_prompts_fit(
     limit, filters = data.max_prompt_length, data.get("filter_overlong_prompts", True)
     drops = hpd.overlong_demonstration == "drop" and setting == "data.train_files"
     rows = _Rows(tokenizer, template_kwargs(data), data.max_response_length, data.get("prompt_key", "prompt"))
+    of_teacher = _TeacherLengths(max_teacher_prompt_length(data), filters)
     needed = needed_rows if filters or drops else 1
     seen = fitting = refused = 0
     shortest: int | None = None
@@ -79,11 +81,17 @@ def check_prompts_fit(
             shortest = length if shortest is None else min(shortest, length)
             if filters and length > limit:
                 continue
+            try:
+                fits = of_teacher.take(rows.teacher_prompt_length(file, row))
+            except Exception as error:  # as above
+                raise ValueError(rows.refusal(file, index, "the teacher's prompt", error)) from error
+            if filters and not fits:
+                continue
             looks = file.rules.reads_demonstrations and (drops or seen <= _TOKENISED_DEMONSTRATIONS)
             answer = rows.response_length(file, index, row) if looks else 0
             if drops and answer > data.max_response_length:
                 continue
-            fitting += filters or drops or length <= limit
+            fitting += filters or drops or (length <= limit and fits)
     if fitting < needed and refused and shortest is None:
         raise ValueError(first_refusal)
     if fitting < needed and drops and shortest is not None and shortest <= limit:
@@ -91,6 +99,8 @@ def check_prompts_fit(
             f"data.max_response_length={data.max_response_length}: algorithm.hpd.overlong_demonstration=drop keeps "
             f"{fitting} of {seen} rows of {setting}, {needed} are needed; raise it, or truncate"
         )
+    if fitting < needed and of_teacher.overlong and shortest is not None and shortest <= limit:
+        raise ValueError(of_teacher.refusal(setting, seen, needed))
     if fitting < needed:
         what = f"stay, {needed} are needed" if filters else "fit, the others would lose their beginning"
         others = f"; {refused} are refused, the first, {first_refusal}" if refused else ""
@@ -105,6 +115,8 @@ def texts_of_rows(files: Sequence[DataFile], prompt_key: str) -> Iterator[tuple[
     """The chat columns of all rows as text, each with the row's name."""
     for file in files:
         wanted = [prompt_key, TOOLS, *([DEMONSTRATION] if file.rules.reads_demonstrations else [])]
+        if file.rules.teacher_prompts is not None:
+            wanted += file.rules.teacher_prompts.reads(file.schema.names)
         start = 0
         for batch, rows in file.batches([name for name in file.schema.names if name in wanted]):
             for index, row in enumerate(rows, start):
@@ -117,6 +129,29 @@ def _texts(value: Any) -> list[str]:
         return [value]
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     return [text for item in items for text in _texts(item)]
+
+
+class _TeacherLengths:
+    """Lengths of the teacher's prompts that were looked at."""
+
+    def __init__(self, limit: int, filters: bool) -> None:
+        self.limit = limit
+        self.filters = filters
+        self.overlong = 0
+        self.shortest: int | None = None
+
+    def take(self, length: int) -> bool:
+        """Count one; whether it fits."""
+        self.shortest = length if self.shortest is None else min(self.shortest, length)
+        self.overlong += length > self.limit
+        return length <= self.limit
+
+    def refusal(self, setting: str, seen: int, needed: int) -> str:
+        what = f"are left out, {needed} rows are needed" if self.filters else "lose their beginning, and none fits"
+        return (
+            f"{LENGTH_SETTING}={self.limit}: of {seen} rows of {setting} {self.overlong} prompts of the teacher {what} "
+            f"(the shortest has {self.shortest} tokens); raise it"
+        )
 
 
 class _Rows:
@@ -132,15 +167,25 @@ class _Rows:
     def of(self, file: DataFile, unusual: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
         """Number and content of a file's rows; ``unusual``: only of batches that may hold more than texts."""
         wanted = [self._key, TOOLS, *([DEMONSTRATION] if file.rules.reads_demonstrations else [])]
+        prompts = file.rules.teacher_prompts
+        keys = (self._key,) if prompts is None else (self._key, prompts.key)
+        wanted += [] if prompts is None else prompts.reads(file.schema.names)
         start = 0
         for batch, rows in file.batches([name for name in file.schema.names if name in wanted]):
             if not unusual or _may_be_unusual(batch, self._key):
                 for index, row in enumerate(rows, start):
-                    yield index, as_written(row, rows.features, self._key)
+                    yield index, as_written(row, rows.features, *keys)
             start += len(batch)
 
     def prompt_length(self, row: Mapping[str, Any]) -> int:
         return len(self._prompts.encode(row[self._key], tools_of(row.get(TOOLS))))
+
+    def teacher_prompt_length(self, file: DataFile, row: Mapping[str, Any]) -> int:
+        """0 where the teacher reads the prompt itself."""
+        prompts = file.rules.teacher_prompts
+        if prompts is None or not prompts.are_used(file.schema.names):
+            return 0
+        return len(self._prompts.encode(prompts.messages(row), tools_of(row.get(TOOLS))))
 
     def response_length(self, file: DataFile, index: int, row: Mapping[str, Any]) -> int:
         """Tokens of the row's demonstration, 0 without one.

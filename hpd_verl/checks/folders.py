@@ -58,10 +58,12 @@ def check_store(hpd: HPDConfig) -> None:
     Raises:
         ValueError: it cannot, or does not.
     """
-    if hpd.teacher_cache != "disk" or not hpd.needs_teacher:
+    folders = [own.teacher_cache_dir for own in hpd.of_each_teacher.values() if own.teacher_cache == "disk"]
+    if not folders or not hpd.needs_teacher:
         return
     check_folder(DIR_SETTING, hpd.teacher_cache_dir, "the teacher's store")
-    check_space(Path(str(hpd.teacher_cache_dir)).expanduser(), int(hpd.teacher_cache_max_gib * GIB))
+    for folder in folders:
+        check_space(Path(str(folder)).expanduser(), int(hpd.teacher_cache_max_gib * GIB))
 
 
 def check_temporary_folders(*variables: str) -> None:

@@ -29,6 +29,7 @@ from hpd_verl.engine.saved_model import ADAPTER
 from hpd_verl.engine.weight_files import ADAPTER_WEIGHTS, in_folder, weight_files
 from hpd_verl.errors import one_line, require
 from hpd_verl.run.checkpoint import read_json
+from hpd_verl.several_teachers import STUDENT
 from hpd_verl.teacher.model_config import teacher_model_config
 from hpd_verl.teacher.served.output_layer import plain_config
 
@@ -261,11 +262,12 @@ def _check_build(use: ModelUse, model: HFModelConfig) -> PreTrainedModel:
     return built
 
 
-def _check_context(use: ModelUse, model: HFModelConfig, needed_context: int) -> None:
+def _check_context(use: ModelUse, model: HFModelConfig, needed_context: int, has_own_prompts: bool) -> None:
     context = getattr(model.hf_config, "max_position_embeddings", None)
     if context is not None and context < needed_context:
+        name = "max_teacher_prompt_length" if has_own_prompts else "max_prompt_length"
         raise ValueError(
-            f"{use.setting}={model.path}: its context has {context} tokens, but data.max_prompt_length + "
+            f"{use.setting}={model.path}: its context has {context} tokens, but data.{name} + "
             f"data.max_response_length = {needed_context}; shorten them or choose another model"
         )
 
@@ -404,6 +406,7 @@ def check_models(
     uses: tuple[ModelUse, ModelUse],
     needed_context: int,
     template_kwargs: dict[str, Any] | None = None,
+    teacher_context: int | None = None,
 ) -> HFModelConfig:
     """Check student and teacher, their files, and how they fit each other and the data's lengths.
 
@@ -415,6 +418,8 @@ def check_models(
         uses: of student and teacher.
         needed_context: data.max_prompt_length + data.max_response_length, tokens.
         template_kwargs: data.apply_chat_template_kwargs.
+        teacher_context: data.max_teacher_prompt_length + data.max_response_length, where the teacher has prompts of its
+            own; None: as the student.
 
     Returns:
         The student's configuration with its tokenizer.
@@ -436,9 +441,10 @@ def check_models(
             "verl loads an adapter only if lora_rank is above 0; set lora_rank too, or leave both out",
         )
         _check_overrides(use, model)
+        context = needed_context if use is uses[0] or teacher_context is None else teacher_context
         if use.served:
             _check_served(use, model)
-            _check_context(use, model, needed_context)
+            _check_context(use, model, context, context != needed_context)
             continue
         files = check_weights(use.setting, Path(model.local_path)) if Path(model.local_path).is_dir() else []
         built = _check_build(use, model)
@@ -446,12 +452,12 @@ def check_models(
             _check_tensors(use, model, built, files)
         if model.lora_rank > 0:
             _check_lora(use, model, built)
-        _check_context(use, model, needed_context)
+        _check_context(use, model, context, context != needed_context)
     student_model = models[uses[0].setting]
     _check_chat_template(student_model, uses[0].setting, dict(template_kwargs or {}))
     if uses[1].setting in models:
         teacher_model = models[uses[1].setting]
-        if student_model.path == teacher_model.path:
+        if student_model.path == teacher_model.path and teacher.path != STUDENT:
             logger.warning(
                 "%s and %s are both %s: student and teacher start equal",
                 *models,

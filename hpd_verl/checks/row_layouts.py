@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from hpd_verl.engine.causal_lm import check_head, offer_head
 from hpd_verl.engine.replica import Replica, rope_switch
 from hpd_verl.engine.row_layout import RowLayout, Tried, default_attentions, layouts, try_layouts
 from hpd_verl.errors import one_line, require
-from hpd_verl.teacher.model_config import teacher_model_config
+from hpd_verl.teacher.model_config import teacher_model_config, teacher_name
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +63,19 @@ class ModelNode:
         return OmegaConf.select(self.node, key)
 
 
-def model_nodes(student: DictConfig, teacher: DictConfig, names: Sequence[str]) -> list[ModelNode]:
-    """The models of a run: the student, and the teacher, if any.
+def model_nodes(student: DictConfig, teachers: Mapping[str, DictConfig], names: Sequence[str]) -> list[ModelNode]:
+    """The models of a run: the student, and its teachers, if any.
 
     Args:
-        student, teacher: their nodes.
-        names: of these nodes, in this order.
+        student: its node.
+        teachers: their nodes, of ``teacher_nodes``.
+        names: of the student's node and of a single teacher's.
     """
     nodes = [ModelNode(names[0], student, student)]
-    if teacher.get("path"):
-        nodes.append(ModelNode(names[1], teacher_model_config(student, teacher), teacher))
+    for name, teacher in teachers.items():
+        if teacher.get("path"):
+            called = teacher_name(name, names[1])
+            nodes.append(ModelNode(called, teacher_model_config(student, teacher), teacher))
     return nodes
 
 

@@ -47,8 +47,10 @@ from hpd_verl.checks.settings import (
 )
 from hpd_verl.config import PREFIX, HPDConfig
 from hpd_verl.data.files import as_list, is_remote
+from hpd_verl.data.teacher_prompt import max_teacher_prompt_length, placeholders
 from hpd_verl.errors import require
 from hpd_verl.run.choices import choose_pipeline, needs_rollout_server
+from hpd_verl.several_teachers import STUDENT
 from hpd_verl.teacher.store.store import check_memory_store
 from hpd_verl.teacher_server import NODE, URLS
 
@@ -59,7 +61,12 @@ _COMMON: dict[str, Rule] = {
             "train_batch_size max_prompt_length max_response_length": COUNT,
             "train_files val_files": FILES_OR_NULL,
             "train_max_samples val_max_samples": SAMPLES,
-            "prompt_key": TEXT,
+            "prompt_key teacher_prompt_key": TEXT,
+            "teacher_prompt_template": (
+                lambda value: value is None or (isinstance(value, str) and bool(placeholders(value))),
+                "give a text with columns in braces, as {prompt} and {demonstration}, or null",
+            ),
+            "max_teacher_prompt_length": COUNT_OR_NULL,
             "use_shm filter_overlong_prompts": SWITCH,
             "apply_chat_template_kwargs": MAPPING,
             "apply_chat_template_kwargs.*": ANYTHING,
@@ -289,7 +296,13 @@ def check_trackers(config: DictConfig) -> None:
 
 
 def _micro_batches(
-    config: DictConfig, rows: str, tokens: str, by_tokens: bool, of_rank: int, sharing: int = 1
+    config: DictConfig,
+    rows: str,
+    tokens: str,
+    by_tokens: bool,
+    of_rank: int,
+    sharing: int = 1,
+    has_teacher: bool = False,
 ) -> Iterator[Relation]:
     """Micro-batches of a pass: packed by tokens they hold the longest row, of fixed size they fill what a rank gets.
 
@@ -300,15 +313,66 @@ def _micro_batches(
         by_tokens: which of the two holds.
         of_rank: rows that a rank gets at once.
         sharing: ranks that share a sequence.
+        has_teacher: the teacher's rows are among them.
     """
-    longest = config.data.max_prompt_length + config.data.max_response_length
+    name, longest = "max_prompt_length", config.data.max_prompt_length
+    if has_teacher and max_teacher_prompt_length(config.data) > longest:
+        name, longest = "max_teacher_prompt_length", max_teacher_prompt_length(config.data)
+    longest += config.data.max_response_length
     if by_tokens:
-        said = f"below data.max_prompt_length + data.max_response_length = {longest}; raise it"
+        said = f"below data.{name} + data.max_response_length = {longest}; raise it"
         yield tokens, OmegaConf.select(config, tokens) * sharing >= longest, said
     else:
         size = OmegaConf.select(config, rows)
         yield rows, size is not None, "micro-batches are not packed by tokens; give their size in rows"
         yield rows, of_rank % size == 0, f"must divide the {of_rank} sequences of a rank"
+
+
+def _of_teachers(
+    config: DictConfig, hpd: HPDConfig, setting: str, needs_teacher: bool, student: str, engine: str, of_teacher: str
+) -> Iterator[Relation]:
+    """Where the teacher comes from, and what a teacher that is made of the student can be.
+
+    Args:
+        config: the composed configuration.
+        hpd: the algorithm's settings.
+        setting: of the trainer's own teacher's path.
+        needs_teacher: the run has a teacher.
+        student: the student's model node.
+        engine, of_teacher: the engines' nodes.
+    """
+    path, has_several = OmegaConf.select(config, setting), hpd.teachers is not None
+    yield setting, bool(path) or has_several or not needs_teacher, "give the teacher's folder or hub name"
+    yield setting, not path or not has_several, f"{PREFIX}.teachers has the teachers, too; leave one of them out"
+    ema, paths = f"{PREFIX}.teacher_ema", [path, *(each.path for each in (hpd.teachers or {}).values())]
+    averages = bool(hpd.teacher_ema)
+    yield (
+        ema,
+        hpd.teacher_ema is None or STUDENT in paths,
+        f"it is of the student as its teacher: set {setting}={STUDENT}",
+    )
+    rank = OmegaConf.select(config, f"{student}.lora_rank", default=0)
+    yield (
+        ema,
+        not averages or not rank,
+        f"{student}.lora_rank={rank}: the running average of an adapter is not supported; give 0 for the current "
+        "weights, or null for those of the start",
+    )
+    sizes = [OmegaConf.select(config, f"{node}.fsdp_size", default=-1) for node in (engine, of_teacher)]
+    inherited = of_teacher == "teacher.engine" and OmegaConf.select(config, f"{of_teacher}.fsdp_size") is None
+    yield (
+        f"{of_teacher}.fsdp_size",
+        not averages or inherited or sizes[0] == sizes[1],
+        f"{ema}={hpd.teacher_ema} averages each rank's part of the weights; give {engine}.fsdp_size={sizes[0]} to both",
+    )
+    longer = config.data.get("max_teacher_prompt_length")
+    if OmegaConf.select(config, "data.teacher_prompt_template") is not None:
+        yield "data.teacher_prompt_template", needs_teacher, "no objective here needs a teacher; leave it out"
+    yield (
+        "data.max_teacher_prompt_length",
+        longer is None or needs_teacher,
+        "no objective here needs a teacher; leave it out",
+    )
 
 
 def _group(config: DictConfig, engine: str, ranks: int, counted: str) -> Relation:
@@ -340,8 +404,15 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
     models, batch = config.actor_rollout_ref, config.data.train_batch_size
     actor, rollout = models.actor, models.rollout
     teacher = "actor_rollout_ref.ref.model.path"
-    has_teacher = bool(OmegaConf.select(config, teacher))
-    yield teacher, has_teacher or not hpd.needs_teacher, "give the teacher's folder or hub name"
+    yield from _of_teachers(
+        config,
+        hpd,
+        teacher,
+        hpd.needs_teacher,
+        "actor_rollout_ref.model",
+        "actor_rollout_ref.actor.fsdp_config",
+        "actor_rollout_ref.ref.fsdp_config",
+    )
     starts_servers = hpd.teacher_server.n_gpus_per_node > 0
     useless = "no objective in use needs a teacher, so that no server is needed; leave it out"
     yield f"{NODE}.n_gpus_per_node", hpd.needs_teacher or not starts_servers, useless
@@ -389,7 +460,7 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
     pipeline, reason = choose_pipeline(config, hpd)
     yield (
         teacher,
-        has_teacher or pipeline == "one_pass",
+        bool(OmegaConf.select(config, teacher)) or pipeline == "one_pass",
         f"the staged pipeline ({reason}) always needs a teacher",
     )
     yield from _main_ppo_ranks(config, hpd, is_staged=pipeline == "staged")
@@ -438,13 +509,14 @@ def _main_ppo_ranks(config: DictConfig, hpd: HPDConfig, is_staged: bool) -> Iter
         ("actor.ppo", actor.use_dynamic_bsz, mini_batch * rollout.n // data_parallel, sharing["actor"]),
         ("ref.log_prob", ref.log_prob_use_dynamic_bsz, of_teacher, sharing["ref"]),
     ]
-    if is_staged:
-        of_student = batch * rollout.n // data_parallel
+    if is_staged or hpd.teacher_ema == 0:  # verl's sizes of the student's passes without an update
+        of_student = batch * rollout.n // data_parallel if is_staged else 0
         passes.append(("rollout.log_prob", rollout.log_prob_use_dynamic_bsz, of_student, sharing["actor"]))
     for name, by_tokens, of_rank, shared in passes:
         start = f"actor_rollout_ref.{name}"
         sizes = (f"{start}_micro_batch_size_per_gpu", f"{start}_max_token_len_per_gpu")
-        yield from _micro_batches(config, *sizes, by_tokens, of_rank, shared)
+        has_teacher = name == "ref.log_prob" or (name == "rollout.log_prob" and hpd.teacher_ema == 0)
+        yield from _micro_batches(config, *sizes, by_tokens, of_rank, shared, has_teacher)
     yield (
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
         actor.use_dynamic_bsz == rollout.log_prob_use_dynamic_bsz,
@@ -478,7 +550,8 @@ def check_config(config: DictConfig) -> HPDConfig:
     )
     hpd = HPDConfig.from_config(config.algorithm.hpd)
     check_relations(config, _of_main_ppo(config, hpd))
-    check_memory_store(hpd.teacher_cache, config.trainer.n_gpus_per_node * config.trainer.nnodes)
+    for own in hpd.of_each_teacher.values():
+        check_memory_store(own.teacher_cache, config.trainer.n_gpus_per_node * config.trainer.nnodes)
     return hpd
 
 
@@ -495,8 +568,8 @@ def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -
     yield from lora_relations(config, "model", trained=True)
     yield from lora_relations(config, "teacher.model", trained=False)
     data, trainer = config.data, config.trainer
-    needs_teacher, has_teacher = hpd.needs_teacher or fills_store, bool(config.teacher.model.path)
-    yield "teacher.model.path", has_teacher or not needs_teacher, "give the teacher's folder or hub name"
+    needs_teacher = hpd.needs_teacher or fills_store
+    yield from _of_teachers(config, hpd, "teacher.model.path", needs_teacher, "model", "engine", "teacher.engine")
     rollouts = "this trainer has demonstrations only; python -m verl.trainer.main_ppo algorithm=hpd makes rollouts"
     yield f"{PREFIX}.on_policy_fraction", hpd.schedule.highest == 0, rollouts
     yield f"{PREFIX}.missing_demonstration", hpd.missing_demonstration == "error", rollouts
@@ -527,7 +600,7 @@ def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -
         yield "data.train_batch_size", batch % data_parallel == 0, said
     sizes = ("data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu")
     of_rank = 0 if fills_store else batch // data_parallel
-    yield from _micro_batches(config, *sizes, data.use_dynamic_bsz, of_rank, shared)
+    yield from _micro_batches(config, *sizes, data.use_dynamic_bsz, of_rank, shared, has_teacher=True)
 
 
 def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = False) -> HPDConfig:
@@ -548,5 +621,6 @@ def check_sft_config(config: DictConfig, ranks: int = 1, fills_store: bool = Fal
     check_trackers(config)
     hpd = HPDConfig.from_config(config.algorithm.hpd)
     check_relations(config, _of_sft(config, hpd, ranks, fills_store))
-    check_memory_store(hpd.teacher_cache, ranks)
+    for own in hpd.of_each_teacher.values():
+        check_memory_store(own.teacher_cache, ranks)
     return hpd

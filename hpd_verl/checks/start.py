@@ -1,7 +1,8 @@
 """All checks of a command, the cheap ones first, before Ray, ranks or models start."""
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,12 +19,19 @@ from hpd_verl.checks.settings import on_cpu
 from hpd_verl.checks.teacher_server import check_teacher_server
 from hpd_verl.checks.vocabulary import check_embedded
 from hpd_verl.config import HPDConfig
-from hpd_verl.data.files import RowRules, as_list, check_files, is_remote
+from hpd_verl.data.files import DataFile, RowRules, as_list, check_files, is_remote
+from hpd_verl.data.teacher_prompt import (
+    KEY_SETTING,
+    LENGTH_SETTING,
+    TEMPLATE_SETTING,
+    TeacherPrompts,
+    max_teacher_prompt_length,
+)
 from hpd_verl.engine.families import head_size
 from hpd_verl.errors import require
 from hpd_verl.run.checkpoint import ACTOR, LEAN
 from hpd_verl.run.choices import choose_pipeline, needs_rollout_server
-from hpd_verl.teacher.model_config import teacher_model_config
+from hpd_verl.teacher.model_config import teacher_model_config, teacher_name, teacher_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +53,8 @@ def _max_samples(config: DictConfig, files_setting: str) -> int:
 def _check_data_and_models(
     config: DictConfig,
     hpd: HPDConfig,
-    models: Mapping[str, DictConfig],
+    student_node: DictConfig,
+    teacher_parent: DictConfig,
     uses: tuple[ModelUse, ModelUse],
     rows_needed: Mapping[str, int],
     passes: Passes,
@@ -57,7 +66,8 @@ def _check_data_and_models(
     Args:
         config: the composed configuration.
         hpd: the algorithm's settings.
-        models: the model nodes of ``student`` and ``teacher``.
+        student_node: the student's model node.
+        teacher_parent: of its teacher's.
         uses: of student and teacher.
         rows_needed: file setting to the rows that must be there at least.
         passes: what is asked of the models.
@@ -83,31 +93,39 @@ def _check_data_and_models(
                 + (f" with {setting.removesuffix('files')}max_samples={limit}" if used < rows else "")
                 + ", less than one batch; lower it"
             )
-    remote = [str(node.path) for node in models.values() if is_remote_model(node)]
+    is_used = _check_teacher_prompts(config, hpd, checked, validates_on_demonstrations, passes)
+    teachers = teacher_nodes(teacher_parent, hpd)
+    remote = [str(node.path) for node in (student_node, *teachers.values()) if is_remote_model(node)]
     if remote:
         logger.info("not checked before the run starts, for they would have to be fetched: %s", ", ".join(remote))
         return None
-    student = check_models(
-        student=without_copies(models["student"]),
-        teacher=without_copies(models["teacher"]),
-        uses=uses,
-        needed_context=data.max_prompt_length + data.max_response_length,
-        template_kwargs=template_kwargs(data),
-    )
+    teachers = {name: without_copies(node) for name, node in teachers.items()}
+    student_node = without_copies(student_node)
+    longest = data.max_prompt_length + data.max_response_length
+    of_teacher = max_teacher_prompt_length(data) + data.max_response_length if is_used else longest
+    for name, node in teachers.items():
+        student = check_models(
+            student=student_node,
+            teacher=node,
+            uses=(uses[0], _use_of(name, uses[1], hpd)),
+            needed_context=longest,
+            template_kwargs=template_kwargs(data),
+            teacher_context=of_teacher,
+        )
     check_student_files(student, uses[0].setting, serves_rollouts)
     check_embedded(
-        f"{uses[0].setting}={models['student'].path}",
+        f"{uses[0].setting}={student_node.path}",
         student.tokenizer,
         student.hf_config.vocab_size,
         template_kwargs(data),
         texts_of_rows([file for found in checked.values() for file in found], data.get("prompt_key", "prompt")),
     )
-    nodes = (without_copies(models["student"]), without_copies(models["teacher"]))
-    if uses[1].served and hpd.needs_teacher and nodes[1].get("path"):
-        teacher = load_model_config(teacher_model_config(*nodes), uses[1].setting)
-        longest = data.max_prompt_length + data.max_response_length
-        check_teacher_server(hpd, uses[1].setting, teacher, student, longest)
-    for model in model_nodes(*nodes, [use.node for use in uses]):
+    for name, own in hpd.of_each_teacher.items():
+        use, node = _use_of(name, uses[1], hpd), teachers[name]
+        if use.served and hpd.needs_teacher and node.get("path"):
+            teacher = load_model_config(teacher_model_config(student_node, node), use.setting)
+            check_teacher_server(own, use.setting, teacher, student, of_teacher)
+    for model in model_nodes(student_node, teachers, [use.node for use in uses]):
         choose_row_layout(model, passes)
     for setting, found in checked.items():
         if _has_remote(as_list(OmegaConf.select(config, setting))):
@@ -122,6 +140,56 @@ def _check_data_and_models(
             max_samples=-1 if data.get("shuffle", False) else _max_samples(config, setting),
         )
     return student
+
+
+def _use_of(name: str, single: ModelUse, hpd: HPDConfig) -> ModelUse:
+    """How a teacher is used, by its name among several; ``single`` where it is the only one."""
+    if not name or hpd.teachers is None:
+        return single
+    return dataclasses.replace(single, setting=f"{teacher_name(name, '')}.path", served=bool(hpd.teachers[name].urls))
+
+
+def _check_teacher_prompts(
+    config: DictConfig,
+    hpd: HPDConfig,
+    checked: Mapping[str, Sequence[DataFile]],
+    validates_on_demonstrations: bool,
+    passes: Passes,
+) -> bool:
+    """Check that what the teacher reads fits the run; whether it reads something else than the student.
+
+    Raises:
+        ValueError: the pipeline's teacher cannot, validation rows are without, or a setting that nothing reads.
+    """
+    data, prompts = config.data, TeacherPrompts.of(config.data)
+    found = {
+        setting: any(prompts.are_used(file.schema.names) for file in files)
+        for setting, files in checked.items()
+        if files
+    }
+    is_used = found.get("data.train_files", True)
+    require(
+        is_used or data.get("max_teacher_prompt_length") is None,
+        LENGTH_SETTING,
+        data.get("max_teacher_prompt_length"),
+        f"no file has the column {prompts.key!r} ({KEY_SETTING}); add it, set {TEMPLATE_SETTING}, or leave this out",
+    )
+    validation = found.get("data.val_files", is_used) if validates_on_demonstrations else is_used
+    require(
+        validation == is_used,
+        "data.val_files",
+        data.val_files,
+        f"the column {prompts.key!r} is {'not ' if is_used else ''}there, and in data.train_files it is"
+        f"{'' if is_used else ' not'}; give both files alike, for one teacher reads them",
+    )
+    require(
+        not is_used or not found or passes.one_pass or not hpd.needs_teacher,
+        "algorithm.hpd.pipeline",
+        hpd.pipeline,
+        f"staged here, whose teacher reads the student's prompts, and the column {prompts.key!r} has others; set "
+        "algorithm.hpd.pipeline=one_pass, or take the column out",
+    )
+    return is_used
 
 
 def _wrapped(*engines: DictConfig) -> Any:
@@ -147,6 +215,12 @@ def main_ppo_uses(config: DictConfig, hpd: HPDConfig) -> tuple[ModelUse, ModelUs
     return student, teacher
 
 
+def _longest_row(data: DictConfig) -> int:
+    """Tokens of the longest row that a model gets, the student or a teacher."""
+    longest: int = max(data.max_prompt_length, max_teacher_prompt_length(data)) + data.max_response_length
+    return longest
+
+
 def main_ppo_passes(config: DictConfig, pipeline: str) -> Passes:
     """Requirements of main_ppo's passes on its models.
 
@@ -163,7 +237,7 @@ def main_ppo_passes(config: DictConfig, pipeline: str) -> Passes:
     rows = {setting: None if tokens else OmegaConf.select(config, setting) for setting, tokens in by_tokens.items()}
     shared = [f"{setting}={size}" for setting, size in rows.items() if size not in (None, 1)]
     return Passes(
-        longest_row=config.data.max_prompt_length + config.data.max_response_length,
+        longest_row=_longest_row(config.data),
         one_pass=pipeline == "one_pass",
         ulysses=next(
             (
@@ -185,7 +259,7 @@ def sft_passes(config: DictConfig) -> Passes:
     data = config.data
     rows = None if data.use_dynamic_bsz else data.micro_batch_size_per_gpu
     return Passes(
-        longest_row=data.max_prompt_length + data.max_response_length,
+        longest_row=_longest_row(data),
         one_pass=True,
         ulysses=f"engine.ulysses_sequence_parallel_size={shared}" if (shared := sft_ulysses(config)) > 1 else "",
         one_row="data.use_dynamic_bsz=false data.micro_batch_size_per_gpu=1",
@@ -224,7 +298,8 @@ def check_main_ppo(config: DictConfig) -> None:
     student = _check_data_and_models(
         config,
         hpd,
-        {"student": nodes.model, "teacher": nodes.ref.model},
+        nodes.model,
+        nodes.ref,
         main_ppo_uses(config, hpd),
         rows_needed,
         main_ppo_passes(config, choose_pipeline(config, hpd)[0]),
@@ -248,15 +323,18 @@ def check_fetched_models(config: DictConfig, hpd: HPDConfig) -> HFModelConfig:
         ValueError: as ``check_models``.
     """
     nodes, (of_student, of_teacher) = config.actor_rollout_ref, main_ppo_uses(config, hpd)
-    if not any(map(is_remote_model, (nodes.model, nodes.ref.model))):
+    teachers = teacher_nodes(nodes.ref, hpd)
+    if not any(map(is_remote_model, (nodes.model, *teachers.values()))):
         return load_model_config(nodes.model, of_student.setting)
-    return check_models(
-        student=nodes.model,
-        teacher=nodes.ref.model,
-        uses=(of_student, of_teacher),
-        needed_context=config.data.max_prompt_length + config.data.max_response_length,
-        template_kwargs=template_kwargs(config.data),
-    )
+    for name, node in teachers.items():
+        student = check_models(
+            student=nodes.model,
+            teacher=node,
+            uses=(of_student, _use_of(name, of_teacher, hpd)),
+            needed_context=config.data.max_prompt_length + config.data.max_response_length,
+            template_kwargs=template_kwargs(config.data),
+        )
+    return student
 
 
 def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False) -> None:
@@ -290,7 +368,8 @@ def check_sft_run(config: DictConfig, ranks: int = 1, fills_store: bool = False)
     _check_data_and_models(
         config,
         hpd,
-        {"student": config.model, "teacher": config.teacher.model},
+        config.model,
+        config.teacher,
         (
             ModelUse("model.path", "engine", ulysses=sft_ulysses(config), layers=_wrapped(config.engine)),
             ModelUse(

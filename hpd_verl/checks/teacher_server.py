@@ -12,7 +12,7 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.errors import Refused, one_line, require
 from hpd_verl.teacher.served.client import TopLogProbs
 from hpd_verl.teacher.served.output_layer import output_layer
-from hpd_verl.teacher.served.teacher import make_servers
+from hpd_verl.teacher.served.servers import make_servers
 from hpd_verl.teacher.store.teacher_files import config_hash
 from hpd_verl.teacher_server import NODE, URLS
 

@@ -15,8 +15,12 @@ from hpd_verl.data.chat_template import ChatTemplate
 from hpd_verl.data.demonstration import DemonstrationTokenizer, PromptTokenizer, demonstration_of, has_demonstration
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote, local_files
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, as_written, tools_of
+from hpd_verl.data.teacher_prompt import LENGTH_SETTING, TeacherPrompts, max_teacher_prompt_length
 
 __all__ = ["DEMONSTRATION", "HPDDataset"]
+
+TEACHER_CHAT = "hpd_teacher_chat"
+"""Field of a row: the chat that the teacher reads, as JSON text."""
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +53,28 @@ class HPDDataset(RLHFDataset):
         else:
             hpd = HPDConfig.from_config(self.config.hpd)
             check_files(setting, self.data_files, RowRules.of(self.config, hpd, self.is_train))
+        self.teacher_prompts = TeacherPrompts.of(self.config)
+        self.teachers = list(self.config.hpd.get("teachers") or ()) if self.is_train else []
+        self.teacher_key = str(self.config.hpd.get("teacher_key", "data_source"))
         super()._read_files_and_tokenize()
         if self.is_train and self.config.hpd.overlong_demonstration != "truncate":
             self._handle_overlong()
 
     def row(self, index: int) -> dict[str, Any]:
         """A row by its number, its chat columns as they were written."""
-        return as_written(self.dataframe[index], self.dataframe.features, self.prompt_key)
+        return self._as_written(self.dataframe[index])
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All of them."""
-        return (as_written(row, self.dataframe.features, self.prompt_key) for row in self.dataframe)
+        return map(self._as_written, self.dataframe)
+
+    def _as_written(self, row: dict[str, Any]) -> dict[str, Any]:
+        return as_written(row, self.dataframe.features, self.prompt_key, self.teacher_prompts.key)
+
+    @property
+    def has_teacher_prompts(self) -> bool:
+        """Whether the teacher reads something else than the student; no teacher reads validation rows of main_ppo."""
+        return self.is_train and self.teacher_prompts.are_used(self.dataframe.column_names)
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -70,12 +85,17 @@ class HPDDataset(RLHFDataset):
         for number in range(looked_at):
             row = self.row(number * total // looked_at)
             chat = [row.get(name) for name in (self.prompt_key, DEMONSTRATION, TOOLS)]
+            if self.has_teacher_prompts:
+                chat.append(self.teacher_prompts.messages(row))
             digest.update(json.dumps(chat, sort_keys=True, default=str).encode())
         return {"rows": total, "sha256": digest.hexdigest()}
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        row = as_written(super().__getitem__(item), self.dataframe.features, self.prompt_key)
+        row = self._as_written(super().__getitem__(item))
         row["raw_prompt"] = row[self.prompt_key]
+        if self.has_teacher_prompts:  # as text, as the tools are
+            row[TEACHER_CHAT] = json.dumps(self.teacher_prompts.messages(row))
+            row.pop(self.teacher_prompts.key, None)
         if TOOLS in row:  # as text, of which a batch holds one a row whatever their number
             row[TOOLS] = json.dumps(tools_of(row[TOOLS]))
         return row
@@ -85,21 +105,36 @@ class HPDDataset(RLHFDataset):
         if not self.filter_overlong_prompts:
             return dataframe
         prompts = PromptTokenizer(ChatTemplate(self.tokenizer, self.apply_chat_template_kwargs))
-        features, key = dataframe.features, self.prompt_key
+        features, key, of_teacher, names = (
+            dataframe.features,
+            self.prompt_key,
+            self.teacher_prompts,
+            dataframe.column_names,
+        )
+        reads_teachers = self.is_train and of_teacher.are_used(names)
 
         def measure(row: dict[str, Any]) -> dict[str, Any]:
-            written = as_written(row, features, key)
+            written = as_written(row, features, key, of_teacher.key)
+            tools = tools_of(written.get(TOOLS))
             try:
-                return {"tokens": len(prompts.encode(written[key], tools_of(written.get(TOOLS)))), "refusal": ""}
+                chat = of_teacher.messages(written) if reads_teachers else None
+                return {
+                    "tokens": len(prompts.encode(written[key], tools)),
+                    "of_teacher": 0 if chat is None else len(prompts.encode(chat, tools)),
+                    "refusal": "",
+                }
             except ValueError as error:
-                return {"tokens": -1, "refusal": str(error)}
+                return {"tokens": -1, "of_teacher": -1, "refusal": str(error)}
 
-        columns = dataframe.select_columns([name for name in (key, TOOLS) if name in dataframe.column_names])
+        read = {key, TOOLS, *(of_teacher.reads(names) if reads_teachers else [])}
+        columns = dataframe.select_columns([name for name in names if name in read])
         found = columns.map(
             measure, remove_columns=columns.column_names, num_proc=self.num_workers, desc="measuring the prompts"
         )
-        lengths = found["tokens"]
-        kept = [index for index, length in enumerate(lengths) if 0 <= length <= self.max_prompt_length]
+        lengths, of_teachers = found["tokens"], found["of_teacher"]
+        fitting = [index for index, length in enumerate(lengths) if 0 <= length <= self.max_prompt_length]
+        limit = max_teacher_prompt_length(self.config)
+        kept = [index for index in fitting if of_teachers[index] <= limit]
         refused = [index for index, length in enumerate(lengths) if length < 0]
         if refused:
             logger.warning(
@@ -111,10 +146,17 @@ class HPDDataset(RLHFDataset):
             )
         logger.info(
             "dropped %d of %d rows, whose prompts are longer than data.max_prompt_length=%d",
-            len(dataframe) - len(kept) - len(refused),
+            len(dataframe) - len(fitting) - len(refused),
             len(dataframe),
             self.max_prompt_length,
         )
+        if reads_teachers:
+            logger.info(
+                "%d more are left out, the teacher's prompts are longer than %s=%d",
+                len(fitting) - len(kept),
+                LENGTH_SETTING,
+                limit,
+            )
         return dataframe.select(kept)
 
     def _handle_overlong(self) -> None:

@@ -215,6 +215,16 @@ class SequenceBuilder:
         self._max_prompt_length = max_prompt_length
         self._embedded = model.hf_config.get_text_config().vocab_size
 
+    @property
+    def prompts(self) -> PromptTokenizer:
+        """How prompts are tokenised."""
+        return self._prompts
+
+    @property
+    def embedded(self) -> int:
+        """Rows of the model's embedding."""
+        return self._embedded
+
     def build(
         self, messages: Messages, answer: str | Message, where: str, tools: Tools = None
     ) -> tuple[dict[str, Tensor], dict[str, bool]]:

@@ -16,6 +16,12 @@ IS_ROLLOUT = "is_rollout"
 IS_PADDING = "is_padding"
 """int64 [rows, 1], in validation: 1 where a row only fills the batch up and counts for nothing."""
 
+TEACHER_PROMPTS = "teacher_prompts"
+"""int64 [rows, tokens], nested: what the teacher reads in place of ``prompts``, where it reads something else."""
+
+TEACHER = "teacher"
+"""int64 [rows, 1]: which of several teachers scores the row, by its place in ``algorithm.hpd.teachers``."""
+
 TRUNCATED = "truncated_demonstration"
 """Tag or column of a sequence: its demonstration was cut at data.max_response_length."""
 
@@ -25,10 +31,14 @@ REOPENED = "reopened_demonstration"
 TRUNCATED_PROMPT = "truncated_prompt"
 """Tag or column of a demonstration, extra field of a rollout: its prompt lost its start at data.max_prompt_length."""
 
+TRUNCATED_TEACHER_PROMPT = "truncated_teacher_prompt"
+"""Column of a sequence: the teacher's prompt lost its start at data.max_teacher_prompt_length."""
+
 COUNTED_FLAGS = {
     TRUNCATED: "hpd/truncated_demonstrations",
     REOPENED: "hpd/reopened_demonstrations",
     TRUNCATED_PROMPT: "hpd/truncated_prompts",
+    TRUNCATED_TEACHER_PROMPT: "hpd/truncated_teacher_prompts",
 }
 """Flags of a sequence and the metric that counts each in a batch."""
 

@@ -26,6 +26,7 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.data.demonstration import NO_TEXT, check_tool_calls, demonstration_of, has_demonstration, no_text
 from hpd_verl.data.json_depth import DEEPEST, too_deep
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, tools_of
+from hpd_verl.data.teacher_prompt import KEY, KEY_SETTING, TEMPLATE_SETTING, TeacherPrompts
 from hpd_verl.errors import one_line
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,18 @@ class RowRules:
         media_keys: columns of images, videos and audio, which must be empty.
         reads_demonstrations: demonstrations, if present, must have the right form.
         needs_demonstrations: every row must have one.
+        teacher_prompts: what the teacher reads in place of the prompt; None where no teacher sees the rows.
+        teachers: names, of several teachers, that may stand in ``teacher_key``; none where there is one teacher.
+        teacher_key: column of the row's teacher.
     """
 
     prompt_key: str
     media_keys: tuple[str, ...]
     reads_demonstrations: bool
     needs_demonstrations: bool
+    teacher_prompts: TeacherPrompts | None = None
+    teachers: tuple[str, ...] = ()
+    teacher_key: str = "data_source"
 
     @classmethod
     def of(cls, data: DictConfig, hpd: HPDConfig, is_train: bool) -> "RowRules":
@@ -59,6 +66,9 @@ class RowRules:
             media_keys=tuple(data.get(f"{kind}_key", f"{kind}s") for kind in ("image", "video", "audio")),
             reads_demonstrations=is_train and not (rollouts_only and hpd.overlong_demonstration == "truncate"),
             needs_demonstrations=is_train and not rollouts_only and hpd.missing_demonstration == "error",
+            teacher_prompts=TeacherPrompts.of(data) if is_train else None,
+            teachers=tuple(hpd.teachers or ()) if is_train else (),
+            teacher_key=hpd.teacher_key,
         )
 
     def columns(self, names: Sequence[str]) -> list[str]:
@@ -66,6 +76,10 @@ class RowRules:
         wanted = [self.prompt_key, TOOLS, *self.media_keys]
         if self.reads_demonstrations:
             wanted.append(DEMONSTRATION)
+        if self.teacher_prompts is not None:
+            wanted += self.teacher_prompts.reads(names)
+        if self.teachers:
+            wanted.append(self.teacher_key)
         return [name for name in names if name in wanted]
 
 
@@ -94,8 +108,13 @@ def _check_content(content: Any, where: str) -> None:
     raise ValueError(f"{where}'s content is {type(content).__name__}; write a string")
 
 
-def check_prompt(prompt: Any, where: str) -> None:
+def check_prompt(prompt: Any, where: str, column: str = "prompt") -> None:
     """Check that a prompt is a chat list of messages with text.
+
+    Args:
+        prompt: the value.
+        where: names the row.
+        column: names the value.
 
     Raises:
         ValueError: it is not; ``where`` names the row.
@@ -108,7 +127,7 @@ def check_prompt(prompt: Any, where: str) -> None:
             found = "an empty list"
         else:
             found = "null" if prompt is None else type(prompt).__name__
-        raise ValueError(f"{where}: prompt is {found}, expected a chat list [{{role: user, content: text}}, ...]")
+        raise ValueError(f"{where}: {column} is {found}, expected a chat list [{{role: user, content: text}}, ...]")
     for number, turn in enumerate(prompt):
         if not isinstance(turn["role"], str):
             raise ValueError(f"{where}: message {number} of the prompt has role {turn['role']!r}; write a string")
@@ -131,6 +150,7 @@ def check_row(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
     for key in rules.media_keys:
         if row.get(key) is not None and len(row[key]) > 0:
             raise ValueError(f"{where}: {key} is not empty; HPD trains on text: remove such rows")
+    _check_teacher(row, rules, where)
     if not rules.reads_demonstrations:
         return
     value = row.get(DEMONSTRATION)
@@ -139,6 +159,33 @@ def check_row(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
             demonstration_of(value, where)
         except ValueError as error:
             raise ValueError(f"{error}{'' if has_demonstration(value) else _WHY_NEEDED}") from None
+
+
+def _check_teacher(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
+    """Check which teacher scores a row, and what it reads.
+
+    Raises:
+        ValueError: no such teacher, or no chat in the prompt's place; ``where`` names the row.
+    """
+    if rules.teachers:
+        named = row.get(rules.teacher_key)
+        if named not in rules.teachers:
+            raise ValueError(
+                f"{where}: {rules.teacher_key}={named}: no such teacher; algorithm.hpd.teachers has "
+                f"{', '.join(rules.teachers)}"
+            )
+    prompts = rules.teacher_prompts
+    if prompts is None or not prompts.are_used(list(row)):
+        return
+    try:
+        chat = prompts.messages(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    check_prompt(chat, where, prompts.key)
+    try:
+        prompts.check(row, chat)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -183,7 +230,8 @@ def _are_demonstrations(column: pa.Array, may_be_missing: bool) -> bool:
 
 def _is_plain(batch: pa.RecordBatch, rules: RowRules) -> bool:
     """Whether the texts of a batch are certainly right; false: look at its rows."""
-    if _messages(batch.column(rules.prompt_key)) is None:
+    prompts = _messages(batch.column(rules.prompt_key))
+    if prompts is None or not _are_plain_for_teachers(batch, prompts, rules):
         return False
     if TOOLS in batch.schema.names:
         tools = batch.column(TOOLS)
@@ -194,6 +242,30 @@ def _is_plain(batch: pa.RecordBatch, rules: RowRules) -> bool:
     if DEMONSTRATION not in batch.schema.names:
         return not rules.needs_demonstrations
     return _are_demonstrations(batch.column(DEMONSTRATION), may_be_missing=not rules.needs_demonstrations)
+
+
+def _are_plain_for_teachers(batch: pa.RecordBatch, prompts: pa.Array, rules: RowRules) -> bool:
+    """Whether surely all rows have a teacher, and a chat for it where they have one of their own."""
+    names = batch.schema.names
+    if rules.teachers:
+        if rules.teacher_key not in names:
+            return False
+        known = pc.is_in(batch.column(rules.teacher_key).cast(pa.string()), pa.array(rules.teachers))
+        if not pc.all(known).as_py():
+            return False
+    if rules.teacher_prompts is None or not rules.teacher_prompts.are_used(names):
+        return True
+    if rules.teacher_prompts.template is not None:
+        return False
+    messages = _messages(batch.column(rules.teacher_prompts.key))
+    if (
+        messages is None
+        or pc.any(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.struct_field(messages, "content"))), 0)).as_py()
+    ):
+        return False
+    return not any(
+        pc.any(pc.equal(pc.struct_field(chats, "role"), "assistant")).as_py() for chats in (prompts, messages)
+    )
 
 
 def _first_with_media(column: pa.Array) -> int | None:
@@ -438,6 +510,25 @@ class DataFile:
             )
         if rules.needs_demonstrations and DEMONSTRATION not in self.schema.names:
             raise ValueError(f"{self.name}: no column {DEMONSTRATION!r}, there are {columns}{_WHY_NEEDED}")
+        if rules.teachers and rules.teacher_key not in self.schema.names:
+            raise ValueError(
+                f"{self.name}: no column {rules.teacher_key!r} (algorithm.hpd.teacher_key), there are {columns}; add "
+                "it or name it"
+            )
+        prompts = rules.teacher_prompts
+        if prompts is None:
+            return
+        if prompts.template is None and prompts.key not in (KEY, *self.schema.names):
+            raise ValueError(
+                f"{self.name}: no column {prompts.key!r} ({KEY_SETTING}), there are {columns}; add it or leave the "
+                "setting out"
+            )
+        missing = prompts.missing(self.schema.names) if prompts.key not in self.schema.names else []
+        if missing:
+            raise ValueError(
+                f"{TEMPLATE_SETTING}: {{{missing[0]}}} is no column of {self.file}, there are {columns}; correct it, "
+                f"or write {{{{{missing[0]}}}}} for the text itself"
+            )
 
     def _load_json(self) -> datasets.Dataset:
         line = too_deep(self.file, _is_json_array(self.file))
@@ -538,6 +629,23 @@ def _check_columns_agree(first: DataFile, other: DataFile) -> None:
         ) from error
 
 
+def _check_teacher_prompts_agree(files: Sequence[DataFile]) -> None:
+    """Check that all files have a column of the teacher's prompts, or none has.
+
+    Raises:
+        ValueError: some have, and the others' rows would have null.
+    """
+    prompts = files[0].rules.teacher_prompts if files else None
+    if prompts is None or prompts.template is not None:
+        return
+    having = [file for file in files if prompts.key in file.schema.names]
+    lacking = next((file for file in files if file not in having), None)
+    if having and lacking is not None:
+        raise ValueError(
+            f"{lacking.name}: no column {prompts.key!r}, which {having[0].file} has; add it, or take it out there"
+        )
+
+
 def check_files(setting: str, files: Any, rules: RowRules) -> list[DataFile]:
     """Check the files of a setting and every row in them; remote ones are left to the workers, with a line in the log.
 
@@ -565,4 +673,5 @@ def check_files(setting: str, files: Any, rules: RowRules) -> list[DataFile]:
             file.check_rows()
     for group in checked[1:]:
         _check_columns_agree(checked[0][0], group[0])
+    _check_teacher_prompts_agree([file for group in checked for file in group])
     return [file for group in checked for file in group]

@@ -40,6 +40,12 @@ class ResponseTokens:
             start=start,
         )
 
+    def where(self, chosen: Tensor) -> "ResponseTokens":
+        """Those of them that a bool [n] names; ``place`` stays that of all."""
+        row = self.row[chosen]
+        lengths = torch.bincount(row, minlength=len(self.lengths))
+        return replace(self, positions=self.positions[chosen], labels=self.labels[chosen], row=row, lengths=lengths)
+
     def take(self, values: Tensor) -> Tensor:
         """[n, ...]: what predicts the tokens, of the part's packed values [tokens, ...]."""
         return values[self.positions - self.start]

@@ -51,16 +51,16 @@ def parsed(text: str) -> Any:
         return text
 
 
-def as_written(row: Mapping[str, Any], features: Mapping[str, Any], prompt_key: str) -> dict[str, Any]:
+def as_written(row: Mapping[str, Any], features: Mapping[str, Any], *chat_keys: str) -> dict[str, Any]:
     """A row whose chat columns are as they were before a columnar format held them.
 
     Args:
         row: decoded by ``datasets``.
         features: of its data set.
-        prompt_key: column of the prompt.
+        chat_keys: columns of chats, beside the demonstration's.
     """
     found = dict(row)
-    for key in (prompt_key, DEMONSTRATION, TOOLS):
+    for key in (*chat_keys, DEMONSTRATION, TOOLS):
         if key in row:
             found[key] = without_fillers(row[key], features.get(key))
             if key != TOOLS:

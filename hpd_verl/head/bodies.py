@@ -170,7 +170,8 @@ def statistics(scaling: Scaling, products: Tensor, bias: Tensor | None) -> Stati
     each = [_of_parts(part) for part in blocks(scaling.logits(products, bias), _HELD)]
     top, mass, weighted = (torch.cat(parts, 1) for parts in zip(*each, strict=True))
     highest = top.amax(-1, keepdim=True)
-    relative = top - highest
+    # Not further below than an impossible token: its mass is 0, and 0 times -inf would be NaN.
+    relative = (top - highest).clamp_min(LOG_ZERO)
     factor = relative.exp()
     mass = mass * factor
     total = mass.sum(-1, keepdim=True, dtype=torch.float64)

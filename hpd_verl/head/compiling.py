@@ -4,6 +4,7 @@ A body is a function of a module, ``body(form, rows, others)``. It is compiled f
 device; the number of rows is dynamic. Kernels are kept between runs in inductor's cache folder.
 """
 
+import logging
 import types
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -11,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo import lookup_backend, maybe_mark_dynamic
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils._pytree import tree_leaves
 
 Body = Callable[..., Any]
 
+logger = logging.getLogger(__name__)
+
 _compiled: dict[Hashable, Body] = {}
 _compilations = 0
+_given_up: set[Hashable] = set()
+_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)  # of tracing and of the compiler, before anything runs
 
 
 class NotCompilable(Exception):
@@ -27,6 +32,19 @@ class NotCompilable(Exception):
 def compilations() -> int:
     """Graphs that this process has compiled so far."""
     return _compilations
+
+
+def give_up(form: Hashable, what: str, error: NotCompilable) -> None:
+    """Have a form run uncompiled from now on, which the log says, with ``what`` as its name."""
+    _given_up.add(form)
+    logger.warning(
+        "%s: cannot be compiled (%s); runs operation by operation, at about 10 times the memory traffic", what, error
+    )
+
+
+def given_up(form: Hashable) -> bool:
+    """Whether ``give_up`` was called for a form."""
+    return form in _given_up
 
 
 def run_compiled(body: Body, form: Hashable, rows: Any, others: Any) -> Any:
@@ -53,7 +71,7 @@ def run_compiled(body: Body, form: Hashable, rows: Any, others: Any) -> Any:
         _compiled[key] = _compile(body, form)
     try:
         return _compiled[key](rows, others)
-    except TorchDynamoException as error:
+    except _ERRORS as error:
         del _compiled[key]
         raise NotCompilable(_reason(error)) from error
 
@@ -66,12 +84,14 @@ def check_traceable(function: Callable[..., Any], *arguments: Any, **keywords: A
     """
     try:
         torch.compile(function, fullgraph=True, backend="eager")(*arguments, **keywords)
-    except TorchDynamoException as error:
+    except _ERRORS as error:
         raise NotCompilable(_reason(error)) from error
 
 
 def _compile(body: Body, form: Hashable) -> Body:
     def bound(rows: Any, others: Any) -> Any:
+        if not torch.compiler.is_compiling():  # on all rows at once it would take memory many times theirs
+            raise NotCompilable("torch.compile is switched off, as by TORCHDYNAMO_DISABLE=1")
         return body(form, rows, others)
 
     # torch limits the compilations of a code object, and runs what is beyond uncompiled: this one is the key's own.
@@ -87,7 +107,8 @@ def _counted_inductor(graph: Any, inputs: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The error's first line, and the last line of code that it names."""
+    """The error's first line, or the second after a mere "raised:", and the last line of code that it names."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = lines[1:] if lines[:1] and lines[0].endswith("raised:") else lines
     place = [line for line in lines if line.startswith("File ")]
     return " ".join([*(lines[:1] or [type(error).__name__]), *place[-1:]])

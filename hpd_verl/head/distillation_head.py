@@ -33,7 +33,15 @@ from torch import Tensor
 from hpd_verl.head.bodies import Biases, Form, Rows, Statistics, Sums, parts_of
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TeacherProducts, WholeDistribution
 from hpd_verl.head.gradients import Gradients
-from hpd_verl.head.output_head import OutputHead, Products, chunks, default_chunk_size, label_logits, steps
+from hpd_verl.head.output_head import (
+    OutputHead,
+    Products,
+    chunks,
+    default_chunk_size,
+    keep_freed_memory,
+    label_logits,
+    steps,
+)
 from hpd_verl.head.passes import Passes
 from hpd_verl.head.sampling import BlockDraws, block_tokens, draw_blocks, draw_tokens
 from hpd_verl.head.token_weights import token_weights
@@ -106,8 +114,8 @@ def distillation_head(
         compiled: fuse what is computed of the logits by ``torch.compile``: the same within rounding.
 
     Raises:
-        ValueError: a teacher is missing or has a larger vocabulary, no sampled token where it is weighed, or
-            exact_kl is asked of a teacher whose distribution is known in part.
+        ValueError: a teacher is missing or has a larger vocabulary, no sampled token where it is weighed or more than
+            one, or exact_kl is asked of a teacher whose distribution is known in part.
     """
     _check(uniforms, head, teacher, objectives, exact_kl)
     active = (token_scale != 0).nonzero().squeeze(1)
@@ -140,6 +148,8 @@ def distillation_head(
 def _check(
     uniforms: Tensor, head: OutputHead, teacher: TeacherFeatures | None, objectives: RowObjectives, exact_kl: bool
 ) -> None:
+    if uniforms.shape[1] > 1:
+        raise ValueError(f"uniforms: {uniforms.shape[1]} numbers a token, and one token is sampled at a position")
     if objectives.weighs_sample and uniforms.shape[1] == 0:
         sampling = objectives.names(lambda bound: bound.weighs_sample)
         raise ValueError(f"{sampling}: weighs the sampled token, uniforms has no numbers to draw it with")
@@ -242,6 +252,7 @@ class _Sweep:
     def run(self) -> HeadOutput:
         """The output, its loss detached."""
         output, draws = self.output, self.tokens.uniforms.shape[1]
+        keep_freed_memory(self.tokens.labels.device)
         for chunk in chunks(len(self.tokens.labels), self.chunk_size):
             matrix = self.products[chunk]
             if self.whole is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hpd_verl.head.bodies import log_sum_exp
-from hpd_verl.head.compiling import run_compiled
+from hpd_verl.head.compiling import NotCompilable, give_up, given_up, run_compiled
 from hpd_verl.head.output_head import (
     OutputHead,
     Products,
@@ -258,11 +258,13 @@ class TeacherProducts(TeacherRows):
 
 def log_sums_exp(products: Tensor, scaling: Scaling, bias: Tensor | None, compiled: bool) -> Tensor:
     """Log-sum-exp of the logits over temperature, [n], of products [n, V]."""
-    if compiled:
-        parts = [run_compiled(log_sum_exp, scaling, products[rows], bias) for rows in steps(products, whole=True)]
-    else:
-        parts = [log_sum_exp(scaling, products[rows], bias) for rows in steps(products)]
-    return torch.cat(parts)
+    if compiled and not given_up(scaling):
+        try:
+            parts = [run_compiled(log_sum_exp, scaling, products[rows], bias) for rows in steps(products, whole=True)]
+            return torch.cat(parts)
+        except NotCompilable as error:
+            give_up(scaling, "the teacher's log-sum-exp", error)
+    return torch.cat([log_sum_exp(scaling, products[rows], bias) for rows in steps(products)])
 
 
 @torch.no_grad()

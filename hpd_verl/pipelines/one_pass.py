@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,9 +27,11 @@ from hpd_verl.head.sampling import counter_uniform
 from hpd_verl.head.warm_up import warm_up
 from hpd_verl.objectives import TokenLogProbs
 from hpd_verl.pipelines.pipeline import Driver, Pipeline, RankPipeline
-from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, ROLLOUT_TOKENS, train
+from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, ROLLOUT_TOKENS, of_each_teacher, train
 from hpd_verl.teacher.choice import make_teacher
+from hpd_verl.teacher.rows import teacher_rows
 from hpd_verl.teacher.settings import TeacherSettings
+from hpd_verl.teacher.several import SeveralTeachers
 from hpd_verl.teacher.teacher import Teacher
 
 
@@ -53,39 +56,76 @@ class OnePassLoss(HeadLoss):
         """Features of the current batch, by row number; under Ulysses of the rows that this rank owns."""
         self.owners: dict[int, int] = {}
         """Under Ulysses, the rank of the group that has a row's features, by row number."""
-        self.template: TeacherFeatures | None = None
-        """Under Ulysses, features of no tokens."""
+        self.templates: dict[int, TeacherFeatures] = {}
+        """Under Ulysses, features of no tokens, by the place of their teacher among several; 0 for a single one."""
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
         sharing = SequenceGroup.current()
         parts = sharing.parts(response_tokens(data), len(hidden))
         responses = parts[sharing.rank]
         rows = row_numbers(data)
-        output = distillation_head(
-            hidden=responses.take(hidden),
-            head=head,
-            labels=responses.labels,
-            uniforms=self._uniforms(responses, rows, data),
-            token_scale=self._token_scale(data)[responses.place],
-            is_rollout=column(data, fields.IS_ROLLOUT).bool()[responses.row],
-            teacher=self._teacher(rows.tolist(), parts, sharing),
-            objectives=self.config.objectives,
-            temperature=self.config.temperature,
-            chunk_size=self.config.token_chunk_size,
-            exact_kl=self.config.exact_kl_metrics,
-            compiled=self.compiled,
-        )
+        hidden, uniforms = responses.take(hidden), self._uniforms(responses, rows, data)
+        token_scale = self._token_scale(data)[responses.place]
+        is_rollout = column(data, fields.IS_ROLLOUT).bool()[responses.row]
+        shares = self._shares(rows, parts, sharing, data)
+        outputs = [
+            distillation_head(
+                hidden=hidden[tokens],
+                head=head,
+                labels=responses.labels[tokens],
+                uniforms=uniforms[tokens],
+                token_scale=token_scale[tokens],
+                is_rollout=is_rollout[tokens],
+                teacher=teacher,
+                objectives=self.config.objectives,
+                temperature=self.config.temperature,
+                chunk_size=self.config.token_chunk_size,
+                exact_kl=self.config.exact_kl_metrics,
+                compiled=self.compiled,
+            )
+            for tokens, teacher in shares
+        ]
+        output = outputs[0] if len(outputs) == 1 else _joined(outputs, [tokens for tokens, _ in shares])
         self._refuse_nan(output, responses, rows, data, sharing)
         return output.loss, self._metrics(output, responses, data)
 
-    def _teacher(self, rows: list[int], parts: list[ResponseTokens], sharing: SequenceGroup) -> TeacherFeatures | None:
+    def _shares(
+        self, rows: Tensor, parts: list[ResponseTokens], sharing: SequenceGroup, data: TensorDict
+    ) -> list[tuple[slice | Tensor, TeacherFeatures | None]]:
+        """This rank's response tokens, each once, with their teacher's features: all of them, or those of each teacher.
+
+        Sampled tokens depend on row and position alone, so the gradients of the shares add up to those of one batch.
+        """
         if not self.config.needs_teacher:
-            return None
+            return [(slice(None), None)]
+        if fields.TEACHER not in data:
+            return [(slice(None), self._teacher(rows.tolist(), 0, parts, sharing))]
+        of_row = column(data, fields.TEACHER).to(rows.device)
+        found = of_row.unique().tolist()
+        shares: list[tuple[slice | Tensor, TeacherFeatures | None]] = []
+        for teacher in found:
+            own = [each.where(of_row[each.row] == teacher) for each in parts]
+            is_own = of_row[parts[sharing.rank].row] == teacher
+            numbers = torch.where(of_row == teacher, rows, -1).tolist()
+            tokens = slice(None) if len(found) == 1 else is_own.nonzero().squeeze(1)
+            shares.append((tokens, self._teacher(numbers, teacher, own, sharing)))
+        return shares
+
+    def _teacher(
+        self, rows: list[int], place: int, parts: list[ResponseTokens], sharing: SequenceGroup
+    ) -> TeacherFeatures:
+        """Features of this rank's part of rows.
+
+        Args:
+            rows: numbers of the micro-batch's rows; -1 where another teacher has the row.
+            place: of the teacher among several.
+            parts: response tokens of each rank's part, of this teacher's rows.
+            sharing: the ranks that share the rows.
+        """
         if sharing.size == 1:
-            return TeacherFeatures.cat([self.teacher_features[row] for row in rows])
-        assert self.template is not None
+            return TeacherFeatures.cat([self.teacher_features[row] for row in rows if row >= 0])
         whole = [self.teacher_features.get(row) for row in rows]
-        return sharing.to_parts(whole, self.template, parts, [self.owners[row] for row in rows])
+        return sharing.to_parts(whole, self.templates[place], parts, [self.owners.get(row, 0) for row in rows])
 
     def _uniforms(self, responses: ResponseTokens, rows: Tensor, data: TensorDict) -> Tensor:
         """The numbers that the student's tokens are sampled with, float64 [n, 1]; [n, 0] without a teacher."""
@@ -150,6 +190,9 @@ class OnePassLoss(HeadLoss):
             per_token = token_metrics(log_probs, output.label_weights, weights, output.entropy)
         if output.forward_kl is not None and output.reverse_kl is not None:
             per_token |= {"hpd/forward_kl": output.forward_kl, "hpd/reverse_kl": output.reverse_kl}
+        if fields.TEACHER in data and self.config.teachers is not None:
+            of_token = column(data, fields.TEACHER).to(responses.row.device)[responses.row]
+            per_token |= of_each_teacher(per_token, of_token, list(self.config.teachers))
         share = data["dp_size"] / data["batch_num_tokens"]
         sums = {name: values.double().sum() * share for name, values in per_token.items()}
         sums[RESPONSE_TOKENS] = torch.tensor(float(len(responses.labels) * data["dp_size"]))
@@ -168,6 +211,17 @@ class OnePassLoss(HeadLoss):
             ROLLOUT_DIFFERENCE: difference * data["dp_size"],
             ROLLOUT_TOKENS: is_rollout.sum() * data["dp_size"],
         }
+
+
+def _joined(parts: Sequence[HeadOutput], tokens: Sequence[slice | Tensor]) -> HeadOutput:
+    """The output for all tokens from that for parts of them, which ``tokens`` names."""
+    order = torch.cat([each for each in tokens if isinstance(each, Tensor)]).argsort()
+    joined: dict[str, Any] = {"loss": torch.stack([part.loss for part in parts]).sum()}
+    for field in dataclasses.fields(HeadOutput):
+        values = [getattr(part, field.name) for part in parts]
+        if field.name != "loss":
+            joined[field.name] = None if any(value is None for value in values) else torch.cat(values)[order]
+    return HeadOutput(**joined)
 
 
 class StudentWorker(TrainingWorker):
@@ -223,29 +277,35 @@ class OnePass(RankPipeline):
 
     def _warm_up(self, config: HPDConfig) -> None:
         """Compile what the output layer runs; what it needs of a teacher that is not known yet, the first step does."""
-        form = None if self.teacher is None else self.teacher.known_form()
-        if self.teacher is not None and form is None:
-            return
-        draws = int(config.needs_teacher)
-        self.student.engine.warm_up(
-            lambda head: warm_up(head, form, config.objectives, config.temperature, draws, config.exact_kl_metrics)
-        )
+        forms: list[TeacherFeatures | None] = [None]
+        if self.teacher is not None:
+            forms = [form for each in self._teachers() if (form := each.known_form()) is not None]
+        run = (config.objectives, config.temperature, int(config.needs_teacher), config.exact_kl_metrics)
+        for form in forms:
+            self.student.engine.warm_up(lambda head, form=form: warm_up(head, form, *run))
+
+    def _teachers(self) -> list[Teacher]:
+        """In the order of ``fields.TEACHER``."""
+        assert self.teacher is not None
+        return list(self.teacher.teachers.values()) if isinstance(self.teacher, SeveralTeachers) else [self.teacher]
 
     @classmethod
     def of_workers(
         cls, student: TrainingWorker, teacher: TeacherSettings, config: HPDConfig, actor: ActorConfig
     ) -> "OnePass":
-        of_student = make_teacher(teacher, config, student.model_config) if config.needs_teacher else None
-        return cls(student, of_student, config, actor.loss_agg_mode, actor.loss_scale_factor)
+        made = make_teacher(teacher, config, student.model_config, student) if config.needs_teacher else None
+        return cls(student, made, config, actor.loss_agg_mode, actor.loss_scale_factor)
 
     def update(self, data: TensorDict) -> TensorDict | None:
         """The student's updates, with the teacher's metrics added."""
         metrics = self._take_teacher_features(data)
         if self.following is not None and self.teacher is not None:
-            self.teacher.announce(self.following)
+            self.teacher.announce(teacher_rows(self.following))
             self.following = None
         start = time.perf_counter()
         output = train(self.student, data, self.loss.loss_agg_mode)
+        if self.teacher is not None:
+            self.teacher.follow()
         return self._with_metrics(output, metrics | {"timing_s/student": time.perf_counter() - start})
 
     def evaluate(self, data: TensorDict) -> TensorDict | None:
@@ -274,14 +334,25 @@ class OnePass(RankPipeline):
             return {}
         start = time.perf_counter()
         sharing = SequenceGroup.of(self.student.engine.ulysses_parallel_group)
-        owned = sharing.owned(len(data))
-        self.loss.teacher_features = self.teacher.features(data, owned)
-        if owned is not None:
+        rows = teacher_rows(data)
+        self.loss.teacher_features = self.teacher.features(rows, sharing.owned(len(rows)))
+        if sharing.size > 1:
             self.loss.owners = {row: index % sharing.size for index, row in enumerate(row_numbers(data).tolist())}
-            form = self.teacher.known_form()
-            assert form is not None
-            self.loss.template = sharing.common_template(self.loss.teacher_features, form)
+            self.loss.templates = self._templates(data, sharing)
         return {"timing_s/teacher": time.perf_counter() - start} | self.teacher.metrics()
+
+    def _templates(self, data: TensorDict, sharing: SequenceGroup) -> dict[int, TeacherFeatures]:
+        """Of each teacher that has rows here; all ranks of the group together, whose rows are the same."""
+        numbers, teachers = row_numbers(data).tolist(), self._teachers()
+        of_row = column(data, fields.TEACHER).tolist() if fields.TEACHER in data else [0] * len(numbers)
+        found = {}
+        for place in sorted(set(of_row)):
+            own = {row for row, of in zip(numbers, of_row, strict=True) if of == place}
+            features = {row: each for row, each in self.loss.teacher_features.items() if row in own}
+            template = teachers[place].known_form()
+            assert template is not None
+            found[place] = sharing.common_template(features, template)
+        return found
 
     def _with_metrics(self, output: TensorDict | None, metrics: dict[str, float]) -> TensorDict | None:
         self.loss.teacher_features = {}

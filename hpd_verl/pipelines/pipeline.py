@@ -115,5 +115,5 @@ class Pipeline:
     rank: type[RankPipeline]
     student_worker: type[TrainingWorker]
     teacher: Callable[..., Any]
-    """Takes verl's configuration of a reference's worker and ``model``, the teacher's; stands where verl expects that
-    worker."""
+    """Takes verl's configuration of a reference's worker and ``model``, the teacher's (one_pass: also ``several``, by
+    name); stands where verl expects that worker."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
@@ -12,6 +13,9 @@ RESPONSE_TOKENS = "hpd/response_tokens"
 ROLLOUT_DIFFERENCE = "hpd/rollout_log_prob_difference"
 ROLLOUT_TOKENS = "rollout_tokens"
 """Divisor of an update's rollout difference, which is a sum. Not logged."""
+_TEACHERS = "hpd/teachers/"
+_FRACTION = "token_fraction"
+_OF_TEACHERS = ("teacher_nll", "student_nll", "label_gap_mean", "reverse_kl_k1", "forward_kl", "reverse_kl")
 
 
 def rows_of_ranks(lengths: Sequence[int], updates: int, ranks: int) -> list[list[int]]:
@@ -53,6 +57,40 @@ def train(student: Any, data: TensorDict, loss_agg_mode: str) -> TensorDict | No
     if output is not None:
         tu.assign_non_tensor(output, metrics=batch_metrics(tu.get(output, "metrics"), epochs, loss_agg_mode))
     return output
+
+
+def of_each_teacher(per_token: Mapping[str, Tensor], of_token: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Metrics of each of several teachers' tokens, 0 at the others', and where its tokens are.
+
+    Args:
+        per_token: metric name to values, [n].
+        of_token: int64 [n], place of the token's teacher in ``names``.
+        names: of the teachers.
+    """
+    found = {}
+    for place, name in enumerate(names):
+        own = of_token == place
+        found[f"{_TEACHERS}{name}/{_FRACTION}"] = own
+        for metric in _OF_TEACHERS:
+            if f"hpd/{metric}" in per_token:
+                found[f"{_TEACHERS}{name}/{metric}"] = torch.where(own, per_token[f"hpd/{metric}"].double(), 0.0)
+    return found
+
+
+def over_own_tokens(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of a batch, in which those of one teacher become means over its own tokens in place of all.
+
+    Args:
+        metrics: means over all response tokens; a teacher without any keeps its fraction alone.
+    """
+    found = dict(metrics)
+    for fraction in [name for name in metrics if name.startswith(_TEACHERS) and name.endswith(f"/{_FRACTION}")]:
+        own = fraction.removesuffix(_FRACTION)
+        for name in [f"{own}{metric}" for metric in _OF_TEACHERS if f"{own}{metric}" in metrics]:
+            mean = found.pop(name)
+            if metrics[fraction] > 0:
+                found[name] = mean / metrics[fraction]
+    return found
 
 
 def batch_metrics(metrics: Mapping[str, Any], epochs: int, loss_agg_mode: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from verl.plugin.platform import get_platform
 from verl.utils.torch_dtypes import PrecisionType
 
 from hpd_verl.checks.settings import on_cpu
+from hpd_verl.data.teacher_prompt import max_teacher_prompt_length
 from hpd_verl.errors import Refused, require
 from hpd_verl.run.choices import with_dtype
 from hpd_verl.teacher.model_config import teacher_model_config
@@ -47,7 +48,7 @@ def server_options(config: DictConfig, size: int) -> list[str]:
     path = str(Path(model.path).absolute()) if Path(model.path).exists() else str(model.path)
     precision = with_dtype(nodes.ref.fsdp_config).get("mixed_precision") or {}
     dtype = str(PrecisionType.to_dtype(precision.get("param_dtype", "bf16"))).removeprefix("torch.")
-    length = data.max_prompt_length + data.max_response_length
+    length = max_teacher_prompt_length(data) + data.max_response_length
     options = ["--model", path, "--runner", "pooling", "--convert", "embed", "--pooler-config", POOLER]
     options += ["--dtype", dtype, "--max-model-len", str(length), "--disable-uvicorn-access-log"]
     options += ["--trust-remote-code"] if model.get("trust_remote_code") else []

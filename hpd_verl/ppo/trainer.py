@@ -40,15 +40,17 @@ from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import has_demonstration
 from hpd_verl.data.on_policy import choose_rollouts, rollout_quota, shared_prompts
+from hpd_verl.data.teacher_prompt import max_teacher_prompt_length
 from hpd_verl.pipelines.choice import PIPELINES
-from hpd_verl.pipelines.updates import rows_of_ranks
+from hpd_verl.pipelines.updates import over_own_tokens, rows_of_ranks
 from hpd_verl.ppo import messages
 from hpd_verl.ppo.queue_batch import QueueBatch
+from hpd_verl.ppo.teacher_columns import TeacherColumns
 from hpd_verl.ppo.teacher_servers import TeacherServers, check_gpus, server_options
 from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
 from hpd_verl.run import checkpoint
 from hpd_verl.run.choices import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
-from hpd_verl.teacher.model_config import teacher_model_config
+from hpd_verl.teacher.model_config import teacher_model_config, teacher_nodes
 from hpd_verl.teacher.prompt_date import fix_prompt_date
 from hpd_verl.teacher.store.size import log_size
 from hpd_verl.teacher.teacher import TeacherUnavailable
@@ -99,7 +101,8 @@ class HPDTrainer(PPOTrainerSync):
         nodes = config.actor_rollout_ref
         names = ("actor_rollout_ref.model", "actor_rollout_ref.ref.model")
         passes = main_ppo_passes(config, pipeline)
-        for model in model_nodes(nodes.model, nodes.ref.model, names):
+        self.student = student
+        for model in model_nodes(nodes.model, teacher_nodes(nodes.ref, hpd), names):
             write_row_layout(model, choose_row_layout(model, passes))
         if self.hpd.teacher_server.n_gpus_per_node:
             self._start_teacher(config, student)
@@ -126,7 +129,7 @@ class HPDTrainer(PPOTrainerSync):
             nodes.hpd.teacher_server = started.model_dump()  # what the workers read
         self.hpd = self.hpd.model_copy(update={"teacher_server": started})
         teacher = load_model_config(teacher_model_config(nodes.model, nodes.ref.model), TEACHER)
-        longest = config.data.max_prompt_length + config.data.max_response_length
+        longest = max_teacher_prompt_length(config.data) + config.data.max_response_length
         check_teacher_server(self.hpd, TEACHER, teacher, student, longest)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
@@ -144,7 +147,9 @@ class HPDTrainer(PPOTrainerSync):
                 f"data.train_batch_size={batch_size}: data.train_files has {rows} rows, less than one batch; lower it"
             )
         models = self.config.actor_rollout_ref
-        log_size(self.hpd, models.model, models.ref.model, [self.train_dataset], self.config.data.max_response_length)
+        teachers = teacher_nodes(models.ref, self.hpd)
+        log_size(self.hpd, models.model, teachers, [self.train_dataset], self.config.data.max_response_length)
+        self.teacher_columns = TeacherColumns.of(self.config, self.hpd, self.student)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -206,6 +211,7 @@ class HPDTrainer(PPOTrainerSync):
             {"uid": np.array(uids, dtype=object), fields.ON_POLICY: np.array(on_policy, dtype=object)}
         )
         batch["uid"], batch[fields.ON_POLICY] = named["uid"], named[fields.ON_POLICY]
+        self.teacher_columns.take(batch, uids)
         self.on_policy_uids = {uid for uid, flag in zip(uids, on_policy, strict=True) if flag}
         self.batch_counts = {
             "hpd/on_policy_fraction": sum(on_policy) / rows,
@@ -227,6 +233,7 @@ class HPDTrainer(PPOTrainerSync):
         for flag, metric in fields.COUNTED_FLAGS.items():
             self.batch_counts[metric] = sum(bool(tag.get(flag)) for tag in batch.tags)
         self.batch_counts["hpd/truncated_prompts"] += self._truncated_rollout_prompts(batch)
+        self.batch_counts["hpd/truncated_teacher_prompts"] = self.teacher_columns.truncated(batch.keys)
         metrics.update(self.batch_counts)
         batch = super()._balance_batch(batch, metrics=metrics, **kwargs)
         # verl's padding stays. Its order would make the rows of an update depend on the number of ranks.
@@ -242,6 +249,7 @@ class HPDTrainer(PPOTrainerSync):
         columns = {
             fields.ROW: torch.tensor([[number[key]] for key in batch.keys]),
             fields.IS_ROLLOUT: self._is_rollout(batch).long().unsqueeze(1),
+            **self.teacher_columns.of_keys(batch.keys),
         }
         tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(columns, batch_size=len(batch))
@@ -288,7 +296,7 @@ class HPDTrainer(PPOTrainerSync):
         mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         output = self.actor_rollout_wg.update_actor(
             self._queue_batch(batch).for_worker(
-                self.pipeline.update_inputs,
+                [*self.pipeline.update_inputs, *self.teacher_columns.names],
                 calculate_entropy=actor.calculate_entropy or actor.entropy_coeff != 0,
                 global_batch_size=mini_batch_size,
                 mini_batch_size=mini_batch_size,
@@ -297,7 +305,7 @@ class HPDTrainer(PPOTrainerSync):
                 dataloader_kwargs={"shuffle": actor.shuffle},
             )
         )
-        output = reduce_metrics(output["metrics"])
+        output = over_own_tokens(reduce_metrics(output["metrics"]))
         metrics.update({name if "/" in name else f"actor/{name}": value for name, value in output.items()})
         metrics["perf/mfu/actor"] = metrics.pop("actor/mfu")
         if not math.isfinite(metrics["actor/grad_norm"]):

@@ -19,7 +19,7 @@ from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.run.checkpoint import remove_files
 from hpd_verl.run.choices import with_dtype
-from hpd_verl.teacher.model_config import teacher_model_config
+from hpd_verl.teacher.model_config import SEVERAL, teacher_model_config, teacher_nodes
 
 
 class HPDWorker(ActorRolloutRefWorker):
@@ -30,12 +30,18 @@ class HPDWorker(ActorRolloutRefWorker):
         """Build teacher, student and rollout adapter, and the pipeline of the two models."""
         teacher: HFModelConfig = omega_conf_to_dataclass(teacher_model_config(self.config.model, self.config.ref.model))
         hpd = HPDConfig.from_config(self.config.hpd)
+        several = {
+            name: omega_conf_to_dataclass(teacher_model_config(self.config.model, node))
+            for name, node in teacher_nodes(self.config.ref, hpd).items()
+            if name
+        }
         with open_dict(self.config):
             del self.config.ref.model  # verl's dataclass of the reference does not know it
+            self.config.ref.pop(SEVERAL, None)
             for role in (self.config.actor, self.config.ref):
                 role.fsdp_config = with_dtype(role.fsdp_config)
         pipeline = PIPELINES[hpd.pipeline]
-        self.ref_worker_cls = partial(pipeline.teacher, model=teacher)
+        self.ref_worker_cls = partial(pipeline.teacher, model=teacher, **({"several": several} if several else {}))
 
         def student(config: TrainingWorkerConfig) -> TrainingWorker:
             initialize_global_process_group_ray(timeout_second=None)  # as verl's worker does, but before its seed

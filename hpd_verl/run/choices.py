@@ -70,6 +70,9 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
     needs = {
         f"{PREFIX}.teacher_cache={hpd.teacher_cache}": hpd.teacher_cache != "off",
         hpd.teacher_server.source: hpd.teacher_server.is_used,
+        f"{PREFIX}.teachers": hpd.teachers is not None,
+        f"{PREFIX}.teacher_ema={hpd.teacher_ema}": hpd.teacher_ema is not None,
+        "data.teacher_prompt_template": config.data.get("teacher_prompt_template") is not None,
         f"{PREFIX}.exact_kl_metrics=true": hpd.exact_kl_metrics,
         f"an objective over the vocabulary ({hpd.objectives.names()})": hpd.objectives.over_vocabulary,
     }
@@ -81,7 +84,11 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
             f"{PREFIX}.pipeline",
             hpd.pipeline,
             (f"{' and '.join(needed_by)} needs one_pass, which " if needed_by else "")
-            + (f"does not work here: {'; '.join(reasons)}" if reasons else "is not what is set: choose auto"),
+            + (
+                f"does not work here: {'; '.join(reasons)}"
+                if reasons
+                else f"is not what is set: choose auto or {PREFIX}.pipeline=one_pass"
+            ),
         )
         return "one_pass", ", ".join(needed_by) or "set"
     if hpd.pipeline == "staged":

@@ -16,6 +16,7 @@ from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import SequenceBuilder, demonstration_of
 from hpd_verl.data.row import TOOLS, tools_of
+from hpd_verl.data.teacher_prompt import TeacherPromptTokenizer, max_teacher_prompt_length
 
 
 class DemonstrationDataset(Dataset[dict[str, Tensor]]):
@@ -24,11 +25,15 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
     Args:
         rows: the checked rows.
         sequences: how a row becomes tokens.
+        teacher_prompts: the same of the teacher's prompts; None where the teacher reads the student's.
     """
 
-    def __init__(self, rows: HPDDataset, sequences: SequenceBuilder) -> None:
+    def __init__(
+        self, rows: HPDDataset, sequences: SequenceBuilder, teacher_prompts: TeacherPromptTokenizer | None = None
+    ) -> None:
         self.rows = rows
         self.sequences = sequences
+        self.teacher_prompts = teacher_prompts
 
     def __len__(self) -> int:
         return len(self.rows.dataframe)
@@ -38,7 +43,14 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
         where = f"row {index}"
         answer = demonstration_of(row.get(DEMONSTRATION), where)
         tensors, flags = self.sequences.build(row[self.rows.prompt_key], answer, where, tools_of(row.get(TOOLS)))
-        columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, **flags}
+        if self.teacher_prompts is not None:
+            chat = self.rows.teacher_prompts.messages(row)
+            encoded = self.teacher_prompts.encode(chat, where, tools_of(row.get(TOOLS)))
+            tensors[fields.TEACHER_PROMPTS], flags[fields.TRUNCATED_TEACHER_PROMPT] = encoded
+        columns = {fields.ROW: index, fields.IS_ROLLOUT: 0, fields.TRUNCATED_TEACHER_PROMPT: 0, **flags}
+        teachers = self.rows.teachers
+        if teachers:
+            columns[fields.TEACHER] = teachers.index(row[self.rows.teacher_key])
         return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()}
 
 
@@ -116,7 +128,11 @@ def read_demonstrations(
     sequences = SequenceBuilder(
         model, data.apply_chat_template_kwargs, data.max_prompt_length, data.max_response_length
     )
-    return DemonstrationDataset(rows, sequences)
+    teacher_prompts = None
+    if rows.has_teacher_prompts:
+        longest = max_teacher_prompt_length(config.data)
+        teacher_prompts = TeacherPromptTokenizer(sequences.prompts, longest, sequences.embedded)
+    return DemonstrationDataset(rows, sequences, teacher_prompts)
 
 
 def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int) -> TensorDict:

@@ -22,6 +22,8 @@ from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.data import fields
+from hpd_verl.data.response_tokens import column
 from hpd_verl.engine.sequence_parallel import SequenceGroup
 from hpd_verl.errors import Refused
 from hpd_verl.hydra_config import config_dir
@@ -29,6 +31,8 @@ from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
 from hpd_verl.sft.start import ALONE, checked, log_store_size, teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.prompt_date import fix_prompt_date
+from hpd_verl.teacher.rows import teacher_rows
+from hpd_verl.teacher.several import SeveralTeachers
 from hpd_verl.teacher.stored import StoredTeacher
 
 
@@ -36,7 +40,7 @@ def fill(config: DictConfig) -> dict[str, float]:
     """Take the features of every row and store them.
 
     Returns:
-        The store's metrics; counts of rows that were not stored are those of all ranks.
+        The stores' metrics, added up; counts of rows that were not stored are those of all ranks.
 
     Raises:
         FloatingPointError: the teacher's logits of some rows are not finite. The other rows are stored.
@@ -52,12 +56,15 @@ def fill(config: DictConfig) -> dict[str, float]:
     ]
     if torch.distributed.get_rank() == 0:
         log_store_size(config, hpd, [rows for _, rows in datasets])
-    settings = teacher_settings(config)
-    engine = settings.worker().engine
+    settings = teacher_settings(config, hpd)
+    first = settings.of(next(iter(hpd.teachers))) if hpd.teachers else settings
+    engine = first.worker().engine
     rank, ranks = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
     sharing = SequenceGroup.of(engine.ulysses_parallel_group)
     teacher = make_teacher(settings, hpd, model)
-    assert isinstance(teacher, StoredTeacher)  # main sets teacher_cache=disk
+    # main sets teacher_cache=disk; of several teachers one may have none
+    of_each = list(teacher.teachers.values()) if isinstance(teacher, SeveralTeachers) else [teacher]
+    stored = [each for each in of_each if isinstance(each, StoredTeacher)]
     broken: list[str] = []
     for name, rows in datasets:
         loader = DataLoader(
@@ -69,16 +76,24 @@ def fill(config: DictConfig) -> dict[str, float]:
             num_workers=config.data.num_workers,
         )
         for batch in tqdm(loader, desc=name, unit="batch", disable=torch.distributed.get_rank() != 0):
-            filled = as_batch(config, model, batch, step=0)
-            features = teacher.features(filled, sharing.owned(len(filled)))
+            data = teacher_rows(as_batch(config, model, batch, step=0))
+            wanted = sharing.owned(len(data))
+            if fields.TEACHER in data:
+                of_row = column(data, fields.TEACHER).tolist()
+                rows_of_rank = range(len(data)) if wanted is None else wanted
+                wanted = [row for row in rows_of_rank if of_each[of_row[row]] in stored]
+            features = teacher.features(data, wanted)
             broken += [
                 f"{name} row {row}"
-                for row, each in features.items()
-                if not each.tensors["label_log_probs"].isfinite().all()
+                for row, found in features.items()
+                if not found.tensors["label_log_probs"].isfinite().all()
             ]
     torch.distributed.barrier()
-    teacher.store.refresh()  # what the other ranks stored last
-    metrics = teacher.metrics()
+    for each in stored:
+        each.store.refresh()  # what the other ranks stored last
+    metrics: dict[str, float] = {}
+    for each in stored:
+        metrics = {name: metrics.get(name, 0.0) + value for name, value in each.metrics().items()}
     if metrics["hpd/teacher_cache_non_finite_rows"]:
         everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(everywhere, broken)

@@ -16,7 +16,7 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.engine.ranks import on_rank_zero
 from hpd_verl.run.choices import with_dtype
 from hpd_verl.sft.demonstrations import DemonstrationDataset
-from hpd_verl.teacher.model_config import teacher_model_config
+from hpd_verl.teacher.model_config import teacher_model_config, teacher_nodes
 from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.store.size import log_size
 
@@ -46,24 +46,36 @@ def teacher_worker_config(config: DictConfig) -> TrainingWorkerConfig:
 def log_store_size(config: DictConfig, hpd: HPDConfig, datasets: Sequence[DemonstrationDataset]) -> None:
     """Log how much the teacher's features of these rows take, and how much of that is kept."""
     rows = [dataset.rows for dataset in datasets]
-    log_size(hpd, config.model, config.teacher.model, rows, config.data.max_response_length)
+    log_size(hpd, config.model, teacher_nodes(config.teacher, hpd), rows, config.data.max_response_length)
 
 
 def write_row_layouts(config: DictConfig) -> None:
-    """Choose attention and packing of both models, and write them into the configuration; all ranks together.
+    """Choose attention and packing of all models, and write them into the configuration; all ranks together.
 
     Raises:
         ValueError: what is set is wrong for a model, or nothing is right.
     """
     passes = sft_passes(config)
-    for model in model_nodes(config.model, config.teacher.model, ("model", "teacher.model")):
+    teachers = teacher_nodes(config.teacher, HPDConfig.from_config(config.algorithm.hpd))
+    for model in model_nodes(config.model, teachers, ("model", "teacher.model")):
         write_row_layout(model, on_rank_zero(partial(choose_row_layout, model, passes)))
 
 
-def teacher_settings(config: DictConfig) -> TeacherSettings:
-    """What the teacher is made of."""
+def teacher_settings(config: DictConfig, hpd: HPDConfig | None = None) -> TeacherSettings:
+    """What the teacher, or several of them, is made of.
+
+    Args:
+        config: the composed configuration.
+        hpd: the algorithm's settings; None: those of the configuration.
+    """
+    hpd = hpd or HPDConfig.from_config(config.algorithm.hpd)
     model = omega_conf_to_dataclass(teacher_model_config(config.model, config.teacher.model))
-    return TeacherSettings(teacher_worker_config(config), model)
+    several = {
+        name: omega_conf_to_dataclass(teacher_model_config(config.model, node))
+        for name, node in teacher_nodes(config.teacher, hpd).items()
+        if name
+    }
+    return TeacherSettings(teacher_worker_config(config), model, several)
 
 
 def checked(config: DictConfig, fills_store: bool = False) -> None:

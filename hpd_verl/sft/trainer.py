@@ -38,6 +38,7 @@ from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.errors import Refused
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
+from hpd_verl.pipelines.updates import over_own_tokens
 from hpd_verl.run import checkpoint
 from hpd_verl.run.choices import with_dtype
 from hpd_verl.run.stopping import EXIT_CODE, StopSignals
@@ -89,6 +90,8 @@ class HPDSFTTrainer(SFTTrainer):
         data = self.config.data  # verl tells it with each batch only
         self.engine_config.use_dynamic_bsz = data.use_dynamic_bsz
         self.engine_config.micro_batch_size_per_gpu = data.micro_batch_size_per_gpu
+        self.engine_config.infer_max_token_len_per_gpu = data.max_token_len_per_gpu
+        self.engine_config.infer_micro_batch_size_per_gpu = data.micro_batch_size_per_gpu
         self.training_client = StudentWorker(
             TrainingWorkerConfig(
                 model_type="language_model",
@@ -122,10 +125,13 @@ class HPDSFTTrainer(SFTTrainer):
         seed_rank(self.hpd.seed)
         super()._init_engine()
         self.engine.checkpoint_manager = StudentCheckpoints(self.engine, self.hpd.check_saved_model)
-        needs_teacher = self.hpd.needs_teacher
+        teacher = None
+        if self.hpd.needs_teacher:
+            settings = teacher_settings(self.config, self.hpd)
+            teacher = make_teacher(settings, self.hpd, self.model_config, self.training_client)
         self.one_pass = OnePass(
             self.training_client,
-            make_teacher(teacher_settings(self.config), self.hpd, self.model_config) if needs_teacher else None,
+            teacher,
             self.hpd,
             self.config.trainer.loss_agg_mode,
             loss_scale_factor=self.config.data.max_response_length,
@@ -151,7 +157,7 @@ class HPDSFTTrainer(SFTTrainer):
         ]  # whose ranks have the same rows
         if output is None:
             return {}
-        metrics = _train_names(reduce_metrics(tu.get(output, "metrics")))
+        metrics = over_own_tokens(_train_names(reduce_metrics(tu.get(output, "metrics"))))
         if not math.isfinite(metrics["actor/grad_norm"]):
             raise FloatingPointError(
                 f"step {step}: the gradient's norm is {metrics['actor/grad_norm']}; verl skipped the update; the run "
@@ -193,7 +199,8 @@ class HPDSFTTrainer(SFTTrainer):
         if tokens == 0.0:
             return {}
         loss = loss / tokens if self.one_pass.loss.loss_agg_mode == "token-mean" else loss
-        return {f"val/{name}": value / tokens for name, value in sums.items()} | {"val/hpd/loss": loss}
+        means = over_own_tokens({name: value / tokens for name, value in sums.items()})
+        return {f"val/{name}": value for name, value in means.items()} | {"val/hpd/loss": loss}
 
     def fit(self, signals: StopSignals) -> None:
         """Train until ``trainer.total_training_steps`` or ``total_epochs``, resuming where a checkpoint is.

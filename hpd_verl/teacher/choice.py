@@ -4,14 +4,17 @@ from pathlib import Path
 
 import torch.distributed
 from verl.workers.config import HFModelConfig
+from verl.workers.engine_workers import TrainingWorker
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.engine.causal_lm import head_scaling
 from hpd_verl.engine.ranks import on_every_rank, on_rank_zero
 from hpd_verl.teacher.colocated import ColocatedTeacher
 from hpd_verl.teacher.model_config import shared_vocabulary_size
+from hpd_verl.teacher.of_student import AveragedStudent, CurrentStudent
 from hpd_verl.teacher.served.teacher import ServedTeacher
 from hpd_verl.teacher.settings import TeacherSettings
+from hpd_verl.teacher.several import SeveralTeachers
 from hpd_verl.teacher.store.disk import DiskStore
 from hpd_verl.teacher.store.identity import StoreIdentity, teacher_identity, tokenisation_hash
 from hpd_verl.teacher.store.store import GIB, MemoryStore, TeacherStore, check_memory_store
@@ -20,22 +23,37 @@ from hpd_verl.teacher.stored import StoredTeacher
 from hpd_verl.teacher.teacher import Teacher
 
 
-def make_teacher(settings: TeacherSettings, config: HPDConfig, student: HFModelConfig) -> Teacher:
-    """The teacher of one rank, prepared; all ranks together.
+def make_teacher(
+    settings: TeacherSettings, config: HPDConfig, student: HFModelConfig, worker: TrainingWorker | None = None
+) -> Teacher:
+    """The teacher of one rank, or several as one, prepared; all ranks together.
 
     Args:
         settings: of the teacher.
         config: the algorithm's configuration.
         student: whose tokens and vocabulary rows have.
+        worker: the student's, loaded, which ``teacher_ema`` needs.
 
     Raises:
         ValueError: the teacher's output layer is not understood, its store is not usable, or its server does not
             answer, or is another's.
     """
+    if config.teachers is not None:
+        return SeveralTeachers(
+            {
+                name: make_teacher(settings.of(name), config.of_teacher(name), student, worker)
+                for name in config.teachers
+            }
+        )
     vocabulary_size = shared_vocabulary_size(student, settings.model)
     teacher: Teacher
     served = None
-    if config.teacher_server.is_used:
+    if config.teacher_ema is not None:
+        assert worker is not None
+        teacher = CurrentStudent(worker, config, vocabulary_size)
+        if config.teacher_ema > 0:  # in float32: half a percent of a small step would be lost in bfloat16
+            teacher = AveragedStudent(settings.in_float32().worker(), worker, config, vocabulary_size)
+    elif config.teacher_server.is_used:
         teacher = served = ServedTeacher(settings, config, vocabulary_size)
     else:
         teacher = ColocatedTeacher(settings.worker(), config, vocabulary_size)

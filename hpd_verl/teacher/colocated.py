@@ -167,7 +167,7 @@ class ColocatedTeacher(Teacher):
         vocabulary_size: the teacher's logits that are used: those that the student has too.
     """
 
-    def __init__(self, worker: TeacherWorker, config: HPDConfig, vocabulary_size: int) -> None:
+    def __init__(self, worker: TrainingWorker, config: HPDConfig, vocabulary_size: int) -> None:
         self.worker = worker
         self.config = config
         self.vocabulary_size = vocabulary_size
@@ -184,20 +184,30 @@ class ColocatedTeacher(Teacher):
     def _loaded(self) -> _FeatureLoss:
         if self._loss is not None:
             return self._loss
-        self.worker.load()
+        self._load()
         engine = self.worker.engine
         engine.use_head(self.vocabulary_size)
-        layer, dtype = output_head(engine.module, self.vocabulary_size), engine.compute_dtype
-        head = dataclasses.replace(
-            layer,
-            weight=_full_copy(layer.weight, dtype),
-            bias=None if layer.bias is None else _full_copy(layer.bias, dtype),
-        )
+        head = self._whole_head()
         form, temperature = FeatureForm.of(self.config), self.config.temperature_of_teacher
         self._loss = _FeatureLoss(form, head, temperature, self.config.token_chunk_size, engine.compiles)
         # Return memory that loading took: a rollout server counts the free memory of the device.
         aggressive_empty_cache(force_sync=True)
         return self._loss
+
+    def _load(self) -> None:
+        """Load the model, once; all ranks together."""
+        assert isinstance(self.worker, TeacherWorker)
+        self.worker.load()
+
+    def _whole_head(self) -> OutputHead:
+        """A copy of the output layer, gathered; all ranks together."""
+        engine = self.worker.engine
+        layer, dtype = output_head(engine.module, self.vocabulary_size), engine.compute_dtype
+        return dataclasses.replace(
+            layer,
+            weight=_full_copy(layer.weight, dtype),
+            bias=None if layer.bias is None else _full_copy(layer.bias, dtype),
+        )
 
     def features(self, data: TensorDict, wanted: Sequence[int] | None = None) -> dict[int, TeacherFeatures]:
         sharing = SequenceGroup.of(self.worker.engine.ulysses_parallel_group)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,21 @@ class TeacherSettings:
     """verl's, of a worker of the reference."""
     model: HFModelConfig
     """The teacher's configuration and tokenizer."""
+    several: Mapping[str, HFModelConfig] = dataclasses.field(default_factory=dict)
+    """Those of several teachers by name, in place of ``model``; they share the engine's settings."""
+
+    def of(self, name: str) -> "TeacherSettings":
+        """One of several teachers, the same each time."""
+        return self._each[name]
+
+    @functools.cached_property
+    def _each(self) -> dict[str, "TeacherSettings"]:
+        return {name: dataclasses.replace(self, model=model, several={}) for name, model in self.several.items()}
+
+    def in_float32(self) -> "TeacherSettings":
+        """The same with weights in float32."""
+        engine = dataclasses.replace(self.config.engine_config, model_dtype="fp32")
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, engine_config=engine))
 
     def worker(self) -> TeacherWorker:
         """The worker of the model beside the student, not loaded, the same each time; all ranks together."""

@@ -1,7 +1,8 @@
 """The teacher's interface: features of a batch's rows.
 
 ``ColocatedTeacher`` runs the model beside the student, ``ServedTeacher`` asks servers, ``StoredTeacher`` stores another
-teacher's features.
+teacher's features, ``CurrentStudent`` and ``AveragedStudent`` are made of the student, ``SeveralTeachers`` share the
+rows.
 """
 
 from abc import ABC, abstractmethod
@@ -55,6 +56,9 @@ class Teacher(ABC):
 
         No collectives, and nothing is raised: what fails here is done again when the features are asked for.
         """
+
+    def follow(self) -> None:  # noqa: B027
+        """The student has taken a step: what is made of it moves, too; all ranks together."""
 
     def save(self, folder: Path) -> None:  # noqa: B027
         """Write what a resumed run needs of the teacher into a checkpoint's folder; all ranks together."""

@@ -425,6 +425,8 @@ def _training_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = {"Student": student["path"]}
     if teacher["path"] is not None and hpd["objective"] != "sft":
         rows["Teacher"] = teacher["path"]
+    elif hpd.get("teachers"):  # one a source
+        rows["Teacher"] = ", ".join(f"{each['path']} ({name})" for name, each in hpd["teachers"].items())
     rows["Objective"] = hpd["objective"]
     if hpd["on_policy_objective"] is not None:
         rows["Objective of rollouts"] = hpd["on_policy_objective"]

@@ -329,7 +329,8 @@ def test_staged_is_refused_where_one_pass_is_needed(overrides: tuple[str, ...], 
     with pytest.raises(ValueError, match="pipeline=staged") as refusal:
         chosen(*overrides, "algorithm.hpd.pipeline=staged")
     assert str(refusal.value) == (
-        f"algorithm.hpd.pipeline=staged: {need} needs one_pass, which is not what is set: choose auto"
+        f"algorithm.hpd.pipeline=staged: {need} needs one_pass, which is not what is set: choose auto or "
+        "algorithm.hpd.pipeline=one_pass"
     )
 
 

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chosen(student: Path, teacher: Path, *overrides: str, **passes: Any) -> list[RowLayout]:
     config = lean_config(student.parent, f"model.path={student}", f"teacher.model.path={teacher}", *overrides)
     asked = Passes(**{**vars(sft_passes(config)), **passes})
-    nodes = model_nodes(config.model, config.teacher.model, ("model", "teacher.model"))
+    nodes = model_nodes(config.model, {"": config.teacher.model}, ("model", "teacher.model"))
     found = [choose_row_layout(model, asked) for model in nodes]
     for model, layout in zip(nodes, found, strict=True):
         write_row_layout(model, layout)

@@ -29,7 +29,14 @@ ACCEPTED: list[tuple[Any, set[str]]] = [
     (
         "odd",
         {f"model.{name}" for name in MODEL_TEXTS.split()}
-        | {ATTENTION, "data.train_files", "data.val_files", "data.tools_key", "data.prompt_key"}
+        | {
+            ATTENTION,
+            "data.train_files",
+            "data.val_files",
+            "data.tools_key",
+            "data.prompt_key",
+            "data.teacher_prompt_key",
+        }
         | {"trainer.project_name", "trainer.experiment_name"}
         | {"trainer.default_local_dir", "trainer.default_hdfs_dir", "trainer.resume_from_path", "trainer.device"}
         | {"teacher.model.path", "optim.optimizer"},

@@ -85,6 +85,13 @@ def test_opd(run_recipe: Recipe) -> None:
     assert all(0 < step["hpd/rollout_log_prob_difference"] < 1e-4 for step in steps)
 
 
+def test_self_distillation(run_recipe: Recipe) -> None:
+    """The student at its current weights teaches: with the solution in its context, so that there is a gap."""
+    steps = run_recipe("math/self_distillation.sh", ROLLOUTS=1, MAX_TEACHER_PROMPT_LENGTH=64, TEACHER_EMA=0)
+    assert_learned(steps)
+    assert all(abs(step["hpd/reverse_kl_k1"]) > 1e-3 for step in steps)
+
+
 def test_code(run_recipe: Recipe) -> None:
     assert_learned(run_recipe("code/hpd.sh"))
 

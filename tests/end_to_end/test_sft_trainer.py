@@ -179,7 +179,7 @@ def test_hybrid_store(run_sft: RunSFT, tmp_path: Path) -> None:
     mixture = "algorithm.hpd.objective={hpd: 1.0, rkl_exact: 0.5}"
     once = ("trainer.resume_mode=disable", mixture, "trainer.total_training_steps=2")
     beside = run_sft(*once, *form, "algorithm.hpd.teacher_cache=memory")
-    filling = run_sft(*form, *at, module="hpd_verl.teacher_cache")
+    filling = run_sft(*form, *at, module="hpd_verl.sft.fill_store")
     alone = run_sft(*once, *form, *at)
     for run in (beside, filling, alone):
         assert run.returncode == 0, run.output[-3000:]

@@ -10,7 +10,7 @@ import torch
 from test_head import VOCABULARY_OBJECTIVE_NAMES, Case, close, configured
 
 from hpd_verl.config import HPDConfig
-from hpd_verl.head import compiling, passes
+from hpd_verl.head import compiling
 from hpd_verl.head.features import HiddenFeatures, teacher_features
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.warm_up import warm_up
@@ -72,7 +72,7 @@ def all_objectives_are_the_same() -> None:
     count = compiling.compilations()
     compare(case, 3e-5, teacher=HiddenFeatures(case.teacher_hidden, shorter, 1.3), exact_kl=True)
     assert compiling.compilations() == count + 2
-    assert not passes._uncompiled
+    assert not compiling._given_up
 
 
 class Messages(logging.Handler):
@@ -93,7 +93,7 @@ def one_that_cannot_be_compiled_is_named() -> None:
         return VocabularyWeights(weights, -(weights * log_probs.student).sum(-1))
 
     heard = Messages()
-    passes.logger.addHandler(heard)
+    compiling.logger.addHandler(heard)
     case = Case(dtype=torch.float32, vocabulary=V, config=configured("fkl", token_chunk_size=9))
     objectives = RowObjectives(Mixture(((deciding.bind(), 1.0), (deciding.bind(), 0.5))))
     for _ in range(2):

@@ -10,6 +10,7 @@ from conftest import Tiny, main_ppo_config
 from transfer_queue import KVBatchMeta
 
 from hpd_verl.data import fields
+from hpd_verl.ppo.teacher_columns import TeacherColumns
 from hpd_verl.ppo.trainer import HPDTrainer
 
 
@@ -47,6 +48,7 @@ def test_ranks_share_each_update_out(tiny: Tiny, ranks: int, monkeypatch: pytest
     )
     trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": list(range(ranks))})
     trainer.tokenizer = SimpleNamespace(eos_token_id=1)
+    trainer.teacher_columns = TeacherColumns.of(trainer.config, trainer.hpd, trainer.student)
     trainer.global_steps, trainer.on_policy_uids, trainer.batch_counts = 1, set(), {}
     order = [7, 3, 11, 0, 5, 9, 1, 10, 2, 8, 4, 6]
     lengths = [9, 1, 30, 4, 2, 2, 25, 8, 3, 90, 5, 7]

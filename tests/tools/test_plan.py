@@ -126,6 +126,17 @@ def test_a_served_teacher_by_hand(student: ModelSize, teacher: ModelSize) -> Non
     assert operations["teacher"] == 3 * 1000 * 2 * 152_064 * 3584 * 1000  # three epochs of the output layer
 
 
+def test_several_teachers_by_hand(student: ModelSize, teacher: ModelSize) -> None:
+    """All weights in the machines' memory, all output layers on each GPU, a gradient of the student's for each."""
+    run = PlannedRun(gpus=4, batch_size=64, response_tokens=1000, prompt_tokens=24)
+    one, two = plan_memory(student, teacher, run), plan_memory(student, teacher, run, [student])
+    weights = {"teacher's weights": 2 * teacher.parameters, "other teachers' weights": 2 * student.parameters}
+    assert two.machine == weights
+    assert two.phases["backward"]["other teachers' output layers"] == 2 * student.output
+    gradients = [each.phases["output layer"]["output layer's gradient"] for each in (one, two)]
+    assert gradients[1] - gradients[0] == 2 * student.output
+
+
 def test_gpus_that_share_a_sequence(student: ModelSize, teacher: ModelSize, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has its part of a row's tokens, and of the batch's features; docs/cost.md holds what its script writes."""
     alone = PlannedRun(tokens=32_768, prompt_tokens=1024, response_tokens=31_744, batch_size=32)

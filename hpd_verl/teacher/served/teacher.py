@@ -12,7 +12,6 @@ import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils.device import get_device_id
-from verl.workers.config import HFModelConfig
 
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.response_tokens import response_tokens, row_numbers
@@ -23,9 +22,10 @@ from hpd_verl.head.features import TeacherFeatures, TopKFeatures
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.objectives import LOG_ZERO
 from hpd_verl.teacher.colocated import FeatureForm, FeatureMaker
-from hpd_verl.teacher.served.client import HiddenStates, Question, Servers, TopLogProbs
+from hpd_verl.teacher.served.client import HiddenStates, TopLogProbs
 from hpd_verl.teacher.served.output_layer import output_layer
-from hpd_verl.teacher.served.probe import Probe, probe_tokens
+from hpd_verl.teacher.served.probe import Probe
+from hpd_verl.teacher.served.servers import make_servers
 from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.store.teacher_files import PATH_SETTING, config_hash
 from hpd_verl.teacher.teacher import Teacher, TeacherUnavailable
@@ -297,31 +297,6 @@ class ServedTeacher(Teacher):
             if each is not None:
                 digest.update(each.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest(), config_hash(self.model.hf_config, self.model.external_lib)
-
-
-def make_servers(model: HFModelConfig, dtype: torch.dtype, config: HPDConfig, vocabulary_size: int) -> Servers:
-    """The servers of a teacher, not asked yet.
-
-    Args:
-        model: the teacher.
-        dtype: of its products.
-        config: the algorithm's configuration.
-        vocabulary_size: the teacher's logits that are used.
-
-    Raises:
-        ValueError: an API key that no header can hold.
-    """
-    hidden_size = model.hf_config.get_text_config().hidden_size
-    dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    special = list(getattr(model.tokenizer, "all_special_ids", []))
-    tokens = probe_tokens(model.hf_config, special, vocabulary_size)
-    asked: dict[str, Question] = {
-        "hidden": HiddenStates(hidden_size, dtype),
-        "topk": TopLogProbs(config.teacher_server.top_k),
-    }
-    chosen = config.teacher_server.features
-    questions = list(asked.values()) if chosen == "auto" else [asked[chosen]]
-    return Servers(config.teacher_server, questions, tokens, dtype)
 
 
 def _keys(data: TensorDict) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,16 @@ class TokenCount:
     """The source of ``tokens``, for the log."""
 
 
-def count_response_tokens(dataset: Dataset[Any], max_response_length: int, sample: int = 256) -> TokenCount:
+def count_response_tokens(
+    dataset: Dataset[Any], max_response_length: int, sample: int = 256, of: tuple[str, str] | None = None
+) -> TokenCount:
     """Count the demonstrations' response tokens: exactly in a small data set, else from rows spread evenly over it.
 
     Args:
         dataset: of another class than ``HPDDataset``, each row counts ``max_response_length`` tokens.
         max_response_length: verl's ``data.max_response_length``.
         sample: rows to tokenise at most.
+        of: a column and the value of the rows to count; None for all.
     """
     if not isinstance(dataset, HPDDataset):
         rows = len(dataset)  # type: ignore[arg-type]
@@ -52,7 +55,7 @@ def count_response_tokens(dataset: Dataset[Any], max_response_length: int, sampl
     for number in range(looked_at):
         index = number * total // looked_at
         row = dataset.row(index)
-        if has_demonstration(row.get(DEMONSTRATION)):
+        if has_demonstration(row.get(DEMONSTRATION)) and (of is None or row.get(of[0]) == of[1]):
             answer = demonstration_of(row[DEMONSTRATION], f"row {index}")
             length = tokenizer.length(row[dataset.prompt_key], answer, tools_of(row.get(TOOLS)))
             lengths.append(min(length, max_response_length))
@@ -110,7 +113,7 @@ def _gib(size: float) -> str:
 def log_size(
     config: HPDConfig,
     student: DictConfig,
-    teacher: DictConfig,
+    teachers: Mapping[str, DictConfig],
     datasets: Sequence[Dataset[Any]],
     max_response_length: int,
 ) -> None:
@@ -118,16 +121,19 @@ def log_size(
 
     Args:
         config: the algorithm's configuration.
-        student, teacher: their model nodes, the teacher's with what differs from the student's.
+        student: its model node.
+        teachers: the teachers' nodes, of ``teacher_nodes``, with what differs from the student's.
         datasets: whose demonstrations are stored.
         max_response_length: verl's ``data.max_response_length``.
     """
-    if config.teacher_cache == "off" or not config.needs_teacher or config.schedule.lowest == 1.0:
-        return
-    node = teacher_model_config(student, teacher)
-    with open_dict(node):
-        node.load_tokenizer = False
-    model = omega_conf_to_dataclass(node).hf_config.get_text_config()
-    counts = [count_response_tokens(dataset, max_response_length) for dataset in datasets]
-    line, share = describe_size(config, model.hidden_size, model.vocab_size, counts)
-    logger.log(logging.INFO if share == 1.0 else logging.WARNING, line)
+    for name, own in config.of_each_teacher.items():
+        if own.teacher_cache == "off" or not own.needs_teacher or own.schedule.lowest == 1.0:
+            continue
+        node = teacher_model_config(student, teachers[name])
+        with open_dict(node):
+            node.load_tokenizer = False
+        model = omega_conf_to_dataclass(node).hf_config.get_text_config()
+        rows = (config.teacher_key, name) if name else None
+        counts = [count_response_tokens(dataset, max_response_length, of=rows) for dataset in datasets]
+        line, share = describe_size(own, model.hidden_size, model.vocab_size, counts)
+        logger.log(logging.INFO if share == 1.0 else logging.WARNING, f"teacher {name}: {line}" if name else line)

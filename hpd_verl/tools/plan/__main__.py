@@ -16,6 +16,7 @@ from hpd_verl.checks.architecture import check_architecture
 from hpd_verl.engine.families import divides_heads
 from hpd_verl.engine.on_meta import CannotBuild
 from hpd_verl.errors import Refused, one_line
+from hpd_verl.several_teachers import STUDENT
 from hpd_verl.tools.plan.memory import Memory, complaints, plan_memory, what_helps
 from hpd_verl.tools.plan.model_size import ModelSize, model_size, read_config
 from hpd_verl.tools.plan.run import GIB, PlannedRun
@@ -60,7 +61,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, PlannedRun]:
         prog="hpd-verl plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("student", help="folder with config.json, or hub name")
-    parser.add_argument("teacher", nargs="?", help="the same; without it, supervised fine-tuning is planned")
+    parser.add_argument(
+        "teacher",
+        nargs="*",
+        help="the same, or student; several: algorithm.hpd.teachers; none: supervised fine-tuning is planned",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     types = get_type_hints(PlannedRun)
     for field in dataclasses.fields(PlannedRun):
@@ -122,10 +127,17 @@ def _hours(hours: float) -> str:
 
 
 def describe(
-    student: ModelSize, teacher: ModelSize | None, run: PlannedRun, memory: Memory, work: Work, why: list[str]
+    student: ModelSize,
+    teacher: ModelSize | None,
+    run: PlannedRun,
+    memory: Memory,
+    work: Work,
+    why: list[str],
+    others: Sequence[ModelSize] = (),
 ) -> list[str]:
     """The plan for a reader, line by line."""
-    lines = [_model_line("student", student)] + ([] if teacher is None else [_model_line("teacher", teacher)])
+    teachers = [*([] if teacher is None else [teacher]), *others]
+    lines = [_model_line("student", student), *(_model_line("teacher", each) for each in teachers)]
     parts = list(dict.fromkeys(part for phase in memory.phases.values() for part in phase))
     cells = [(f"GiB on each of {run.gpus} GPUs, by phase", *memory.phases)]
     for part in parts:
@@ -160,7 +172,13 @@ def describe(
 
 
 def as_json(
-    student: ModelSize, teacher: ModelSize | None, run: PlannedRun, memory: Memory, work: Work, why: list[str]
+    student: ModelSize,
+    teacher: ModelSize | None,
+    run: PlannedRun,
+    memory: Memory,
+    work: Work,
+    why: list[str],
+    others: Sequence[ModelSize] = (),
 ) -> dict[str, Any]:
     """The plan for a program; memory in bytes."""
     return {
@@ -177,6 +195,7 @@ def as_json(
         "store_bytes": work.store_bytes,
         "student": dataclasses.asdict(student),
         "teacher": None if teacher is None else dataclasses.asdict(teacher),
+        "other_teachers": [dataclasses.asdict(each) for each in others],
         "run": dataclasses.asdict(run),
     }
 
@@ -217,15 +236,18 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         parsed, run = parse(arguments)
         student = _size("STUDENT", parsed.student, run)
-        teacher = None if parsed.teacher is None else _size("TEACHER", parsed.teacher, run)
+        paths = [parsed.student if each == STUDENT else each for each in parsed.teacher]
+        teachers = [_size("TEACHER", each, run) for each in paths]
     except ValueError as error:
         sys.exit(f"Error: {error}")
-    memory, work = plan_memory(student, teacher, run), plan_work(student, teacher, run)
+    teachers.sort(key=lambda each: -each.parameters)
+    teacher, others = (teachers[0] if teachers else None), teachers[1:]
+    memory, work = plan_memory(student, teacher, run, others), plan_work(student, teacher, run)
     why = complaints(memory, run)
     if parsed.json:
-        print(json.dumps(as_json(student, teacher, run, memory, work, why), indent=2))
+        print(json.dumps(as_json(student, teacher, run, memory, work, why, others), indent=2))
     else:
-        print(*describe(student, teacher, run, memory, work, why), sep="\n")
+        print(*describe(student, teacher, run, memory, work, why, others), sep="\n")
     sys.exit(1 if why else 0)
 
 

@@ -63,12 +63,15 @@ def _passing(model: ModelSize, width: int) -> int:
     return width * (2 * model.hidden + 3 * model.intermediate)
 
 
-def plan_memory(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) -> Memory:
+def plan_memory(
+    student: ModelSize, teacher: ModelSize | None, run: PlannedRun, others: Sequence[ModelSize] = ()
+) -> Memory:
     """Count what one GPU holds.
 
     Args:
         student: its sizes.
-        teacher: its sizes; None without one, as objective ``sft``.
+        teacher: its sizes, of several the largest's; None without one, as objective ``sft``.
+        others: the other teachers'.
         run: the settings.
     """
     on_cpu = run.platform == "cpu"
@@ -102,6 +105,8 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) 
         features = run.rows_per_gpu * run.response_tokens * (form_width + 8)
         if not (keeps_top_k and run.store_is_full):
             always["teacher's whole output layer"] = width * teacher.output
+            if others:
+                always["other teachers' output layers"] = width * sum(each.output for each in others)
         if not run.store_is_full:
             chunk = min(_chunk(run), responses)
             logits = width * chunk * teacher.vocabulary + _ELEMENTWISE[run.platform]
@@ -117,6 +122,13 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) 
                 )  # and gathered, which they stay
             else:
                 machine["teacher's weights"] = stored
+            bytes_each = 4 if run.teacher_dtype == "fp32" else 2
+            weights = bytes_each * sum(each.parameters for each in others)  # between their passes too
+            if others and on_cpu:
+                gathered_too = 4 * sum(each.parameters for each in others)
+                always["other teachers' weights"] = weights / run.gpus + gathered_too
+            elif others:
+                machine["other teachers' weights"] = weights
             phases["teacher"] = {
                 **shard,
                 **always,
@@ -143,6 +155,7 @@ def plan_memory(student: ModelSize, teacher: ModelSize | None, run: PlannedRun) 
     if trains_output:
         several = chunks > 1 and width == 2  # added up in float32 beside one chunk's product
         output_gradient = student.output * (width + (6 if several else 0))
+        output_gradient += student.output * width * len(others)  # one a teacher, added up in the backward pass
     phases["output layer"] = {
         **during,
         "activations": held + mask,

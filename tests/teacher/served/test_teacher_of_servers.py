@@ -3,7 +3,6 @@
 import concurrent.futures
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -20,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
-from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from hpd_verl.checks.start import check_sft_run
 from hpd_verl.config import HPDConfig
@@ -30,7 +28,7 @@ from hpd_verl.head.features import TeacherFeatures, TopKFeatures
 from hpd_verl.hydra_config import config_dir
 from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
 from hpd_verl.sft.fill_store import fill
-from hpd_verl.sft.start import ALONE, teacher_settings, write_row_layouts
+from hpd_verl.sft.start import teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.served import client
 from hpd_verl.teacher.served.probe import FILE
@@ -41,15 +39,7 @@ from hpd_verl.teacher_server import KEY_VARIABLE
 KEY = "sk-secret-0123456789"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def process_group() -> Iterator[None]:
-    kept = dict(os.environ)
-    os.environ.update(ALONE)
-    initialize_global_process_group()
-    yield
-    destroy_global_process_group()
-    os.environ.clear()
-    os.environ.update(kept)
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(autouse=True)
