@@ -212,7 +212,8 @@ def of_logits(name: str, logits: torch.Tensor, teacher: torch.Tensor, at: float,
     """Value of a candidate at a temperature, and the gradient in the logits that its weights stand for."""
     log_q, log_p = (logits / at).log_softmax(-1), (teacher / at).log_softmax(-1)
     labels = torch.arange(len(logits)) % logits.shape[1]
-    result = find_objective(f"{grid.CANDIDATES_FILE}:{name}")(VocabularyLogProbs(log_q, log_p, labels), **parameters)
+    candidate = find_objective(f"{grid.CANDIDATES_FILE}:{name}")
+    result = candidate(VocabularyLogProbs(log_q, log_p, labels), None, **parameters)
     total = result.weights.sum(-1, keepdim=True)
     return result.value.sum(), (total * log_q.exp() - result.weights) / at
 

@@ -45,6 +45,18 @@ COUNTED_FLAGS = {
 STEP = "hpd_step"
 """int, batch-wide: the training step, a counter of the student's draws."""
 
+STEPS = "hpd_steps"
+"""int, batch-wide: the number of training steps of the run."""
+
+COMPARES_ROLLOUTS = "hpd_compares_rollouts"
+"""bool, batch-wide: the rollout server's log-probs are of the student's distribution. True if it is not given."""
+
+
+def row_number(name: str) -> str:
+    """float32 [rows, 1]: a number of each row that objectives need, NaN where it has none; its field by its name."""
+    return f"row_number_{name}"
+
+
 # Student pass (full, float32 except the tokens).
 STUDENT_LABEL_LOG_PROBS = "student_label_log_probs"
 SAMPLED_TOKENS = "sampled_tokens"  # int64

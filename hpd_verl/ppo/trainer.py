@@ -39,8 +39,9 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import has_demonstration
-from hpd_verl.data.on_policy import choose_rollouts, rollout_quota, shared_prompts
+from hpd_verl.data.on_policy import advantages, choose_rollouts, rollout_quota, shared_prompts
 from hpd_verl.data.teacher_prompt import max_teacher_prompt_length
+from hpd_verl.objectives.context import ADVANTAGE, REWARD
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.pipelines.updates import over_own_tokens, rows_of_ranks
 from hpd_verl.ppo import messages
@@ -115,6 +116,10 @@ class HPDTrainer(PPOTrainerSync):
                 config.reward.num_workers = 0  # demonstrations earn no reward: no process waits to give one
         self.server_is_awake = False
         self.is_stopping = False
+        self.prompts: dict[str, int] = {}
+        """The batch's prompts, by the names of its rows."""
+        self.row_columns: dict[str, dict[str, float]] = {}
+        """Columns of the data that objectives need, by name and by the names of the batch's rows."""
         super().__init__(config)
         self.use_reference_policy = True  # the teacher; verl derives this from its own KL terms
 
@@ -211,6 +216,10 @@ class HPDTrainer(PPOTrainerSync):
             {"uid": np.array(uids, dtype=object), fields.ON_POLICY: np.array(on_policy, dtype=object)}
         )
         batch["uid"], batch[fields.ON_POLICY] = named["uid"], named[fields.ON_POLICY]
+        self.prompts = dict(zip(uids, takes, strict=True))
+        self.row_columns = {
+            name: dict(zip(uids, map(float, batch[name]), strict=True)) for name in self.hpd.row_columns
+        }
         self.teacher_columns.take(batch, uids)
         self.on_policy_uids = {uid for uid, flag in zip(uids, on_policy, strict=True) if flag}
         self.batch_counts = {
@@ -251,10 +260,40 @@ class HPDTrainer(PPOTrainerSync):
             fields.IS_ROLLOUT: self._is_rollout(batch).long().unsqueeze(1),
             **self.teacher_columns.of_keys(batch.keys),
         }
+        columns |= {
+            fields.row_number(name): torch.tensor(values, dtype=torch.float32).unsqueeze(1)
+            for name, values in self._row_numbers(batch).items()
+        }
         tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(columns, batch_size=len(batch))
         )
         return batch
+
+    def _row_numbers(self, batch: KVBatchMeta) -> dict[str, list[float]]:
+        """What objectives need of each sequence's row, by name."""
+        uids = [key.rsplit("_", 2)[0] for key in batch.keys]
+        found = {name: [values.get(uid, math.nan) for uid in uids] for name, values in self.row_columns.items()}
+        asked = {REWARD, ADVANTAGE} & set(self.hpd.row_numbers)
+        if asked:
+            rewards = [math.nan] * len(uids)
+            rollouts = [index for index, is_rollout in enumerate(self._is_rollout(batch).tolist()) if is_rollout]
+            for index, score in zip(
+                rollouts, self._scores([batch.keys[index] for index in rollouts], batch), strict=True
+            ):
+                rewards[index] = score
+            prompts = [self.prompts.get(uid, -1) for uid in uids]
+            numbers = {REWARD: rewards, ADVANTAGE: advantages(rewards, prompts)}
+            found |= {name: numbers[name] for name in asked}
+        return found
+
+    @staticmethod
+    def _scores(keys: list[str], batch: KVBatchMeta) -> list[float]:
+        """The rewards of rollouts."""
+        if not keys:
+            return []
+        scores = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        found: list[float] = scores["rm_scores"].to_padded_tensor(0).sum(-1).tolist()
+        return found
 
     def _truncated_rollout_prompts(self, batch: KVBatchMeta) -> int:
         """Rollouts whose prompt was cut; verl's workers set their tags, so the agent loop leaves it in a field."""
@@ -272,6 +311,7 @@ class HPDTrainer(PPOTrainerSync):
         return QueueBatch(
             batch,
             self.global_steps,
+            self.total_training_steps,
             self._is_rollout(batch),
             {"temperature": self.hpd.temperature, **self.pipeline.settings},
             student=self.actor_rollout_wg,
@@ -303,6 +343,7 @@ class HPDTrainer(PPOTrainerSync):
                 epochs=actor.ppo_epochs,
                 seed=actor.data_loader_seed,
                 dataloader_kwargs={"shuffle": actor.shuffle},
+                **{fields.COMPARES_ROLLOUTS: self.pipeline.compares_rollouts},
             )
         )
         output = over_own_tokens(reduce_metrics(output["metrics"]))
@@ -338,8 +379,8 @@ class HPDTrainer(PPOTrainerSync):
         )
         if self.hpd.score_rollouts and self._is_rollout(batch).any():
             keys = [key for key, is_rollout in zip(batch.keys, self._is_rollout(batch), strict=True) if is_rollout]
-            scores = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
-            metrics["hpd/rollout_score"] = scores["rm_scores"].to_padded_tensor(0).sum(-1).mean().item()
+            scores = self._scores(keys, batch)
+            metrics["hpd/rollout_score"] = sum(scores) / len(scores)
 
     # ------------------------------ checkpoints ------------------------------
 

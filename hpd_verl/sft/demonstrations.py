@@ -1,7 +1,7 @@
 """Rows of demonstrations as token sequences, and batches of them."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import HFModelConfig
 
+from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import SequenceBuilder, demonstration_of
@@ -25,14 +26,20 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
     Args:
         rows: the checked rows.
         sequences: how a row becomes tokens.
-        teacher_prompts: the same of the teacher's prompts; None where the teacher reads the student's.
+        row_columns: columns of numbers that objectives need.
+        teacher_prompts: the same as ``sequences`` of the teacher's prompts; None where the teacher reads the student's.
     """
 
     def __init__(
-        self, rows: HPDDataset, sequences: SequenceBuilder, teacher_prompts: TeacherPromptTokenizer | None = None
+        self,
+        rows: HPDDataset,
+        sequences: SequenceBuilder,
+        row_columns: Sequence[str] = (),
+        teacher_prompts: TeacherPromptTokenizer | None = None,
     ) -> None:
         self.rows = rows
         self.sequences = sequences
+        self.row_columns = row_columns
         self.teacher_prompts = teacher_prompts
 
     def __len__(self) -> int:
@@ -51,7 +58,8 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
         teachers = self.rows.teachers
         if teachers:
             columns[fields.TEACHER] = teachers.index(row[self.rows.teacher_key])
-        return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()}
+        numbers = {fields.row_number(name): torch.tensor([float(row[name])]) for name in self.row_columns}
+        return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()} | numbers
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):
@@ -132,11 +140,14 @@ def read_demonstrations(
     if rows.has_teacher_prompts:
         longest = max_teacher_prompt_length(config.data)
         teacher_prompts = TeacherPromptTokenizer(sequences.prompts, longest, sequences.embedded)
-    return DemonstrationDataset(rows, sequences, teacher_prompts)
+    row_columns = HPDConfig.from_config(config.algorithm.hpd).row_columns
+    return DemonstrationDataset(rows, sequences, row_columns, teacher_prompts)
 
 
-def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int) -> TensorDict:
-    """Collated rows with the settings that verl's passes read."""
+def as_batch(
+    config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int, steps: int = 0
+) -> TensorDict:
+    """Collated rows with the settings that verl's passes read, and the step of how many."""
     data = config.data
     settings = {
         "use_dynamic_bsz": data.use_dynamic_bsz,
@@ -147,5 +158,6 @@ def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any
         "pad_mode": data.pad_mode,
         "pad_token_id": model.tokenizer.pad_token_id,
         fields.STEP: step,
+        fields.STEPS: steps,
     }
     return tu.get_tensordict(tensor_dict=dict(tensors), non_tensor_dict=settings)

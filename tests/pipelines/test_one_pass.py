@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from hpd_verl.data import fields
 from hpd_verl.head.features import TeacherFeatures, teacher_features, teacher_top_k
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform, sample_tokens
+from hpd_verl.objectives import registry
 from hpd_verl.pipelines.one_pass import OnePassLoss
 
 VOCABULARY, HIDDEN, TEACHER_HIDDEN, STEP = 23, 8, 12, 7
@@ -75,9 +77,15 @@ class PackedRows:
                 "response_mask": nested([torch.tensor(row[3]) for row in rows]),
                 fields.ROW: torch.tensor([[row[0]] for row in rows]),
                 fields.IS_ROLLOUT: nested([torch.tensor([row[1]]) for row in rows]),
+                fields.row_number("weight"): torch.tensor([[row[0] / 16] for row in rows]),
+                fields.ROLLOUT_LOG_PROBS: nested(
+                    [-self.hidden[index][self.rows[index][2] :, 0].abs() for index in chosen]
+                ),
             },
             {
                 fields.STEP: STEP,
+                fields.STEPS: 2 * STEP,
+                fields.COMPARES_ROLLOUTS: False,
                 "dp_size": self.dp_size,
                 "batch_num_tokens": self.tokens,
                 "global_batch_size": len(self.rows),
@@ -373,3 +381,72 @@ def test_nan_where_nothing_is_predicted_does_not_matter() -> None:
     found = batch.run()
     close(found[0], expected[0])
     close(found[2], expected[2])
+
+
+# What objectives need beside log-probs
+
+
+NEEDING = """
+import torch
+from hpd_verl.objectives import objective
+
+NEEDS = {"step", "position", "behaviour", "prefix", "row.weight", "row.is_rollout"}
+
+def factor(context):
+    rollout = context.row["is_rollout"] == 1
+    known = torch.where(rollout, context.behaviour + context.prefix_behaviour, 0.5)
+    place = context.position / context.length + context.row["weight"] * context.step / context.steps
+    return torch.sigmoid(context.prefix_teacher / 4 + known) + place
+
+@objective("needing", over="vocabulary", returns="loss", needs=NEEDS)
+def needing(log_probs, context):
+    return factor(context) * (log_probs.teacher_probs * (log_probs.teacher - log_probs.student)).sum(-1)
+
+@objective("needing_tokens", over="token", returns="loss", needs=NEEDS)
+def needing_tokens(log_probs, context):
+    return -factor(context) * log_probs.student_label
+"""
+
+
+@pytest.mark.parametrize("name", ["needing", "needing_tokens"])
+def test_needs_are_met_in_any_micro_batch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients by the definition, with masked tokens inside of rows; micro-batches of any rows add up."""
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
+    (tmp_path / "needing.py").write_text(NEEDING)
+    batch = PackedRows(HPDConfig(objective=f"{tmp_path}/needing.py:{name}", token_chunk_size=3))
+    value, metrics, weight_gradient, hidden_gradient = batch.run()
+    assert "rollout_tokens" not in metrics
+
+    weight, total = batch.weight.detach().clone().requires_grad_(), torch.zeros((), dtype=torch.float64)
+    for (number, is_rollout, prompt, mask), ids, hidden, teacher in zip(
+        batch.rows, batch.ids, batch.hidden, batch.teacher_hidden, strict=True
+    ):
+        sum_teacher = sum_behaviour = 0.0
+        position = 0
+        for t, counts in enumerate(mask):
+            if not counts:
+                continue
+            y = int(ids[prompt + t])
+            log_q = (weight @ hidden[prompt - 1 + t]).log_softmax(-1)
+            log_p = (batch.teacher_weight @ teacher[prompt - 1 + t]).log_softmax(-1)
+            behaviour = -abs(float(hidden[prompt + t, 0]))
+            known = behaviour + sum_behaviour if is_rollout else 0.5
+            factor = 1 / (1 + math.exp(-(sum_teacher / 4 + known))) + position / sum(mask) + number / 16 / 2
+            loss = (log_p.exp() * (log_p - log_q)).sum() if name == "needing" else -log_q[y]
+            total = total + factor * loss / batch.tokens
+            sum_teacher += float(log_p[y].detach() - log_q[y].detach())
+            sum_behaviour += float(log_q[y].detach()) - behaviour
+            position += 1
+    close(value, total.detach())
+    close(weight_gradient, torch.autograd.grad(total, weight)[0])
+
+    lengths = [len(each) for each in batch.hidden]
+    pieces = dict(enumerate(hidden_gradient.split(lengths)))
+    for split in ([(4, 2), (0,), (3, 1)], [(0,), (1,), (2,), (3,), (4,)]):
+        added = torch.zeros_like(weight_gradient)
+        for rows in split:
+            _, _, of_weight, of_hidden = batch.run(*rows)
+            added += of_weight
+            for row, piece in zip(rows, of_hidden.split([lengths[row] for row in rows]), strict=True):
+                close(piece, pieces[row])
+        close(added, weight_gradient)
