@@ -25,7 +25,7 @@ from hpd_verl.objectives import OBJECTIVES, Mixture, Objective, ObjectiveParamet
 from hpd_verl.objectives.context import ADVANTAGE, IS_ROLLOUT, REWARD, ROW
 from hpd_verl.objectives.token import HPDParameters
 from hpd_verl.several_teachers import STUDENT, OneTeacher, teachers_of
-from hpd_verl.teacher_server import NODE, URLS, TeacherServer
+from hpd_verl.teacher_server import NODE, TeacherServer
 
 PREFIX = "algorithm.hpd"
 
@@ -255,9 +255,8 @@ class HPDConfig(HPDParameters):
             self.check_served_top_k()
         if self.teachers is not None:
             require(
-                not self.teacher_server.urls,
-                URLS,
-                self.teacher_server.urls,
+                not self.teacher_server.is_used,
+                *self.teacher_server.origin,
                 f"{PREFIX}.teachers has several teachers; give each its own urls there",
             )
             for name in self.teachers:
@@ -276,10 +275,10 @@ class HPDConfig(HPDParameters):
             "set teacher_cache=off",
         )
         require(
-            self.teacher_ema is None or not self.teacher_server.urls,
+            self.teacher_ema is None or not self.teacher_server.is_used,
             f"{PREFIX}.teacher_ema",
             self.teacher_ema,
-            f"{URLS} names servers, whose teacher does not change; leave one of them out",
+            f"{self.teacher_server.source} is of servers, whose teacher does not change; leave one of them out",
         )
         return self
 

@@ -113,11 +113,15 @@ class HPDSearchPath(SearchPathPlugin):
 def register() -> None:
     """Register the search path, the config source and the resolvers that hpd.yaml uses."""
     OmegaConf.register_new_resolver("hpd.is_null", lambda value: value is None, replace=True)
-    # Resources for a Ray that the run starts: a logical GPU per rank; verl reserves 3 CPUs for each, and a few for its
-    # own actors. A running cluster has its own.
-    for name, count in {"hpd.ray_gpus": lambda ranks: ranks, "hpd.ray_cpus": lambda ranks: 3 * ranks + 2}.items():
+    # Resources for a Ray that the run starts: a logical GPU per rank, and those of the teacher's servers; verl reserves
+    # 3 CPUs for each rank, and a few for its own actors. A running cluster has its own.
+    for name, per_rank, more in (("hpd.ray_gpus", 1, 0), ("hpd.ray_cpus", 3, 2)):
         OmegaConf.register_new_resolver(
-            name, lambda ranks, count=count: None if os.environ.get("RAY_ADDRESS") else count(ranks), replace=True
+            name,
+            lambda ranks, servers, per_rank=per_rank, more=more: (
+                None if os.environ.get("RAY_ADDRESS") else per_rank * ranks + more + servers
+            ),
+            replace=True,
         )
     plugins = Plugins.instance()
     plugins.register(VerlConfigSource)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hpd_verl.errors import require
 from hpd_verl.field_text import first_error, says
@@ -23,7 +23,17 @@ class TeacherServer(ObjectiveParameters):
 
     urls: list[str] = Field([], json_schema_extra=says("give a list of addresses, as [http://host:8000]"))
     """Servers of the teacher (vLLM with --runner pooling); several share the rows, and stand in for one another.
-    Empty: the teacher's model runs beside the student."""
+    Empty: the teacher's model runs beside the student, or in servers that main_ppo starts."""
+
+    n_gpus_per_node: int = Field(0, ge=0)
+    """GPUs a machine of their own, beside trainer.n_gpus_per_node, on which main_ppo starts servers of the teacher, for
+    as long as the run lasts; 0: it starts none."""
+
+    nnodes: int = Field(1, ge=1)
+    """Machines with as many GPUs for the servers that main_ppo starts."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    """GPUs of each server that main_ppo starts; there are as many servers as fit."""
 
     features: Literal["auto", "hidden", "topk"] = "auto"
     """hidden (exact: what the output layer takes), topk (the most likely tokens' log-probs, from a server of OpenAI's
@@ -60,6 +70,41 @@ class TeacherServer(ObjectiveParameters):
     @classmethod
     def _addresses(cls, value: list[str]) -> list[str]:
         return addresses(value)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "TeacherServer":
+        own, size = f"{NODE}.n_gpus_per_node", self.tensor_model_parallel_size
+        there = f"{URLS}={self.urls} names servers that are there already; leave one of the two out"
+        require(not (self.urls and self.n_gpus_per_node), own, self.n_gpus_per_node, there)
+        for name in ("nnodes", "tensor_model_parallel_size"):
+            value = getattr(self, name)
+            unused = f"is of servers that the run starts; set {own}, or leave it out"
+            require(value == 1 or self.n_gpus_per_node > 0, f"{NODE}.{name}", value, unused)
+        divides = f"must divide {own}={self.n_gpus_per_node}: a server is on one machine"
+        require(self.n_gpus_per_node % size == 0, f"{NODE}.tensor_model_parallel_size", size, divides)
+        topk = f"the servers that {own}={self.n_gpus_per_node} starts give hidden states; leave it out"
+        require(self.features != "topk" or not self.n_gpus_per_node, f"{NODE}.features", self.features, topk)
+        return self
+
+    @property
+    def is_used(self) -> bool:
+        """Servers run the teacher, whoever starts them."""
+        return bool(self.urls) or self.n_gpus_per_node > 0
+
+    @property
+    def origin(self) -> tuple[str, Any]:
+        """The setting by which they are used, and its value."""
+        return (f"{NODE}.n_gpus_per_node", self.n_gpus_per_node) if self.n_gpus_per_node else (URLS, self.urls)
+
+    @property
+    def source(self) -> str:
+        """``origin`` in one word."""
+        return "{}={}".format(*self.origin)
+
+    def started(self, urls: list[str]) -> "TeacherServer":
+        """The same settings once the run's own servers are there, as those of servers with these addresses."""
+        none = {"n_gpus_per_node": 0, "nnodes": 1, "tensor_model_parallel_size": 1}
+        return self.model_copy(update={"urls": urls, **none})
 
 
 def check_no_secrets(setting: str, urls: Any) -> None:

@@ -192,6 +192,10 @@ OF_THE_SERVER: list[tuple[str, Any, str]] = [
     *(("timeout_s", value, "give a number above 0") for value in (0, -1.0, *NOT_NUMBERS)),
     *(("prefetch", value, "give an integer") for value in (-1, 2, 0.5, True, None)),
     ("timeout", 1.0, "no such parameter; there are urls"),
+    *(("n_gpus_per_node", value, "give an integer of at least 0") for value in (-1, 0.5, True, None)),
+    *(("nnodes", value, "give an integer of at least 1") for value in (0, 0.5, True, None)),
+    *(("tensor_model_parallel_size", value, "give an integer of at least 1") for value in (0, 0.5, True, None)),
+    *((name, 2, "is of servers that the run starts; set ") for name in ("nnodes", "tensor_model_parallel_size")),
 ]
 
 
@@ -202,6 +206,65 @@ def test_refuses_settings_of_the_server(name: str, value: Any, message: str) -> 
         HPDConfig(teacher_server={name: value})
     assert "\n" not in str(refusal.value)
     assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        (
+            {"urls": ["http://host:8000"]},
+            "n_gpus_per_node=4: algorithm.hpd.teacher_server.urls=['http://host:8000'] names servers that are there "
+            "already; leave one of the two out",
+        ),
+        (
+            {"tensor_model_parallel_size": 3},
+            "tensor_model_parallel_size=3: must divide algorithm.hpd.teacher_server.n_gpus_per_node=4: a server is on "
+            "one machine",
+        ),
+        (
+            {"tensor_model_parallel_size": 8, "nnodes": 2},
+            "tensor_model_parallel_size=8: must divide algorithm.hpd.teacher_server.n_gpus_per_node=4: a server is on "
+            "one machine",
+        ),
+        (
+            {"features": "topk"},
+            "features=topk: the servers that algorithm.hpd.teacher_server.n_gpus_per_node=4 starts give hidden states; "
+            "leave it out",
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_servers_that_the_run_starts(beside: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="algorithm") as refusal:
+        HPDConfig(teacher_server={"n_gpus_per_node": 4, **beside})
+    assert str(refusal.value) == f"algorithm.hpd.teacher_server.{message}"
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        (
+            {"teachers": {"maths": {"path": "x"}}},
+            "teacher_server.n_gpus_per_node=4: algorithm.hpd.teachers has several teachers; give each its own urls",
+        ),
+        ({"teacher_ema": 0.5}, "teacher_ema=0.5: algorithm.hpd.teacher_server.n_gpus_per_node=4 is of servers, whose"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_servers_that_the_run_starts_are_of_one_teacher(beside: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="algorithm") as refusal:
+        HPDConfig(teacher_server={"n_gpus_per_node": 4}, **beside)
+    assert str(refusal.value).startswith(f"algorithm.hpd.{message}")
+
+
+def test_started_servers_are_servers_that_are_there() -> None:
+    """What a run gives to its workers is what ``urls`` would be."""
+    own = {"n_gpus_per_node": 4, "nnodes": 2, "tensor_model_parallel_size": 4, "timeout_s": 7.0}
+    settings = HPDConfig(teacher_server=own).teacher_server
+    urls = ["http://a:1", "http://b:1"]
+    assert settings.is_used
+    assert not HPDConfig().teacher_server.is_used
+    assert settings.started(urls) == HPDConfig(teacher_server={"urls": urls, "timeout_s": 7.0}).teacher_server
 
 
 REFUSED_PARAMETERS = [

@@ -10,6 +10,9 @@
 #       --max-model-len 10240 --port 8000 \
 #       --pooler-config '{"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": false}'
 #
+# Or let the run start them, on 8 GPUs beside those of the trainer: URLS= and, as key=value,
+# algorithm.hpd.teacher_server.n_gpus_per_node=8 algorithm.hpd.teacher_server.tensor_model_parallel_size=8
+#
 # Variables: those of hpd.sh. TEACHER is what the server serves: of its files only config, tokenizer and the one with
 # the output layer are read here. HPD_TEACHER_API_KEY: the server's key, if it has one.
 # Expected score: none known.
@@ -17,6 +20,6 @@
 set -euo pipefail
 
 export TEACHER=${TEACHER:-Qwen/Qwen2.5-72B-Instruct}
-URLS=${URLS:-http://localhost:8000}
+URLS=${URLS-http://localhost:8000}
 
 exec bash "$(dirname "${BASH_SOURCE[0]}")/hpd.sh" "algorithm.hpd.teacher_server.urls=[$URLS]" "$@"

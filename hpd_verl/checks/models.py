@@ -282,7 +282,7 @@ def _check_served(use: ModelUse, model: HFModelConfig) -> None:
         model.lora_adapter_path is None,
         f"{use.node}.lora_adapter_path",
         model.lora_adapter_path,
-        "algorithm.hpd.teacher_server.urls names servers, which have the whole teacher; leave it out",
+        "a served teacher (algorithm.hpd.teacher_server) is whole on its servers; leave it out",
     )
     config = plain_config(model.hf_config)
     try:

@@ -46,13 +46,14 @@ from hpd_verl.checks.settings import (
     values,
 )
 from hpd_verl.config import PREFIX, HPDConfig
-from hpd_verl.data.files import as_list
+from hpd_verl.data.files import as_list, is_remote
 from hpd_verl.data.teacher_prompt import max_teacher_prompt_length, placeholders
 from hpd_verl.errors import require
 from hpd_verl.objectives.context import ADVANTAGE, REWARD, ROW
 from hpd_verl.run.choices import choose_pipeline, needs_rollout_server
 from hpd_verl.several_teachers import STUDENT
 from hpd_verl.teacher.store.store import check_memory_store
+from hpd_verl.teacher_server import NODE, URLS
 
 _COMMON: dict[str, Rule] = {
     **rules_of(
@@ -413,6 +414,11 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
         "actor_rollout_ref.actor.fsdp_config",
         "actor_rollout_ref.ref.fsdp_config",
     )
+    starts_servers = hpd.teacher_server.n_gpus_per_node > 0
+    useless = "no objective in use needs a teacher, so that no server is needed; leave it out"
+    yield f"{NODE}.n_gpus_per_node", hpd.needs_teacher or not starts_servers, useless
+    fetched = f"a server that the run starts cannot fetch it; give a folder or a hub name, or {URLS}"
+    yield teacher, not (starts_servers and is_remote(str(OmegaConf.select(config, teacher)))), fetched
     for key, value in _MAIN_PPO_NEEDS.items():
         yield key, OmegaConf.select(config, key) == value, f"algorithm=hpd works only with {key}={value}"
     for role in ("actor", "ref"):
@@ -607,6 +613,8 @@ def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -
     needing = hpd.objectives.names(lambda bound: bool(bound.objective.needs & of_rollouts))
     yield f"{PREFIX}.objective", not needing, f"{needing} needs log-probs or rewards of rollouts; {rollouts}"
     yield f"{PREFIX}.pipeline", hpd.pipeline in ("auto", "one_pass"), "this trainer is one_pass only"
+    started = f"this trainer starts no servers; start them (docs/served.md), and give {URLS}"
+    yield f"{NODE}.n_gpus_per_node", hpd.teacher_server.n_gpus_per_node == 0, started
     for engine in ("engine", "teacher.engine"):
         yield _group(config, engine, ranks, "torchrun's processes")
     yield (

@@ -208,7 +208,7 @@ def main_ppo_uses(config: DictConfig, hpd: HPDConfig) -> tuple[ModelUse, ModelUs
             one_pass=pipeline == "one_pass",
             ulysses=nodes[role].get("ulysses_sequence_parallel_size", 1),
             layers=_wrapped(nodes[role].fsdp_config),
-            served=role == "ref" and bool(hpd.teacher_server.urls),
+            served=role == "ref" and hpd.teacher_server.is_used,
         )
         for role, path in (("actor", "actor_rollout_ref.model"), ("ref", "actor_rollout_ref.ref.model"))
     )
@@ -277,7 +277,7 @@ def check_main_ppo(config: DictConfig) -> None:
     check_temporary_folders("TMPDIR", "RAY_TMPDIR")
     hpd = check_config(config)
     trainer = config.trainer
-    if trainer.save_freq > 0:
+    if trainer.save_freq > 0 or hpd.teacher_server.n_gpus_per_node:  # whose servers' logs are there, too
         check_checkpoint_folder(trainer.default_local_dir)
     check_resume(
         trainer,

@@ -1,5 +1,6 @@
 """A teacher that runs in servers: do they answer, as this teacher, and for rows as long as the run's?"""
 
+import importlib.util
 import logging
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hpd_verl.teacher.served.client import TopLogProbs
 from hpd_verl.teacher.served.output_layer import output_layer
 from hpd_verl.teacher.served.servers import make_servers
 from hpd_verl.teacher.store.teacher_files import config_hash
-from hpd_verl.teacher_server import URLS
+from hpd_verl.teacher_server import NODE, URLS
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,10 @@ def check_teacher_server(
 ) -> None:
     """Wait for the teacher's servers, and compare what they serve with the teacher's files.
 
+    Of servers that the run is going to start: can they be?
+
     Args:
-        hpd: the algorithm's settings, with ``teacher_server.urls``.
+        hpd: the algorithm's settings, with servers.
         setting: of the teacher's path.
         teacher, student: their configurations.
         needed_context: data.max_prompt_length + data.max_response_length, tokens.
@@ -35,6 +38,15 @@ def check_teacher_server(
     Raises:
         ValueError: one line that names the setting, what was found and what to do.
     """
+    if hpd.teacher_server.n_gpus_per_node:
+        require(
+            importlib.util.find_spec("vllm") is not None,
+            f"{NODE}.n_gpus_per_node",
+            hpd.teacher_server.n_gpus_per_node,
+            f"vLLM is not installed, which serves the teacher; install it, or give {URLS}",
+        )
+        output_layer(teacher, setting, read=False)
+        return
     vocabulary_size = min(student.hf_config.vocab_size, teacher.hf_config.vocab_size)
     servers = make_servers(teacher, torch.bfloat16, hpd, vocabulary_size)
     try:

@@ -28,25 +28,30 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import reduce_metrics
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
+from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
+from hpd_verl.checks.models import load_model_config
 from hpd_verl.checks.row_layouts import choose_row_layout, model_nodes, write_row_layout
 from hpd_verl.checks.start import DATASET_MODULE, check_fetched_models, check_main_ppo, main_ppo_passes
+from hpd_verl.checks.teacher_server import check_teacher_server
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import has_demonstration
 from hpd_verl.data.on_policy import advantages, choose_rollouts, rollout_quota, shared_prompts
+from hpd_verl.data.teacher_prompt import max_teacher_prompt_length
 from hpd_verl.objectives.context import ADVANTAGE, REWARD
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.pipelines.updates import over_own_tokens, rows_of_ranks
 from hpd_verl.ppo import messages
 from hpd_verl.ppo.queue_batch import QueueBatch
 from hpd_verl.ppo.teacher_columns import TeacherColumns
+from hpd_verl.ppo.teacher_servers import TeacherServers, check_gpus, server_options
 from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
 from hpd_verl.run import checkpoint
 from hpd_verl.run.choices import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
-from hpd_verl.teacher.model_config import teacher_nodes
+from hpd_verl.teacher.model_config import teacher_model_config, teacher_nodes
 from hpd_verl.teacher.prompt_date import fix_prompt_date
 from hpd_verl.teacher.store.size import log_size
 from hpd_verl.teacher.teacher import TeacherUnavailable
@@ -55,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 POLL_INTERVAL = 0.1
 """Seconds between looks for finished responses; verl's default of 2 would be most of a small step."""
+
+TEACHER = "actor_rollout_ref.ref.model.path"
 
 NO_ROLLOUT = "hpd_no_rollout"
 """``rollout.name`` of a run without a server. verl resolves the name even for an empty list of replicas."""
@@ -98,6 +105,8 @@ class HPDTrainer(PPOTrainerSync):
         self.student = student
         for model in model_nodes(nodes.model, teacher_nodes(nodes.ref, hpd), names):
             write_row_layout(model, choose_row_layout(model, passes))
+        if self.hpd.teacher_server.n_gpus_per_node:
+            self._start_teacher(config, student)
         self.serves_rollouts = needs_rollout_server(config, self.hpd)
         if not self.serves_rollouts:
             self._enable_hybrid_replicas = False  # verl's switch for an empty list of replicas
@@ -113,6 +122,20 @@ class HPDTrainer(PPOTrainerSync):
         """Columns of the data that objectives need, by name and by the names of the batch's rows."""
         super().__init__(config)
         self.use_reference_policy = True  # the teacher; verl derives this from its own KL terms
+
+    def _start_teacher(self, config: DictConfig, student: HFModelConfig) -> None:
+        """Start the teacher's servers; from here on they are servers that are there."""
+        settings, nodes = self.hpd.teacher_server, config.actor_rollout_ref
+        check_gpus(settings, config.trainer.n_gpus_per_node * config.trainer.nnodes)
+        options = server_options(config, settings.tensor_model_parallel_size)
+        self.teacher_servers = TeacherServers(settings, options, Path(config.trainer.default_local_dir).absolute())
+        started = settings.started(self.teacher_servers.urls)
+        with open_dict(config):
+            nodes.hpd.teacher_server = started.model_dump()  # what the workers read
+        self.hpd = self.hpd.model_copy(update={"teacher_server": started})
+        teacher = load_model_config(teacher_model_config(nodes.model, nodes.ref.model), TEACHER)
+        longest = max_teacher_prompt_length(config.data) + config.data.max_response_length
+        check_teacher_server(self.hpd, TEACHER, teacher, student, longest)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         self.trainer_mode = "sync"  # verl's base class picks buffer and checkpoint content by this name

@@ -70,7 +70,7 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
     needing = hpd.objectives.names(lambda bound: bool(bound.objective.needs))
     needs = {
         f"{PREFIX}.teacher_cache={hpd.teacher_cache}": hpd.teacher_cache != "off",
-        f"{PREFIX}.teacher_server.urls={hpd.teacher_server.urls}": bool(hpd.teacher_server.urls),
+        hpd.teacher_server.source: hpd.teacher_server.is_used,
         f"{PREFIX}.teachers": hpd.teachers is not None,
         f"{PREFIX}.teacher_ema={hpd.teacher_ema}": hpd.teacher_ema is not None,
         "data.teacher_prompt_template": config.data.get("teacher_prompt_template") is not None,

@@ -53,7 +53,7 @@ def make_teacher(
         teacher = CurrentStudent(worker, config, vocabulary_size)
         if config.teacher_ema > 0:  # in float32: half a percent of a small step would be lost in bfloat16
             teacher = AveragedStudent(settings.in_float32().worker(), worker, config, vocabulary_size)
-    elif config.teacher_server.urls:
+    elif config.teacher_server.is_used:
         teacher = served = ServedTeacher(settings, config, vocabulary_size)
     else:
         teacher = ColocatedTeacher(settings.worker(), config, vocabulary_size)

@@ -140,6 +140,18 @@ def test_the_defaults_pass() -> None:
         ),
         ([f"{ACTOR}.loss_scale_factor=0"], f"{ACTOR}.loss_scale_factor=0: give an integer of at least 1"),
         (
+            [*NO_TEACHER, "algorithm.hpd.teacher_server.n_gpus_per_node=8"],
+            "algorithm.hpd.teacher_server.n_gpus_per_node=8: no objective in use needs a teacher",
+        ),
+        (
+            ["actor_rollout_ref.ref.model.path=hdfs://teacher", "algorithm.hpd.teacher_server.n_gpus_per_node=8"],
+            "actor_rollout_ref.ref.model.path=hdfs://teacher: a server that the run starts cannot fetch it",
+        ),
+        (
+            ["algorithm.hpd.teacher_server.n_gpus_per_node=8", "algorithm.hpd.pipeline=staged"],
+            "algorithm.hpd.pipeline=staged: algorithm.hpd.teacher_server.n_gpus_per_node=8 needs one_pass, which",
+        ),
+        (
             [*NO_TEACHER, "algorithm.hpd.pipeline=staged"],
             "actor_rollout_ref.ref.model.path=None: the staged pipeline (set) always needs a teacher",
         ),
@@ -340,6 +352,10 @@ def test_needing_what_does_not_work_is_refused(overrides: tuple[str, ...], need:
         (["algorithm.hpd.on_policy_fraction=0.5"], "algorithm.hpd.on_policy_fraction=0.5: this trainer has demonst"),
         (["algorithm.hpd.missing_demonstration=rollout"], "algorithm.hpd.missing_demonstration=rollout: this trainer"),
         (["algorithm.hpd.pipeline=staged"], "algorithm.hpd.pipeline=staged: this trainer is one_pass only"),
+        (
+            ["algorithm.hpd.teacher_server.n_gpus_per_node=1"],
+            "algorithm.hpd.teacher_server.n_gpus_per_node=1: this trainer starts no servers; start them (docs/served",
+        ),
         (["algorithm.hpd.teacher_cache=disk"], "algorithm.hpd.teacher_cache_dir=None: "),
         (["engine.strategy=fsdp"], "engine.strategy=fsdp: choose fsdp2"),
         (["engine.ulysses_sequence_parallel_size=3"], "engine.ulysses_sequence_parallel_size=3: must divide the ranks"),

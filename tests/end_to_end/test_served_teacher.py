@@ -1,5 +1,6 @@
 """Runs whose teacher is in a server that dies: vLLM's, and a small one where the run shall stop."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -167,3 +168,52 @@ def assert_stopped(code: int, output: str, steps: list[dict[str, float]], server
     assert (saved / "complete").is_file()
     assert (saved / "teacher_probe.safetensors").is_file()
     return last
+
+
+def test_main_ppo_starts_the_server(
+    run_main_ppo: RunMainPPO, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in mid-run it is started again; every loss is that of a teacher beside the student; nothing is left."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("HPD_TEST_RUN", str(tmp_path))
+    log, server_log = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "teacher_server_0.log"
+    steps = ("trainer.total_training_steps=8", "actor_rollout_ref.actor.optim.lr=1e-4")
+    settings = (f"actor_rollout_ref.ref.model.path={teacher}", *steps)
+    colocated = run_main_ppo(*settings)
+    assert colocated.returncode == 0, colocated.output[-3000:]
+    log.unlink()
+
+    killed: list[int] = []
+
+    def kill() -> None:
+        (server,) = (process for process, words in processes_of(tmp_path) if is_server(words))
+        killed.append(len(read_steps(log)))
+        os.kill(server, signal.SIGKILL)
+
+    when(lambda: len(read_steps(log)) >= 3, kill)
+    served = run_main_ppo(*settings, "algorithm.hpd.teacher_server.n_gpus_per_node=1")
+    said = server_log.read_text()[-3000:] if server_log.exists() else ""
+    assert served.returncode == 0, served.output[-3000:] + said
+    assert killed
+    assert 3 <= killed[0] < 8
+    assert served.steps[-1]["hpd/teacher_server_retries"] > 0
+    assert served.losses() == pytest.approx(colocated.losses(), abs=1e-4)
+    deadline = time.monotonic() + 30
+    while left := [words for _, words in processes_of(tmp_path) if "vllm" in words.lower()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+def is_server(words: str) -> bool:
+    return "vllm.entrypoints.openai.api_server" in words and "with_parent" not in words
+
+
+def processes_of(run: Path) -> list[tuple[int, str]]:
+    """The processes that have a run's environment, and their commands."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"HPD_TEST_RUN={run}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found.append((int(folder.name), words))
+    return found

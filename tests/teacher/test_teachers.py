@@ -521,7 +521,7 @@ BAD_SETTINGS = {
             "algorithm.hpd.teacher_ema=0.5",
             "algorithm.hpd.teacher_server.urls=[http://h:1]",
         ),
-        "algorithm.hpd.teacher_ema=0.5: algorithm.hpd.teacher_server.urls names servers",
+        "algorithm.hpd.teacher_ema=0.5: algorithm.hpd.teacher_server.urls=['http://h:1'] is of servers",
     ),
     "no path": (
         ("algorithm.hpd.teachers={maths: {urls: [http://h:1]}}",),

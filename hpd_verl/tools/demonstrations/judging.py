@@ -180,7 +180,7 @@ _bench: Bench | None = None
 
 
 def _start(judge: Judge) -> None:
-    from hpd_verl.tools.generation.vllm_engines import end_with_parent
+    from hpd_verl.run.with_parent import end_with_parent
 
     global _bench
     end_with_parent()

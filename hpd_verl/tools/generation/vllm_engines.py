@@ -6,7 +6,6 @@ an engine or the asking process dies, all end.
 
 import atexit
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import queue
@@ -20,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from hpd_verl.run.with_parent import end_with_parent
 from hpd_verl.tools.generation.answers import Answer, GenerationError, Messages, Sampling
 
 QUEUED_ANSWERS = 4096
@@ -287,12 +287,6 @@ def load_template(
             f"{setting}={model}: its chat template cannot write a chat: {one_line(error)[:300]}"
         ) from error
     return template
-
-
-def end_with_parent() -> None:
-    """Let Linux kill this process when its parent ends."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 # In the engine's process
