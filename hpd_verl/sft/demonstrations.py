@@ -140,7 +140,7 @@ def read_demonstrations(
 
 
 def as_batch(
-    config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int, steps: int = 0
+    config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int, steps: int = 1
 ) -> TensorDict:
     """Collated rows with the settings that verl's passes read, and the step of how many."""
     data = config.data
