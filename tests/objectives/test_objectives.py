@@ -613,8 +613,9 @@ def test_arguments_are_the_parameters(own_registry: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="'wrong': its parameter strength has no default; give it one"):
         declare("wrong", over="token", source="", parameters=Required)(lambda log_probs, strength: None)
     for name, value in (("over", "tokens"), ("returns", "lossy")):
+        kinds: dict[str, Any] = {"over": "token", name: value}
         with pytest.raises(ValueError, match=f"'wrong': {name}='{value}'; choose (token or vocab|weights or loss)"):
-            declare("wrong", **{"over": "token", name: value})(lambda log_probs: None)
+            declare("wrong", **kinds)(lambda log_probs: None)
     assert "wrong" not in own_registry
 
 
