@@ -337,7 +337,7 @@ def todi(log_probs: VocabularyLogProbs) -> VocabularyWeights:
     "vopd",
     over="vocabulary",
     needs_rollouts=True,
-    source="vOPD, Oh et al. 2026, arXiv 2605.07865, eq. 9-15, with the baseline over the whole vocabulary",
+    source="vOPD, Oh et al. 2026, arXiv 2605.07865 and its code (holi-lab/vOPD), baseline over the whole vocabulary",
 )
 def vopd(log_probs: VocabularyLogProbs) -> VocabularyWeights:
     """On-policy distillation with a baseline: weight log p(y) - log q(y) + KL(q || p) of the label.
