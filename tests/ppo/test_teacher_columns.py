@@ -12,6 +12,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import collate_fn, get_dataset_class
 from verl.workers.config import HFModelConfig
 
+from hpd_verl.checks.start import check_main_ppo
 from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.ppo.teacher_columns import TeacherColumns
@@ -101,3 +102,6 @@ def test_a_row_of_another_data_set_without_a_chat_is_refused(
 def test_a_staged_teacher_is_not_given_prompts_that_it_would_not_read(tiny: Tiny, written: Any) -> None:
     with pytest.raises(ValueError, match=r"^algorithm.hpd.pipeline=staged: .*data.teacher_prompt_key"):
         taken(tiny, written(CHATS), VERLS_OWN, pipeline="staged")
+    config = main_ppo_config(*tiny.main_ppo, VERLS_OWN, TEMPLATE, "algorithm.hpd.pipeline=staged")
+    with pytest.raises(ValueError, match=r"^algorithm.hpd.pipeline=staged: .*data.teacher_prompt_template"):
+        check_main_ppo(config)  # in the driver, where no file is read
