@@ -50,7 +50,7 @@ def check_teacher_server(
     vocabulary_size = min(student.hf_config.vocab_size, teacher.hf_config.vocab_size)
     servers = make_servers(teacher, torch.bfloat16, hpd, vocabulary_size)
     try:
-        for served in servers.connect():
+        for served in servers.connect().result():
             longest = served.max_model_len
             # The last token of a row is never sent.
             require(

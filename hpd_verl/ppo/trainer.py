@@ -382,10 +382,11 @@ class HPDTrainer(PPOTrainerSync):
         if self.global_steps > self.first_step and self.previous_checkpoint != saved:
             self.train_dataloader = _WithState(self.train_dataloader, self.state_before)
             self._save_checkpoint()
-        if self.previous_checkpoint is not None:
-            error = f"{error} (step {self.global_steps} is saved: {self.previous_checkpoint})"
-        where = messages.Stopped(self.global_steps, self.total_training_steps, str(self.previous_checkpoint), error)
-        messages.say_stopped(where)
+        folder = None if self.previous_checkpoint is None else str(self.previous_checkpoint)
+        if folder is not None:
+            error = f"{error} (step {self.global_steps} is saved: {folder})"
+        why = None if messages.is_asked() else error
+        messages.say_stopped(messages.Stopped(self.global_steps, self.total_training_steps, folder, why))
 
     def on_train_begin(self) -> None:
         super().on_train_begin()

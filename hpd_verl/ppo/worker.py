@@ -17,8 +17,10 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.engine.ranks import seed_rank
 from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.pipelines.choice import PIPELINES
+from hpd_verl.ppo import messages
 from hpd_verl.run.checkpoint import remove_files
 from hpd_verl.run.choices import with_dtype
+from hpd_verl.run.stopping import learn_of_stops
 from hpd_verl.teacher.model_config import SEVERAL, teacher_model_config, teacher_nodes
 
 
@@ -40,6 +42,7 @@ class HPDWorker(ActorRolloutRefWorker):
             self.config.ref.pop(SEVERAL, None)
             for role in (self.config.actor, self.config.ref):
                 role.fsdp_config = with_dtype(role.fsdp_config)
+        learn_of_stops(messages.is_asked)
         pipeline = PIPELINES[hpd.pipeline]
         self.ref_worker_cls = partial(pipeline.teacher, model=teacher, **({"several": several} if several else {}))
 

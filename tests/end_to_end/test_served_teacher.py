@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import WORDS, RunMainPPO, Tiny, make_model, read_steps
+from conftest import WORDS, FinishedRun, RunMainPPO, Tiny, make_model, read_steps
 from pooling_server import PoolingServer
 from test_sft_trainer import RunSFT, run_sft  # noqa: F401 (a fixture)
 
@@ -123,7 +123,10 @@ def server(tiny: Tiny) -> Iterator[PoolingServer]:
 
 
 def test_the_lean_trainer_stops_and_goes_on(run_sft: RunSFT, server: PoolingServer, tmp_path: Path) -> None:  # noqa: F811
-    """Without a server: a checkpoint of the last step, one line, exit code 75; with it the same losses as without."""
+    """Without a server: a checkpoint of the last step, one line, exit code 75; with it the same losses as without.
+
+    So it does where a signal asks for it while the run waits for the server, long before ``timeout_s``.
+    """
     whole = run_sft(*STEPS, "trainer.resume_mode=disable", f"trainer.default_local_dir={tmp_path / 'other'}")
     log = tmp_path / "metrics.jsonl"
     log.unlink()
@@ -133,10 +136,14 @@ def test_the_lean_trainer_stops_and_goes_on(run_sft: RunSFT, server: PoolingServ
     last = assert_stopped(stopped.returncode, stopped.output, stopped.steps, server, tmp_path)
     assert 5 <= last < 24
     server.start()
+    server.misbehave = lambda number: 503 if len(read_steps(log)) >= 3 else None
+    asked = run_sft(*STEPS, url, terminate_after_step=4)  # it has asked for one step more when the third is logged
+    assert_asked(asked, last + 4, 24, tmp_path)
+    server.misbehave = lambda number: None
     resumed = run_sft(*STEPS, url)
     assert resumed.returncode == 0, resumed.output[-3000:]
-    assert resumed.steps[0]["training/global_step"] == last + 1
-    assert [*stopped.losses(), *resumed.losses()] == pytest.approx(whole.losses(), abs=1e-4)
+    assert resumed.steps[0]["training/global_step"] == last + 5
+    assert [*stopped.losses(), *asked.losses(), *resumed.losses()] == pytest.approx(whole.losses(), abs=1e-4)
 
 
 def test_main_ppo_stops_and_goes_on(run_main_ppo: RunMainPPO, server: PoolingServer, tmp_path: Path) -> None:
@@ -144,16 +151,30 @@ def test_main_ppo_stops_and_goes_on(run_main_ppo: RunMainPPO, server: PoolingSer
     log = tmp_path / "metrics.jsonl"
     when(lambda: len(read_steps(log)) >= 2, server.stop)
     settings = (
-        "trainer.total_training_steps=4",
+        "trainer.total_training_steps=6",
         f"algorithm.hpd.teacher_server.urls=[{server.url}]",
         "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra]",
     )
     stopped = run_main_ppo(*settings, "algorithm.hpd.teacher_server.timeout_s=10")
     last = assert_stopped(stopped.returncode, stopped.output, stopped.steps, server, tmp_path)
     server.start()
+    server.misbehave = lambda number: 503 if read_steps(log) else None
+    asked = run_main_ppo(*settings, terminate_after_step=1)
+    assert_asked(asked, last + len(asked.steps), 6, tmp_path)
+    server.misbehave = lambda number: None
     resumed = run_main_ppo(*settings)
     assert resumed.returncode == 0, resumed.output[-3000:]
-    assert [step["training/global_step"] for step in resumed.steps] == list(range(last + 1, 5))
+    numbers = [step["training/global_step"] for step in [*asked.steps, *resumed.steps]]
+    assert numbers == list(range(last + 1, 7))
+
+
+def assert_asked(run: FinishedRun, last: int, steps: int, folder: Path) -> None:
+    assert run.returncode == EXIT_CODE, run.output[-3000:]
+    saved = folder / "checkpoints" / f"global_step_{last}"
+    line = f"Stopped by SIGTERM after step {last} of {steps}: {saved}, exit code {EXIT_CODE}"
+    assert line in run.output, run.output[-3000:]
+    assert "Error: " not in run.output
+    assert (saved / "complete").is_file()
 
 
 def assert_stopped(code: int, output: str, steps: list[dict[str, float]], server: PoolingServer, folder: Path) -> int:

@@ -261,18 +261,17 @@ class Servers:
         """
         return self._start(self._ask_all([list(row) for row in rows]))
 
-    def connect(self) -> list[Served]:
-        """Wait until every server answers the probe, as the others do; what they say of their models.
+    def connect(self) -> "concurrent.futures.Future[list[Served]]":
+        """Ask until every server answers the probe, as the others do; what they say of their models.
 
-        Raises:
-            TeacherUnavailable: one does not in time.
-            Refused: another model answers, or no model at all.
+        The future raises ``TeacherUnavailable`` where one does not in time, and ``Refused`` where another model
+        answers, or no model at all.
         """
 
         async def every_one() -> list[Served]:
             return list(await asyncio.gather(*(self._until_ready(server) for server in self._servers)))
 
-        return self._start(every_one()).result()
+        return self._start(every_one())
 
     def tokenise(self, text: str) -> list[int] | None:
         """The tokens that the first server's tokenizer makes of a text; None where it does not say."""

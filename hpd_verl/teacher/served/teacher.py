@@ -21,6 +21,7 @@ from hpd_verl.errors import Refused, one_line
 from hpd_verl.head.features import TeacherFeatures, TopKFeatures
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.objectives import LOG_ZERO
+from hpd_verl.run.stopping import is_stop_asked
 from hpd_verl.teacher.colocated import FeatureForm, FeatureMaker
 from hpd_verl.teacher.served.client import HiddenStates, TopLogProbs
 from hpd_verl.teacher.served.output_layer import output_layer
@@ -33,8 +34,11 @@ from hpd_verl.teacher_server import NODE, URLS
 
 logger = logging.getLogger(__name__)
 
-REPORT = 20.0
+REPORT = 2.0
 """Seconds between two reports of ranks that wait: far below the process group's timeout."""
+STOP_AFTER = 5.0
+"""Seconds for which a run that shall end still waits for an answer."""
+STOPPED = "the run shall end, and the teacher has not answered"
 
 Answer = tuple["concurrent.futures.Future[list[Tensor]]", int]
 """Where a row's hidden states will be: of a request, and which of its rows."""
@@ -94,7 +98,12 @@ class ServedTeacher(Teacher):
 
         def meet() -> Probe | Refused:
             try:
-                self.servers.connect()
+                connecting, patience = self.servers.connect(), _Patience()
+                while not concurrent.futures.wait([connecting], REPORT).done and not patience.is_over():
+                    pass
+                if not connecting.done():
+                    raise TeacherUnavailable(STOPPED)
+                connecting.result()
             except Refused as error:  # on all ranks as what it is
                 return error
             assert self.servers.reference is not None
@@ -204,13 +213,15 @@ class ServedTeacher(Teacher):
         """Until all ranks have their answers; all ranks together.
 
         Raises:
-            TeacherUnavailable: on all ranks, where one gets none.
+            TeacherUnavailable: on all ranks, where one gets none, or the run shall end and one still has none.
         """
-        waiting = list(futures)
+        waiting, patience = list(futures), _Patience()
         is_alone = torch.distributed.get_world_size() == 1
         while True:
-            done, left = concurrent.futures.wait(waiting, None if is_alone else REPORT, "FIRST_EXCEPTION")
-            errors = [error for each in done if (error := each.exception()) is not None]
+            done, left = concurrent.futures.wait(waiting, REPORT, "FIRST_EXCEPTION")
+            errors: list[BaseException] = [error for each in done if (error := each.exception()) is not None]
+            if left and patience.is_over():
+                errors.append(TeacherUnavailable(STOPPED))
             state = (len(left), errors[0] if errors else None)
             states = [state]
             if not is_alone:
@@ -297,6 +308,18 @@ class ServedTeacher(Teacher):
             if each is not None:
                 digest.update(each.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest(), config_hash(self.model.hf_config, self.model.external_lib)
+
+
+class _Patience:
+    """How long a run that shall end still waits."""
+
+    def __init__(self) -> None:
+        self._asked_at: float | None = None
+
+    def is_over(self) -> bool:
+        if self._asked_at is None and is_stop_asked():
+            self._asked_at = time.monotonic()
+        return self._asked_at is not None and time.monotonic() - self._asked_at >= STOP_AFTER
 
 
 def _keys(data: TensorDict) -> list[bytes]:

@@ -26,11 +26,14 @@ from hpd_verl.data.response_tokens import row_numbers
 from hpd_verl.errors import Refused
 from hpd_verl.head.features import TeacherFeatures, TopKFeatures
 from hpd_verl.hydra_config import config_dir
+from hpd_verl.run import stopping
+from hpd_verl.run.stopping import learn_of_stops
 from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
 from hpd_verl.sft.fill_store import fill
 from hpd_verl.sft.start import teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
 from hpd_verl.teacher.served import client
+from hpd_verl.teacher.served import teacher as served_teacher
 from hpd_verl.teacher.served.probe import FILE
 from hpd_verl.teacher.served.teacher import ServedTeacher
 from hpd_verl.teacher.teacher import Teacher, TeacherUnavailable
@@ -199,6 +202,30 @@ def test_a_server_that_does_not_come_back(tiny: Tiny, calm: PoolingServer) -> No
     calm.start()
     teacher.servers.timeout = 60
     assert len(teacher.features(batch)) == 8
+
+
+@pytest.mark.parametrize("deed", [503, "hang", None], ids=["fails", "hangs", "not met yet"])
+def test_a_run_that_shall_end_does_not_wait_for_a_dead_server(
+    deed: Deed, tiny: Tiny, calm: PoolingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before ``timeout_s``; without being asked it waits on."""
+    config = configured(tiny, calm.url, timeout=600)
+    model = omega_conf_to_dataclass(config.model)
+    teacher, batch = teacher_and_batch(config)
+    calm.misbehave = lambda number: deed
+    if deed is None:  # behind a store, servers are met when the first row is missing
+        teacher = ServedTeacher(
+            teacher_settings(config), HPDConfig.from_config(config.algorithm.hpd), model.hf_config.vocab_size
+        )
+        calm.stop()
+    monkeypatch.setattr(served_teacher, "REPORT", 0.05)
+    monkeypatch.setattr(served_teacher, "STOP_AFTER", 0.2)
+    asked_at = time.monotonic() + 0.5
+    monkeypatch.setattr(stopping, "_ask", [])
+    learn_of_stops(lambda: time.monotonic() >= asked_at)
+    with pytest.raises(TeacherUnavailable, match="the run shall end, and the teacher has not answered"):
+        teacher.features(batch)
+    assert 0.6 < time.monotonic() - asked_at + 0.5 < 20
 
 
 @pytest.mark.parametrize("deed", [400, 401])
