@@ -45,6 +45,9 @@ COUNTED_FLAGS = {
 STEP = "hpd_step"
 """int, batch-wide: the training step, a counter of the student's draws."""
 
+FETCHED = "fetched_answers"
+"""``Fetched``, batch-wide: what servers have answered to rows of this batch already."""
+
 # Student pass (full, float32 except the tokens).
 STUDENT_LABEL_LOG_PROBS = "student_label_log_probs"
 SAMPLED_TOKENS = "sampled_tokens"  # int64

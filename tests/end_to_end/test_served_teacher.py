@@ -191,6 +191,26 @@ def assert_stopped(code: int, output: str, steps: list[dict[str, float]], server
     return last
 
 
+def test_main_ppo_fetches_ahead(run_main_ppo: RunMainPPO, server: PoolingServer, tiny: Tiny) -> None:
+    """With the losses of a run that waits, bit for bit: after a kill, too, with a batch taken out of the next epoch."""
+    steps = ("trainer.total_training_steps=10", "trainer.total_epochs=2")
+    url, ahead = "algorithm.hpd.teacher_server.urls", "algorithm.hpd.teacher_server.prefetch"
+    waits = run_main_ppo(*steps, f"{url}=[{server.url}]", f"{ahead}=0", "trainer.resume_mode=disable")
+    assert waits.returncode == 0, waits.output[-3000:]
+    killed = run_main_ppo(*steps, f"{url}=[{server.url}]", "trainer.save_freq=1", kill_after_step=8)
+    last = int(killed.steps[-1]["training/global_step"])
+    other = PoolingServer(tiny.teacher)  # which no request of the killed run reaches late
+    try:
+        resumed = run_main_ppo(*steps, f"{url}=[{other.url}]")
+    finally:
+        other.stop()
+    assert resumed.returncode == 0, resumed.output[-3000:]
+    assert resumed.steps[0]["training/global_step"] == last + 1 <= 10
+    assert [*killed.losses(), *resumed.losses()] == waits.losses()
+    probes = 3  # of the driver, the trainer and the rank
+    assert other.rows == 8 * (10 - last) + probes  # each row once: the rank asks for nothing
+
+
 def test_main_ppo_starts_the_server(
     run_main_ppo: RunMainPPO, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -254,12 +254,18 @@ class Servers:
 
     # ------------------------------ from other threads ------------------------------
 
-    def submit(self, rows: Sequence[Sequence[int]]) -> "concurrent.futures.Future[list[Tensor]]":
-        """Ask for rows of at least one token each; their answers are in the order of the rows.
+    def submit(
+        self, rows: Sequence[Sequence[int]], keep: Callable[[Tensor], T]
+    ) -> "concurrent.futures.Future[list[T]]":
+        """Ask for rows of at least one token each; what ``keep`` makes of their answers is in the order of the rows.
 
         The future raises ``TeacherUnavailable`` or, for what repeating does not mend, ``Refused``.
         """
-        return self._start(self._ask_all([list(row) for row in rows]))
+
+        async def ask() -> list[T]:
+            return [keep(answer) for answer in await self._ask_all([list(row) for row in rows])]
+
+        return self._start(ask())
 
     def connect(self) -> "concurrent.futures.Future[list[Served]]":
         """Ask until every server answers the probe, as the others do; what they say of their models.

@@ -32,7 +32,7 @@ from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
 from hpd_verl.sft.fill_store import fill
 from hpd_verl.sft.start import teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
-from hpd_verl.teacher.served import client
+from hpd_verl.teacher.served import client, waiting
 from hpd_verl.teacher.served import teacher as served_teacher
 from hpd_verl.teacher.served.probe import FILE
 from hpd_verl.teacher.served.teacher import ServedTeacher
@@ -218,8 +218,9 @@ def test_a_run_that_shall_end_does_not_wait_for_a_dead_server(
             teacher_settings(config), HPDConfig.from_config(config.algorithm.hpd), model.hf_config.vocab_size
         )
         calm.stop()
-    monkeypatch.setattr(served_teacher, "REPORT", 0.05)
-    monkeypatch.setattr(served_teacher, "STOP_AFTER", 0.2)
+    monkeypatch.setattr(served_teacher, "LOOK", 0.05)
+    monkeypatch.setattr(waiting, "LOOK", 0.05)
+    monkeypatch.setattr(waiting, "STOP_AFTER", 0.2)
     asked_at = time.monotonic() + 0.5
     monkeypatch.setattr(stopping, "_ask", [])
     learn_of_stops(lambda: time.monotonic() >= asked_at)
