@@ -3,19 +3,17 @@
 import contextlib
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from conftest import WORDS, FinishedRun, RunMainPPO, Tiny, make_model, read_steps
 from pooling_server import PoolingServer
+from test_several_teachers import rows_of_two
 from test_sft_trainer import RunSFT, run_sft  # noqa: F401 (a fixture)
+from vllm_server import VLLM
 
 from hpd_verl.run.stopping import EXIT_CODE
 
@@ -37,44 +35,6 @@ def when(condition: Callable[[], bool], deed: Callable[[], object]) -> threading
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
-
-
-class VLLM:
-    """A vLLM server of its own process group."""
-
-    def __init__(self, model: Path, log: Path) -> None:
-        self.model, self.log = model, log
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        pooler = '{"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": false}'
-        options = ["--runner", "pooling", "--convert", "embed", "--dtype", "float32", "--enforce-eager"]
-        options += ["--max-model-len", "64", "--pooler-config", pooler, "--host", "127.0.0.1", "--port", str(self.port)]
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model), *options]
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-        with open(self.log, "a") as stream:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=stream, stderr=stream, start_new_session=True
-            )
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + 500
-        while True:
-            try:
-                httpx.get(self.url + "/v1/models")
-                return
-            except httpx.HTTPError:
-                is_alive = time.monotonic() < deadline and self.process.poll() is None
-                assert is_alive, self.log.read_text()[-3000:]
-                time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +149,41 @@ def assert_stopped(code: int, output: str, steps: list[dict[str, float]], server
     assert (saved / "complete").is_file()
     assert (saved / "teacher_probe.safetensors").is_file()
     return last
+
+
+def test_ranks_that_share_rows_with_a_served_and_a_stored_teacher(
+    run_sft: RunSFT,  # noqa: F811
+    server: PoolingServer,
+    tiny: Tiny,
+    tmp_path: Path,
+) -> None:
+    """Ulysses, with a served teacher and one whose store fills: the losses of one rank with both beside the student."""
+    other = make_model(tmp_path / "other", seed=9, vocab_size=len(WORDS) + 7)
+    shared = (
+        f"data.train_files={rows_of_two(tmp_path, ('maths',))}",
+        "teacher.model.path=null",
+        "data.max_teacher_prompt_length=20",
+        "trainer.total_training_steps=10",
+        "trainer.resume_mode=disable",
+        "optim.lr=1e-4",
+    )
+    both = f"algorithm.hpd.teachers={{maths: {{path: {tiny.teacher}}}, code: {{path: {other}}}}}"
+    beside = run_sft(*shared, both)
+    assert beside.returncode == 0, beside.output[-3000:]
+    maths = f"maths: {{path: {tiny.teacher}, urls: [{server.url}]}}"
+    mixed = run_sft(
+        *shared,
+        f"algorithm.hpd.teachers={{{maths}, code: {{path: {other}, teacher_cache: disk}}}}",
+        f"algorithm.hpd.teacher_cache_dir={tmp_path / 'store'}",
+        "algorithm.hpd.teacher_cache_dtype=float32",
+        "algorithm.hpd.teacher_cache_max_gib=0.01",
+        "engine.ulysses_sequence_parallel_size=2",
+        ranks=2,
+    )
+    assert mixed.returncode == 0, mixed.output[-3000:]
+    assert mixed.losses() == pytest.approx(beside.losses(), abs=1e-4)
+    assert mixed.steps[-1]["hpd/teachers/maths/teacher_server_tokens"] > 0
+    assert mixed.steps[-1]["hpd/teachers/code/teacher_cache_hit_fraction"] > 0
 
 
 def test_main_ppo_fetches_ahead(run_main_ppo: RunMainPPO, server: PoolingServer, tiny: Tiny) -> None:

@@ -63,6 +63,8 @@ class ServedTeacher(Teacher):
         self._maker: FeatureMaker | None = None
         self._is_prepared = False
         self._ahead: dict[bytes, Answer] = {}
+        """Rows of the last ``announce``; ``_before``: of the one before it, which may still be asked for."""
+        self._before: dict[bytes, Answer] = {}
         self._waited = 0.0
 
     def prepare(self) -> None:
@@ -142,7 +144,8 @@ class ServedTeacher(Teacher):
         numbers, keys = row_numbers(data).tolist(), self._keys(data)
         rows = range(len(keys)) if wanted is None else wanted
         wanted_keys = {keys[index] for index in rows}
-        answers = {key: self._ahead.pop(key) for key in wanted_keys if key in self._ahead}
+        ahead = (self._before, self._ahead)
+        answers = {key: asked.pop(key) for asked in ahead for key in wanted_keys if key in asked}
         answers |= self._fetched(data, wanted_keys)
         answers = {key: answer for key, answer in answers.items() if not _has_failed(answer)}
         answers |= self._ask({index: keys[index] for index in rows if keys[index] not in answers}, data)
@@ -213,9 +216,11 @@ class ServedTeacher(Teacher):
             return
         keys = self._keys(data)
         rows = range(len(keys)) if wanted is None else wanted
-        for future, _ in self._ahead.values():
+        for future in {id(future): future for future, _ in self._before.values()}.values():
             future.cancel()
-        self._ahead = self._ask({index: keys[index] for index in rows}, data)
+        self._before, self._ahead = self._ahead, {}
+        self._ahead = self._ask({index: keys[index] for index in rows if keys[index] not in self._before}, data)
+        self._ahead |= {key: self._before.pop(key) for index in rows if (key := keys[index]) in self._before}
 
     def _keys(self, data: TensorDict) -> list[bytes]:
         return [row_key(self.config.teacher_server.urls, row) for row in data["input_ids"].unbind()]

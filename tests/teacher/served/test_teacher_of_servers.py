@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import logging
+import re
 import shutil
 import threading
 import time
@@ -20,6 +21,7 @@ from tensordict import TensorDict
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 
+from hpd_verl.checks import teacher_server as checks
 from hpd_verl.checks.start import check_sft_run
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.response_tokens import row_numbers
@@ -337,6 +339,60 @@ def test_a_store_in_front(tiny: Tiny, calm: PoolingServer, tmp_path: Path) -> No
     save_file({**saved, "hidden": saved["hidden"].flip(0).contiguous()}, store / FILE)
     with pytest.raises(ValueError, match="holds features of another teacher"):
         fill(config)
+
+
+def stored_in(folder: Path, kind: str = "disk") -> tuple[str, ...]:
+    """A store of the smallest form."""
+    return (
+        f"algorithm.hpd.teacher_cache={kind}",
+        f"algorithm.hpd.teacher_cache_dir={folder}",
+        "algorithm.hpd.teacher_cache_format=hybrid",
+        "algorithm.hpd.teacher_cache_top_k=8",
+        "algorithm.hpd.teacher_cache_max_gib=0.01",
+    )
+
+
+def test_a_hybrid_store_filled_by_a_server(
+    tiny: Tiny, calm: PoolingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a server it gives what a served teacher gives whose features are rounded as they come, bit for bit."""
+    monkeypatch.setattr(checks, "BESIDE_A_STORE", 0.3)
+    teacher, batch = teacher_and_batch(configured(tiny, calm.url, overrides=stored_in(tmp_path, "memory")))
+    fresh = teacher.features(batch)
+    config = configured(tiny, calm.url, overrides=stored_in(tmp_path / "store"))
+    fill(config)
+    calm.stop()
+    check_sft_run(config)
+    with pytest.raises(TeacherUnavailable, match=r"no answer for 0.2 s"):
+        check_sft_run(configured(tiny, calm.url, timeout=0.2, overrides=stored_in(tmp_path / "other")))
+    stored, batch = teacher_and_batch(config)
+    found = stored.features(batch)
+    assert found.keys() == fresh.keys()
+    for row, features in found.items():
+        for name, tensor in features.tensors.items():
+            assert torch.equal(tensor, fresh[row].tensors[name]), name
+    assert stored.metrics()["hpd/teacher_is_loaded"] == 0
+
+
+def test_a_fill_that_has_stopped_goes_on(
+    tiny: Tiny, calm: PoolingServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the same command, and asks for the rows that are not stored; it says how fast it is, and what is left."""
+    config = configured(tiny, calm.url, overrides=stored_in(tmp_path))
+    last = calm.requests + 30
+    calm.misbehave = lambda number: 401 if number > last else None
+    with pytest.raises(TeacherUnavailable, match="status 401"):
+        fill(config)
+    calm.misbehave = lambda number: None
+    before = calm.rows
+    metrics = fill(config)
+    assert re.search(r"train\.parquet: 100%.* 64/64 .*row/s, [1-9][\d,]* tokens/s", capsys.readouterr().err)
+    rows = int(metrics["hpd/teacher_cache_rows"])
+    asked = calm.rows - before
+    assert rows == 52
+    assert 8 < asked <= rows - 8 + 1  # one is the probe
+    calm.stop()
+    assert fill(config)["hpd/teacher_cache_hit_fraction"] == 1
 
 
 @pytest.fixture
