@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("VERL_PLATFORM", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import verl  # noqa: E402, F401 - loads the plugin, whose environment the runs get
 from conftest import WORDS, make_model, make_rows, start_module, write_parquet  # noqa: E402
 from results import append_rows, machine  # noqa: E402
 from vllm_server import VLLM  # noqa: E402
@@ -106,7 +107,9 @@ def main() -> None:
             found = measure(runs, server, arguments.repeats)
         finally:
             server.kill()
-        found["stored"] = [runs.run("hpd_verl.sft.trainer", *STORED, f"algorithm.hpd.teacher_cache_dir={folder}/store")]
+        stored = (*STORED, f"algorithm.hpd.teacher_cache_dir={folder}/store")  # which the dead server's teacher is in
+        url = f"algorithm.hpd.teacher_server.urls=[{server.url}]"
+        found["stored"] = [runs.run("hpd_verl.sft.trainer", url, *stored)]
     report(found, arguments.csv)
 
 

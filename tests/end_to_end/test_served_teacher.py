@@ -107,7 +107,7 @@ def test_the_lean_trainer_stops_and_goes_on(run_sft: RunSFT, server: PoolingServ
 
 
 def test_main_ppo_stops_and_goes_on(run_main_ppo: RunMainPPO, server: PoolingServer, tmp_path: Path) -> None:
-    """The same, with rollouts among the rows."""
+    """The same of main_ppo."""
     log = tmp_path / "metrics.jsonl"
     when(lambda: len(read_steps(log)) >= 2, server.stop)
     settings = (
@@ -204,6 +204,21 @@ def test_main_ppo_fetches_ahead(run_main_ppo: RunMainPPO, server: PoolingServer,
     assert [*killed.losses(), *resumed.losses()] == waits.losses()
     probes = 3  # of the driver, the trainer and the rank
     assert other.rows == 8 * (10 - last) + probes  # each row once: the rank asks for nothing
+
+
+def test_main_ppo_fetches_rollouts_as_they_end(run_main_ppo: RunMainPPO, server: PoolingServer) -> None:
+    """For two ranks, which then have nothing to ask for."""
+    run = run_main_ppo(
+        "algorithm.hpd.on_policy_fraction=0.5",
+        "trainer.n_gpus_per_node=2",
+        "trainer.total_training_steps=3",
+        f"algorithm.hpd.teacher_server.urls=[{server.url}]",
+    )
+    assert run.returncode == 0, run.output[-3000:]
+    assert [step["hpd/on_policy_fraction"] for step in run.steps] == [0.5] * 3
+    probes = 3  # of the driver, the trainer and the first rank
+    assert server.rows == 8 * 3 + probes
+    assert run.steps[-1]["hpd/teacher_server_tokens"] > 0
 
 
 def test_main_ppo_starts_the_server(
