@@ -41,7 +41,7 @@ from results import append_rows, machine  # noqa: E402
 from hpd_verl.head.distillation_head import distillation_head  # noqa: E402
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, teacher_features  # noqa: E402
 from hpd_verl.head.output_head import OutputHead  # noqa: E402
-from hpd_verl.objectives import OBJECTIVES, RowObjectives  # noqa: E402
+from hpd_verl.objectives import OBJECTIVES, RowObjectives, TokenContext  # noqa: E402
 
 SHAPES = [(1024, 49_152, 576, 576), (512, 151_936, 896, 1536)]
 DTYPES = ["float32", "bfloat16"]
@@ -90,6 +90,7 @@ class Case:
         self._head("hpd", self.features, compiled)
 
     def _head(self, objective: str, features: TeacherFeatures, compiled: bool = False) -> None:
+        objectives = RowObjectives.of(objective)
         self._backward(
             distillation_head(
                 self.hidden,
@@ -99,9 +100,10 @@ class Case:
                 self.token_scale,
                 self.is_rollout,
                 features,
-                RowObjectives.of(objective),
+                objectives,
                 chunk_size=self.chunk_size,
                 compiled=compiled,
+                context=TokenContext.example(objectives.needs, self.is_rollout, torch.float32),
             ).loss
         )
 

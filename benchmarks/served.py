@@ -54,9 +54,9 @@ class Runs:
         self.folder = folder
         self.context: ForkServerContext = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["hpd_verl.sft.fill_store", "hpd_verl.sft.trainer"])
-        shape = {"vocab_size": len(WORDS) + 7, "max_position_embeddings": 2 * LONGEST, "head_dim": 64}
+        shape: dict[str, Any] = {"vocab_size": len(WORDS) + 7, "max_position_embeddings": 2 * LONGEST, "head_dim": 64}
         self.student = make_model(folder / "student", seed=1, **shape)
-        own = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8}
+        own: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8}
         self.teacher = make_model(folder / "teacher", seed=2, **{**shape, **own})
         answer = " ".join(["1 plus 2 is 3 ."] * 40)
         rows = [{**row, "demonstration": f"{row['demonstration']} {answer}"} for row in make_rows(64)]
@@ -160,8 +160,8 @@ def report(found: dict[str, list[list[dict[str, Any]]]], file: Path) -> None:
         ]
     print("\nlosses\nstep " + " ".join(f"{name:>20}" for name in found))
     first = {name: [step["hpd/loss"] for step in of_name[0]] for name, of_name in found.items()}
-    for step, losses in enumerate(zip(*first.values(), strict=True), start=1):
-        print(f"{step:4} " + " ".join(f"{loss:20.6f}" for loss in losses))
+    for step, of_step in enumerate(zip(*first.values(), strict=True), start=1):
+        print(f"{step:4} " + " ".join(f"{loss:20.6f}" for loss in of_step))
     for name, own in first.items():
         worst = max(abs(a - b) for a, b in zip(own, first["colocated"], strict=True))
         print(f"{name}: at most {worst:.1e} from colocated")

@@ -35,11 +35,12 @@ from hpd_verl.head.bodies import Biases, Form, Rows, log_sum_exp, parts_of, read
 from hpd_verl.head.distillation_head import distillation_head  # noqa: E402
 from hpd_verl.head.features import HiddenFeatures, TeacherProducts, teacher_features  # noqa: E402
 from hpd_verl.head.output_head import OutputHead, Scaling  # noqa: E402
-from hpd_verl.objectives import OBJECTIVES, RowObjectives  # noqa: E402
+from hpd_verl.objectives import OBJECTIVES, RowObjectives, TokenContext  # noqa: E402
 
 VOCABULARY, HIDDEN, CHUNK, ROWS = 151_936, 1536, 8192, 4096
-LIMITS = {"token": 12.5, "vocabulary": 16.5, "akl": 32.0}
-"""Bytes per logit in bfloat16; float32 may take twice as many. akl looks for its head and sums it up first."""
+LIMITS = {"token": 12.5, "vocabulary": 16.5, "entropy_aware": 22.0, "akl": 32.0, "top_k_tail": 32.0, "taid": 36.0}
+"""Bytes per logit in bfloat16; float32 may take twice as many. Objectives with a limit of their own sum a row up before
+they weigh it, in both passes; akl looks for its head, too."""
 _PRODUCTS = ("mm", "addmm", "bmm", "matmul")
 _WRITTEN_WHOLE = ("copy_", "fill_", "zero_")  # do not read what they overwrite
 _OF_ENTRIES = ("gather", "index", "index_select", "embedding", "scatter_", "scatter_add_", "index_add_", "index_put_")
@@ -108,6 +109,7 @@ def run(objective: str, tokens: int, hidden_size: int, chunk_size: int) -> None:
         features,
         objectives,
         chunk_size=chunk_size,
+        context=TokenContext.example(objectives.needs, torch.zeros(tokens, dtype=torch.bool), torch.float32),
     )
 
 
@@ -149,15 +151,19 @@ def _generated(form: Form, makes_features: bool, dtype: torch.dtype) -> tuple[fl
 
     def rows(*written: str) -> Rows:
         """Fake tensors, of the fields that a pass has beside the products."""
-        fields = {name: _fake(dtype=torch.float32) for name in ("student_label", *written)}
+        fields: dict[str, Any] = {name: _fake(dtype=torch.float32) for name in ("student_label", *written)}
         fields |= {"student": _fake(VOCABULARY, dtype=dtype), "labels": _fake(dtype=torch.int64)}
         if form.teacher is not None:
             fields |= {"teacher": _fake(VOCABULARY, dtype=dtype), "teacher_label": _fake(dtype=torch.float32)}
         statistics = tuple(
-            tuple(None if part.statistic is None else _fake(1, dtype=torch.float32) for part in parts)
+            tuple(None if part.objective.row_statistic is None else _fake(1, dtype=torch.float32) for part in parts)
             for parts in form.parts
         )
-        return Rows(is_rollout=_fake(dtype=torch.bool), row_statistics=statistics, **fields)
+        is_rollout = _fake(dtype=torch.bool)
+        needs = frozenset[str]().union(*(part.objective.needs for parts in form.parts for part in parts))
+        if needs:
+            fields["context"] = TokenContext.example(needs, is_rollout, torch.float32)
+        return Rows(is_rollout=is_rollout, row_statistics=statistics, **fields)
 
     sums = ["student_log_sum_exp", *(["teacher_log_sum_exp", "total"] if over_vocabulary else [])]
     passes: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [

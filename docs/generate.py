@@ -78,8 +78,9 @@ same). Each is a name or a mixture; a mixture sums the objectives' gradients wit
 
 Which one: [choosing.md](choosing.md). Your own: [CONTRIBUTING.md](../CONTRIBUTING.md#add-an-objective).
 
-An objective weighs the student's log-likelihood: `loss = -sum w log q`, with detached weights. `q` is the student, `p`
-the teacher, `y` the label, `a` the token that the student samples, `gap(v) = q(v) (log p(v) - log q(v))`.
+An objective weighs the student's log-likelihood: `loss = -sum w log q`, with detached weights; your own may return a
+loss instead. `q` is the student, `p` the teacher, `y` the label, `a` the token that the student samples,
+`gap(v) = q(v) (log p(v) - log q(v))`.
 
 Parameters are `algorithm.hpd.<name>.<parameter>`, for `hpd` and `hpd_exact` `algorithm.hpd.<parameter>`. Parameters of
 objectives not in use are rejected.
@@ -91,8 +92,12 @@ objectives not in use are rejected.
 | pipelines | one pass; staged, with several updates per batch | one pass |
 | teacher's own temperature | no | `algorithm.hpd.teacher_temperature` |
 
-Values and gradients agree with the authors' published code to 1e-13, except `akl` (see its entry) and `symmetric_kl`
-and `tvd`, which follow their definitions.
+Objectives that need more than log-probs (the step, a row's reward, ...) run in one pass; what each need costs and where
+it works: [CONTRIBUTING.md](../CONTRIBUTING.md#add-an-objective).
+
+Values and gradients agree with the authors' published code to 1e-13, except `akl` (see its entry) and those that follow
+their papers' formulas: `symmetric_kl`, `tvd`, `power_opd`, `constant_negative`, `vopd`, `entropy_aware`, `top_k_tail`
+and `taid`.
 """
 
 
@@ -142,6 +147,7 @@ def _objective(each: Objective) -> str:
         "weighs the sampled token" if each.weighs_sample else "",
         "for the student's own rollouts only" if each.needs_rollouts else "",
         "its weights do not depend on the student" if each.is_likelihood else "",
+        f"needs {', '.join(sorted(each.needs))}" if each.needs else "",
     ]
     parts = [f"### {each.name}", "\n".join(lines).strip()]
     facts = [text for text in properties if text]
@@ -156,9 +162,25 @@ def _objective(each: Objective) -> str:
     return "\n\n".join(parts)
 
 
+def _overview() -> str:
+    """A table of all objectives."""
+    rows = ["| objective | over | teacher | rows | sampled token | needs |", "|---|---|---|---|---|---|"]
+    for each in OBJECTIVES.values():
+        cells = [
+            f"[{each.name}](#{each.name})",
+            "tokens" if each.over == "token" else "vocabulary",
+            "yes" if each.needs_teacher else "no",
+            "rollouts" if each.needs_rollouts else "all",
+            "yes" if each.weighs_sample else "no",
+            ", ".join(f"`{need}`" for need in sorted(each.needs)),
+        ]
+        rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    return "\n".join(rows)
+
+
 def objectives_page() -> str:
     """docs/objectives.md."""
-    parts = [OBJECTIVES_PAGE, GENERATED]
+    parts = [OBJECTIVES_PAGE, GENERATED, "## Overview", _overview()]
     for title, over in (("Over tokens", "token"), ("Over the vocabulary", "vocabulary")):
         parts.append(f"## {title}")
         parts += [_objective(each) for each in OBJECTIVES.values() if each.over == over]

@@ -22,6 +22,7 @@ from pydantic import (
 from hpd_verl.errors import require
 from hpd_verl.field_text import first_error, says
 from hpd_verl.objectives import OBJECTIVES, Mixture, Objective, ObjectiveParameters, RowObjectives, find_objective
+from hpd_verl.objectives.context import ADVANTAGE, IS_ROLLOUT, REWARD, ROW
 from hpd_verl.objectives.token import HPDParameters
 from hpd_verl.several_teachers import STUDENT, OneTeacher, teachers_of
 from hpd_verl.teacher_server import NODE, TeacherServer
@@ -427,6 +428,17 @@ class HPDConfig(HPDParameters):
     def of_each_teacher(self) -> dict[str, "HPDConfig"]:
         """The settings of each teacher by name; of a single one under the empty name."""
         return {"": self} if self.teachers is None else {name: self.of_teacher(name) for name in self.teachers}
+
+    @property
+    def row_numbers(self) -> list[str]:
+        """The numbers of rows that objectives need, but for ``is_rollout``."""
+        needs = self.objectives.needs
+        return sorted({need.removeprefix(ROW) for need in needs if need.startswith(ROW)} - {IS_ROLLOUT})
+
+    @property
+    def row_columns(self) -> list[str]:
+        """Those that are columns of the data."""
+        return [name for name in self.row_numbers if name not in (REWARD, ADVANTAGE)]
 
     @property
     def temperature_of_teacher(self) -> float:

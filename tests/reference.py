@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OBJECTIVE_NAMES = ("hpd", "sft", "seqkd", "rkl", "jsd", "opd")
+OBJECTIVE_NAMES = ("hpd", "sft", "seqkd", "rkl", "jsd", "opd", "power_opd", "constant_negative")
 VOCABULARY_OBJECTIVE_NAMES = (
     *(
         "hpd_exact",
@@ -26,6 +26,10 @@ VOCABULARY_OBJECTIVE_NAMES = (
         "akl",
         "abkd",
         "todi",
+        "vopd",
+        "entropy_aware",
+        "top_k_tail",
+        "taid",
     ),
 )
 
@@ -40,6 +44,9 @@ def position_weights(
     reverse_coef: float = 1.0,
     reinforce_coef: float = 1.0,
     student_sampling: bool = True,
+    exponent: float = 5.0,
+    below: float = 0.2,
+    strength: float = 0.5,
 ) -> tuple[float, float]:
     """Weights of log q(y) and log q(a) at one position.
 
@@ -48,6 +55,7 @@ def position_weights(
         q, p: probabilities of the student and of the teacher, positive, over the vocabulary.
         y, a: the label and the token that the student samples.
         forward_coef, reverse_coef, reinforce_coef, student_sampling: of objective hpd.
+        exponent, below, strength: of power_opd and of constant_negative.
     """
 
     def gap(token: int) -> float:
@@ -64,6 +72,10 @@ def position_weights(
         return q[y] * (math.log(mixture) - math.log(q[y])) / 2, 0.0
     if objective == "opd":
         return math.log(p[y]) - math.log(q[y]), 0.0
+    if objective == "power_opd":
+        return p[y] ** exponent - q[y] ** exponent, 0.0
+    if objective == "constant_negative":
+        return (-strength if q[y] < below else 0.0), 0.0
 
     assert objective == "hpd"
     label = reverse_coef * gap(y)
@@ -167,6 +179,12 @@ def position_value(
     mu: float = 0.5,
     alpha: float = 0.2,
     beta: float | None = None,
+    threshold: float = 0.8,
+    forward_coef: float = 1.0,
+    k: int = 64,
+    start: float = 0.4,
+    end: float = 1.0,
+    progress: float = 0.2,
     **hpd_coefficients: Any,
 ) -> Tensor:
     """A full-vocabulary objective at one position: a scalar whose gradient is, by plain autograd, the objective's.
@@ -177,6 +195,9 @@ def position_value(
         y: the label.
         reverse_share, skew, mu, alpha: of symmetric_kl, skew_fkl and skew_rkl, akl, abkd.
         beta: of jsd_exact, 0.5 by default, and of abkd, 0.7.
+        threshold, forward_coef: of entropy_aware; the latter of hpd_exact, too.
+        k: of top_k_tail.
+        start, end, progress: of taid; steps done before this one, of the run's.
         hpd_coefficients: of hpd_exact.
     """
     q, p = log_q.exp(), log_p.exp()
@@ -215,7 +236,24 @@ def position_value(
         share = _frozen(torch.sigmoid(log_p - log_q))
         return (share * p * (log_p - log_q) + (1 - share) * q * (log_q - log_p)).sum()
 
+    if objective == "vopd":
+        weight = _frozen(log_p[y] - log_q[y] + kl(q, p))  # the reward less its mean, -KL(q || p)
+        return -weight * log_q[y]
+    if objective == "entropy_aware":
+        entropy = -(p * log_p).sum()
+        return kl(q, p) + (forward_coef * kl(p, q) if entropy > threshold else 0.0)
+    if objective == "top_k_tail":
+        inside = p >= p.sort(descending=True).values[min(k, len(p)) - 1]
+        value = (p * (log_p - log_q))[inside].sum()
+        if not inside.all():
+            value = value + p[~inside].sum() * (p[~inside].sum() / q[~inside].sum()).log()
+        return value
+    if objective == "taid":
+        share = start + (end - start) * progress
+        return kl(torch.softmax((1 - share) * _frozen(log_q) + share * log_p, -1), q)
+
     assert objective == "hpd_exact"
+    hpd_coefficients["forward_coef"] = forward_coef
     total = torch.zeros((), dtype=log_q.dtype)
     probs, teacher_probs = _frozen(q).tolist(), p.tolist()
     for a, chance in enumerate(probs):

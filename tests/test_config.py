@@ -63,7 +63,7 @@ def test_defaults_are_the_paper() -> None:
 
 
 ACCEPTED = [
-    *({"objective": name} for name in sorted(OBJECTIVES) if name != "opd"),
+    *({"objective": name} for name, each in sorted(OBJECTIVES.items()) if not each.needs_rollouts),
     *({"on_policy_objective": name} for name in [None, *sorted(OBJECTIVES)]),
     {"objective": "opd", "on_policy_fraction": 1},
     {"objective": "opd", "on_policy_fraction": 1.0},
@@ -272,6 +272,13 @@ REFUSED_PARAMETERS = [
     *(("akl", "mu", value) for value in (0, 1, -0.5, 1.5, *NOT_NUMBERS)),
     *((name, "skew", value) for name in ("skew_fkl", "skew_rkl") for value in (-0.1, 1, *NOT_NUMBERS)),
     *(("abkd", name, value) for name in ("alpha", "beta") for value in (0, -1.0, *NOT_NUMBERS)),
+    *(("power_opd", "exponent", value) for value in (0, -1.0, *NOT_NUMBERS)),
+    *(("constant_negative", "below", value) for value in (0, 1.1, *NOT_NUMBERS)),
+    *(("constant_negative", "strength", value) for value in (0, -0.5, *NOT_NUMBERS)),
+    *(("entropy_aware", name, value) for name in ("threshold", "forward_coef") for value in (-0.1, *NOT_NUMBERS)),
+    *(("taid", "start", value) for value in (-0.1, 1, *NOT_NUMBERS)),
+    *(("taid", "end", value) for value in (0, 1.1, *NOT_NUMBERS)),
+    *(("top_k_tail", "k", value) for value in (0, -1, 1.5, *NOT_NUMBERS)),
     *(("symmetric_kl", "reverse_share", value) for value in (-0.1, 1.1, *NOT_NUMBERS)),
 ]
 
@@ -279,10 +286,10 @@ REFUSED_PARAMETERS = [
 @pytest.mark.parametrize(("objective", "parameter", "value"), REFUSED_PARAMETERS, ids=str)
 def test_refuses_parameters(objective: str, parameter: str, value: Any) -> None:
     """The message begins with the parameter's full name, whether or not its objective is in use."""
-    match = rf"^algorithm\.hpd\.{objective}\.{parameter}={shown(value)}: give a number"
+    match = rf"^algorithm\.hpd\.{objective}\.{parameter}={shown(value)}: give an? (number|integer)"
     for used in (objective, "hpd"):
         with pytest.raises(ValueError, match=match):
-            HPDConfig(objective=used, **{objective: {parameter: value}})
+            HPDConfig(objective=used, on_policy_fraction=1, **{objective: {parameter: value}})
 
 
 def test_every_parameter_has_a_refused_value() -> None:
@@ -334,7 +341,7 @@ def test_refuses_parameters_that_would_be_ignored(values: dict[str, Any], messag
 def test_defaults_of_other_objectives_are_no_error(hpd_block: dict[str, Any]) -> None:
     """The whole node, as it is composed, with any objective."""
     for name in sorted(OBJECTIVES):
-        values = hpd_block | {"objective": name, "on_policy_fraction": float(name == "opd")}
+        values = hpd_block | {"objective": name, "on_policy_fraction": float(OBJECTIVES[name].needs_rollouts)}
         assert HPDConfig(**values).objectives.names() == name
 
 

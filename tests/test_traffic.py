@@ -35,6 +35,8 @@ def test_every_objective_is_within_its_bytes() -> None:
     for name, each in OBJECTIVES.items():
         # Student: read twice, written once. Teacher: read once for its sums, and in both passes over the vocabulary.
         least = 14 if each.over == "vocabulary" else 8 if each.needs_teacher else 6
+        if name == "vopd":  # weighs the label alone: its second pass needs no teacher
+            least = 12
         assert found[name] >= least, name
 
 

@@ -49,6 +49,7 @@ from hpd_verl.config import PREFIX, HPDConfig
 from hpd_verl.data.files import as_list, is_remote
 from hpd_verl.data.teacher_prompt import max_teacher_prompt_length, placeholders
 from hpd_verl.errors import require
+from hpd_verl.objectives.context import ADVANTAGE, REWARD, ROW
 from hpd_verl.run.choices import choose_pipeline, needs_rollout_server
 from hpd_verl.several_teachers import STUDENT
 from hpd_verl.teacher.store.store import check_memory_store
@@ -457,6 +458,25 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
         rollout.name != "hf" or not needs_rollout_server(config, hpd),
         "rollouts come from a server: choose vllm or sglang",
     )
+    yield from _of_needs(hpd, "actor_rollout_ref.actor.ulysses_sequence_parallel_size", actor)
+    behaviour = hpd.objectives.names(lambda bound: "behaviour" in bound.objective.needs)
+    yield (
+        "actor_rollout_ref.rollout.calculate_log_probs",
+        not behaviour or bool(rollout.calculate_log_probs),
+        f"objective {behaviour} needs the rollout server's log-probs; set true",
+    )
+    rewarded = hpd.objectives.names(lambda bound: bool(bound.objective.needs & {ROW + REWARD, ROW + ADVANTAGE}))
+    yield (
+        f"{PREFIX}.score_rollouts",
+        hpd.score_rollouts or not rewarded,
+        f"objective {rewarded} needs rewards; set true",
+    )
+    of_rollouts = behaviour or rewarded
+    yield (
+        f"{PREFIX}.on_policy_fraction",
+        not of_rollouts or hpd.schedule.highest > 0 or hpd.missing_demonstration == "rollout",
+        f"objective {of_rollouts} needs log-probs or rewards of rollouts, and there are none; raise it",
+    )
     pipeline, reason = choose_pipeline(config, hpd)
     yield (
         teacher,
@@ -464,6 +484,21 @@ def _of_main_ppo(config: DictConfig, hpd: HPDConfig) -> Iterator[Relation]:
         f"the staged pipeline ({reason}) always needs a teacher",
     )
     yield from _main_ppo_ranks(config, hpd, is_staged=pipeline == "staged")
+
+
+def _of_needs(hpd: HPDConfig, setting: str, engine: DictConfig) -> Iterator[Relation]:
+    """What objectives need of either trainer, beside log-probs.
+
+    Args:
+        setting: the engine's number of ranks that share a sequence.
+        engine: the node that holds it.
+    """
+    prefix = hpd.objectives.names(lambda bound: "prefix" in bound.objective.needs)
+    yield (
+        setting,
+        not prefix or engine.get("ulysses_sequence_parallel_size", 1) == 1,
+        f"objective {prefix} sums over the earlier tokens of a row, which ranks would share; set 1",
+    )
 
 
 def _main_ppo_ranks(config: DictConfig, hpd: HPDConfig, is_staged: bool) -> Iterator[Relation]:
@@ -573,6 +608,10 @@ def _of_sft(config: DictConfig, hpd: HPDConfig, ranks: int, fills_store: bool) -
     rollouts = "this trainer has demonstrations only; python -m verl.trainer.main_ppo algorithm=hpd makes rollouts"
     yield f"{PREFIX}.on_policy_fraction", hpd.schedule.highest == 0, rollouts
     yield f"{PREFIX}.missing_demonstration", hpd.missing_demonstration == "error", rollouts
+    yield from _of_needs(hpd, "engine.ulysses_sequence_parallel_size", config.engine)
+    of_rollouts = {"behaviour", ROW + REWARD, ROW + ADVANTAGE}
+    needing = hpd.objectives.names(lambda bound: bool(bound.objective.needs & of_rollouts))
+    yield f"{PREFIX}.objective", not needing, f"{needing} needs log-probs or rewards of rollouts; {rollouts}"
     yield f"{PREFIX}.pipeline", hpd.pipeline in ("auto", "one_pass"), "this trainer is one_pass only"
     started = f"this trainer starts no servers; start them (docs/served.md), and give {URLS}"
     yield f"{NODE}.n_gpus_per_node", hpd.teacher_server.n_gpus_per_node == 0, started

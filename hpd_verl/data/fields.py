@@ -48,6 +48,18 @@ STEP = "hpd_step"
 FETCHED = "fetched_answers"
 """``Fetched``, batch-wide: what servers have answered to rows of this batch already."""
 
+STEPS = "hpd_steps"
+"""int, batch-wide: the number of training steps of the run."""
+
+COMPARES_ROLLOUTS = "hpd_compares_rollouts"
+"""bool, batch-wide: the rollout server's log-probs are of the student's distribution. True if it is not given."""
+
+
+def row_number(name: str) -> str:
+    """float32 [rows, 1]: a number of each row that objectives need, NaN where it has none; its field by its name."""
+    return f"row_number_{name}"
+
+
 # Student pass (full, float32 except the tokens).
 STUDENT_LABEL_LOG_PROBS = "student_label_log_probs"
 SAMPLED_TOKENS = "sampled_tokens"  # int64

@@ -23,6 +23,7 @@ from datasets.data_files import resolve_pattern
 from omegaconf import DictConfig
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.data.chat_template import Messages
 from hpd_verl.data.demonstration import NO_TEXT, check_tool_calls, demonstration_of, has_demonstration, no_text
 from hpd_verl.data.json_depth import DEEPEST, too_deep
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, tools_of
@@ -44,6 +45,7 @@ class RowRules:
         media_keys: columns of images, videos and audio, which must be empty.
         reads_demonstrations: demonstrations, if present, must have the right form.
         needs_demonstrations: every row must have one.
+        numbers: columns that must hold a number in every row.
         teacher_prompts: what the teacher reads in place of the prompt; None where no teacher sees the rows.
         teachers: names, of several teachers, that may stand in ``teacher_key``; none where there is one teacher.
         teacher_key: column of the row's teacher.
@@ -53,6 +55,7 @@ class RowRules:
     media_keys: tuple[str, ...]
     reads_demonstrations: bool
     needs_demonstrations: bool
+    numbers: tuple[str, ...] = ()
     teacher_prompts: TeacherPrompts | None = None
     teachers: tuple[str, ...] = ()
     teacher_key: str = "data_source"
@@ -66,6 +69,7 @@ class RowRules:
             media_keys=tuple(data.get(f"{kind}_key", f"{kind}s") for kind in ("image", "video", "audio")),
             reads_demonstrations=is_train and not (rollouts_only and hpd.overlong_demonstration == "truncate"),
             needs_demonstrations=is_train and not rollouts_only and hpd.missing_demonstration == "error",
+            numbers=tuple(hpd.row_columns) if is_train else (),
             teacher_prompts=TeacherPrompts.of(data) if is_train else None,
             teachers=tuple(hpd.teachers or ()) if is_train else (),
             teacher_key=hpd.teacher_key,
@@ -73,7 +77,7 @@ class RowRules:
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """The columns to read, of those in the file."""
-        wanted = [self.prompt_key, TOOLS, *self.media_keys]
+        wanted = [self.prompt_key, TOOLS, *self.media_keys, *self.numbers]
         if self.reads_demonstrations:
             wanted.append(DEMONSTRATION)
         if self.teacher_prompts is not None:
@@ -175,8 +179,16 @@ def _check_teacher(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
                 f"{', '.join(rules.teachers)}"
             )
     prompts = rules.teacher_prompts
-    if prompts is None or not prompts.are_used(list(row)):
-        return
+    if prompts is not None and prompts.are_used(list(row)):
+        teacher_chat(row, prompts, where)
+
+
+def teacher_chat(row: Mapping[str, Any], prompts: TeacherPrompts, where: str) -> Messages:
+    """What the teacher reads in place of a row's prompt.
+
+    Raises:
+        ValueError: it is no chat that can stand in the prompt's place; ``where`` names the row.
+    """
     try:
         chat = prompts.messages(row)
     except ValueError as error:
@@ -186,6 +198,7 @@ def _check_teacher(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
         prompts.check(row, chat)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    return chat
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -278,6 +291,15 @@ def _first_with_media(column: pa.Array) -> int | None:
     return None if index < 0 else index
 
 
+def _first_that_is_no_number(column: pa.Array) -> int | None:
+    """The first row whose column is no finite number; true and false count as 1 and 0."""
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        return 0
+    index = pc.index(pc.fill_null(pc.is_finite(column.cast(pa.float64())), False), False).as_py()
+    return None if index < 0 else index
+
+
 def _check_batch(
     batch: pa.RecordBatch, rows: datasets.Dataset, rules: RowRules, start: int, row_name: Callable[[int], str]
 ) -> None:
@@ -285,6 +307,11 @@ def _check_batch(
         index = _first_with_media(batch.column(key))
         if index is not None:
             raise ValueError(f"{row_name(start + index)}: {key} is not empty; HPD trains on text: remove such rows")
+    for key in rules.numbers:
+        index = _first_that_is_no_number(batch.column(key))
+        if index is not None:
+            found = " ".join(str(batch.column(key)[index].as_py()).split())[:80]
+            raise ValueError(f"{row_name(start + index)}: {key} is {found}; an objective needs a finite number there")
     if _is_plain(batch, rules):
         return
     columns = rows.remove_columns([key for key in rules.media_keys if key in rows.column_names])[:]
@@ -510,6 +537,12 @@ class DataFile:
             )
         if rules.needs_demonstrations and DEMONSTRATION not in self.schema.names:
             raise ValueError(f"{self.name}: no column {DEMONSTRATION!r}, there are {columns}{_WHY_NEEDED}")
+        for number in rules.numbers:
+            if number not in self.schema.names:
+                raise ValueError(
+                    f"{self.name}: no column {number!r}, which an objective needs (row.{number}), there are {columns}; "
+                    "add it"
+                )
         if rules.teachers and rules.teacher_key not in self.schema.names:
             raise ValueError(
                 f"{self.name}: no column {rules.teacher_key!r} (algorithm.hpd.teacher_key), there are {columns}; add "

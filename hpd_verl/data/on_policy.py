@@ -63,3 +63,18 @@ def shared_prompts(chosen: Sequence[bool], rollouts_per_prompt: int) -> list[int
     for place, row in enumerate(rollouts):
         takes[row] = rollouts[place - place % rollouts_per_prompt]
     return takes
+
+
+def advantages(rewards: Sequence[float], prompts: Sequence[int]) -> list[float]:
+    """Each rollout's reward less the mean over the rollouts of its prompt.
+
+    Args:
+        rewards: of each row, NaN for what is no rollout.
+        prompts: number of each row's prompt.
+    """
+    of_prompt: dict[int, list[float]] = {}
+    for reward, prompt in zip(rewards, prompts, strict=True):
+        if not math.isnan(reward):
+            of_prompt.setdefault(prompt, []).append(reward)
+    means = {prompt: sum(values) / len(values) for prompt, values in of_prompt.items()}
+    return [reward - means.get(prompt, math.nan) for reward, prompt in zip(rewards, prompts, strict=True)]

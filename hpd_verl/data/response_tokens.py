@@ -26,6 +26,12 @@ class ResponseTokens:
     start: int = 0
     """Packed tokens of the batch in front of the part."""
 
+    @property
+    def index(self) -> Tensor:
+        """int64 [n]: of the tokens of a whole batch, each one's place among those of its row."""
+        first = torch.cumsum(self.lengths, 0) - self.lengths
+        return torch.arange(len(self.row), device=self.row.device) - first[self.row]
+
     def part(self, place: slice, start: int) -> "ResponseTokens":
         """Some of the batch's response tokens, of a part with so many packed tokens in front of it."""
         row = self.row[place]

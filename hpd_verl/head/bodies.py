@@ -7,7 +7,7 @@ no memory of [n, V]. Uncompiled, the same functions run on a few rows at a time,
 computed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from hpd_verl.head.output_head import Scaling, take
 from hpd_verl.head.sampling import BLOCK, block_masses, blocks
-from hpd_verl.objectives import LOG_ZERO, Mixture, TeacherRows, VocabularyLogProbs
+from hpd_verl.objectives import LOG_ZERO, Mixture, Objective, TeacherRows, TokenContext, VocabularyLogProbs
 
 _HELD = 64  # logits that a compiled kernel holds at once; of longer parts it loads each twice
 
@@ -25,28 +25,20 @@ _HELD = 64  # logits that a compiled kernel holds at once; of longer parts it lo
 class Part(NamedTuple):
     """An objective over the vocabulary, with its parameters' values and its factor in a mixture."""
 
-    name: str
-    function: Callable[..., Any]
+    objective: Objective
     arguments: tuple[tuple[str, Any], ...]
     factor: float
-    statistic: Callable[..., Tensor] | None
 
     def row_statistic(self, teacher: TeacherRows) -> Tensor | None:
         """What the function must know of each row beforehand, [n, 1]; None for most."""
-        return None if self.statistic is None else self.statistic(teacher, **dict(self.arguments))
+        statistic = self.objective.row_statistic
+        return None if statistic is None else statistic(teacher, **dict(self.arguments))
 
 
 def parts_of(mixture: Mixture) -> tuple[Part, ...]:
     """The parts over the vocabulary."""
     return tuple(
-        Part(
-            bound.objective.name,
-            bound.objective.function,
-            tuple(bound.arguments.items()),
-            factor,
-            bound.objective.row_statistic,
-        )
-        for bound, factor in mixture.over("vocabulary")
+        Part(bound.objective, tuple(bound.arguments.items()), factor) for bound, factor in mixture.over("vocabulary")
     )
 
 
@@ -89,6 +81,8 @@ class Rows(NamedTuple):
     """[n]; in ``write``."""
     row_statistics: tuple[tuple[Tensor | None, ...], ...] = ()
     """[n, 1] of the parts that have one."""
+    context: TokenContext | None = None
+    """[n]; what objectives over the vocabulary need."""
     total: Tensor | None = None
     """[n]; in ``write``, with objectives over the vocabulary: the sum of all weights, of single tokens too."""
 
@@ -319,15 +313,16 @@ def _weigh(form: Form, both: VocabularyLogProbs, rows: Rows) -> Weighed:
             here = rows.is_rollout if index else ~rows.is_rollout
         statistics = rows.row_statistics[index] if rows.row_statistics else [None] * len(parts)
         for part, statistic in zip(parts, statistics, strict=True):
-            one = _of_part(part, both if statistic is None else replace(both, row_statistic=statistic), here)
+            read = both if statistic is None else replace(both, row_statistic=statistic)
+            one = _of_part(part, read, rows.context, here)
             total = one if total is None else _added(total, one)
     assert total is not None
     return total
 
 
-def _of_part(part: Part, both: VocabularyLogProbs, here: Tensor | None) -> Weighed:
+def _of_part(part: Part, both: VocabularyLogProbs, context: TokenContext | None, here: Tensor | None) -> Weighed:
     arguments: Mapping[str, Any] = dict(part.arguments)
-    result = part.function(both, **arguments)
+    result = part.objective.weigh(both, context, **arguments)
     weighed = Weighed(result.weights, result.value, result.label)
     if part.factor != 1:
         label = None if weighed.label is None else weighed.label * part.factor

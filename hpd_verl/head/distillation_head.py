@@ -31,7 +31,13 @@ import torch
 from torch import Tensor
 
 from hpd_verl.head.bodies import Biases, Form, Rows, Statistics, Sums, parts_of
-from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TeacherProducts, WholeDistribution
+from hpd_verl.head.features import (
+    HiddenFeatures,
+    TeacherFeatures,
+    TeacherProducts,
+    WholeDistribution,
+    log_sums_exp,
+)
 from hpd_verl.head.gradients import Gradients
 from hpd_verl.head.output_head import (
     OutputHead,
@@ -43,9 +49,10 @@ from hpd_verl.head.output_head import (
     steps,
 )
 from hpd_verl.head.passes import Passes
+from hpd_verl.head.prefix import PrefixSums
 from hpd_verl.head.sampling import BlockDraws, block_tokens, draw_blocks, draw_tokens
 from hpd_verl.head.token_weights import token_weights
-from hpd_verl.objectives import LOG_ZERO, RowObjectives, TokenLogProbs
+from hpd_verl.objectives import LOG_ZERO, RowObjectives, TokenContext, TokenLogProbs
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,8 @@ def distillation_head(
     chunk_size: int | None = None,
     exact_kl: bool = False,
     compiled: bool = False,
+    context: TokenContext | None = None,
+    row: Tensor | None = None,
 ) -> HeadOutput:
     """Loss of objectives at n tokens, its gradients, and what metrics are made of.
 
@@ -112,12 +121,17 @@ def distillation_head(
         chunk_size: tokens whose logits exist at once; changes memory, not the result. None chooses by the device.
         exact_kl: also compute both KL divergences, from the teacher's whole distribution.
         compiled: fuse what is computed of the logits by ``torch.compile``: the same within rounding.
+        context: what objectives need of each token, but for sums over earlier tokens, which are taken here, over
+            tokens that count; None where they need nothing.
+        row: int64 [n], the row of each token, whose tokens stand together and in order; for those sums.
 
     Raises:
         ValueError: a teacher is missing or has a larger vocabulary, no sampled token where it is weighed or more than
-            one, or exact_kl is asked of a teacher whose distribution is known in part.
+            one, the context does not hold what an objective needs, or exact_kl is asked of a teacher whose distribution
+            is known in part.
     """
     _check(uniforms, head, teacher, objectives, exact_kl)
+    _check_context(objectives, context, row)
     active = (token_scale != 0).nonzero().squeeze(1)
     if len(active) < len(hidden):
         part = distillation_head(
@@ -133,9 +147,11 @@ def distillation_head(
             chunk_size,
             exact_kl,
             compiled,
+            None if context is None else context.at(active),
+            None if row is None else row[active],
         )
         return _spread(part, active, len(hidden))
-    tokens = _Tokens(labels, uniforms, token_scale, is_rollout)
+    tokens = _Tokens(labels, uniforms, token_scale, is_rollout, context, row)
     gradients = Gradients(hidden, head)
     with torch.no_grad():
         sweep = _Sweep(
@@ -167,6 +183,15 @@ def _check(
         raise ValueError("exact_kl: needs the teacher's hidden states, top-k features hold a part of p")
 
 
+def _check_context(objectives: RowObjectives, context: TokenContext | None, row: Tensor | None) -> None:
+    missing = (context or TokenContext()).missing(objectives.needs)
+    if "prefix" in objectives.needs and row is None:
+        missing = sorted({*missing, "prefix"})
+    if missing:
+        needing = objectives.names(lambda bound: bool(bound.objective.needs & set(missing)))
+        raise ValueError(f"{needing}: needs {', '.join(missing)}, which the context does not hold")
+
+
 def _spread(part: HeadOutput, active: Tensor, count: int) -> HeadOutput:
     """The output for all tokens from that for the active ones."""
     spread: dict[str, Any] = {"loss": part.loss}
@@ -185,6 +210,8 @@ class _Tokens:
     uniforms: Tensor
     scale: Tensor
     is_rollout: Tensor
+    context: TokenContext | None
+    row: Tensor | None
 
 
 class _Sweep:
@@ -226,6 +253,18 @@ class _Sweep:
         self.has_token_parts = any(mixture.over("token") for mixture, _ in self.mixtures)
         self.has_one_hots = self.has_token_parts
         self.output = self._empty_output(exact_kl)
+        self.vocabulary_needs = frozenset[str]().union(
+            *(part.objective.needs for parts in self.form.parts for part in parts)
+        )
+        self.context = None if tokens.context is None else tokens.context.to(head.dtype)
+        self.prefix: PrefixSums | None = None
+        if "prefix" in objectives.needs:
+            assert self.context is not None
+            self.prefix = PrefixSums()
+            self.context = self.context._replace(
+                prefix_teacher=torch.full_like(self.output.entropy, math.nan),
+                prefix_behaviour=torch.full_like(self.output.entropy, math.nan),
+            )
 
     def _empty_output(self, exact_kl: bool) -> HeadOutput:
         device = self.tokens.labels.device
@@ -265,6 +304,7 @@ class _Sweep:
             if not self.form.parts:
                 if self.teacher is not None and self.whole is None:
                     self._teacher_of_tokens(chunk, self.teacher[chunk])
+                self._sum_prefixes(chunk)
                 one_hots = self._weigh_tokens(chunk)
             self._add_gradients(chunk, matrix, one_hots)
         output.loss.copy_((output.token_losses.double() * self.tokens.scale.double()).sum())
@@ -281,6 +321,12 @@ class _Sweep:
         )
         if self.whole is not None:
             rows = self._with_teacher(rows, tokens, self.whole)
+        if self.vocabulary_needs:
+            assert self.context is not None
+            if "prefix" in self.vocabulary_needs:
+                rows = self._with_label_log_probs(rows, tokens)
+                self._sum_prefixes(tokens)
+            rows = rows._replace(context=self.context.only(self.vocabulary_needs).at(tokens))
         sums, kept = self.passes.read(rows)
         output.label_log_probs[tokens] = rows.student_label - sums.student.log_sum_exp
         output.entropy[tokens] = sums.student.entropy
@@ -295,6 +341,8 @@ class _Sweep:
             output.forward_kl[tokens], output.reverse_kl[tokens] = sums.forward_kl, sums.reverse_kl
         rows = rows._replace(student_log_sum_exp=sums.student.log_sum_exp, teacher_log_sum_exp=sums.teacher_log_sum_exp)
         if self.form.parts:
+            if "prefix" not in self.vocabulary_needs:
+                self._sum_prefixes(tokens)
             rows = rows._replace(total=self._weigh_vocabulary(tokens, sums, one_hots))
         if self.gradients.needed:
             self.passes.write(rows, kept)
@@ -311,6 +359,38 @@ class _Sweep:
             teacher_log_sum_exp=teacher.known_log_sum_exp,
             row_statistics=statistics,
         )
+
+    def _with_label_log_probs(self, rows: Rows, tokens: slice) -> Rows:
+        """Fill in the outputs of the labels' log-probs, which objectives need before the first pass over the products:
+        one more load of each."""
+        compiled, biases = self.passes.compiled, self.passes.biases
+        normaliser = log_sums_exp(rows.student, self.form.student, biases.student, compiled)
+        self.output.label_log_probs[tokens] = rows.student_label - normaliser
+        if self.whole is None:
+            return rows
+        assert rows.teacher is not None
+        known = rows.teacher_log_sum_exp
+        if known is None:
+            known = log_sums_exp(rows.teacher, self.whole.scaling, self.whole.bias, compiled)
+        self._teacher_of_label(tokens, rows, known)
+        return rows._replace(teacher_log_sum_exp=known)
+
+    def _sum_prefixes(self, tokens: slice) -> None:
+        """Fill in the context's sums over earlier tokens, by the labels' log-probs."""
+        if self.prefix is None:
+            return
+        context, output = self.context, self.output
+        assert context is not None
+        assert self.tokens.row is not None
+        student = output.label_log_probs[tokens].clamp_min(LOG_ZERO)
+        unknown = torch.full_like(student, math.nan)
+        teacher = output.teacher_label_log_probs
+        values = [
+            unknown if teacher is None else teacher[tokens].clamp_min(LOG_ZERO) - student,
+            unknown if context.behaviour is None else student - context.behaviour[tokens].clamp_min(LOG_ZERO),
+        ]
+        sums = self.prefix.take(self.tokens.row[tokens], torch.stack(values, 1)).to(student.dtype)
+        context.prefix_teacher[tokens], context.prefix_behaviour[tokens] = sums.unbind(1)
 
     def _draw(self, tokens: slice, matrix: Tensor, student: Statistics) -> None:
         """Tokens that the student samples, from its products [n, V]."""
@@ -330,16 +410,19 @@ class _Sweep:
         output, whole = self.output, self.whole
         assert whole is not None
         assert rows.teacher is not None
-        assert rows.teacher_label is not None
-        assert output.teacher_label_log_probs is not None
         assert output.teacher_sampled_log_probs is not None
+        self._teacher_of_label(tokens, rows, normaliser)
+        logits = TeacherProducts(rows.teacher, whole.scaling, whole.bias).logits(output.sampled[tokens])
+        output.teacher_sampled_log_probs[tokens] = (logits - normaliser.unsqueeze(1)).clamp_min_(LOG_ZERO)
+
+    def _teacher_of_label(self, tokens: slice, rows: Rows, normaliser: Tensor) -> None:
+        assert rows.teacher_label is not None
+        assert self.output.teacher_label_log_probs is not None
         assert self.teacher is not None
         known = self.teacher[tokens].tensors.get("label_log_probs")  # exact, also where the distribution is not
         if known is None:
             known = (rows.teacher_label - normaliser).clamp_min_(LOG_ZERO)
-        output.teacher_label_log_probs[tokens] = known
-        logits = TeacherProducts(rows.teacher, whole.scaling, whole.bias).logits(output.sampled[tokens])
-        output.teacher_sampled_log_probs[tokens] = (logits - normaliser.unsqueeze(1)).clamp_min_(LOG_ZERO)
+        self.output.teacher_label_log_probs[tokens] = known
 
     def _teacher_of_tokens(self, tokens: slice, teacher: TeacherFeatures) -> None:
         """The teacher's log-probs of labels and sampled tokens."""
@@ -375,16 +458,13 @@ class _Sweep:
     def _weigh_tokens(self, tokens: slice) -> Tensor:
         """Weights [n, 1 + K] of labels and sampled tokens by the objectives over tokens; fills in those outputs."""
         output = self.output
-        found = token_weights(
-            self._token_log_probs(tokens), [(mixture, rows[tokens]) for mixture, rows in self.mixtures]
-        )
+        log_probs = self._token_log_probs(tokens)
+        context = None if self.context is None else self.context.at(tokens)
+        found = token_weights(log_probs, [(mixture, rows[tokens]) for mixture, rows in self.mixtures], context)
         weights = torch.stack([found.label, found.sampled], 1)[:, : 1 + output.sampled.shape[1]]
-        log_probs = torch.cat([output.label_log_probs[tokens].unsqueeze(1), output.sampled_log_probs[tokens]], 1)
-        # A token that is impossible and has no weight adds nothing.
-        terms = torch.where((weights == 0) & (log_probs == -math.inf), 0.0, weights * log_probs)
         output.label_weights[tokens] = found.label
         output.sampled_weights[tokens] = weights[:, 1:]
-        output.token_losses[tokens] = -terms.sum(1)
+        output.token_losses[tokens] = found.loss(log_probs)
         return weights
 
     def _token_log_probs(self, tokens: slice) -> TokenLogProbs:

@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from hpd_verl.head.bodies import Biases, Form, Kept, Part, Rows, Sums, read, write
 from hpd_verl.head.compiling import NotCompilable, check_traceable, give_up, given_up, run_compiled
 from hpd_verl.head.output_head import steps
-from hpd_verl.objectives import VocabularyLogProbs
+from hpd_verl.objectives import TokenContext, VocabularyLogProbs
 
 
 class Passes:
@@ -57,7 +57,7 @@ class Passes:
 
     def _give_up(self, error: NotCompilable) -> None:
         parts = [part for parts in self.form.parts for part in parts]
-        names = dict.fromkeys(part.name for part in [part for part in parts if not _traces(part)] or parts)
+        names = dict.fromkeys(part.objective.name for part in [part for part in parts if not _traces(part)] or parts)
         give_up(self.form, f"objective {', '.join(names)}" if names else "objectives over tokens", error)
 
 
@@ -73,7 +73,8 @@ def _traces(part: Part) -> bool:
     student, teacher = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     example = VocabularyLogProbs(student, teacher, torch.arange(4), row_statistic=torch.zeros(4, 1))
     try:
-        check_traceable(part.function, example, **dict(part.arguments))
+        context = TokenContext.example(part.objective.needs, torch.ones(4, dtype=torch.bool), student.dtype)
+        check_traceable(part.objective.weigh, example, context, **dict(part.arguments))
     except NotCompilable:
         return False
     return True

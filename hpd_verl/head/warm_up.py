@@ -8,7 +8,7 @@ from hpd_verl.head.distillation_head import distillation_head
 from hpd_verl.head.features import HiddenFeatures, TeacherFeatures, TopKFeatures, teacher_features
 from hpd_verl.head.hybrid import HybridFeatures
 from hpd_verl.head.output_head import OutputHead
-from hpd_verl.objectives import RowObjectives
+from hpd_verl.objectives import RowObjectives, TokenContext
 
 _CPU_ROWS = 16
 _ROWS = 512  # kernels are chosen for as many; fewer do not fill an accelerator
@@ -39,19 +39,22 @@ def warm_up(
         teacher = _zeros(teacher, rows, device)
         if isinstance(teacher, HiddenFeatures) and teacher.log_sum_exp is not None:
             teacher_features(teacher.hidden, teacher.head, labels, teacher.temperature, compiled=True)
+    is_rollout = torch.arange(rows, device=device) % 2 == 0
     distillation_head(
         torch.zeros(rows, 1, dtype=small.weight.dtype, device=device, requires_grad=True),
         small,
         labels,
         torch.zeros(rows, draws, dtype=torch.float64, device=device),
         torch.ones(rows, device=device),
-        torch.arange(rows, device=device) % 2 == 0,
+        is_rollout,
         teacher,
         objectives,
         temperature,
         chunk_size=rows,
         exact_kl=exact_kl,
         compiled=True,
+        context=TokenContext.example(objectives.needs, is_rollout, torch.float32) if objectives.needs else None,
+        row=torch.zeros_like(labels),
     )
 
 

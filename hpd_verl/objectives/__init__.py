@@ -9,6 +9,7 @@ Imports torch alone, and pydantic for parameters. ``registry.py`` says what an o
 """
 
 from hpd_verl.objectives import token, vocabulary
+from hpd_verl.objectives.context import TokenContext
 from hpd_verl.objectives.log_probs import (
     LOG_ZERO,
     TeacherRows,
@@ -39,6 +40,7 @@ __all__ = [
     "ObjectiveParameters",
     "RowObjectives",
     "TeacherRows",
+    "TokenContext",
     "TokenLogProbs",
     "TokenWeights",
     "VocabularyLogProbs",

@@ -1,11 +1,13 @@
-"""What an objective reads, log-probs of student and teacher, and what it returns, weights of the student's.
+"""What an objective reads, log-probs of student and teacher, and what it returns, weights of the student's or a loss.
 
 ``loss = -sum_t w(v_t) log q(v_t)`` with detached weights (paper eq. 9): ``q`` the student, ``p`` the teacher.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 LOG_ZERO = -1000.0
@@ -37,6 +39,14 @@ class TokenWeights:
 
     label: Tensor
     sampled: Tensor
+    value: Tensor | None = None
+    """The loss itself, of that shape; None: the weighted log-likelihood."""
+
+    def loss(self, log_probs: TokenLogProbs) -> Tensor:
+        """Of each token, of that shape."""
+        if self.value is not None:
+            return self.value
+        return -(_term(self.label, log_probs.student_label) + _term(self.sampled, log_probs.student_sampled))
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,11 @@ class TeacherRows(Protocol):
 
     def log_probs(self, rows: Tensor) -> Tensor:
         """Log-probs, at least ``LOG_ZERO``, of some positions: [m, V of the teacher] of int64 [m]."""
+
+
+def _term(weights: Tensor, log_probs: Tensor) -> Tensor:
+    """``w log q``; a token that is impossible and has no weight adds nothing."""
+    return torch.where((weights == 0) & (log_probs == -math.inf), 0.0, weights * log_probs)
 
 
 def log_ratio(student: Tensor, teacher: Tensor) -> Tensor:

@@ -7,6 +7,10 @@
     @objective("skew_fkl", over="vocabulary", parameters=SkewParameters, source="DistiLLM, arXiv 2402.03898")
     def skew_fkl(log_probs: VocabularyLogProbs, skew: float) -> VocabularyWeights: ...
 
+    @objective("kl", over="vocabulary", returns="loss", source="a loss, differentiated here")
+    def kl(log_probs: VocabularyLogProbs) -> Tensor:
+        return (log_probs.teacher_probs * (log_probs.teacher - log_probs.student)).sum(-1)
+
 A run takes objectives bound to their parameters' values, mixed with factors, for demonstrations and for rollouts:
 ``RowObjectives``. Nothing else knows an objective by its name.
 """
@@ -21,16 +25,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from hpd_verl.errors import typed_line
+from hpd_verl.objectives.context import ADVANTAGE, REWARD, ROW, TokenContext, check_needs
 from hpd_verl.objectives.log_probs import TokenLogProbs, TokenWeights, VocabularyLogProbs, VocabularyWeights
+from hpd_verl.objectives.losses import weights_of_loss
 
 Over = Literal["token", "vocabulary"]
+Returns = Literal["weights", "loss"]
 
 
 class ObjectiveParameters(BaseModel):
@@ -53,11 +60,17 @@ class Objective:
     """The configured name (``algorithm.hpd.objective``), and of its parameters' node (``algorithm.hpd.NAME``)."""
     function: Callable[..., Any]
     """``function(log_probs, **parameters)``: ``TokenLogProbs`` to ``TokenWeights`` over tokens,
-    ``VocabularyLogProbs`` to ``VocabularyWeights`` over the vocabulary."""
+    ``VocabularyLogProbs`` to ``VocabularyWeights`` over the vocabulary; with ``returns="loss"`` to the loss of each
+    token, [n], differentiable in the student's log-probs."""
     over: Over
     """What it weighs: the label and the sampled token, or every token of the vocabulary."""
     source: str
     """Where it is from."""
+    returns: Returns = "weights"
+    """Weights, or a loss whose weights follow by autograd, inside a chunk of logits."""
+    needs: frozenset[str] = frozenset()
+    """What its function gets as ``context``, a ``TokenContext``, beside the log-probs: among "step", "position",
+    "behaviour", "prefix" and "row.NAME". Without needs there is no such argument."""
     parameters: type[ObjectiveParameters] = ObjectiveParameters
     """Its parameters, with defaults and bounds."""
     needs_teacher: bool = True
@@ -75,11 +88,23 @@ class Objective:
     """False: its parameters are settings of the algorithm itself, beside the objective's name."""
 
     def __post_init__(self) -> None:
+        for name, kinds in (("over", Over), ("returns", Returns)):
+            if getattr(self, name) not in get_args(kinds):
+                one_of = " or ".join(get_args(kinds))
+                raise ValueError(f"objective {self.name!r}: {name}={getattr(self, name)!r}; choose {one_of}")
         given = list(inspect.signature(self.function).parameters)
-        expected = list(self.parameters.model_fields)
+        object.__setattr__(self, "needs", frozenset(self.needs))
+        try:
+            check_needs(self.needs)
+        except ValueError as error:
+            raise ValueError(f"objective {self.name!r} {error}") from None
+        if "context" in self.parameters.model_fields:
+            raise ValueError(f"objective {self.name!r}: its parameter context is the name of what it needs; rename it")
+        expected = [*(["context"] if self.needs else []), *self.parameters.model_fields]
         if not given or sorted(given[1:]) != sorted(expected):
+            what = "the log-probs, the context" if self.needs else "the log-probs"
             raise ValueError(
-                f"objective {self.name!r}: its function takes ({', '.join(given)}), expected the log-probs and its "
+                f"objective {self.name!r}: its function takes ({', '.join(given)}), expected {what} and its "
                 f"parameters ({', '.join(['log_probs', *expected])})"
             )
 
@@ -87,9 +112,18 @@ class Objective:
         if required:
             raise ValueError(f"objective {self.name!r}: its parameter {required[0]} has no default; give it one")
 
-    def __call__(self, log_probs: Any, **parameters: Any) -> Any:
+    def __call__(self, log_probs: Any, context: TokenContext | None = None, **parameters: Any) -> Any:
         """Weights of the log-probs, computed without autograd; parameters that are not given have their defaults."""
-        return self.bind(parameters)(log_probs)
+        return self.bind(parameters)(log_probs, context)
+
+    def weigh(self, log_probs: Any, context: TokenContext | None, **parameters: Any) -> Any:
+        """``TokenWeights`` or ``VocabularyWeights``, whatever the function returns; of the context what it needs."""
+        if self.needs:
+            assert context is not None
+            parameters["context"] = context.only(self.needs)
+        if self.returns == "weights":
+            return self.function(log_probs, **parameters)
+        return weights_of_loss(self.function, log_probs, **parameters)
 
     def bind(self, parameters: Mapping[str, Any] | None = None) -> "BoundObjective":
         """The objective with its parameters' values.
@@ -108,8 +142,8 @@ class BoundObjective:
     parameters: ObjectiveParameters
 
     @torch.no_grad()
-    def __call__(self, log_probs: Any) -> Any:
-        return self.objective.function(log_probs, **self.arguments)
+    def __call__(self, log_probs: Any, context: TokenContext | None = None) -> Any:
+        return self.objective.weigh(log_probs, context, **self.arguments)
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -127,7 +161,9 @@ OBJECTIVES: dict[str, Objective] = {}
 """Objective by its name."""
 
 
-def objective(name: str, *, over: Over, source: str, **properties: Any) -> Callable[[Callable[..., Any]], Objective]:
+def objective(
+    name: str, *, over: Over, source: str = "your own", **properties: Any
+) -> Callable[[Callable[..., Any]], Objective]:
     """Decorator that makes a function an ``Objective``, with its other fields as ``properties``, and registers it.
 
     Raises:
@@ -201,15 +237,14 @@ def check_objective(checked: Objective) -> None:
     """Try an objective on a few random log-probs.
 
     Raises:
-        ValueError: it fails, returns something else than finite weights of the right type and shape, or does what its
-            declared properties exclude.
+        ValueError: it fails, returns something else than finite weights, or a differentiable loss, of the right type
+            and shape, or does what its declared properties exclude.
     """
     generator = torch.Generator().manual_seed(0)
-    rows, vocabulary = 5, 7
-    student, teacher = torch.randn(2, rows, vocabulary, generator=generator).log_softmax(-1)
+    student, teacher = torch.randn(2, _TRIED, 7, generator=generator).log_softmax(-1)
     if not checked.needs_teacher:
         teacher = torch.full_like(teacher, math.nan)  # what it gets in a run without one
-    labels = torch.arange(rows)
+    labels = torch.arange(_TRIED)
     log_probs: Any
     kind: type[VocabularyWeights] | type[TokenWeights]
     if checked.over == "vocabulary":
@@ -219,34 +254,115 @@ def check_objective(checked: Objective) -> None:
         log_probs = TokenLogProbs(student[:, 0], teacher[:, 0], student[:, 1], teacher[:, 1], labels > 2)
         kind, likes = TokenWeights, {"label": student[:, 0], "sampled": student[:, 0]}
     given = {name: value.clone() for name, value in vars(log_probs).items() if value is not None}
+    is_rollout = torch.ones_like(labels, dtype=torch.bool) if checked.needs_rollouts else labels % 2 == 0
+    context = TokenContext.example(checked.needs, is_rollout, student.dtype)
+    if not checked.needs_teacher and context.prefix_teacher is not None:
+        context = context._replace(prefix_teacher=torch.full_like(context.prefix_teacher, math.nan))
+    known = context.fields()
+    kept = {name: value.clone() for name, value in known.items()}
+
+    def rows(places: slice) -> Any:
+        return type(log_probs)(**{name: value[places].clone() for name, value in given.items()})
+
     try:
-        result = checked(log_probs)
-        of_one = checked(type(log_probs)(**{name: value[:1] for name, value in given.items()}))
+        if checked.returns == "loss":
+            _check_loss(checked, rows(slice(None)), context, student[:, 0])
+        result = checked(log_probs, context)
+        alone = [checked(rows(one), context.at(one)) for one in (slice(row, row + 1) for row in range(_TRIED))]
+    except _Refused as refused:
+        raise ValueError(f"objective {checked.name!r} {refused}") from None
     except (Exception, SystemExit) as error:  # of the user's code
-        raise ValueError(f"objective {checked.name!r} fails on {rows} random tokens ({typed_line(error)})") from error
+        failed = f"objective {checked.name!r} fails on {_TRIED} random tokens ({typed_line(error)})"
+        if checked.needs:
+            failed += f"; its context holds {', '.join(sorted(checked.needs))}: declare what else it reads in needs"
+        raise ValueError(failed) from error
+    for name, value in known.items():
+        if not torch.equal(value.nan_to_num(), kept[name].nan_to_num()) or not torch.equal(
+            value.isnan(), kept[name].isnan()
+        ):
+            raise ValueError(f"objective {checked.name!r}: writes into {name} of the context; let it work on a copy")
     if not isinstance(result, kind):
-        raise ValueError(f"objective {checked.name!r} returns {type(result).__name__}, not {kind.__name__}")
+        hint = '; declare returns="loss"' if isinstance(result, Tensor) else ""
+        raise ValueError(f"objective {checked.name!r} returns {type(result).__name__}, not {kind.__name__}{hint}")
     for name, value in given.items():
         if not torch.equal(getattr(log_probs, name).nan_to_num(), value.nan_to_num()):
             raise ValueError(f"objective {checked.name!r}: writes into {name} of the log-probs; let it work on a copy")
-    if isinstance(result, VocabularyWeights) and result.label is not None:
-        likes["label"] = student[:, 0]
+    for name in ("label", "value"):
+        if name not in likes and getattr(result, name) is not None:
+            likes[name] = student[:, 0]
     for name, like in likes.items():
         value = getattr(result, name)
+        what = name
+        if checked.returns == "loss":
+            what = "its loss" if name == "value" else "the gradient of its loss"
         if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
-            form = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"objective {checked.name!r}: {name} is {form}, expected {like.dtype} {tuple(like.shape)}")
+            raise ValueError(f"objective {checked.name!r}: {what} is {_form(value)}, expected {_form(like)}")
         if not value.isfinite().all():
             cause = "for ordinary log-probs" if checked.needs_teacher else "without a teacher: declare needs_teacher"
-            raise ValueError(f"objective {checked.name!r}: {name} is not finite {cause}")
-        alone = getattr(of_one, name)
-        if alone.shape != value[:1].shape or not torch.allclose(alone, value[:1], rtol=1e-4, atol=1e-6):
+            if not checked.needs_rollouts and checked.needs & _OF_ROLLOUTS and value[is_rollout].isfinite().all():
+                cause = "for demonstrations, whose behaviour and rewards are NaN: replace these (nan_to_num) and weigh "
+                cause += "demonstrations by row.is_rollout, or declare needs_rollouts=True"
+            raise ValueError(f"objective {checked.name!r}: {what} is not finite {cause}")
+        one_by_one = [getattr(each, name) for each in alone]
+        if any(each.shape != value[:1].shape for each in one_by_one) or not torch.allclose(
+            torch.cat(one_by_one), value, rtol=1e-4, atol=1e-6
+        ):
             raise ValueError(
-                f"objective {checked.name!r}: {name} of a token is another one where it is alone; the tokens beside it "
+                f"objective {checked.name!r}: {what} of a token is another one where it is alone; the tokens beside it "
                 "are those of a chunk, so let it weigh each by itself, without chance"
             )
     if isinstance(result, TokenWeights) and not checked.bind().weighs_sample and result.sampled.any():
         raise ValueError(f"objective {checked.name!r}: weighs the sampled token; declare weighs_sample=True")
+
+
+_TRIED = 5
+"""Tokens that an objective is tried on."""
+_OF_ROLLOUTS = {"behaviour", f"{ROW}{REWARD}", f"{ROW}{ADVANTAGE}"}
+
+
+class _Refused(Exception):
+    """What is wrong with a loss."""
+
+
+def _check_loss(checked: Objective, log_probs: Any, context: TokenContext, like: Tensor) -> None:
+    """Its form, and that it can be differentiated."""
+    for name, value in vars(log_probs).items():
+        if name.startswith("student"):
+            object.__setattr__(log_probs, name, value.requires_grad_())
+    with torch.enable_grad():
+        given = {"context": context} if checked.needs else {}
+        loss = checked.function(log_probs, **given, **checked.bind().arguments)
+    if not isinstance(loss, Tensor) or loss.shape != like.shape or loss.dtype != like.dtype:
+        raise _Refused(f"returns {_form(loss)}, expected the loss of each token, {_form(like)}")
+    of_student = [value for name, value in vars(log_probs).items() if name.startswith("student")]
+    leaves = _leaves(loss)
+    if not any(leaf is value for leaf in leaves for value in of_student):
+        raise _Refused("returns a loss without gradient in the student's log-probs; compute it from them, undetached")
+    if not all(any(leaf is value for value in of_student) for leaf in leaves):
+        raise _Refused(
+            "returns a loss that depends on a tensor with requires_grad, which nothing would train; detach it, or "
+            "declare a parameter"
+        )
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that a loss could be differentiated in."""
+    if loss.grad_fn is None:
+        return [loss] if loss.requires_grad else []
+    found, seen, waiting = [], {loss.grad_fn}, [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+def _form(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 @dataclass(frozen=True)
@@ -265,13 +381,16 @@ class Mixture:
     def __iter__(self) -> Iterator[tuple[BoundObjective, float]]:
         return iter(self.parts)
 
-    def token_weights(self, log_probs: TokenLogProbs) -> TokenWeights:
+    def token_weights(self, log_probs: TokenLogProbs, context: TokenContext | None = None) -> TokenWeights:
         """Weights of the label and of the sampled token by the parts over tokens, of the log-probs' shape."""
-        label = sampled = torch.zeros_like(log_probs.student_label)
+        label = sampled = value = torch.zeros_like(log_probs.student_label)
+        has_value = False
         for bound, factor in self.over("token"):
-            weights = bound(log_probs)
+            weights = bound(log_probs, context)
             label, sampled = label + factor * weights.label, sampled + factor * weights.sampled
-        return TokenWeights(label, sampled)
+            value = value + factor * weights.loss(log_probs)
+            has_value |= weights.value is not None
+        return TokenWeights(label, sampled, value if has_value else None)
 
 
 @dataclass(frozen=True)
@@ -314,6 +433,11 @@ class RowObjectives:
     def weighs_sample(self) -> bool:
         """Whether any weighs the sampled token."""
         return any(bound.weighs_sample for bound in self.bound)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What any needs of a ``TokenContext``."""
+        return frozenset[str]().union(*(bound.objective.needs for bound in self.bound))
 
     @property
     def over_vocabulary(self) -> bool:

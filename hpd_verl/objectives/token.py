@@ -101,3 +101,64 @@ def jsd(log_probs: TokenLogProbs) -> TokenWeights:
 def opd(log_probs: TokenLogProbs) -> TokenWeights:
     """On-policy distillation: weight log p(y) - log q(y), for labels that the student drew itself."""
     return _label_only(log_ratio(log_probs.student_label, log_probs.teacher_label))
+
+
+class PowerOPDParameters(ObjectiveParameters):
+    """Parameters of power_opd. The default is that of its authors' script."""
+
+    exponent: float = Field(5.0, gt=0)
+    """Exponent of both probabilities, above 0; towards 0, divided by it, the weight becomes that of opd."""
+
+
+@objective(
+    "power_opd",
+    over="token",
+    parameters=PowerOPDParameters,
+    needs_rollouts=True,
+    source="PowerOPD, Zhao et al. 2026, arXiv 2606.17199 and its code (EIT-NLP/PowerOPD)",
+)
+def power_opd(log_probs: TokenLogProbs, exponent: float) -> TokenWeights:
+    """On-policy distillation with a bounded weight: p(y)^exponent - q(y)^exponent.
+
+    Of the sign of opd's weight, within -1 and 1. With a large exponent a token that both models find improbable has
+    almost no weight, so that the student does not learn from its own rare tokens.
+
+    Args:
+        log_probs: see ``TokenLogProbs``.
+        exponent: see ``PowerOPDParameters``.
+    """
+    return _label_only((exponent * log_probs.teacher_label).exp() - (exponent * log_probs.student_label).exp())
+
+
+class ConstantNegativeParameters(ObjectiveParameters):
+    """Parameters of constant_negative."""
+
+    below: float = Field(0.2, gt=0, le=1)
+    """Probability q(y) under which a token has the weight, above 0 and at most 1."""
+
+    strength: float = Field(0.5, gt=0)
+    """The weight's size, above 0; the paper's is 0.5."""
+
+
+@objective(
+    "constant_negative",
+    over="token",
+    parameters=ConstantNegativeParameters,
+    needs_teacher=False,
+    needs_rollouts=True,
+    source="a control after Ding and Zhang 2026, arXiv 2608.31046, and the fixed mode of its code "
+    "(DripNowhy/On-Policy-Self-Adaptation)",
+)
+def constant_negative(log_probs: TokenLogProbs, below: float, strength: float) -> TokenWeights:
+    """A control without a teacher: weight -strength on the student's own tokens of q(y) < below, 0 on others.
+
+    What on-policy distillation gains beyond it is of the teacher. The authors weigh the least probable fifth of the
+    tokens of a rank's batch; here a token's own probability decides, so choose ``below`` to take about as many. It only
+    sharpens the student, whose entropy falls.
+
+    Args:
+        log_probs: see ``TokenLogProbs``.
+        below, strength: see ``ConstantNegativeParameters``.
+    """
+    improbable = log_probs.student_label < math.log(below)
+    return _label_only(improbable.to(log_probs.student_label.dtype) * -strength)

@@ -1,8 +1,8 @@
 """Objectives over the whole vocabulary: a weight for every token, not for the label and a sampled token alone.
 
 For a divergence ``sum_v f(q(v); p(v))`` the weight is ``w(v) = -q(v) df/dq(v)``. Those of other papers were
-compared with their authors' published code, in value and gradient, but for symmetric_kl and tvd; where one differs, it
-says so.
+compared with their authors' published code, in value and gradient, but for symmetric_kl, tvd, and those from vopd on,
+which follow their papers' formulas; where one differs, it says so.
 """
 
 import math
@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpd_verl.objectives.log_probs import TeacherRows, VocabularyLogProbs, VocabularyWeights
+from hpd_verl.objectives.context import TokenContext
+from hpd_verl.objectives.log_probs import LOG_ZERO, TeacherRows, VocabularyLogProbs, VocabularyWeights
 from hpd_verl.objectives.registry import ObjectiveParameters, objective
 from hpd_verl.objectives.token import PAPER, HPDParameters
 
@@ -330,3 +331,148 @@ def todi(log_probs: VocabularyLogProbs) -> VocabularyWeights:
     reverse = torch.div(log_probs.student_probs, total, out=total).mul_(log_probs.student_probs)
     value = torch.sub(forward, reverse).mul_(difference).sum(-1)
     return VocabularyWeights(forward.addcmul_(reverse, difference.sub_(1.0)), value)
+
+
+@objective(
+    "vopd",
+    over="vocabulary",
+    needs_rollouts=True,
+    source="vOPD, Oh et al. 2026, arXiv 2605.07865 and its code (holi-lab/vOPD), baseline over the whole vocabulary",
+)
+def vopd(log_probs: VocabularyLogProbs) -> VocabularyWeights:
+    """On-policy distillation with a baseline: weight log p(y) - log q(y) + KL(q || p) of the label.
+
+    The mean gradient is opd's, that of reverse KL, with less variance: KL(q || p) is what the label's log-ratio is less
+    than 0 on average. A single token stands for it still; where the cost over the vocabulary is paid anyway, rkl_exact
+    has no variance at all.
+    """
+    reverse = torch.sub(log_probs.student, log_probs.teacher).mul_(log_probs.student_probs).sum(-1, keepdim=True)
+    label = log_probs.teacher_label - log_probs.student_label + reverse
+    value = -(label * log_probs.student_label)
+    return VocabularyWeights(torch.zeros_like(log_probs.student), value.squeeze(1), label.squeeze(1))
+
+
+class EntropyAwareParameters(ObjectiveParameters):
+    """Parameters of entropy_aware. The defaults are its authors'."""
+
+    threshold: float = Field(0.8, ge=0)
+    """The teacher's entropy, in nats, above which forward KL joins; at least 0."""
+
+    forward_coef: float = Field(1.0, ge=0)
+    """Factor of forward KL there, at least 0."""
+
+
+@objective(
+    "entropy_aware",
+    over="vocabulary",
+    parameters=EntropyAwareParameters,
+    source="EOPD, Jin et al. 2026, arXiv 2603.07079 and its code (WLS04/EOPD), over the whole vocabulary",
+)
+def entropy_aware(log_probs: VocabularyLogProbs, threshold: float, forward_coef: float) -> VocabularyWeights:
+    """Reverse KL, and forward KL beside it where the teacher is uncertain.
+
+    ``KL(q || p) + forward_coef [H(p) > threshold] KL(p || q)``. The authors estimate the reverse KL by the label, clip
+    it as PPO does, and take the forward KL over the teacher's likeliest tokens; here both are exact. Below all of the
+    teacher's entropies the threshold gives the sum of both divergences, above them rkl_exact, which fails from a
+    student that does not cover the teacher.
+
+    Args:
+        log_probs: see ``VocabularyLogProbs``.
+        threshold, forward_coef: see ``EntropyAwareParameters``.
+    """
+    entropy = -torch.mul(log_probs.teacher, log_probs.teacher_probs).sum(-1, keepdim=True)
+    share = (entropy > threshold).to(entropy.dtype) * forward_coef
+    difference = torch.sub(log_probs.teacher, log_probs.student)
+    forward = torch.mul(difference, log_probs.teacher_probs).sum(-1)
+    gaps = difference.mul_(log_probs.student_probs)
+    value = share.squeeze(1) * forward - gaps.sum(-1)
+    return VocabularyWeights(gaps.addcmul_(share, log_probs.teacher_probs), value)
+
+
+class TopKTailParameters(ObjectiveParameters):
+    """Parameters of top_k_tail."""
+
+    k: int = Field(64, ge=1)
+    """The teacher's likeliest tokens that are told apart; at least 1."""
+
+
+def _top_floor(teacher: TeacherRows, k: int) -> Tensor:
+    """A log-prob between the k-th token and the most likely one of the others, [n, 1].
+
+    Tokens as likely as the k-th are above it.
+    """
+    top = teacher.top(k + 1)
+    least = top[:, min(k, top.shape[1]) - 1].unsqueeze(1)
+    below = top[:, k:] if top.shape[1] > k else torch.full_like(least, -math.inf)
+    return torch.where(below > least - 1e-3, least - 1e-3, (least + below.clamp_min(LOG_ZERO - 1.0)) / 2)
+
+
+@objective(
+    "top_k_tail",
+    over="vocabulary",
+    parameters=TopKTailParameters,
+    row_statistic=_top_floor,
+    source="verl's pull request 7855 and issue 7856, forward_kl_topk_tail",
+)
+def top_k_tail(log_probs: VocabularyLogProbs, k: int) -> VocabularyWeights:
+    """Forward KL over the teacher's k likeliest tokens, with all others as one token.
+
+    With T these tokens, ``sum_T p (log p - log q) + p_T' log(p_T' / q_T')``, p_T' and q_T' the mass outside of T: a
+    lower bound of fkl, never negative. It says nothing of how the student shares out the mass outside of T, and is for
+    teachers that are known in these tokens only; of a whole teacher fkl costs less.
+
+    Args:
+        log_probs: see ``VocabularyLogProbs``.
+        k: see ``TopKTailParameters``.
+    """
+    floor = log_probs.row_statistic
+    if floor is None:
+        floor = _top_floor(_Rows(log_probs.teacher), k)
+    inside = log_probs.teacher > floor
+    least = torch.finfo(log_probs.teacher.dtype).tiny
+    tail = torch.where(inside, 0.0, log_probs.teacher_probs).sum(-1, keepdim=True)
+    student_tail = torch.where(inside, 0.0, log_probs.student_probs).sum(-1, keepdim=True).clamp_min(least)
+    difference = torch.sub(log_probs.teacher, log_probs.student).mul_(log_probs.teacher_probs)
+    of_tail = tail * (tail.clamp_min(least).log() - student_tail.log())
+    value = torch.where(inside, difference, 0.0).sum(-1) + of_tail.squeeze(1)
+    outside = torch.div(log_probs.student_probs, student_tail).mul_(tail)
+    return VocabularyWeights(torch.where(inside, log_probs.teacher_probs, outside), value)
+
+
+class TAIDParameters(ObjectiveParameters):
+    """Parameters of taid. The defaults are its authors'."""
+
+    start: float = Field(0.4, ge=0, lt=1)
+    """The teacher's share at the first step, at least 0 and below 1."""
+
+    end: float = Field(1.0, gt=0, le=1)
+    """The share that the run goes to, above 0 and at most 1."""
+
+
+@objective(
+    "taid",
+    over="vocabulary",
+    parameters=TAIDParameters,
+    needs={"step"},
+    source="TAID, Shing et al. 2025, arXiv 2501.16937, as its code is with disable_adaptive",
+)
+def taid(log_probs: VocabularyLogProbs, context: TokenContext, start: float, end: float) -> VocabularyWeights:
+    """Forward KL to a target that moves from the student to the teacher.
+
+    ``KL(r || q)`` with r = softmax((1 - t) z_q + t z_p) of the logits, detached, and t growing by the step from start
+    to end, linearly; by default the authors let a falling loss push t further. Its early targets are the student's own
+    modes: with few steps it stops short of the teacher, and from a student that covers the teacher fkl has nothing to
+    bridge.
+
+    Args:
+        log_probs: see ``VocabularyLogProbs``.
+        context: the step.
+        start, end: see ``TAIDParameters``.
+    """
+    share = (start + (end - start) * (context.step - 1) / context.steps).unsqueeze(1)
+    target = torch.lerp(log_probs.student, log_probs.teacher, share)
+    target.sub_(target.amax(-1, keepdim=True))
+    total = target.exp().sum(-1, keepdim=True)
+    target.sub_(total.log())
+    weights = target.exp()
+    return VocabularyWeights(weights, target.sub_(log_probs.student).mul_(weights).sum(-1))

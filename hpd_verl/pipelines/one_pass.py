@@ -25,7 +25,8 @@ from hpd_verl.head.metrics import token_metrics
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.sampling import counter_uniform
 from hpd_verl.head.warm_up import warm_up
-from hpd_verl.objectives import TokenLogProbs
+from hpd_verl.objectives import TokenContext, TokenLogProbs
+from hpd_verl.objectives.context import IS_ROLLOUT, ROW
 from hpd_verl.pipelines.pipeline import Driver, Pipeline, RankPipeline
 from hpd_verl.pipelines.updates import RESPONSE_TOKENS, ROLLOUT_DIFFERENCE, ROLLOUT_TOKENS, of_each_teacher, train
 from hpd_verl.teacher.choice import make_teacher
@@ -61,12 +62,14 @@ class OnePassLoss(HeadLoss):
 
     def from_hidden(self, hidden: Tensor, head: OutputHead, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
         sharing = SequenceGroup.current()
-        parts = sharing.parts(response_tokens(data), len(hidden))
+        whole = response_tokens(data)
+        parts = sharing.parts(whole, len(hidden))
         responses = parts[sharing.rank]
         rows = row_numbers(data)
         hidden, uniforms = responses.take(hidden), self._uniforms(responses, rows, data)
         token_scale = self._token_scale(data)[responses.place]
         is_rollout = column(data, fields.IS_ROLLOUT).bool()[responses.row]
+        context = self._context(whole, responses, data)
         shares = self._shares(rows, parts, sharing, data)
         outputs = [
             distillation_head(
@@ -82,12 +85,42 @@ class OnePassLoss(HeadLoss):
                 chunk_size=self.config.token_chunk_size,
                 exact_kl=self.config.exact_kl_metrics,
                 compiled=self.compiled,
+                context=None if context is None else context.at(tokens),
+                row=responses.row[tokens],
             )
             for tokens, teacher in shares
         ]
         output = outputs[0] if len(outputs) == 1 else _joined(outputs, [tokens for tokens, _ in shares])
         self._refuse_nan(output, responses, rows, data, sharing)
         return output.loss, self._metrics(output, responses, data)
+
+    def _context(self, whole: ResponseTokens, responses: ResponseTokens, data: TensorDict) -> TokenContext | None:
+        """What the objectives need of this rank's response tokens, of those of the micro-batch."""
+        needs = self.config.objectives.needs
+        if not needs:
+            return None
+        row, device = responses.row, responses.labels.device
+        found = TokenContext()
+        if "step" in needs:
+            step, steps = (
+                torch.full(row.shape, float(tu.get_non_tensor_data(data=data, key=key, default=None)), device=device)
+                for key in (fields.STEP, fields.STEPS)
+            )
+            found = found._replace(step=step, steps=steps)
+        if "position" in needs:
+            found = found._replace(position=whole.index[responses.place], length=whole.lengths[row])
+        numbers = {name: column(data, fields.row_number(name)) for name in self.config.row_numbers}
+        if ROW + IS_ROLLOUT in needs:
+            numbers[IS_ROLLOUT] = column(data, fields.IS_ROLLOUT)
+        found = found._replace(row={name: values.float()[row] for name, values in numbers.items()})
+        if "behaviour" in needs:
+            is_rollout = column(data, fields.IS_ROLLOUT).bool()[row]
+            # Without a rollout server nothing has such log-probs.
+            log_probs = torch.full(row.shape, torch.nan, device=device)
+            if fields.ROLLOUT_LOG_PROBS in data:
+                log_probs = self._rollout_log_probs(responses, data)
+            found = found._replace(behaviour=torch.where(is_rollout, log_probs, torch.nan))
+        return found
 
     def _shares(
         self, rows: Tensor, parts: list[ResponseTokens], sharing: SequenceGroup, data: TensorDict
@@ -196,15 +229,20 @@ class OnePassLoss(HeadLoss):
         share = data["dp_size"] / data["batch_num_tokens"]
         sums = {name: values.double().sum() * share for name, values in per_token.items()}
         sums[RESPONSE_TOKENS] = torch.tensor(float(len(responses.labels) * data["dp_size"]))
-        if fields.ROLLOUT_LOG_PROBS in data:
+        compares = tu.get_non_tensor_data(data=data, key=fields.COMPARES_ROLLOUTS, default=True)
+        if fields.ROLLOUT_LOG_PROBS in data and compares:
             sums |= self._compare_with_rollout(output.label_log_probs, responses, data)
         sums["hpd/loss"] = output.loss.detach()
         return {name: Metric(AggregationType.SUM, value) for name, value in sums.items()}
 
     @staticmethod
-    def _compare_with_rollout(student: Tensor, responses: ResponseTokens, data: TensorDict) -> dict[str, Tensor]:
+    def _rollout_log_probs(responses: ResponseTokens, data: TensorDict) -> Tensor:
+        log_probs: Tensor = data[fields.ROLLOUT_LOG_PROBS].values()
+        return log_probs[data["response_mask"].values().bool()][responses.place]
+
+    def _compare_with_rollout(self, student: Tensor, responses: ResponseTokens, data: TensorDict) -> dict[str, Tensor]:
         """Sums over the rollouts' tokens: of how far the rollout server's log-probs are off, and of the tokens."""
-        rollout = data[fields.ROLLOUT_LOG_PROBS].values()[data["response_mask"].values().bool()][responses.place]
+        rollout = self._rollout_log_probs(responses, data)
         is_rollout = column(data, fields.IS_ROLLOUT).bool()[responses.row]
         difference = (rollout - student.detach())[is_rollout].double().abs().sum()
         return {
@@ -241,11 +279,14 @@ class StudentWorker(TrainingWorker):
 
 
 class OnePassDriver(Driver):
-    """The update does everything, with the rollout server's log-probs if they are compared."""
+    """The update does everything, with the rollout server's log-probs if they are compared or an objective needs them,
+    and the numbers of rows that objectives need."""
 
     @property
     def update_inputs(self) -> list[str]:
-        return [fields.ROLLOUT_LOG_PROBS] if self.compares_rollouts else []
+        reads_rollouts = self.compares_rollouts or "behaviour" in self.config.objectives.needs
+        log_probs = [fields.ROLLOUT_LOG_PROBS] if reads_rollouts else []
+        return [*log_probs, *map(fields.row_number, self.config.row_numbers)]
 
 
 class OnePass(RankPipeline):

@@ -19,6 +19,7 @@ class QueueBatch(Batch):
     Args:
         meta: their keys.
         step: the training step.
+        steps: training steps of the run.
         is_rollout: bool [rows], True where the label is the student's own.
         settings: what every pass and update is told.
         student, teacher: the worker groups.
@@ -28,6 +29,7 @@ class QueueBatch(Batch):
         self,
         meta: KVBatchMeta,
         step: int,
+        steps: int,
         is_rollout: Tensor,
         settings: Mapping[str, Any],
         student: RayWorkerGroup,
@@ -35,6 +37,7 @@ class QueueBatch(Batch):
     ) -> None:
         self.meta = meta
         self.step = step
+        self.steps = steps
         self.is_rollout = is_rollout
         self.settings = settings
         self.student = student
@@ -47,7 +50,7 @@ class QueueBatch(Batch):
             tags=self.meta.tags,
             partition_id=self.meta.partition_id,
             fields=[*fields.SEQUENCE_FIELDS, *inputs],
-            extra_info={fields.STEP: self.step, **self.settings, **settings},
+            extra_info={fields.STEP: self.step, fields.STEPS: self.steps, **self.settings, **settings},
         )
 
     def row_name(self, index: int) -> str:

@@ -41,8 +41,9 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import has_demonstration
-from hpd_verl.data.on_policy import choose_rollouts, rollout_quota, shared_prompts
+from hpd_verl.data.on_policy import advantages, choose_rollouts, rollout_quota, shared_prompts
 from hpd_verl.data.teacher_prompt import max_teacher_prompt_length
+from hpd_verl.objectives.context import ADVANTAGE, REWARD
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.pipelines.updates import over_own_tokens, rows_of_ranks
 from hpd_verl.ppo import messages
@@ -127,6 +128,10 @@ class HPDTrainer(PPOTrainerSync):
         self.prefetch: Prefetch | None = None
         self._held: tuple[dict[str, Any], TensorDict] | None = None
         """The next rows, which are taken out of the loader early, and its state before them."""
+        self.prompts: dict[str, int] = {}
+        """The batch's prompts, by the names of its rows."""
+        self.row_columns: dict[str, dict[str, float]] = {}
+        """Columns of the data that objectives need, by name and by the names of the batch's rows."""
         super().__init__(config)
         self.use_reference_policy = True  # the teacher; verl derives this from its own KL terms
 
@@ -212,11 +217,16 @@ class HPDTrainer(PPOTrainerSync):
         self.state_before, batch = self._held or self._take_rows(num_prompts)
         self._held = None
         tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
-        batch, uids, on_policy, counts = self._marked(batch, self.global_steps)
+        marked = self._marked(batch, self.global_steps)
+        batch, uids = marked.rows, marked.uids
+        self.prompts = dict(zip(uids, marked.takes, strict=True))
+        self.row_columns = {}
+        for name in self.hpd.row_columns:
+            self.row_columns[name] = dict(zip(uids, map(float, batch[fields.row_number(name)]), strict=True))
+            del batch[fields.row_number(name)]
         self.teacher_columns.take(batch, uids)
-        self.uids = set(uids)
-        self.on_policy_uids = {uid for uid, flag in zip(uids, on_policy, strict=True) if flag}
-        self.batch_counts = counts
+        self.on_policy_uids = marked.on_policy_uids
+        self.batch_counts = marked.counts
         return batch
 
     def _take_rows(self, num_prompts: int | None = None) -> tuple[dict[str, Any], TensorDict]:
@@ -224,8 +234,8 @@ class HPDTrainer(PPOTrainerSync):
         state = self.train_dataloader.state_dict()
         return state, super()._next_train_batch(num_prompts)
 
-    def _marked(self, batch: TensorDict, step: int) -> tuple[TensorDict, list[str], list[bool], dict[str, Any]]:
-        """Rows of a step, each marked as demonstration or rollout; their uids, the marks, counts for the log."""
+    def _marked(self, batch: TensorDict, step: int) -> "_MarkedRows":
+        """Rows of a step, each marked as demonstration or rollout."""
         rows = len(batch)
         demonstrations = list(batch[DEMONSTRATION]) if DEMONSTRATION in batch else [None] * rows
         missing = [not has_demonstration(value) for value in demonstrations]
@@ -245,7 +255,7 @@ class HPDTrainer(PPOTrainerSync):
             "hpd/left_out_prompts": rows - len(set(takes)),
             "hpd/dropped_demonstrations": getattr(self.train_dataset, "dropped_demonstrations", 0),
         }
-        return batch, uids, on_policy, counts
+        return _MarkedRows(batch, uids, takes, {uid for uid, flag in zip(uids, on_policy, strict=True) if flag}, counts)
 
     # ------------------------------ the teacher's servers, ahead of the update ------------------------------
 
@@ -258,12 +268,12 @@ class HPDTrainer(PPOTrainerSync):
             ended = [
                 key
                 for key, tag in found.items()
-                if tag.get("status") == "success" and key not in asked and _uid(key) in self.uids
+                if tag.get("status") == "success" and key not in asked and _uid(key) in self.prompts
             ]
             if ended:
                 self._ask_ahead(ended)
                 asked |= set(ended)
-            elif all(found.get(uid, {}).get("status") in ("finished", "failure") for uid in self.uids):
+            elif all(found.get(uid, {}).get("status") in ("finished", "failure") for uid in self.prompts):
                 break
             else:
                 time.sleep(POLL_INTERVAL)
@@ -288,10 +298,10 @@ class HPDTrainer(PPOTrainerSync):
         step = self.global_steps + 1
         rows = self._held[1].clone(recurse=False)
         tu.assign_non_tensor_data(rows, "global_steps", step)
-        batch, uids, _, _ = self._marked(rows, step)
+        marked = self._marked(rows, step)
         columns = copy.copy(self.teacher_columns)
-        columns.take(batch, uids)
-        found = self.agent_loop_manager.demonstrations(batch)
+        columns.take(marked.rows, marked.uids)
+        found = self.agent_loop_manager.demonstrations(marked.rows)
         self.prefetch.ask(
             [
                 self._asked_row(columns, f"{uid}_0_0", row["prompts"], row["responses"], False)
@@ -335,10 +345,40 @@ class HPDTrainer(PPOTrainerSync):
             fields.IS_ROLLOUT: self._is_rollout(batch).long().unsqueeze(1),
             **self.teacher_columns.of_keys(batch.keys),
         }
+        columns |= {
+            fields.row_number(name): torch.tensor(values, dtype=torch.float32).unsqueeze(1)
+            for name, values in self._row_numbers(batch).items()
+        }
         tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(columns, batch_size=len(batch))
         )
         return batch
+
+    def _row_numbers(self, batch: KVBatchMeta) -> dict[str, list[float]]:
+        """What objectives need of each sequence's row, by name."""
+        uids = [key.rsplit("_", 2)[0] for key in batch.keys]
+        found = {name: [values.get(uid, math.nan) for uid in uids] for name, values in self.row_columns.items()}
+        asked = {REWARD, ADVANTAGE} & set(self.hpd.row_numbers)
+        if asked:
+            rewards = [math.nan] * len(uids)
+            rollouts = [index for index, is_rollout in enumerate(self._is_rollout(batch).tolist()) if is_rollout]
+            for index, score in zip(
+                rollouts, self._scores([batch.keys[index] for index in rollouts], batch), strict=True
+            ):
+                rewards[index] = score
+            prompts = [self.prompts.get(uid, -1) for uid in uids]
+            numbers = {REWARD: rewards, ADVANTAGE: advantages(rewards, prompts)}
+            found |= {name: numbers[name] for name in asked}
+        return found
+
+    @staticmethod
+    def _scores(keys: list[str], batch: KVBatchMeta) -> list[float]:
+        """The rewards of rollouts."""
+        if not keys:
+            return []
+        scores = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        found: list[float] = scores["rm_scores"].to_padded_tensor(0).sum(-1).tolist()
+        return found
 
     def _truncated_rollout_prompts(self, batch: KVBatchMeta) -> int:
         """Rollouts whose prompt was cut; verl's workers set their tags, so the agent loop leaves it in a field."""
@@ -356,6 +396,7 @@ class HPDTrainer(PPOTrainerSync):
         return QueueBatch(
             batch,
             self.global_steps,
+            self.total_training_steps,
             self._is_rollout(batch),
             {"temperature": self.hpd.temperature, **self.pipeline.settings},
             student=self.actor_rollout_wg,
@@ -390,6 +431,7 @@ class HPDTrainer(PPOTrainerSync):
                 epochs=actor.ppo_epochs,
                 seed=actor.data_loader_seed,
                 dataloader_kwargs={"shuffle": actor.shuffle},
+                **{fields.COMPARES_ROLLOUTS: self.pipeline.compares_rollouts},
             )
         )
         output = over_own_tokens(reduce_metrics(output["metrics"]))
@@ -427,8 +469,8 @@ class HPDTrainer(PPOTrainerSync):
         )
         if self.hpd.score_rollouts and self._is_rollout(batch).any():
             keys = [key for key, is_rollout in zip(batch.keys, self._is_rollout(batch), strict=True) if is_rollout]
-            scores = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
-            metrics["hpd/rollout_score"] = scores["rm_scores"].to_padded_tensor(0).sum(-1).mean().item()
+            scores = self._scores(keys, batch)
+            metrics["hpd/rollout_score"] = sum(scores) / len(scores)
 
     # ------------------------------ checkpoints ------------------------------
 
@@ -522,6 +564,21 @@ class HPDTrainer(PPOTrainerSync):
         if old:
             checkpoint.remove(old)
             self.actor_rollout_wg.remove_checkpoints([str(folder) for folder in old])
+
+
+@dataclass(frozen=True)
+class _MarkedRows:
+    """Rows of a step before there are answers."""
+
+    rows: TensorDict
+    uids: list[str]
+    """Their names."""
+    takes: list[int]
+    """Which prompt of the batch each has."""
+    on_policy_uids: set[str]
+    """Of those that the student answers itself."""
+    counts: dict[str, Any]
+    """For the log."""
 
 
 @dataclass

@@ -67,6 +67,7 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
         != config.actor_rollout_ref.ref.get("ulysses_sequence_parallel_size", 1),
         "actor_rollout_ref.actor.entropy_coeff is set": actor.entropy_coeff != 0,
     }
+    needing = hpd.objectives.names(lambda bound: bool(bound.objective.needs))
     needs = {
         f"{PREFIX}.teacher_cache={hpd.teacher_cache}": hpd.teacher_cache != "off",
         hpd.teacher_server.source: hpd.teacher_server.is_used,
@@ -75,6 +76,7 @@ def choose_pipeline(config: DictConfig, hpd: HPDConfig) -> tuple[str, str]:
         "data.teacher_prompt_template": config.data.get("teacher_prompt_template") is not None,
         f"{PREFIX}.exact_kl_metrics=true": hpd.exact_kl_metrics,
         f"an objective over the vocabulary ({hpd.objectives.names()})": hpd.objectives.over_vocabulary,
+        f"an objective that needs more than log-probs ({needing})": needing != "",
     }
     reasons = [reason for reason, holds in cannot.items() if holds]
     needed_by = [reason for reason, holds in needs.items() if holds]

@@ -25,11 +25,14 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
     Args:
         rows: the checked rows.
         sequences: how a row becomes tokens.
-        teacher_prompts: the same of the teacher's prompts; None where the teacher reads the student's.
+        teacher_prompts: the same as ``sequences`` of the teacher's prompts; None where the teacher reads the student's.
     """
 
     def __init__(
-        self, rows: HPDDataset, sequences: SequenceBuilder, teacher_prompts: TeacherPromptTokenizer | None = None
+        self,
+        rows: HPDDataset,
+        sequences: SequenceBuilder,
+        teacher_prompts: TeacherPromptTokenizer | None = None,
     ) -> None:
         self.rows = rows
         self.sequences = sequences
@@ -51,7 +54,8 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
         teachers = self.rows.teachers
         if teachers:
             columns[fields.TEACHER] = teachers.index(row[self.rows.teacher_key])
-        return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()}
+        numbers = {name: torch.tensor([value]) for name, value in self.rows.numbers(index).items()}
+        return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()} | numbers
 
 
 class PaddedRows(Dataset[dict[str, Tensor]]):
@@ -135,8 +139,10 @@ def read_demonstrations(
     return DemonstrationDataset(rows, sequences, teacher_prompts)
 
 
-def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int) -> TensorDict:
-    """Collated rows with the settings that verl's passes read."""
+def as_batch(
+    config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int, steps: int = 1
+) -> TensorDict:
+    """Collated rows with the settings that verl's passes read, and the step of how many."""
     data = config.data
     settings = {
         "use_dynamic_bsz": data.use_dynamic_bsz,
@@ -147,5 +153,6 @@ def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any
         "pad_mode": data.pad_mode,
         "pad_token_id": model.tokenizer.pad_token_id,
         fields.STEP: step,
+        fields.STEPS: steps,
     }
     return tu.get_tensordict(tensor_dict=dict(tensors), non_tensor_dict=settings)

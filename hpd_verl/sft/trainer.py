@@ -138,7 +138,7 @@ class HPDSFTTrainer(SFTTrainer):
         )
 
     def _batch(self, tensors: Mapping[str, Any], step: int) -> TensorDict:
-        return as_batch(self.config, self.model_config, tensors, step)
+        return as_batch(self.config, self.model_config, tensors, step, self.total_training_steps)
 
     def _train_step(
         self, tensors: Mapping[str, Any], step: int, following: Mapping[str, Any] | None = None

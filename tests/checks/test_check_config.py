@@ -16,6 +16,7 @@ from hpd_verl.checks import run
 from hpd_verl.checks.folders import check_checkpoint_folder
 from hpd_verl.checks.run import check_config, check_sft_config
 from hpd_verl.config import HPDConfig
+from hpd_verl.objectives import registry
 from hpd_verl.run.choices import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
 
 MODELS = ("actor_rollout_ref.model.path=S", "actor_rollout_ref.ref.model.path=T", "data.train_files=x")
@@ -406,3 +407,62 @@ def test_what_works_in_the_lean_trainer() -> None:
         check_sft_config(lean("data.train_batch_size=7"), ranks=8, fills_store=True)
     with pytest.raises(ValueError, match=r"^teacher\.model\.path=None: give the teacher's folder or hub name"):
         check_sft_config(lean("teacher.model.path=null", "algorithm.hpd.objective=sft"), fills_store=True)
+
+
+NEEDING = """
+from hpd_verl.objectives import objective
+
+def needing(name, *needs):
+    def loss(log_probs, context):
+        return -log_probs.student_label
+    return objective(name, over="token", returns="loss", needs=needs, needs_teacher=False)(loss)
+
+summing, measuring = needing("summing", "prefix"), needing("measuring", "behaviour")
+rewarding, stepping = needing("rewarding", "row.advantage"), needing("stepping", "step", "position")
+"""
+
+
+def test_needs_of_objectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an objective needs beside log-probs, and a run cannot give it, is a line before the start."""
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
+    (tmp_path / "needing.py").write_text(NEEDING)
+
+    def using(name: str, *overrides: str) -> list[str]:
+        return [f"algorithm.hpd.objective={tmp_path}/needing.py:{name}", *overrides]
+
+    shared = (ULYSSES.format("actor"), ULYSSES.format("ref"), "trainer.n_gpus_per_node=2")
+    for overrides in (
+        using("stepping", *shared),
+        using("summing", "trainer.n_gpus_per_node=2"),
+        using("measuring", ROLLOUTS),
+        using("rewarding", ROLLOUTS, "algorithm.hpd.score_rollouts=true"),
+    ):
+        config = composed(*overrides)
+        assert choose_pipeline(config, check_config(config))[0] == "one_pass"
+    name = "actor_rollout_ref.rollout.calculate_log_probs"
+    for overrides, message in (
+        (using("summing", *shared), r"actor.ulysses_sequence_parallel_size=2: objective summing sums over the earlier"),
+        (
+            using("measuring", ROLLOUTS, f"{name}=false"),
+            f"{name}=False: objective measuring needs the rollout server's log-probs; set true",
+        ),
+        (using("measuring"), "on_policy_fraction=0.0: objective measuring needs log-probs or rewards of rollouts"),
+        (using("rewarding", ROLLOUTS), "score_rollouts=False: objective rewarding needs rewards; set true"),
+        (
+            using("stepping", "algorithm.hpd.pipeline=staged"),
+            r"pipeline=staged: an objective that needs more than log-probs \(stepping\) needs one_pass",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_config(composed(*overrides))
+    paths = ["model.path=S", "teacher.model.path=T", "data.train_files=x"]
+    for overrides, message in (
+        (using("summing", "engine.ulysses_sequence_parallel_size=2"), "engine.ulysses_sequence_parallel_size=2: objec"),
+        (
+            using("measuring"),
+            "algorithm.hpd.objective=.*: measuring needs log-probs or rewards of rollouts; this ",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_sft_config(sft_config(*paths, *overrides), ranks=2)
+    check_sft_config(sft_config(*paths, *using("stepping")))

@@ -20,6 +20,7 @@ from hpd_verl.checks.start import check_sft_run
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.dataset import HPDDataset
 from hpd_verl.data.files import RowRules, check_files
+from hpd_verl.objectives import registry
 
 Rows = list[dict[str, Any]]
 
@@ -431,3 +432,43 @@ def test_rows_that_the_template_cannot_write_are_found_behind_others(
     with pytest.raises(ValueError, match=r"^data\.train_files=") as refusal:
         fit(file)
     assert f"{file}: {where}: {message}" in str(refusal.value)
+
+
+OF_NUMBERS = """
+from hpd_verl.objectives import objective
+
+@objective("numbered", over="token", returns="loss", needs={"row.weight", "row.is_rollout"})
+def numbered(log_probs, context):
+    return -log_probs.student_label * context.row["weight"]
+"""
+
+
+def test_numbers_that_objectives_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row has one, of any numeric type; a file without the column is refused by its columns."""
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
+    (tmp_path / "numbered.py").write_text(OF_NUMBERS)
+    objective = f"{tmp_path}/numbered.py:numbered"
+
+    def weighed(*weights: Any) -> Rows:
+        return [{**row, "weight": weights[index % len(weights)]} for index, row in enumerate(make_rows(8))]
+
+    def checked(rows: Rows, is_train: bool = True) -> int:
+        total = 0
+        for file in (write_parquet(rows, tmp_path / "rows.parquet"), jsonl(rows, tmp_path / "rows.jsonl")):
+            data = data_node(str(file))
+            rules = RowRules.of(data, HPDConfig(objective=objective), is_train)
+            total += sum(each.rows for each in check_files("data.train_files", str(file), rules))
+        return total
+
+    for weights in ((0.5, 1.0), (1, 2), (True, False)):
+        assert checked(weighed(*weights)) == 16
+    assert checked(make_rows(8), is_train=False) == 16
+    with pytest.raises(ValueError, match=r"no column 'weight', which an objective needs \(row.weight\), there are "):
+        checked(make_rows(8))
+    for rows, found in (
+        (weighed("heavy"), r"row 0: weight is heavy; an objective needs a finite number there"),
+        (changed(weighed(0.5), weight=None), r"row 3: weight is (nan|None); an objective needs a finite number"),
+        (changed(weighed(0.5), weight=float("inf")), r"row 3: weight is inf; an objective needs a finite number"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            checked(rows)

@@ -1,9 +1,11 @@
 """The on-policy quota is exact, spread over the data sources and reproducible."""
 
+import math
+
 import pytest
 
 from hpd_verl.config import FractionSchedule
-from hpd_verl.data.on_policy import choose_rollouts, rollout_quota, shared_prompts
+from hpd_verl.data.on_policy import advantages, choose_rollouts, rollout_quota, shared_prompts
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1.0])
@@ -47,3 +49,9 @@ def test_rollouts_share_prompts() -> None:
     assert shared_prompts(chosen, 3) == [0, 1, 0, 0, 4, 5]
     assert shared_prompts(chosen, 8) == [0, 1, 0, 0, 4, 0]
     assert shared_prompts([False] * 3, 4) == [0, 1, 2]
+
+
+def test_advantages_are_of_the_prompt() -> None:
+    """Less the mean over the prompt's rollouts; a demonstration has none and counts for none."""
+    found = advantages([1.0, math.nan, 0.0, 3.0, 2.0], [4, 4, 4, 7, 8])
+    assert found == pytest.approx([0.5, math.nan, -0.5, 0.0, 0.0], nan_ok=True)

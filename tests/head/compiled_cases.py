@@ -14,7 +14,7 @@ from hpd_verl.head import compiling
 from hpd_verl.head.features import HiddenFeatures, teacher_features
 from hpd_verl.head.output_head import OutputHead
 from hpd_verl.head.warm_up import warm_up
-from hpd_verl.objectives import Mixture, RowObjectives, VocabularyLogProbs, VocabularyWeights, objective
+from hpd_verl.objectives import Mixture, RowObjectives, TokenContext, VocabularyLogProbs, VocabularyWeights, objective
 
 V = 300  # more than a block of draws, and no multiple of what a kernel holds
 
@@ -60,18 +60,33 @@ def all_objectives_are_the_same() -> None:
 
     Not akl: torch 2.13 fails to write its second pass in C++, and runs it uncompiled.
     """
-    names = [name for name in VOCABULARY_OBJECTIVE_NAMES if name != "akl"]
+
+    @objective("tempered", over="vocabulary", returns="loss")
+    def tempered(log_probs: VocabularyLogProbs) -> torch.Tensor:
+        square = ((log_probs.teacher_probs - log_probs.student_probs) ** 2).sum(-1)
+        return square - (log_probs.teacher_probs.sqrt() * log_probs.student).sum(-1) - log_probs.student_label[:, 0]
+
+    @objective("following", over="vocabulary", returns="loss", needs={"prefix", "position", "row.difficulty"})
+    def following(log_probs: VocabularyLogProbs, context: TokenContext) -> torch.Tensor:
+        weight = torch.sigmoid(context.prefix_teacher / 9) + context.row["difficulty"] + context.position / 40
+        return -weight * (log_probs.teacher_probs * log_probs.student).sum(-1)
+
+    names = [name for name in VOCABULARY_OBJECTIVE_NAMES if name not in ("akl", "vopd")] + ["tempered", "following"]
     mixture = {name: 0.3 + 0.1 * index for index, name in enumerate(names)}
     config = HPDConfig(
-        token_chunk_size=None, objective={"hpd": 1.0, **mixture}, on_policy_objective="jsd_exact", temperature=1.3
+        token_chunk_size=None,
+        objective={"hpd": 1.0, **mixture},
+        on_policy_objective={"jsd_exact": 1.0, "vopd": 0.5},
+        temperature=1.3,
     )
     layer = {"soft_cap": 8.0, "scale": 0.7}
     case = Case(dtype=torch.float32, vocabulary=V, layer=layer, bias=True, config=config)
     case.labels %= V - 9
     shorter = OutputHead(case.teacher_head().weight, V - 9, case.teacher_head().bias, **layer)
     count = compiling.compilations()
-    compare(case, 3e-5, teacher=HiddenFeatures(case.teacher_hidden, shorter, 1.3), exact_kl=True)
-    assert compiling.compilations() == count + 2
+    teacher, row = HiddenFeatures(case.teacher_hidden, shorter, 1.3), torch.arange(case.tokens) // 9
+    compare(case, 3e-5, teacher=teacher, exact_kl=True, row=row)
+    assert compiling.compilations() == count + 4  # with both models' sums, which the prefix needs beforehand
     assert not compiling._given_up
 
 
@@ -92,15 +107,21 @@ def one_that_cannot_be_compiled_is_named() -> None:
         weights = log_probs.teacher_probs * 2 if bool((log_probs.teacher_probs > 2).any()) else log_probs.teacher_probs
         return VocabularyWeights(weights, -(weights * log_probs.student).sum(-1))
 
+    @objective("deciding_loss", over="vocabulary", returns="loss")
+    def deciding_loss(log_probs: VocabularyLogProbs) -> torch.Tensor:
+        sign = 1 if bool((log_probs.teacher_probs > 2).any()) else -1
+        return sign * (log_probs.teacher_probs * log_probs.student).sum(-1)
+
     heard = Messages()
     compiling.logger.addHandler(heard)
     case = Case(dtype=torch.float32, vocabulary=V, config=configured("fkl", token_chunk_size=9))
     objectives = RowObjectives(Mixture(((deciding.bind(), 1.0), (deciding.bind(), 0.5))))
     for _ in range(2):
         compare(case, 1e-6, objectives=objectives)
-    (line,) = heard.lines
-    assert line.startswith("objective deciding: cannot be compiled ("), line
-    assert line.endswith("runs operation by operation, at about 10 times the memory traffic"), line
+    compare(case, 1e-6, objectives=RowObjectives(Mixture(((deciding_loss.bind(), 1.0),))))
+    for line, name in zip(heard.lines, ("deciding", "deciding_loss"), strict=True):
+        assert line.startswith(f"objective {name}: cannot be compiled ("), line
+        assert line.endswith("runs operation by operation, at about 10 times the memory traffic"), line
 
 
 if __name__ == "__main__":

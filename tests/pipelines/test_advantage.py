@@ -73,7 +73,9 @@ def test_registered_under_hpd() -> None:
 def test_weights(objective: str) -> None:
     """The objective's weights on response tokens, zero elsewhere."""
     batch = Responses()
-    label, sampled = batch.advantage(objective=objective, on_policy_fraction=float(objective == "opd"))
+    label, sampled = batch.advantage(
+        objective=objective, on_policy_fraction=float(OBJECTIVES[objective].needs_rollouts)
+    )
     expected_label, expected_sampled = batch.reference(objective)
     close(label, expected_label * batch.mask)
     close(sampled, expected_sampled * batch.mask)

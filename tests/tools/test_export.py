@@ -504,7 +504,8 @@ def test_what_a_killed_export_left_is_removed(tiny: Tiny, tmp_path: Path) -> Non
 def test_a_full_disk_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
     """The command, with a limit to a file's size in place of the disk's: one line, and no folder."""
     save_checkpoint(tmp_path / "run", tiny.student, 1, actor=True, shards=True, weights=False)
-    limited = f"ulimit -f 100; exec {sys.executable} -m hpd_verl.tools.export {tmp_path}/run {tmp_path}/out --dtype fp32"
+    command = f"{sys.executable} -m hpd_verl.tools.export {tmp_path}/run {tmp_path}/out --dtype fp32"
+    limited = f"ulimit -f 100; exec {command}"
     run = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=100)
     assert run.returncode == 1
     last = run.stderr.splitlines()[-1]
