@@ -47,8 +47,8 @@ class TeacherServer(ObjectiveParameters):
     single request is given up and repeated after a quarter of it."""
 
     prefetch: int = Field(1, ge=0, le=1)
-    """Lean trainer: batches whose features are fetched while the one before trains. main_ppo fetches a batch once its
-    rollouts are there."""
+    """1: features are fetched before the update that needs them: the next batch's demonstrations while this one trains,
+    and main_ppo's rollouts as soon as each ends. 0: ranks ask when an update begins, and wait."""
 
     @classmethod
     def from_node(cls, node: Any) -> "TeacherServer":

@@ -119,13 +119,12 @@ def make_model(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer(words)
-    settings = {"max_position_embeddings": 128, "initializer_range": 0.3, "tie_word_embeddings": False, **config}
+    settings = {"max_position_embeddings": 128, "initializer_range": 0.3, "tie_word_embeddings": False}
+    settings |= {"hidden_size": 64, "intermediate_size": 96, **config}  # heads of 32: vLLM's smallest on a CPU
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size or len(tokenizer),
-            hidden_size=64,  # heads of 32: the smallest that vLLM knows on a CPU
-            intermediate_size=96,
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=2,
             num_key_value_heads=2,

@@ -12,11 +12,16 @@ from hpd_verl.config import HPDConfig
 from hpd_verl.errors import Refused, one_line, require
 from hpd_verl.teacher.served.client import TopLogProbs
 from hpd_verl.teacher.served.output_layer import output_layer
+from hpd_verl.teacher.served.probe import FILE
 from hpd_verl.teacher.served.servers import make_servers
 from hpd_verl.teacher.store.teacher_files import config_hash
+from hpd_verl.teacher.teacher import TeacherUnavailable
 from hpd_verl.teacher_server import NODE, URLS
 
 logger = logging.getLogger(__name__)
+
+BESIDE_A_STORE = 5.0
+"""Seconds to wait for a server that a store may stand in for."""
 
 _TEXT = "Let x_1 = 3.14159 + 2024;  so  f(x) = \\frac{x}{2}.\n\n    def step(self): return 'naïve café 你好'  # 100%"
 """Split differently by tokenizers that share a vocabulary but not their merges."""
@@ -27,7 +32,7 @@ def check_teacher_server(
 ) -> None:
     """Wait for the teacher's servers, and compare what they serve with the teacher's files.
 
-    Of servers that the run is going to start: can they be?
+    Of servers that the run is going to start: can they be? Beside a store that servers have filled, they may be absent.
 
     Args:
         hpd: the algorithm's settings, with servers.
@@ -49,8 +54,18 @@ def check_teacher_server(
         return
     vocabulary_size = min(student.hf_config.vocab_size, teacher.hf_config.vocab_size)
     servers = make_servers(teacher, torch.bfloat16, hpd, vocabulary_size)
+    has_store = _has_store(hpd)
+    if has_store:
+        servers.timeout = min(servers.timeout, BESIDE_A_STORE)
     try:
-        for served in servers.connect():
+        try:
+            answered = servers.connect().result()
+        except TeacherUnavailable as error:
+            if not has_store:
+                raise
+            logger.info("%s; it is asked again if a row is not in %s", one_line(error), hpd.teacher_cache_dir)
+            return
+        for served in answered:
             longest = served.max_model_len
             # The last token of a row is never sent.
             require(
@@ -69,6 +84,13 @@ def check_teacher_server(
         _check_tokens(servers.tokenise(_TEXT), hpd, student.tokenizer)
     finally:
         servers.close()
+
+
+def _has_store(hpd: HPDConfig) -> bool:
+    """Whether servers have filled a store that the run may find all its rows in."""
+    if hpd.teacher_cache != "disk" or hpd.teacher_cache_dir is None or hpd.schedule.highest > 0:
+        return False
+    return (Path(hpd.teacher_cache_dir).expanduser() / FILE).is_file()
 
 
 def _check_root(url: str, root: str | None, setting: str, teacher: HFModelConfig) -> None:

@@ -45,6 +45,9 @@ COUNTED_FLAGS = {
 STEP = "hpd_step"
 """int, batch-wide: the training step, a counter of the student's draws."""
 
+FETCHED = "fetched_answers"
+"""``Fetched``, batch-wide: what servers have answered to rows of this batch already."""
+
 STEPS = "hpd_steps"
 """int, batch-wide: the number of training steps of the run."""
 

@@ -340,6 +340,7 @@ class OnePass(RankPipeline):
     def update(self, data: TensorDict) -> TensorDict | None:
         """The student's updates, with the teacher's metrics added."""
         metrics = self._take_teacher_features(data)
+        data = data.exclude(fields.FETCHED)
         if self.following is not None and self.teacher is not None:
             self.teacher.announce(teacher_rows(self.following))
             self.following = None

@@ -77,6 +77,11 @@ class HPDAgentLoopManager(AgentLoopManagerTQ):
         if demonstrations:
             self._put_demonstrations([_row(prompts, index) for index in demonstrations])
 
+    def demonstrations(self, prompts: TensorDict) -> dict[str, dict[str, Any]]:
+        """The fields of the demonstrations among training rows, by the rows' uids; nothing is written."""
+        rows = [_row(prompts, index) for index, flag in enumerate(prompts[ON_POLICY]) if not flag]
+        return {row["uid"]: self._sequence(row)[0] for row in rows}
+
     def _put_demonstrations(self, rows: list[dict[str, Any]]) -> None:
         keys, fields, tags = [], [], []
         for row in rows:

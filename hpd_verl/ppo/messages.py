@@ -19,7 +19,8 @@ class Stopped:
 
     step: int
     total_steps: int
-    checkpoint: str
+    checkpoint: str | None
+    """None where there is none yet."""
     error: str | None = None
     """Why, where nobody asked for it."""
 

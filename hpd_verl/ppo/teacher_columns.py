@@ -116,6 +116,10 @@ class TeacherColumns:
         """The fields that the rows have."""
         return list(next(iter(self._rows.values()), {}))
 
+    def of_row(self, key: str) -> dict[str, Tensor]:
+        """The fields of a sequence of the step."""
+        return self._rows[_uid(key)]
+
     def of_keys(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """The fields of sequences; those that verl pads with, which count for nothing, have the first row's."""
         first = next(iter(self._rows.values()), {})

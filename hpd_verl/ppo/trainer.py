@@ -5,8 +5,10 @@ weights and update. With nothing to generate there is no rollout server; with on
 something is generated.
 """
 
+import copy
 import logging
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,12 +47,14 @@ from hpd_verl.objectives.context import ADVANTAGE, REWARD
 from hpd_verl.pipelines.choice import PIPELINES
 from hpd_verl.pipelines.updates import over_own_tokens, rows_of_ranks
 from hpd_verl.ppo import messages
+from hpd_verl.ppo.prefetch import AskedRow, Prefetch
 from hpd_verl.ppo.queue_batch import QueueBatch
 from hpd_verl.ppo.teacher_columns import TeacherColumns
 from hpd_verl.ppo.teacher_servers import TeacherServers, check_gpus, server_options
 from hpd_verl.ppo.worker import HPDWorker, HPDWorkerWithoutRollout
 from hpd_verl.run import checkpoint
 from hpd_verl.run.choices import choose_pipeline, compares_rollouts, needs_rollout_server, updates_per_batch
+from hpd_verl.run.stopping import learn_of_stops
 from hpd_verl.teacher.model_config import teacher_model_config, teacher_nodes
 from hpd_verl.teacher.prompt_date import fix_prompt_date
 from hpd_verl.teacher.store.size import log_size
@@ -75,6 +79,11 @@ def _key_order(key: str) -> tuple[bool, int, int, int]:
     uid, session, output = key.rsplit("_", 2)
     is_padding = uid.startswith("pad")
     return is_padding, 0 if is_padding else int(uid.split("r")[1]), int(session), int(output)
+
+
+def _uid(key: str) -> str:
+    """The prompt of a sequence."""
+    return key.rsplit("_", 2)[0]
 
 
 @register_trainer("hpd")
@@ -116,6 +125,9 @@ class HPDTrainer(PPOTrainerSync):
                 config.reward.num_workers = 0  # demonstrations earn no reward: no process waits to give one
         self.server_is_awake = False
         self.is_stopping = False
+        self.prefetch: Prefetch | None = None
+        self._held: tuple[dict[str, Any], TensorDict] | None = None
+        """The next rows, which are taken out of the loader early, and its state before them."""
         self.prompts: dict[str, int] = {}
         """The batch's prompts, by the names of its rows."""
         self.row_columns: dict[str, dict[str, float]] = {}
@@ -155,6 +167,7 @@ class HPDTrainer(PPOTrainerSync):
         teachers = teacher_nodes(models.ref, self.hpd)
         log_size(self.hpd, models.model, teachers, [self.train_dataset], self.config.data.max_response_length)
         self.teacher_columns = TeacherColumns.of(self.config, self.hpd, self.student)
+        self.prefetch = Prefetch.of(self.config, self.hpd, self.student)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -201,35 +214,106 @@ class HPDTrainer(PPOTrainerSync):
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
         """The next prompts, numbered within the batch, each marked as demonstration or rollout."""
-        self.state_before = self.train_dataloader.state_dict()
-        batch = super()._next_train_batch(num_prompts)
-        rows = len(batch)
-        demonstrations = list(batch[DEMONSTRATION]) if DEMONSTRATION in batch else [None] * rows
-        missing = [not has_demonstration(value) for value in demonstrations]
-        sources = [str(source) for source in batch["data_source"]] if "data_source" in batch else [""] * rows
-        quota = rollout_quota(self.hpd.schedule, self.global_steps, rows)
-        on_policy = choose_rollouts(sources, missing, quota, self.hpd.seed, self.global_steps)
-        takes = shared_prompts(on_policy, self.hpd.rollouts_per_prompt)
-        batch = tu.index_select_tensor_dict(batch, takes)
-        uids = [f"{self.global_steps}r{row}" for row in range(rows)]
-        named = tu.get_tensordict(
-            {"uid": np.array(uids, dtype=object), fields.ON_POLICY: np.array(on_policy, dtype=object)}
-        )
-        batch["uid"], batch[fields.ON_POLICY] = named["uid"], named[fields.ON_POLICY]
-        self.prompts = dict(zip(uids, takes, strict=True))
+        self.state_before, batch = self._held or self._take_rows(num_prompts)
+        self._held = None
+        tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
+        marked = self._marked(batch, self.global_steps)
+        batch, uids = marked.rows, marked.uids
+        self.prompts = dict(zip(uids, marked.takes, strict=True))
         self.row_columns = {}
         for name in self.hpd.row_columns:
             self.row_columns[name] = dict(zip(uids, map(float, batch[fields.row_number(name)]), strict=True))
             del batch[fields.row_number(name)]
         self.teacher_columns.take(batch, uids)
-        self.on_policy_uids = {uid for uid, flag in zip(uids, on_policy, strict=True) if flag}
-        self.batch_counts = {
+        self.on_policy_uids = marked.on_policy_uids
+        self.batch_counts = marked.counts
+        return batch
+
+    def _take_rows(self, num_prompts: int | None = None) -> tuple[dict[str, Any], TensorDict]:
+        """The next rows of the data set, and the loader's state before them."""
+        state = self.train_dataloader.state_dict()
+        return state, super()._next_train_batch(num_prompts)
+
+    def _marked(self, batch: TensorDict, step: int) -> "_MarkedRows":
+        """Rows of a step, each marked as demonstration or rollout."""
+        rows = len(batch)
+        demonstrations = list(batch[DEMONSTRATION]) if DEMONSTRATION in batch else [None] * rows
+        missing = [not has_demonstration(value) for value in demonstrations]
+        sources = [str(source) for source in batch["data_source"]] if "data_source" in batch else [""] * rows
+        quota = rollout_quota(self.hpd.schedule, step, rows)
+        on_policy = choose_rollouts(sources, missing, quota, self.hpd.seed, step)
+        takes = shared_prompts(on_policy, self.hpd.rollouts_per_prompt)
+        batch = tu.index_select_tensor_dict(batch, takes)
+        uids = [f"{step}r{row}" for row in range(rows)]
+        named = tu.get_tensordict(
+            {"uid": np.array(uids, dtype=object), fields.ON_POLICY: np.array(on_policy, dtype=object)}
+        )
+        batch["uid"], batch[fields.ON_POLICY] = named["uid"], named[fields.ON_POLICY]
+        counts = {
             "hpd/on_policy_fraction": sum(on_policy) / rows,
             "hpd/missing_demonstrations": sum(missing),
             "hpd/left_out_prompts": rows - len(set(takes)),
             "hpd/dropped_demonstrations": getattr(self.train_dataset, "dropped_demonstrations", 0),
         }
-        return batch
+        return _MarkedRows(batch, uids, takes, {uid for uid, flag in zip(uids, on_policy, strict=True) if flag}, counts)
+
+    # ------------------------------ the teacher's servers, ahead of the update ------------------------------
+
+    def on_sample_begin(self) -> None:
+        """Ask for each sequence as it ends, until all have; then verl takes them."""
+        super().on_sample_begin()
+        asked: set[str] = set()
+        while self.prefetch is not None:
+            found = tq.kv_list("train").get("train", {})
+            ended = [
+                key
+                for key, tag in found.items()
+                if tag.get("status") == "success" and key not in asked and _uid(key) in self.prompts
+            ]
+            if ended:
+                self._ask_ahead(ended)
+                asked |= set(ended)
+            elif all(found.get(uid, {}).get("status") in ("finished", "failure") for uid in self.prompts):
+                break
+            else:
+                time.sleep(POLL_INTERVAL)
+
+    def _ask_ahead(self, keys: list[str]) -> None:
+        assert self.prefetch is not None
+        data = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["prompts", "responses"])
+        rows = zip(keys, data["prompts"].unbind(), data["responses"].unbind(), strict=True)
+        self.prefetch.ask(
+            [
+                self._asked_row(self.teacher_columns, key, prompt, response, _uid(key) in self.on_policy_uids)
+                for key, prompt, response in rows
+            ]
+        )
+
+    def _ask_for_next_demonstrations(self) -> None:
+        """Take the next batch out of the loader, for whose state it is still there."""
+        assert self.prefetch is not None
+        if self.global_steps >= self.total_training_steps:
+            return
+        self._held = self._take_rows()
+        step = self.global_steps + 1
+        rows = self._held[1].clone(recurse=False)
+        tu.assign_non_tensor_data(rows, "global_steps", step)
+        marked = self._marked(rows, step)
+        columns = copy.copy(self.teacher_columns)
+        columns.take(marked.rows, marked.uids)
+        found = self.agent_loop_manager.demonstrations(marked.rows)
+        self.prefetch.ask(
+            [
+                self._asked_row(columns, f"{uid}_0_0", row["prompts"], row["responses"], False)
+                for uid, row in found.items()
+            ]
+        )
+
+    @staticmethod
+    def _asked_row(columns: TeacherColumns, key: str, prompt: Tensor, response: Tensor, is_rollout: bool) -> AskedRow:
+        own = columns.of_row(key)
+        ids = torch.cat([own.get(fields.TEACHER_PROMPTS, prompt), response])
+        return AskedRow(ids, int(own[fields.TEACHER]) if fields.TEACHER in own else 0, is_rollout)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **kwargs: Any) -> KVBatchMeta:
         """Sequences in a reproducible order, numbered in it; ranks share each update's, balanced as verl does."""
@@ -306,7 +390,7 @@ class HPDTrainer(PPOTrainerSync):
 
     def _is_rollout(self, batch: KVBatchMeta) -> Tensor:
         """bool [rows]: the student answered the row itself."""
-        return torch.tensor([key.rsplit("_", 2)[0] in self.on_policy_uids for key in batch.keys])
+        return torch.tensor([_uid(key) in self.on_policy_uids for key in batch.keys])
 
     def _queue_batch(self, batch: KVBatchMeta) -> QueueBatch:
         return QueueBatch(
@@ -335,6 +419,9 @@ class HPDTrainer(PPOTrainerSync):
         """Update the student with the weighted log-likelihood of label and sampled tokens."""
         actor = self.config.actor_rollout_ref.actor
         mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+        if self.prefetch is not None:
+            self.actor_rollout_wg.take_fetched(self.prefetch.hand_over())
+            self._ask_for_next_demonstrations()
         output = self.actor_rollout_wg.update_actor(
             self._queue_batch(batch).for_worker(
                 [*self.pipeline.update_inputs, *self.teacher_columns.names],
@@ -349,6 +436,8 @@ class HPDTrainer(PPOTrainerSync):
         )
         output = over_own_tokens(reduce_metrics(output["metrics"]))
         metrics.update({name if "/" in name else f"actor/{name}": value for name, value in output.items()})
+        if self.prefetch is not None:
+            self.prefetch.add_to(metrics, list(self.hpd.teachers or {}))
         metrics["perf/mfu/actor"] = metrics.pop("actor/mfu")
         if not math.isfinite(metrics["actor/grad_norm"]):
             raise FloatingPointError(
@@ -412,6 +501,8 @@ class HPDTrainer(PPOTrainerSync):
         """verl's; where the teacher gives no features any more, the run ends with a checkpoint of its last step."""
         try:
             super().fit(*args, **kwargs)
+        except TeacherUnavailable as error:
+            self._end_without_teacher(str(error))
         except ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, TeacherUnavailable):
                 raise
@@ -420,17 +511,20 @@ class HPDTrainer(PPOTrainerSync):
     def _end_without_teacher(self, error: str) -> None:
         """Save the last step that was made, with the data's order as it was before the one that failed."""
         self.global_steps -= 1
+        self._held = None
         saved = self._checkpoint_root() / f"global_step_{self.global_steps}"
         if self.global_steps > self.first_step and self.previous_checkpoint != saved:
             self.train_dataloader = _WithState(self.train_dataloader, self.state_before)
             self._save_checkpoint()
-        if self.previous_checkpoint is not None:
-            error = f"{error} (step {self.global_steps} is saved: {self.previous_checkpoint})"
-        where = messages.Stopped(self.global_steps, self.total_training_steps, str(self.previous_checkpoint), error)
-        messages.say_stopped(where)
+        folder = None if self.previous_checkpoint is None else str(self.previous_checkpoint)
+        if folder is not None:
+            error = f"{error} (step {self.global_steps} is saved: {folder})"
+        why = None if messages.is_asked() else error
+        messages.say_stopped(messages.Stopped(self.global_steps, self.total_training_steps, folder, why))
 
     def on_train_begin(self) -> None:
         super().on_train_begin()
+        learn_of_stops(messages.is_asked)
         self.first_step = self.global_steps - 1  # that the run goes on from
         messages.say_begun()
 
@@ -455,8 +549,12 @@ class HPDTrainer(PPOTrainerSync):
         root, trainer = self._checkpoint_root(), self.config.trainer
         keep = 1 if trainer.get("remove_previous_ckpt_in_save", False) else trainer.get("max_actor_ckpt_to_keep", None)
         checkpoint.mark_incomplete(root, self.global_steps, self.previous_checkpoint)
+        loader = self.train_dataloader
+        if self._held is not None:
+            self.train_dataloader = _WithState(loader, self._held[0])
         with _settings(trainer, max_actor_ckpt_to_keep=None, remove_previous_ckpt_in_save=False):
             super()._save_checkpoint()
+        self.train_dataloader = loader
         checkpoint.save_settings(root, self.global_steps, self.config)
         if isinstance(self.train_dataset, HPDDataset):
             checkpoint.save_rows(root, self.global_steps, self.train_dataset.fingerprint)
@@ -466,6 +564,21 @@ class HPDTrainer(PPOTrainerSync):
         if old:
             checkpoint.remove(old)
             self.actor_rollout_wg.remove_checkpoints([str(folder) for folder in old])
+
+
+@dataclass(frozen=True)
+class _MarkedRows:
+    """Rows of a step before there are answers."""
+
+    rows: TensorDict
+    uids: list[str]
+    """Their names."""
+    takes: list[int]
+    """Which prompt of the batch each has."""
+    on_policy_uids: set[str]
+    """Of those that the student answers itself."""
+    counts: dict[str, Any]
+    """For the log."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import open_dict
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.profiler import DistProfiler
@@ -14,12 +15,16 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.data import fields
 from hpd_verl.engine.ranks import seed_rank
 from hpd_verl.engine.student_checkpoints import StudentCheckpoints
 from hpd_verl.pipelines.choice import PIPELINES
+from hpd_verl.ppo import messages
 from hpd_verl.run.checkpoint import remove_files
 from hpd_verl.run.choices import with_dtype
+from hpd_verl.run.stopping import learn_of_stops
 from hpd_verl.teacher.model_config import SEVERAL, teacher_model_config, teacher_nodes
+from hpd_verl.teacher.served.fetched import Fetched
 
 
 class HPDWorker(ActorRolloutRefWorker):
@@ -40,6 +45,7 @@ class HPDWorker(ActorRolloutRefWorker):
             self.config.ref.pop(SEVERAL, None)
             for role in (self.config.actor, self.config.ref):
                 role.fsdp_config = with_dtype(role.fsdp_config)
+        learn_of_stops(messages.is_asked)
         pipeline = PIPELINES[hpd.pipeline]
         self.ref_worker_cls = partial(pipeline.teacher, model=teacher, **({"several": several} if several else {}))
 
@@ -49,6 +55,7 @@ class HPDWorker(ActorRolloutRefWorker):
             return pipeline.student_worker(config)
 
         self.actor_worker_cls = student
+        self._fetched = Fetched()
         super().init_model()
         self.actor.engine.checkpoint_manager = StudentCheckpoints(self.actor.engine, hpd.check_saved_model)
         self.pipeline = pipeline.rank.of_workers(self.actor, self.ref, hpd, actor=self.loss_fn.keywords["config"])
@@ -57,7 +64,15 @@ class HPDWorker(ActorRolloutRefWorker):
     @DistProfiler.annotate(color="red", role="actor_update", scheduled=True)
     def update_actor(self, data: TensorDict) -> TensorDict | None:
         """The pipeline's update of the student."""
+        if self._fetched.probes:
+            tu.assign_non_tensor_data(data, fields.FETCHED, self._fetched)
+            self._fetched = Fetched()
         return self.pipeline.update(data)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def take_fetched(self, fetched: Fetched) -> None:
+        """What the trainer has fetched for the next update; apart from it, whose settings verl copies."""
+        self._fetched = fetched
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:

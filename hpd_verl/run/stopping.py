@@ -17,6 +17,19 @@ SAME_REQUEST = 1.0
 """Seconds within which several SIGTERMs count as one: a scheduler and a launcher may both pass on the same."""
 
 
+_ask: list[Callable[[], bool]] = []
+
+
+def learn_of_stops(is_asked: Callable[[], bool]) -> None:
+    """Say how this process learns that the run shall end, for what waits deep inside a step."""
+    _ask[:] = [is_asked]
+
+
+def is_stop_asked() -> bool:
+    """Whether the run shall end; False where this process does not learn of it."""
+    return any(ask() for ask in _ask)
+
+
 class StopSignals:
     """Stop requests by signals of this process.
 
@@ -60,15 +73,18 @@ class StopSignals:
         if self.says:
             print(line, flush=True)
 
-    def end(self, step: int, total_steps: int, checkpoint: str) -> None:
+    def end(self, step: int, total_steps: int, checkpoint: str | None) -> None:
         """End the process after it has stopped as asked.
 
         Args:
             step: the last that was made.
             total_steps: of the whole run.
-            checkpoint: folder that holds the step.
+            checkpoint: folder that holds the step; None where none was made.
         """
         self.ignore()
         name = "a signal" if self.asked_by is None else self.asked_by.name  # another rank's
-        self._say(f"Stopped by {name} after step {step} of {total_steps}: {checkpoint}, exit code {EXIT_CODE}")
+        if checkpoint is None:
+            self._say(f"Ended by {name} before the first step, exit code {EXIT_CODE}")
+        else:
+            self._say(f"Stopped by {name} after step {step} of {total_steps}: {checkpoint}, exit code {EXIT_CODE}")
         sys.exit(EXIT_CODE)

@@ -6,15 +6,19 @@
 
 With one process, ``hpd-verl fill-store``. Settings are those of the lean trainer
 (configs/sft_trainer.yaml); data.* and algorithm.hpd.temperature must be those of the training. ``data.val_files`` are
-stored too, if given. Rows that are stored already are skipped.
+stored too, if given. Rows that are stored already are skipped: a fill that was stopped goes on by the same command.
 """
 
 import os
 import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import hydra
 import torch.distributed
 from omegaconf import DictConfig, open_dict
+from tensordict import TensorDict
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from verl.utils.config import omega_conf_to_dataclass
@@ -60,12 +64,23 @@ def fill(config: DictConfig) -> dict[str, float]:
     first = settings.of(next(iter(hpd.teachers))) if hpd.teachers else settings
     engine = first.worker().engine
     rank, ranks = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
-    sharing = SequenceGroup.of(engine.ulysses_parallel_group)
+    processes, sharing = torch.distributed.get_world_size(), SequenceGroup.of(engine.ulysses_parallel_group)
     teacher = make_teacher(settings, hpd, model)
     # main sets teacher_cache=disk; of several teachers one may have none
     of_each = list(teacher.teachers.values()) if isinstance(teacher, SeveralTeachers) else [teacher]
     stored = [each for each in of_each if isinstance(each, StoredTeacher)]
     broken: list[str] = []
+
+    def wanted_rows(batch: Mapping[str, Any]) -> tuple[TensorDict, Sequence[int] | None]:
+        """Rows as the teachers read them, and which of them this rank asks for."""
+        data = teacher_rows(as_batch(config, model, batch, step=0))
+        wanted = sharing.owned(len(data))
+        if fields.TEACHER in data:
+            of_row = column(data, fields.TEACHER).tolist()
+            rows_of_rank = range(len(data)) if wanted is None else wanted
+            wanted = [row for row in rows_of_rank if of_each[of_row[row]] in stored]
+        return data, wanted
+
     for name, rows in datasets:
         loader = DataLoader(
             rows,
@@ -75,19 +90,25 @@ def fill(config: DictConfig) -> dict[str, float]:
             collate_fn=SFTTensorCollator(config.data.pad_mode),
             num_workers=config.data.num_workers,
         )
-        for batch in tqdm(loader, desc=name, unit="batch", disable=torch.distributed.get_rank() != 0):
-            data = teacher_rows(as_batch(config, model, batch, step=0))
-            wanted = sharing.owned(len(data))
-            if fields.TEACHER in data:
-                of_row = column(data, fields.TEACHER).tolist()
-                rows_of_rank = range(len(data)) if wanted is None else wanted
-                wanted = [row for row in rows_of_rank if of_each[of_row[row]] in stored]
+        bar = tqdm(total=len(rows), desc=name, unit="row", disable=torch.distributed.get_rank() != 0)
+        start, before = time.perf_counter(), sum(each.computed_tokens for each in stored)
+        batches = (wanted_rows(batch) for batch in loader)
+        following = next(batches, None)
+        while following is not None:
+            (data, wanted), following = following, next(batches, None)
+            if following is not None and hpd.teacher_server.prefetch:
+                teacher.announce(*following)  # so that servers have work while this batch is written
             features = teacher.features(data, wanted)
+            tokens = sum(each.computed_tokens for each in stored) - before
+            speed = tokens * processes / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+            bar.update(min(len(data) * ranks, len(rows) - bar.n))  # the last batch may be filled up
             broken += [
                 f"{name} row {row}"
                 for row, found in features.items()
                 if not found.tensors["label_log_probs"].isfinite().all()
             ]
+        bar.close()
     torch.distributed.barrier()
     for each in stored:
         each.store.refresh()  # what the other ranks stored last

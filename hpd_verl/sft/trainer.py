@@ -41,7 +41,7 @@ from hpd_verl.pipelines.one_pass import OnePass, StudentWorker
 from hpd_verl.pipelines.updates import over_own_tokens
 from hpd_verl.run import checkpoint
 from hpd_verl.run.choices import with_dtype
-from hpd_verl.run.stopping import EXIT_CODE, StopSignals
+from hpd_verl.run.stopping import EXIT_CODE, StopSignals, learn_of_stops
 from hpd_verl.sft.demonstrations import DemonstrationDataset, LookAhead, PaddedRows, as_batch, read_demonstrations
 from hpd_verl.sft.start import checked, log_store_size, teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
@@ -208,6 +208,7 @@ class HPDSFTTrainer(SFTTrainer):
         Ends the process, once the step under way is saved, where ``signals`` ask any rank for it.
         """
         signals.ask = lambda: True
+        learn_of_stops(lambda: signals.asked_by is not None)
         trainer = self.config.trainer
         leads = self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
         tracking = None
@@ -227,7 +228,7 @@ class HPDSFTTrainer(SFTTrainer):
                 try:
                     metrics = self._train_step(tensors, step, following)
                 except TeacherUnavailable as error:
-                    raise self._without_teacher(step - 1, error) from error
+                    raise self._without_teacher(step - 1, error, signals) from error
                 self.train_dataloader.trained()
                 is_last = step >= self.total_training_steps
                 saves = is_last or (self.save_freq > 0 and step % self.save_freq == 0)
@@ -235,7 +236,10 @@ class HPDSFTTrainer(SFTTrainer):
                 if stops:
                     self._save(step)  # before a validation for which there may be no time
                 if self.val_dataloader is not None and (is_last or (self.test_freq > 0 and step % self.test_freq == 0)):
-                    metrics |= self._validate(step)
+                    try:
+                        metrics |= self._validate(step)
+                    except TeacherUnavailable as error:
+                        raise self._without_teacher(step, error, signals) from error
                     if not stops and (stops := self._is_asked(signals)):
                         self._save(step)
                 if tracking is not None:
@@ -252,10 +256,13 @@ class HPDSFTTrainer(SFTTrainer):
                     break
         bar.close()
 
-    def _without_teacher(self, step: int, error: TeacherUnavailable) -> TeacherUnavailable:
-        """Save the last step that was made; the error with where that is."""
+    def _without_teacher(self, step: int, error: TeacherUnavailable, signals: StopSignals) -> TeacherUnavailable:
+        """Save the last step that was made; the error with where that is. Ends the process where that is asked for."""
         if step > self.resume_global_step and self.previous_checkpoint != self.checkpoint_root / f"global_step_{step}":
             self._save(step)
+        if self._is_asked(signals):
+            destroy_global_process_group()
+            signals.end(step, self.total_training_steps, str(self.previous_checkpoint) if step else None)
         return type(error)(f"{error} (step {step} is saved: {self.previous_checkpoint})" if step else str(error))
 
     def _is_asked(self, signals: StopSignals) -> bool:

@@ -41,6 +41,8 @@ class StoredTeacher(Teacher):
         self.teacher = teacher
         self.scaling = scaling
         self.is_teacher_used = False
+        self.computed_tokens = 0
+        """Prompt and response tokens of the rows that this rank did not find."""
         self._is_head_checked = False
         self._form = self._stored_form()
         """Features of no tokens, with all that records do not hold; None until the output head is known."""
@@ -81,6 +83,7 @@ class StoredTeacher(Teacher):
         if highest_of_ranks(len(missing)) == 0:
             return found
         self.is_teacher_used = True
+        self.computed_tokens += int(data["input_ids"].offsets().diff().cpu()[missing].sum())
         computed = self.teacher.features(data, missing)
         self._take_head()
         for number, features in computed.items():

@@ -54,7 +54,8 @@ class Teacher(ABC):
     def announce(self, data: TensorDict, wanted: Sequence[int] | None = None) -> None:  # noqa: B027
         """Say which rows come next, so that what can be fetched in the background is; arguments as of ``features``.
 
-        No collectives, and nothing is raised: what fails here is done again when the features are asked for.
+        No collectives, and nothing is raised: what fails here is done again when the features are asked for. What was
+        announced just before is kept, too.
         """
 
     def follow(self) -> None:  # noqa: B027

@@ -3,19 +3,17 @@
 import contextlib
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
-from conftest import WORDS, RunMainPPO, Tiny, make_model, read_steps
+from conftest import WORDS, FinishedRun, RunMainPPO, Tiny, make_model, read_steps
 from pooling_server import PoolingServer
+from test_several_teachers import rows_of_two
 from test_sft_trainer import RunSFT, run_sft  # noqa: F401 (a fixture)
+from vllm_server import VLLM
 
 from hpd_verl.run.stopping import EXIT_CODE
 
@@ -37,44 +35,6 @@ def when(condition: Callable[[], bool], deed: Callable[[], object]) -> threading
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
-
-
-class VLLM:
-    """A vLLM server of its own process group."""
-
-    def __init__(self, model: Path, log: Path) -> None:
-        self.model, self.log = model, log
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        pooler = '{"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": false}'
-        options = ["--runner", "pooling", "--convert", "embed", "--dtype", "float32", "--enforce-eager"]
-        options += ["--max-model-len", "64", "--pooler-config", pooler, "--host", "127.0.0.1", "--port", str(self.port)]
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model), *options]
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-        with open(self.log, "a") as stream:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=stream, stderr=stream, start_new_session=True
-            )
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + 500
-        while True:
-            try:
-                httpx.get(self.url + "/v1/models")
-                return
-            except httpx.HTTPError:
-                is_alive = time.monotonic() < deadline and self.process.poll() is None
-                assert is_alive, self.log.read_text()[-3000:]
-                time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +83,10 @@ def server(tiny: Tiny) -> Iterator[PoolingServer]:
 
 
 def test_the_lean_trainer_stops_and_goes_on(run_sft: RunSFT, server: PoolingServer, tmp_path: Path) -> None:  # noqa: F811
-    """Without a server: a checkpoint of the last step, one line, exit code 75; with it the same losses as without."""
+    """Without a server: a checkpoint of the last step, one line, exit code 75; with it the same losses as without.
+
+    So it does where a signal asks for it while the run waits for the server, long before ``timeout_s``.
+    """
     whole = run_sft(*STEPS, "trainer.resume_mode=disable", f"trainer.default_local_dir={tmp_path / 'other'}")
     log = tmp_path / "metrics.jsonl"
     log.unlink()
@@ -133,27 +96,45 @@ def test_the_lean_trainer_stops_and_goes_on(run_sft: RunSFT, server: PoolingServ
     last = assert_stopped(stopped.returncode, stopped.output, stopped.steps, server, tmp_path)
     assert 5 <= last < 24
     server.start()
+    server.misbehave = lambda number: 503 if len(read_steps(log)) >= 3 else None
+    asked = run_sft(*STEPS, url, terminate_after_step=4)  # it has asked for one step more when the third is logged
+    assert_asked(asked, last + 4, 24, tmp_path)
+    server.misbehave = lambda number: None
     resumed = run_sft(*STEPS, url)
     assert resumed.returncode == 0, resumed.output[-3000:]
-    assert resumed.steps[0]["training/global_step"] == last + 1
-    assert [*stopped.losses(), *resumed.losses()] == pytest.approx(whole.losses(), abs=1e-4)
+    assert resumed.steps[0]["training/global_step"] == last + 5
+    assert [*stopped.losses(), *asked.losses(), *resumed.losses()] == pytest.approx(whole.losses(), abs=1e-4)
 
 
 def test_main_ppo_stops_and_goes_on(run_main_ppo: RunMainPPO, server: PoolingServer, tmp_path: Path) -> None:
-    """The same, with rollouts among the rows."""
+    """The same of main_ppo."""
     log = tmp_path / "metrics.jsonl"
     when(lambda: len(read_steps(log)) >= 2, server.stop)
     settings = (
-        "trainer.total_training_steps=4",
+        "trainer.total_training_steps=6",
         f"algorithm.hpd.teacher_server.urls=[{server.url}]",
         "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra]",
     )
     stopped = run_main_ppo(*settings, "algorithm.hpd.teacher_server.timeout_s=10")
     last = assert_stopped(stopped.returncode, stopped.output, stopped.steps, server, tmp_path)
     server.start()
+    server.misbehave = lambda number: 503 if read_steps(log) else None
+    asked = run_main_ppo(*settings, terminate_after_step=1)
+    assert_asked(asked, last + len(asked.steps), 6, tmp_path)
+    server.misbehave = lambda number: None
     resumed = run_main_ppo(*settings)
     assert resumed.returncode == 0, resumed.output[-3000:]
-    assert [step["training/global_step"] for step in resumed.steps] == list(range(last + 1, 5))
+    numbers = [step["training/global_step"] for step in [*asked.steps, *resumed.steps]]
+    assert numbers == list(range(last + 1, 7))
+
+
+def assert_asked(run: FinishedRun, last: int, steps: int, folder: Path) -> None:
+    assert run.returncode == EXIT_CODE, run.output[-3000:]
+    saved = folder / "checkpoints" / f"global_step_{last}"
+    line = f"Stopped by SIGTERM after step {last} of {steps}: {saved}, exit code {EXIT_CODE}"
+    assert line in run.output, run.output[-3000:]
+    assert "Error: " not in run.output
+    assert (saved / "complete").is_file()
 
 
 def assert_stopped(code: int, output: str, steps: list[dict[str, float]], server: PoolingServer, folder: Path) -> int:
@@ -168,6 +149,76 @@ def assert_stopped(code: int, output: str, steps: list[dict[str, float]], server
     assert (saved / "complete").is_file()
     assert (saved / "teacher_probe.safetensors").is_file()
     return last
+
+
+def test_ranks_that_share_rows_with_a_served_and_a_stored_teacher(
+    run_sft: RunSFT,  # noqa: F811
+    server: PoolingServer,
+    tiny: Tiny,
+    tmp_path: Path,
+) -> None:
+    """Ulysses, with a served teacher and one whose store fills: the losses of one rank with both beside the student."""
+    other = make_model(tmp_path / "other", seed=9, vocab_size=len(WORDS) + 7)
+    shared = (
+        f"data.train_files={rows_of_two(tmp_path, ('maths',))}",
+        "teacher.model.path=null",
+        "data.max_teacher_prompt_length=20",
+        "trainer.total_training_steps=10",
+        "trainer.resume_mode=disable",
+        "optim.lr=1e-4",
+    )
+    both = f"algorithm.hpd.teachers={{maths: {{path: {tiny.teacher}}}, code: {{path: {other}}}}}"
+    beside = run_sft(*shared, both)
+    assert beside.returncode == 0, beside.output[-3000:]
+    maths = f"maths: {{path: {tiny.teacher}, urls: [{server.url}]}}"
+    mixed = run_sft(
+        *shared,
+        f"algorithm.hpd.teachers={{{maths}, code: {{path: {other}, teacher_cache: disk}}}}",
+        f"algorithm.hpd.teacher_cache_dir={tmp_path / 'store'}",
+        "algorithm.hpd.teacher_cache_dtype=float32",
+        "algorithm.hpd.teacher_cache_max_gib=0.01",
+        "engine.ulysses_sequence_parallel_size=2",
+        ranks=2,
+    )
+    assert mixed.returncode == 0, mixed.output[-3000:]
+    assert mixed.losses() == pytest.approx(beside.losses(), abs=1e-4)
+    assert mixed.steps[-1]["hpd/teachers/maths/teacher_server_tokens"] > 0
+    assert mixed.steps[-1]["hpd/teachers/code/teacher_cache_hit_fraction"] > 0
+
+
+def test_main_ppo_fetches_ahead(run_main_ppo: RunMainPPO, server: PoolingServer, tiny: Tiny) -> None:
+    """With the losses of a run that waits, bit for bit: after a kill, too, with a batch taken out of the next epoch."""
+    steps = ("trainer.total_training_steps=10", "trainer.total_epochs=2")
+    url, ahead = "algorithm.hpd.teacher_server.urls", "algorithm.hpd.teacher_server.prefetch"
+    waits = run_main_ppo(*steps, f"{url}=[{server.url}]", f"{ahead}=0", "trainer.resume_mode=disable")
+    assert waits.returncode == 0, waits.output[-3000:]
+    killed = run_main_ppo(*steps, f"{url}=[{server.url}]", "trainer.save_freq=1", kill_after_step=8)
+    last = int(killed.steps[-1]["training/global_step"])
+    other = PoolingServer(tiny.teacher)  # which no request of the killed run reaches late
+    try:
+        resumed = run_main_ppo(*steps, f"{url}=[{other.url}]")
+    finally:
+        other.stop()
+    assert resumed.returncode == 0, resumed.output[-3000:]
+    assert resumed.steps[0]["training/global_step"] == last + 1 <= 10
+    assert [*killed.losses(), *resumed.losses()] == waits.losses()
+    probes = 3  # of the driver, the trainer and the rank
+    assert other.rows == 8 * (10 - last) + probes  # each row once: the rank asks for nothing
+
+
+def test_main_ppo_fetches_rollouts_as_they_end(run_main_ppo: RunMainPPO, server: PoolingServer) -> None:
+    """For two ranks, which then have nothing to ask for."""
+    run = run_main_ppo(
+        "algorithm.hpd.on_policy_fraction=0.5",
+        "trainer.n_gpus_per_node=2",
+        "trainer.total_training_steps=3",
+        f"algorithm.hpd.teacher_server.urls=[{server.url}]",
+    )
+    assert run.returncode == 0, run.output[-3000:]
+    assert [step["hpd/on_policy_fraction"] for step in run.steps] == [0.5] * 3
+    probes = 3  # of the driver, the trainer and the first rank
+    assert server.rows == 8 * 3 + probes
+    assert run.steps[-1]["hpd/teacher_server_tokens"] > 0
 
 
 def test_main_ppo_starts_the_server(

@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -254,25 +254,30 @@ class Servers:
 
     # ------------------------------ from other threads ------------------------------
 
-    def submit(self, rows: Sequence[Sequence[int]]) -> "concurrent.futures.Future[list[Tensor]]":
-        """Ask for rows of at least one token each; their answers are in the order of the rows.
+    def submit(
+        self, rows: Sequence[Sequence[int]], keep: Callable[[Tensor], T]
+    ) -> "concurrent.futures.Future[list[T]]":
+        """Ask for rows of at least one token each; what ``keep`` makes of their answers is in the order of the rows.
 
         The future raises ``TeacherUnavailable`` or, for what repeating does not mend, ``Refused``.
         """
-        return self._start(self._ask_all([list(row) for row in rows]))
 
-    def connect(self) -> list[Served]:
-        """Wait until every server answers the probe, as the others do; what they say of their models.
+        async def ask() -> list[T]:
+            return [keep(answer) for answer in await self._ask_all([list(row) for row in rows])]
 
-        Raises:
-            TeacherUnavailable: one does not in time.
-            Refused: another model answers, or no model at all.
+        return self._start(ask())
+
+    def connect(self) -> "concurrent.futures.Future[list[Served]]":
+        """Ask until every server answers the probe, as the others do; what they say of their models.
+
+        The future raises ``TeacherUnavailable`` where one does not in time, and ``Refused`` where another model
+        answers, or no model at all.
         """
 
         async def every_one() -> list[Served]:
             return list(await asyncio.gather(*(self._until_ready(server) for server in self._servers)))
 
-        return self._start(every_one()).result()
+        return self._start(every_one())
 
     def tokenise(self, text: str) -> list[int] | None:
         """The tokens that the first server's tokenizer makes of a text; None where it does not say."""

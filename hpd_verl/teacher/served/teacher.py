@@ -11,9 +11,11 @@ import torch
 import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
+from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.data import fields
 from hpd_verl.data.response_tokens import response_tokens, row_numbers
 from hpd_verl.engine.causal_lm import head_scaling
 from hpd_verl.engine.ranks import on_every_rank, on_rank_zero, sums_of_ranks
@@ -23,18 +25,17 @@ from hpd_verl.head.output_head import OutputHead
 from hpd_verl.objectives import LOG_ZERO
 from hpd_verl.teacher.colocated import FeatureForm, FeatureMaker
 from hpd_verl.teacher.served.client import HiddenStates, TopLogProbs
+from hpd_verl.teacher.served.fetched import row_key
 from hpd_verl.teacher.served.output_layer import output_layer
 from hpd_verl.teacher.served.probe import Probe
 from hpd_verl.teacher.served.servers import make_servers
+from hpd_verl.teacher.served.waiting import LOOK, STOPPED, Patience, wait
 from hpd_verl.teacher.settings import TeacherSettings
 from hpd_verl.teacher.store.teacher_files import PATH_SETTING, config_hash
 from hpd_verl.teacher.teacher import Teacher, TeacherUnavailable
 from hpd_verl.teacher_server import NODE, URLS
 
 logger = logging.getLogger(__name__)
-
-REPORT = 20.0
-"""Seconds between two reports of ranks that wait: far below the process group's timeout."""
 
 Answer = tuple["concurrent.futures.Future[list[Tensor]]", int]
 """Where a row's hidden states will be: of a request, and which of its rows."""
@@ -62,6 +63,8 @@ class ServedTeacher(Teacher):
         self._maker: FeatureMaker | None = None
         self._is_prepared = False
         self._ahead: dict[bytes, Answer] = {}
+        """Rows of the last ``announce``; ``_before``: of the one before it, which may still be asked for."""
+        self._before: dict[bytes, Answer] = {}
         self._waited = 0.0
 
     def prepare(self) -> None:
@@ -94,7 +97,9 @@ class ServedTeacher(Teacher):
 
         def meet() -> Probe | Refused:
             try:
-                self.servers.connect()
+                connecting = self.servers.connect()
+                wait([connecting])
+                connecting.result()
             except Refused as error:  # on all ranks as what it is
                 return error
             assert self.servers.reference is not None
@@ -136,9 +141,12 @@ class ServedTeacher(Teacher):
 
     def features(self, data: TensorDict, wanted: Sequence[int] | None = None) -> dict[int, TeacherFeatures]:
         self._load()
-        numbers, keys = row_numbers(data).tolist(), _keys(data)
+        numbers, keys = row_numbers(data).tolist(), self._keys(data)
         rows = range(len(keys)) if wanted is None else wanted
-        answers = {key: self._ahead.pop(key) for key in {keys[index] for index in rows} if key in self._ahead}
+        wanted_keys = {keys[index] for index in rows}
+        ahead = (self._before, self._ahead)
+        answers = {key: asked.pop(key) for asked in ahead for key in wanted_keys if key in asked}
+        answers |= self._fetched(data, wanted_keys)
         answers = {key: answer for key, answer in answers.items() if not _has_failed(answer)}
         answers |= self._ask({index: keys[index] for index in rows if keys[index] not in answers}, data)
         start = time.perf_counter()
@@ -154,6 +162,29 @@ class ServedTeacher(Teacher):
             own = slice(end - length, end)
             answer = future.result()[place][(responses.positions[own] - starts[index]).cpu()]
             found[numbers[index]] = self._features(answer, responses.labels[own])
+        return found
+
+    def _fetched(self, data: TensorDict, keys: set[bytes]) -> dict[bytes, Answer]:
+        """Of rows that another process has asked for.
+
+        Raises:
+            TeacherUnavailable: another model has answered there, whichever rows this rank has.
+        """
+        fetched = tu.get_non_tensor_data(data=data, key=fields.FETCHED, default=None)
+        if fetched is None:
+            return {}
+        probe, known = fetched.probes.get(" ".join(self.config.teacher_server.urls)), self.servers.reference
+        difference = None if probe is None or known is None else known.difference(probe.hidden, self.dtype)
+        if difference is not None:
+            raise TeacherUnavailable(
+                f"{URLS}={self.config.teacher_server.urls}: not the model that has answered the ranks ({difference}); "
+                "serve one model"
+            )
+        found: dict[bytes, Answer] = {}
+        for key in keys & fetched.places.keys():
+            future: concurrent.futures.Future[list[Tensor]] = concurrent.futures.Future()
+            future.set_result([fetched.read(fetched.places[key])])
+            found[key] = future, 0
         return found
 
     def known_form(self) -> TeacherFeatures | None:
@@ -183,11 +214,16 @@ class ServedTeacher(Teacher):
     def announce(self, data: TensorDict, wanted: Sequence[int] | None = None) -> None:
         if not self._is_prepared:  # behind a store that has had all rows so far
             return
-        keys = _keys(data)
+        keys = self._keys(data)
         rows = range(len(keys)) if wanted is None else wanted
-        for future, _ in self._ahead.values():
+        for future in {id(future): future for future, _ in self._before.values()}.values():
             future.cancel()
-        self._ahead = self._ask({index: keys[index] for index in rows}, data)
+        self._before, self._ahead = self._ahead, {}
+        self._ahead = self._ask({index: keys[index] for index in rows if keys[index] not in self._before}, data)
+        self._ahead |= {key: self._before.pop(key) for index in rows if (key := keys[index]) in self._before}
+
+    def _keys(self, data: TensorDict) -> list[bytes]:
+        return [row_key(self.config.teacher_server.urls, row) for row in data["input_ids"].unbind()]
 
     def _ask(self, rows: dict[int, bytes], data: TensorDict) -> dict[bytes, Answer]:
         """Ask for rows, those of the same tokens once."""
@@ -196,7 +232,8 @@ class ServedTeacher(Teacher):
             return {}
         ids = data["input_ids"].unbind()
         end = None if self.servers.question.sends_last else -1
-        future = self.servers.submit([ids[index][:end].tolist() for index in by_key.values()])
+        rows_of_keys = [ids[index][:end].tolist() for index in by_key.values()]
+        future = self.servers.submit(rows_of_keys, lambda answer: answer)
         return {key: (future, place) for place, key in enumerate(by_key)}
 
     @staticmethod
@@ -204,13 +241,15 @@ class ServedTeacher(Teacher):
         """Until all ranks have their answers; all ranks together.
 
         Raises:
-            TeacherUnavailable: on all ranks, where one gets none.
+            TeacherUnavailable: on all ranks, where one gets none, or the run shall end and one still has none.
         """
-        waiting = list(futures)
+        waiting, patience = list(futures), Patience()
         is_alone = torch.distributed.get_world_size() == 1
         while True:
-            done, left = concurrent.futures.wait(waiting, None if is_alone else REPORT, "FIRST_EXCEPTION")
-            errors = [error for each in done if (error := each.exception()) is not None]
+            done, left = concurrent.futures.wait(waiting, LOOK, "FIRST_EXCEPTION")
+            errors: list[BaseException] = [error for each in done if (error := each.exception()) is not None]
+            if left and patience.is_over():
+                errors.append(TeacherUnavailable(STOPPED))
             state = (len(left), errors[0] if errors else None)
             states = [state]
             if not is_alone:
@@ -297,10 +336,6 @@ class ServedTeacher(Teacher):
             if each is not None:
                 digest.update(each.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest(), config_hash(self.model.hf_config, self.model.external_lib)
-
-
-def _keys(data: TensorDict) -> list[bytes]:
-    return [row.to("cpu").numpy().tobytes() for row in data["input_ids"].unbind()]
 
 
 def _has_failed(answer: Answer) -> bool:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import logging
+import re
 import shutil
 import threading
 import time
@@ -20,17 +21,21 @@ from tensordict import TensorDict
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 
+from hpd_verl.checks import teacher_server as checks
 from hpd_verl.checks.start import check_sft_run
 from hpd_verl.config import HPDConfig
 from hpd_verl.data.response_tokens import row_numbers
 from hpd_verl.errors import Refused
 from hpd_verl.head.features import TeacherFeatures, TopKFeatures
 from hpd_verl.hydra_config import config_dir
+from hpd_verl.run import stopping
+from hpd_verl.run.stopping import learn_of_stops
 from hpd_verl.sft.demonstrations import as_batch, read_demonstrations
 from hpd_verl.sft.fill_store import fill
 from hpd_verl.sft.start import teacher_settings, write_row_layouts
 from hpd_verl.teacher.choice import make_teacher
-from hpd_verl.teacher.served import client
+from hpd_verl.teacher.served import client, waiting
+from hpd_verl.teacher.served import teacher as served_teacher
 from hpd_verl.teacher.served.probe import FILE
 from hpd_verl.teacher.served.teacher import ServedTeacher
 from hpd_verl.teacher.teacher import Teacher, TeacherUnavailable
@@ -201,6 +206,31 @@ def test_a_server_that_does_not_come_back(tiny: Tiny, calm: PoolingServer) -> No
     assert len(teacher.features(batch)) == 8
 
 
+@pytest.mark.parametrize("deed", [503, "hang", None], ids=["fails", "hangs", "not met yet"])
+def test_a_run_that_shall_end_does_not_wait_for_a_dead_server(
+    deed: Deed, tiny: Tiny, calm: PoolingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before ``timeout_s``; without being asked it waits on."""
+    config = configured(tiny, calm.url, timeout=600)
+    model = omega_conf_to_dataclass(config.model)
+    teacher, batch = teacher_and_batch(config)
+    calm.misbehave = lambda number: deed
+    if deed is None:  # behind a store, servers are met when the first row is missing
+        teacher = ServedTeacher(
+            teacher_settings(config), HPDConfig.from_config(config.algorithm.hpd), model.hf_config.vocab_size
+        )
+        calm.stop()
+    monkeypatch.setattr(served_teacher, "LOOK", 0.05)
+    monkeypatch.setattr(waiting, "LOOK", 0.05)
+    monkeypatch.setattr(waiting, "STOP_AFTER", 0.2)
+    asked_at = time.monotonic() + 0.5
+    monkeypatch.setattr(stopping, "_ask", [])
+    learn_of_stops(lambda: time.monotonic() >= asked_at)
+    with pytest.raises(TeacherUnavailable, match="the run shall end, and the teacher has not answered"):
+        teacher.features(batch)
+    assert 0.6 < time.monotonic() - asked_at + 0.5 < 20
+
+
 @pytest.mark.parametrize("deed", [400, 401])
 def test_what_repeating_does_not_mend_ends_at_once(deed: int, tiny: Tiny, calm: PoolingServer) -> None:
     teacher, batch = teacher_and_batch(configured(tiny, calm.url, timeout=600))
@@ -309,6 +339,60 @@ def test_a_store_in_front(tiny: Tiny, calm: PoolingServer, tmp_path: Path) -> No
     save_file({**saved, "hidden": saved["hidden"].flip(0).contiguous()}, store / FILE)
     with pytest.raises(ValueError, match="holds features of another teacher"):
         fill(config)
+
+
+def stored_in(folder: Path, kind: str = "disk") -> tuple[str, ...]:
+    """A store of the smallest form."""
+    return (
+        f"algorithm.hpd.teacher_cache={kind}",
+        f"algorithm.hpd.teacher_cache_dir={folder}",
+        "algorithm.hpd.teacher_cache_format=hybrid",
+        "algorithm.hpd.teacher_cache_top_k=8",
+        "algorithm.hpd.teacher_cache_max_gib=0.01",
+    )
+
+
+def test_a_hybrid_store_filled_by_a_server(
+    tiny: Tiny, calm: PoolingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a server it gives what a served teacher gives whose features are rounded as they come, bit for bit."""
+    monkeypatch.setattr(checks, "BESIDE_A_STORE", 0.3)
+    teacher, batch = teacher_and_batch(configured(tiny, calm.url, overrides=stored_in(tmp_path, "memory")))
+    fresh = teacher.features(batch)
+    config = configured(tiny, calm.url, overrides=stored_in(tmp_path / "store"))
+    fill(config)
+    calm.stop()
+    check_sft_run(config)
+    with pytest.raises(TeacherUnavailable, match=r"no answer for 0.2 s"):
+        check_sft_run(configured(tiny, calm.url, timeout=0.2, overrides=stored_in(tmp_path / "other")))
+    stored, batch = teacher_and_batch(config)
+    found = stored.features(batch)
+    assert found.keys() == fresh.keys()
+    for row, features in found.items():
+        for name, tensor in features.tensors.items():
+            assert torch.equal(tensor, fresh[row].tensors[name]), name
+    assert stored.metrics()["hpd/teacher_is_loaded"] == 0
+
+
+def test_a_fill_that_has_stopped_goes_on(
+    tiny: Tiny, calm: PoolingServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the same command, and asks for the rows that are not stored; it says how fast it is, and what is left."""
+    config = configured(tiny, calm.url, overrides=stored_in(tmp_path))
+    last = calm.requests + 30
+    calm.misbehave = lambda number: 401 if number > last else None
+    with pytest.raises(TeacherUnavailable, match="status 401"):
+        fill(config)
+    calm.misbehave = lambda number: None
+    before = calm.rows
+    metrics = fill(config)
+    assert re.search(r"train\.parquet: 100%.* 64/64 .*row/s, [1-9][\d,]* tokens/s", capsys.readouterr().err)
+    rows = int(metrics["hpd/teacher_cache_rows"])
+    asked = calm.rows - before
+    assert rows == 52
+    assert 8 < asked <= rows - 8 + 1  # one is the probe
+    calm.stop()
+    assert fill(config)["hpd/teacher_cache_hit_fraction"] == 1
 
 
 @pytest.fixture
