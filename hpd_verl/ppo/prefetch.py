@@ -94,8 +94,7 @@ class Prefetch:
         """Ask for rows, but those that were asked for already.
 
         Raises:
-            TeacherUnavailable: servers that are met for the first time do not answer in time.
-            Refused: or are no teacher's.
+            TeacherUnavailable: servers that are met for the first time do not answer in time, or are no teacher's.
         """
         for place, teacher in self._teachers.items():
             own: dict[bytes, Tensor] = {}
@@ -106,9 +105,7 @@ class Prefetch:
             if not own:
                 continue
             if teacher.servers.reference is None:
-                met = teacher.servers.connect()
-                wait([met])
-                met.result()
+                _end([teacher.servers.connect()])
             end = None if teacher.servers.question.sends_last else -1
             tokens = [ids[:end].tolist() for ids in own.values()]
             self._requests.append((list(own), teacher.servers.submit(tokens, _keep)))
@@ -121,13 +118,7 @@ class Prefetch:
             TeacherUnavailable: servers do not answer, or as no server should.
         """
         start = time.perf_counter()
-        wait([request for _, request in self._requests])
-        failed = (request.exception() for _, request in self._requests if request.done())
-        error = next((each for each in failed if each is not None), None)
-        if isinstance(error, Refused):  # what repeating does not mend, too: the run has steps to save
-            raise TeacherUnavailable(str(error)) from error
-        if error is not None:
-            raise error
+        _end([request for _, request in self._requests])
         places: dict[bytes, Any] = {}
         for keys, request in self._requests:
             places |= zip(keys, request.result(), strict=True)
@@ -159,6 +150,21 @@ class Prefetch:
             }
             for name, value in own.items():
                 metrics[name] = metrics.get(name, 0.0) + value
+
+
+def _end(requests: "Sequence[concurrent.futures.Future[Any]]") -> None:
+    """Wait until all have ended well.
+
+    Raises:
+        TeacherUnavailable: one has not, for a reason that servers have.
+    """
+    wait(requests)
+    failed = (each.exception() for each in requests if each.done())
+    error = next((each for each in failed if each is not None), None)
+    if isinstance(error, Refused):  # what repeating does not mend, too: the run has steps to save
+        raise TeacherUnavailable(str(error)) from error
+    if error is not None:
+        raise error
 
 
 def _keep(answer: Tensor) -> Any:
