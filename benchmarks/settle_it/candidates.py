@@ -88,3 +88,17 @@ def tempered_head(log_probs: VocabularyLogProbs, temperature: float, mass: float
     head = torch.where(inside, teacher.exp() * (teacher - student).masked_fill(~inside, 0.0), 0.0)
     value = (probs * (log_probs.teacher - log_probs.student)).sum(-1) + temperature * head.sum(-1)
     return VocabularyWeights(weights, value)
+
+
+@objective("overlap_kl", over="vocabulary", source=HERE)
+def overlap_kl(log_probs: VocabularyLogProbs) -> VocabularyWeights:
+    """Forward KL where the models are apart, reverse KL where they agree: (1 - g) KL(p, q) + g KL(q, p).
+
+    g, the overlap sum_v min(p(v), q(v)) of a position, is 0 where the models share no token and 1 where they are equal;
+    it carries no gradient.
+    """
+    overlap = torch.minimum(log_probs.teacher_probs, log_probs.student_probs).sum(-1, keepdim=True)
+    gaps = log_probs.student_probs * (log_probs.teacher - log_probs.student)
+    forward = (log_probs.teacher_probs * (log_probs.teacher - log_probs.student)).sum(-1, keepdim=True)
+    value = torch.lerp(forward, -gaps.sum(-1, keepdim=True), overlap)
+    return VocabularyWeights(torch.lerp(log_probs.teacher_probs, gaps, overlap), value.squeeze(1))

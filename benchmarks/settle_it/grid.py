@@ -86,6 +86,8 @@ AT_TEMPERATURE_1 = {
 }
 CORE = ("sft", "seqkd", "hpd", "hpd_no_sampling", "fkl", "rkl_exact", "jsd_exact")
 """What the candidate is compared with, and sft."""
+BETWEEN = ("akl", "todi", "abkd", "skew_fkl", "skew_rkl")
+"""Over the vocabulary, between forward and reverse KL."""
 PAPER = ("rkl", "jsd", "hpd_no_reinforcement")
 """What else the paper compares with, on labels."""
 TEMPERATURES = (1.5, 2.0)
@@ -112,6 +114,9 @@ CANDIDATES = {
 }
 """For a better objective, beside those above; chosen from on validation problems and tuning seeds alone."""
 
+GATED = {"overlap_kl": _candidate("overlap_kl", 1.0, {})}
+"""Move between forward and reverse KL by themselves: candidates for an objective that is good in every regime."""
+
 SENSITIVITY = {
     f"hpd forward {forward:g} reverse {reverse:g} reinforce {reinforce:g}": Method(
         "hpd", (("forward_coef", forward), ("reverse_coef", reverse), ("reinforce_coef", reinforce))
@@ -128,7 +133,7 @@ WITHOUT_CLIPPING = {
 }
 BEFORE = "before"
 """The student as it starts, measured like the others."""
-METHODS = AT_TEMPERATURE_1 | HOTTER | CANDIDATES | SENSITIVITY | WITHOUT_CLIPPING | {BEFORE: Method("none")}
+METHODS = AT_TEMPERATURE_1 | HOTTER | CANDIDATES | GATED | SENSITIVITY | WITHOUT_CLIPPING | {BEFORE: Method("none")}
 
 RATES = (3e-3, 8e-3, 1.6e-2)
 WIDER_RATES = {3e-3: 1.5e-3, 1.5e-3: 7.5e-4, 1.6e-2: 3.2e-2}
@@ -221,9 +226,10 @@ SUITES = [
     Suite("objectives", _named(name for name in AT_TEMPERATURE_1 if name not in (*CORE, *PAPER)), ("warm",)),
     Suite("sensitivity", SENSITIVITY, ("warm",), dict.fromkeys(SENSITIVITY, "hpd"), seeds=SEEDS[:3]),
     Suite("clipping", WITHOUT_CLIPPING, ("warm",), {name: name.split()[0] for name in WITHOUT_CLIPPING}, SEEDS[:3]),
-    Suite("small", _named([*CORE, "fkl T2", "hpd T2"]), ("small",)),
-    Suite("long", _named([*CORE, "fkl T2", "hpd T2"]), ("long",), seeds=SEEDS[:3]),
-    Suite("49k", _named(["fkl", "fkl T2", "hpd", "sft", "rkl_exact"]), ("49k",), seeds=SEEDS[:3]),
+    Suite("small", _named([*CORE, "fkl T2", "hpd T2", *BETWEEN]), ("small",)),
+    Suite("long", _named([*CORE, "fkl T2", "hpd T2", *BETWEEN]), ("long",), seeds=SEEDS[:3]),
+    Suite("49k", _named(["fkl", "fkl T2", "hpd", "sft", "rkl_exact", *BETWEEN]), ("49k",), seeds=SEEDS[:3]),
+    Suite("gated", GATED, ("warm", "small", "long"), seeds=SEEDS[:3]),
     Suite("temperatures", BY_TEMPERATURE, ("warm",), seeds=SEEDS[:3]),
 ]
 """In the order in which they are run: what decides most comes first."""
