@@ -82,12 +82,17 @@ AT_TEMPERATURE_1 = {
     "akl": Method("akl"),
     "abkd": Method("abkd"),
     "todi": Method("todi"),
+    "entropy_aware": Method("entropy_aware"),
+    "taid": Method("taid"),
+    "top_k_tail 8": Method("top_k_tail", (("top_k_tail.k", 8),)),
     "sft_on_teacher": Method("sft", from_teacher=True),
 }
 CORE = ("sft", "seqkd", "hpd", "hpd_no_sampling", "fkl", "rkl_exact", "jsd_exact")
 """What the candidate is compared with, and sft."""
 BETWEEN = ("akl", "todi", "abkd", "skew_fkl", "skew_rkl")
 """Over the vocabulary, between forward and reverse KL."""
+RECENT = ("entropy_aware", "taid", "top_k_tail 8")
+"""Of 2025 and 2026, for demonstrations too."""
 PAPER = ("rkl", "jsd", "hpd_no_reinforcement")
 """What else the paper compares with, on labels."""
 TEMPERATURES = (1.5, 2.0)
@@ -97,7 +102,7 @@ HOTTER = {
     f"{name} T{temperature:g}": replace(method, temperature=temperature)
     for temperature in reversed(TEMPERATURES)
     for name, method in AT_TEMPERATURE_1.items()
-    if method.needs_teacher
+    if method.needs_teacher and name not in RECENT
 }
 BY_TEMPERATURE = {name: method for name, method in HOTTER.items() if name not in ("fkl T2", "hpd T2")}
 """What is tried at a temperature for its effect alone."""
@@ -114,7 +119,7 @@ CANDIDATES = {
 }
 """For a better objective, beside those above; chosen from on validation problems and tuning seeds alone."""
 
-GATED = {"overlap_kl": _candidate("overlap_kl", 1.0, {})}
+GATED = {name: _candidate(name, 1.0, {}) for name in ("overlap_kl", "stepped_kl")}
 """Move between forward and reverse KL by themselves: candidates for an objective that is good in every regime."""
 
 SENSITIVITY = {
@@ -223,12 +228,13 @@ SUITES = [
     Suite("before", _named([BEFORE]), ("warm",), {BEFORE: "hpd"}),
     Suite("candidates", CANDIDATES, ("warm",), seeds=()),
     Suite("paper", _named(PAPER), ("warm",)),
-    Suite("objectives", _named(name for name in AT_TEMPERATURE_1 if name not in (*CORE, *PAPER)), ("warm",)),
+    Suite("objectives", _named(name for name in AT_TEMPERATURE_1 if name not in (*CORE, *PAPER, *RECENT)), ("warm",)),
     Suite("sensitivity", SENSITIVITY, ("warm",), dict.fromkeys(SENSITIVITY, "hpd"), seeds=SEEDS[:3]),
     Suite("clipping", WITHOUT_CLIPPING, ("warm",), {name: name.split()[0] for name in WITHOUT_CLIPPING}, SEEDS[:3]),
     Suite("small", _named([*CORE, "fkl T2", "hpd T2", *BETWEEN]), ("small",)),
     Suite("long", _named([*CORE, "fkl T2", "hpd T2", *BETWEEN]), ("long",), seeds=SEEDS[:3]),
     Suite("49k", _named(["fkl", "fkl T2", "hpd", "sft", "rkl_exact", *BETWEEN]), ("49k",), seeds=SEEDS[:3]),
+    Suite("recent", _named(RECENT), ("warm", "small", "long"), seeds=SEEDS[:3]),
     Suite("gated", GATED, ("warm", "small", "long"), seeds=SEEDS[:3]),
     Suite("temperatures", BY_TEMPERATURE, ("warm",), seeds=SEEDS[:3]),
 ]
