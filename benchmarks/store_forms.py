@@ -292,7 +292,7 @@ def main() -> None:
                 "form": name,
                 "bytes": sizes[0],
                 "bytes_7b": sizes[1],
-                **{"_".join(key): round(error, 3) for key, error in zip(pair.keys, errors, strict=True)},
+                **{"_".join(reversed(key)): round(error, 3) for key, error in zip(pair.keys, errors, strict=True)},
                 "kl": f"{divergence:.3g}",
             }
         )

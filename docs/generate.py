@@ -162,9 +162,25 @@ def _objective(each: Objective) -> str:
     return "\n\n".join(parts)
 
 
+def _overview() -> str:
+    """A table of all objectives."""
+    rows = ["| objective | over | teacher | rows | sampled token | needs |", "|---|---|---|---|---|---|"]
+    for each in OBJECTIVES.values():
+        cells = [
+            f"[{each.name}](#{each.name})",
+            "tokens" if each.over == "token" else "vocabulary",
+            "yes" if each.needs_teacher else "no",
+            "rollouts" if each.needs_rollouts else "all",
+            "yes" if each.weighs_sample else "no",
+            ", ".join(f"`{need}`" for need in sorted(each.needs)),
+        ]
+        rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    return "\n".join(rows)
+
+
 def objectives_page() -> str:
     """docs/objectives.md."""
-    parts = [OBJECTIVES_PAGE, GENERATED]
+    parts = [OBJECTIVES_PAGE, GENERATED, "## Overview", _overview()]
     for title, over in (("Over tokens", "token"), ("Over the vocabulary", "vocabulary")):
         parts.append(f"## {title}")
         parts += [_objective(each) for each in OBJECTIVES.values() if each.over == over]

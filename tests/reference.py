@@ -179,7 +179,7 @@ def position_value(
     mu: float = 0.5,
     alpha: float = 0.2,
     beta: float | None = None,
-    threshold: float = 1.0,
+    threshold: float = 0.8,
     forward_coef: float = 1.0,
     k: int = 64,
     start: float = 0.4,

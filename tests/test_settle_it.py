@@ -53,6 +53,19 @@ def test_errors_reach_the_box() -> None:
     assert 0.5 < wrong / 500 < 0.95
 
 
+def test_a_solution_has_the_results_of_its_answer_and_fits() -> None:
+    rng, tokenizer = random.Random(0), task.build_tokenizer()
+    for problem in task.draw_problems(300, seed=3):
+        results = task.draw_results(problem, rng)
+        answer, solution = (task.demonstrate(problem, rng, results=results) for _ in range(2))
+        for text in (answer, solution):
+            assert text.endswith(f"answer \\boxed{{ {results[-1]} }}")
+        prompt = task.row(problem, answer, solution)["prompt"]
+        assert prompt[0]["content"] == f"{problem.prompt} {solution}"
+        ids = tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=False)
+        assert len(ids) <= task.MAX_LENGTH_WITH_SOLUTION
+
+
 @pytest.mark.parametrize(
     ("text", "score"),
     [
@@ -199,7 +212,8 @@ def test_the_stored_starting_models_are_those_of_the_results(tmp_path: Path) -> 
     data = Data(tmp_path)
     data.problems["teacher"] = []  # nothing is trained
     found = Results(FOLDER).of("test", "warm")
-    for result in found["hpd"]:
+    of_readers = Results(FOLDER).of("test", grid.READER)
+    for result in [*found["hpd"], *of_readers["sft"]]:
         student = data.initial_student(grid.Job(**result["job"]))
         assert models.fingerprint(student) == result["models"]["student"]
         assert models.load(student).lm_head.weight.shape[1] == models.STUDENT_HIDDEN
@@ -294,7 +308,7 @@ def result(method: str, regime: str, seed: int, right: int) -> dict[str, Any]:
 
 def test_a_report_is_written(tmp_path: Path) -> None:
     results = Results(tmp_path / "results")
-    for method, right in (("hpd", 1), ("sft", 0), ("hpd unclipped", 1)):
+    for method, right in (("hpd", 1), ("sft", 0), ("hpd unclipped", 1), ("fkl, self", 2)):
         for seed in (1, 2):
             results.add("core", result(method, "warm", seed, right))
     write_report(results, tmp_path / "report")
@@ -302,6 +316,7 @@ def test_a_report_is_written(tmp_path: Path) -> None:
     assert text.index("| `hpd` | 0.008 | 2 |") < text.index("| `sft` | 0.008 | 2 |")
     assert "| `hpd` - `sft` | +" in text
     assert "| `sft` | worse" in text
+    assert re.search(r"\| warm \| `fkl, self` \| 0.008 \| 2 \| .*\| \+", text)
     assert (tmp_path / "report" / "warm.png").stat().st_size > 1000
 
 
@@ -319,7 +334,7 @@ def test_the_pages_of_the_evidence_are_those_of_the_stored_results() -> None:
 
 @pytest.mark.slow
 def test_a_small_run_of_the_whole(tmp_path: Path) -> None:
-    """The command that runs everything, with two methods, one seed and few steps: it runs, and goes on."""
+    """The command that runs everything, with three methods, one seed and few steps: it runs, and goes on."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "benchmarks" / "settle_it" / "run.py"), "--fast", "--out", str(tmp_path)]
     command += ["--processes", "1"]
@@ -328,7 +343,7 @@ def test_a_small_run_of_the_whole(tmp_path: Path) -> None:
     file = tmp_path / "fast" / "results" / "fast.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     tested = [line for line in lines if line["job"]["split"] == "test"]
-    assert {line["job"]["method"] for line in tested} == {"sft", "hpd"}
+    assert {line["job"]["method"] for line in tested} == {"sft", "hpd", "fkl, self"}
     for line in tested:
         assert len(line["sampled"]) == len(line["greedy"]) == 16
         assert set(line["sampled"]) <= set("012345678")

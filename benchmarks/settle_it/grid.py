@@ -18,6 +18,8 @@ class Regime:
     """Supervised steps of the student before; 0 is a student from scratch."""
     vocabulary: int | None = None
     """Of both models, in place of the task's words: the others never occur."""
+    reads_solutions: bool = False
+    """Half of the prompts of its supervised steps before carry another worked answer of the problem."""
 
 
 REGIMES = {
@@ -26,11 +28,14 @@ REGIMES = {
     "long": Regime(demonstrations=512, steps=1200, warm_steps=0),
     "49k": Regime(demonstrations=512, steps=200, warm_steps=600, vocabulary=49_152),
     "rollouts": Regime(demonstrations=512, steps=100, warm_steps=600),
+    "reader": Regime(demonstrations=512, steps=200, warm_steps=600, reads_solutions=True),
 }
 RATE_OF_REGIME = {"long": "small", "49k": "warm"}
 """A regime that takes the learning rates chosen in another, whose students start as its own do."""
 ROLLOUTS = "rollouts"
 """The regime of ``on_policy.py``."""
+READER = "reader"
+"""The regime of students that can be their own teachers, which read the solution."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Method:
     from_teacher: bool = False
     """It learns from the teacher's correct answers in place of the demonstrations."""
     clip_grad: float = 1.0
+    self_taught: bool = False
+    """The teacher is the student, and reads the demonstration behind the problem."""
 
     @property
     def trains(self) -> bool:
@@ -136,9 +143,23 @@ SENSITIVITY = {
 WITHOUT_CLIPPING = {
     f"{name} unclipped": replace(AT_TEMPERATURE_1[name], clip_grad=1e9) for name in ("hpd", "fkl", "sft", "rkl_exact")
 }
+SELF_TAUGHT = {
+    "fkl, self": Method("fkl", self_taught=True),
+    "hpd, self": Method("hpd", self_taught=True),
+}
+"""The teacher is the student as it starts."""
 BEFORE = "before"
 """The student as it starts, measured like the others."""
-METHODS = AT_TEMPERATURE_1 | HOTTER | CANDIDATES | GATED | SENSITIVITY | WITHOUT_CLIPPING | {BEFORE: Method("none")}
+METHODS = (
+    AT_TEMPERATURE_1
+    | HOTTER
+    | CANDIDATES
+    | GATED
+    | SENSITIVITY
+    | WITHOUT_CLIPPING
+    | SELF_TAUGHT
+    | {BEFORE: Method("none")}
+)
 
 RATES = (3e-3, 8e-3, 1.6e-2)
 WIDER_RATES = {3e-3: 1.5e-3, 1.5e-3: 7.5e-4, 1.6e-2: 3.2e-2}
@@ -226,6 +247,8 @@ def _named(names: Iterable[str]) -> dict[str, Method]:
 SUITES = [
     Suite("core", _named([*CORE, "fkl T2", "hpd T2"]), ("warm",)),
     Suite("before", _named([BEFORE]), ("warm",), {BEFORE: "hpd"}),
+    Suite("self_teacher", SELF_TAUGHT | _named(["sft", BEFORE]), (READER,), {BEFORE: "sft"}),
+    Suite("self_teacher_warm", SELF_TAUGHT, ("warm",)),
     Suite("candidates", CANDIDATES, ("warm",), seeds=()),
     Suite("paper", _named(PAPER), ("warm",)),
     Suite("objectives", _named(name for name in AT_TEMPERATURE_1 if name not in (*CORE, *PAPER, *RECENT)), ("warm",)),

@@ -105,7 +105,8 @@ class Data:
         regime = REGIMES[job.regime]
         if regime.vocabulary is not None:
             return self._widened_student(job, regime.vocabulary)
-        folder = self.folder / "students" / f"{'warm' if regime.warm_steps else 'scratch'}_{job.seed}"
+        kind = "reader" if regime.reads_solutions else "warm" if regime.warm_steps else "scratch"
+        folder = self.folder / "students" / f"{kind}_{job.seed}"
         if folder.exists():
             return folder
         making = folder.with_name(f"{folder.name}_{os.getpid()}")
@@ -114,18 +115,26 @@ class Data:
         if weights is not None:
             models.with_weights(made, weights)
         elif regime.warm_steps:
-            rows = self._warm_rows(making / "rows.parquet", job.seed)
+            rows = self._warm_rows(making / "rows.parquet", job.seed, regime.reads_solutions)
             steps = job.steps or regime.warm_steps
-            sft = {"objective": "sft"}
-            *_, made = models.train(making / "warm", made, None, rows, steps, BATCH_SIZE, WARM_RATE, job.seed, sft)
+            sft, longest = {"objective": "sft"}, task.MAX_LENGTH_WITH_SOLUTION
+            *_, made = models.train(
+                making / "warm", made, None, rows, steps, BATCH_SIZE, WARM_RATE, job.seed, sft, longest_prompt=longest
+            )
         return _kept(made, folder, making)
 
-    def _warm_rows(self, file: Path, seed: int) -> Path:
-        """Demonstrations of other problems than the distillation's."""
+    def _warm_rows(self, file: Path, seed: int, with_solutions: bool = False) -> Path:
+        """Demonstrations of other problems than the distillation's; with solutions, every second prompt carries a
+        worked answer with the demonstration's results in other phrasings."""
         rng = random.Random(seed)
         teachers = self.problems["teacher"]
         problems = rng.sample(teachers, min(WARM_PROBLEMS, len(teachers)))
-        task.write(file, [task.row(problem, task.demonstrate(problem, rng)) for problem in problems])
+        rows = [task.row(problem, task.demonstrate(problem, rng)) for problem in problems]
+        for index in range(0, len(rows) if with_solutions else 0, 2):
+            results = task.draw_results(problems[index], rng)
+            answer, solution = (task.demonstrate(problems[index], rng, results=results) for _ in range(2))
+            rows[index] = task.row(problems[index], answer, solution)
+        task.write(file, rows)
         return file
 
     def _widened_student(self, job: Job, vocabulary: int) -> Path:
@@ -184,6 +193,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
             method.all_settings,
             method.clip_grad,
             save_every=steps // 4 if follows else -1,
+            self_taught=method.self_taught,
         )
     )
     seconds = time.process_time() - start

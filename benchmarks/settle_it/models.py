@@ -150,6 +150,8 @@ def train(
     settings: Mapping[str, Any],
     clip_grad: float = 1.0,
     save_every: int = -1,
+    self_taught: bool = False,
+    longest_prompt: int = task.MAX_PROMPT_LENGTH,
 ) -> list[Path]:
     """Train by the lean trainer.
 
@@ -160,6 +162,8 @@ def train(
         steps, batch_size, rate, seed, clip_grad: of the training.
         settings: of ``algorithm.hpd``.
         save_every: steps between checkpoints; -1 for one, at the end.
+        self_taught: the teacher is the student, and reads the demonstration behind the problem.
+        longest_prompt: of the student, tokens.
 
     Returns:
         The Hugging Face folders of the checkpoints, the last one at the end.
@@ -184,7 +188,7 @@ def train(
         "teacher.model.path": teacher or "null",
         "data.train_files": rows,
         "data.train_batch_size": batch_size,
-        "data.max_prompt_length": task.MAX_PROMPT_LENGTH,
+        "data.max_prompt_length": longest_prompt,
         "data.max_response_length": task.MAX_RESPONSE_LENGTH,
         "data.use_dynamic_bsz": False,
         "data.micro_batch_size_per_gpu": batch_size,
@@ -205,6 +209,13 @@ def train(
         "algorithm.hpd.teacher_cache": "memory" if teacher else "off",
         "algorithm.hpd.teacher_cache_dtype": "float32",
     }
+    if self_taught:
+        overrides |= {
+            "teacher.model.path": "student",
+            "data.teacher_prompt_template": f"'{task.WITH_SOLUTION}'",
+            "data.max_teacher_prompt_length": task.MAX_LENGTH_WITH_SOLUTION,
+            "algorithm.hpd.teacher_cache": "memory",
+        }
     named = [f"{name}={value}" for name, value in overrides.items()]
     named += [f"++algorithm.hpd.{name}={value}" for name, value in settings.items()]
     _ranks()

@@ -44,6 +44,10 @@ Found = Mapping[str, Sequence[dict[str, Any]]]
 """Results by method, by rising seed."""
 
 
+_REGIMES = [regime for regime in grid.REGIMES if regime != grid.READER]
+"""Those with tables of their own; the other's students stand in the table of self-teachers."""
+
+
 def of_common_seeds(found: Found, names: Iterable[str]) -> Found:
     """The results of some methods, of the seeds that all of them have: others would not be compared fairly."""
     named = {name: found[name] for name in names if name in found}
@@ -136,7 +140,7 @@ def points(comparison: Comparison) -> str:
 def verdicts(results: Results, reference: str) -> str:
     """Wins, ties and losses of every method against one, a row a method and a column a regime; not corrected."""
     rows: dict[str, dict[str, str]] = defaultdict(dict)
-    regimes = [regime for regime in grid.REGIMES if reference in results.of("test", regime)]
+    regimes = [regime for regime in _REGIMES if reference in results.of("test", regime)]
     for regime in regimes:
         found = results.of("test", regime)
         for name, each in found.items():
@@ -150,7 +154,8 @@ def verdicts(results: Results, reference: str) -> str:
 
 def is_special(name: str) -> bool:
     """Of the suites that have tables of their own, or of no training."""
-    return any(name in each for each in (grid.SENSITIVITY, grid.WITHOUT_CLIPPING, grid.BY_TEMPERATURE, (grid.BEFORE,)))
+    apart = (grid.SENSITIVITY, grid.WITHOUT_CLIPPING, grid.BY_TEMPERATURE, grid.SELF_TAUGHT, (grid.BEFORE,))
+    return any(name in each for each in apart)
 
 
 def identical_rates(results: Results) -> str:
@@ -200,6 +205,29 @@ def real_model(results: Mapping[str, Mapping[str, float]]) -> str:
         for name, label in names.items()
     ]
     return table(["method", "NLL", "KL(p, q)", "KL(q, p)", "entropy", "CPU s"], rows)
+
+
+def self_taught(results: Results) -> str:
+    """Students that are their own teachers against ``sft`` from the same start, a row a start and method."""
+    rows = []
+    for regime in (grid.READER, "warm"):
+        found = results.of("test", regime, [*grid.SELF_TAUGHT, "sft", grid.BEFORE])
+        order = sorted(found, key=lambda name: -accuracy(found[name]).mean())
+        for name in order if not grid.SELF_TAUGHT.keys().isdisjoint(found) else ():
+            each = found[name]
+            row = [regime, f"`{name}`", f"{each[0]['job']['rate']:g}" if name != grid.BEFORE else "", str(len(each))]
+            row += [percent(bootstrap_seeds(accuracy(each)))]
+            row += [f"{100 * accuracy(each, measure).mean():.1f}" for measure in ("greedy", "tuned")]
+            row += [f"{mean(each, 'held_out', 'forward_kl'):.3f}", f"{mean(each, 'rollouts', 'entropy'):.3f}"]
+            if name == "sft":
+                row += ["", ""]
+            else:
+                row += [points(less(each, found["sft"], measure)) for measure in ("sampled", "tuned")]
+            row.append("" if name == grid.BEFORE else f"{mean(each, 'cpu_seconds'):.0f}")
+            rows.append(row)
+    head = ["start", "method", "rate", "seeds", "avg@8 [95%]", "greedy", "tuned decode", "KL(p, q)", "in rollouts"]
+    head += ["less `sft`, points [95%]", "the same at the tuned decode", "CPU s"]
+    return table(head, rows)
 
 
 def sensitivity(results: Results) -> str:
@@ -296,7 +324,7 @@ def _heat(axis: Any, found: Found, names: Mapping[str, Sequence[str]], columns: 
 def tables(results: Results) -> dict[str, str]:
     """All tables that there are results for, by the name of their place."""
     out: dict[str, str] = {}
-    for regime in grid.REGIMES:
+    for regime in _REGIMES:
         found = results.of("test", regime)
         plain = {name: each for name, each in found.items() if not is_special(name)}
         if plain:
@@ -321,6 +349,7 @@ def tables(results: Results) -> dict[str, str]:
     out["temperatures"] = temperatures(results)
     if earlier := Results(EARLIER).of("test", "warm"):
         out["scores of other students"] = scores(earlier)
+    out["self-teachers"] = self_taught(results)
     out["sensitivity"] = sensitivity(results)
     out["clipping"] = clipping(results)
     return out
@@ -347,7 +376,7 @@ def write_report(results: Results, out: Path | None) -> None:
     made = tables(results)
     pictures = PICTURES if out is None else out
     pictures.mkdir(parents=True, exist_ok=True)
-    for regime in grid.REGIMES:
+    for regime in _REGIMES:
         if found := results.of("test", regime):
             draw_regime(found, regime, pictures / f"{regime}.png")
     draw_sensitivity(results, pictures / "sensitivity.png")

@@ -97,7 +97,9 @@ def main() -> None:
     suites, teacher, steps = list(grid.SUITES), TEACHER, None
     rates: tuple[float, ...] = grid.RATES
     if arguments.fast:
-        fast = grid.Suite("fast", {name: grid.METHODS[name] for name in ("sft", "hpd")}, ("small",), seeds=(1,))
+        fast = grid.Suite(
+            "fast", {name: grid.METHODS[name] for name in ("sft", "hpd", "fkl, self")}, ("small",), seeds=(1,)
+        )
         suites, teacher, steps, rates = [fast], (60, 0, 0), 20, grid.RATES[1:2]
         arguments.out = arguments.out / "fast"
         arguments.results = arguments.out / "results"

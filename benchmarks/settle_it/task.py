@@ -9,7 +9,7 @@ carries a wrong result, as in real demonstrations.
 
 import functools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ OPERANDS = range(1, 7)
 STEPS = (2, 4)
 ERROR_RATE = 0.06
 MAX_PROMPT_LENGTH, MAX_RESPONSE_LENGTH = 24, 64
+WITH_SOLUTION = "{prompt} {demonstration}"
+"""Prompt of who reads a worked answer: ``data.teacher_prompt_template``."""
+MAX_LENGTH_WITH_SOLUTION = 64
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 PHRASES = "Q ? : = . ; at take and get so turns into then answer \\boxed{ }"
@@ -69,6 +72,20 @@ def apply(value: int, op: str, digit: int) -> int:
     return OPERATIONS[op](value, digit) % MODULUS
 
 
+def draw_result(value: int, op: str, digit: int, rng: random.Random, error_rate: float = ERROR_RATE) -> int:
+    """One step, sometimes wrong."""
+    right = apply(value, op, digit)
+    return (right + rng.randrange(1, MODULUS)) % MODULUS if rng.random() < error_rate else right
+
+
+def draw_results(problem: Problem, rng: random.Random) -> list[int]:
+    """The results of all steps, each sometimes wrong."""
+    values = [problem.start]
+    for op, digit in problem.steps:
+        values.append(draw_result(values[-1], op, digit, rng))
+    return values[1:]
+
+
 def draw_problems(count: int, seed: int, excluded: Iterable[Problem] = ()) -> list[Problem]:
     """Distinct random problems, none of them excluded."""
     rng, found = random.Random(seed), set(excluded)
@@ -82,16 +99,24 @@ def draw_problems(count: int, seed: int, excluded: Iterable[Problem] = ()) -> li
     return out
 
 
-def demonstrate(problem: Problem, rng: random.Random, error_rate: float = ERROR_RATE) -> str:
-    """A worked answer; a wrong result is carried on to the boxed one."""
+def demonstrate(
+    problem: Problem, rng: random.Random, error_rate: float = ERROR_RATE, results: Sequence[int] | None = None
+) -> str:
+    """A worked answer; a wrong result is carried on to the boxed one.
+
+    Args:
+        problem: to answer.
+        rng: draws phrasings and wrong results.
+        error_rate: of wrong results.
+        results: of the steps, in place of those that it draws.
+    """
     value, parts, index = problem.start, [], 0
 
     def step() -> tuple[str, int, str, int, int]:
         nonlocal value, index
         op, digit = problem.steps[index]
-        before, value = value, apply(value, op, digit)
-        if rng.random() < error_rate:
-            value = (value + rng.randrange(1, MODULUS)) % MODULUS
+        before = value
+        value = draw_result(value, op, digit, rng, error_rate) if results is None else results[index]
         index += 1
         return LABELS[index - 1], before, op, digit, value
 
@@ -132,11 +157,12 @@ def build_tokenizer(size: int = len(WORDS)) -> PreTrainedTokenizerFast:
     return fast
 
 
-def row(problem: Problem, demonstration: str) -> dict[str, Any]:
-    """A row of the columns that the trainers read."""
+def row(problem: Problem, demonstration: str, solution: str | None = None) -> dict[str, Any]:
+    """A row of the columns that the trainers read; a solution stands behind the problem."""
+    values = {"prompt": problem.prompt, "demonstration": solution}
     return {
         "data_source": DATA_SOURCE,
-        "prompt": [{"role": "user", "content": problem.prompt}],
+        "prompt": [{"role": "user", "content": problem.prompt if solution is None else WITH_SOLUTION.format(**values)}],
         "demonstration": demonstration,
         "reward_model": {"style": "rule", "ground_truth": str(problem.answer)},
     }

@@ -182,12 +182,13 @@ def _check_teacher_prompts(
         f"the column {prompts.key!r} is {'not ' if is_used else ''}there, and in data.train_files it is"
         f"{'' if is_used else ' not'}; give both files alike, for one teacher reads them",
     )
+    has_others = is_used if found else prompts.template is not None  # of other rows their trainer finds out
     require(
-        not is_used or not found or passes.one_pass or not hpd.needs_teacher,
+        not has_others or passes.one_pass or not hpd.needs_teacher,
         "algorithm.hpd.pipeline",
         hpd.pipeline,
-        f"staged here, whose teacher reads the student's prompts, and the column {prompts.key!r} has others; set "
-        "algorithm.hpd.pipeline=one_pass, or take the column out",
+        f"staged here, whose teacher reads the student's prompts, and the column {prompts.key!r} or {TEMPLATE_SETTING} "
+        "has others; set algorithm.hpd.pipeline=one_pass, or take them out",
     )
     return is_used
 

@@ -11,6 +11,7 @@ import datasets
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.data import fields
 from hpd_verl.data.chat_template import ChatTemplate
 from hpd_verl.data.demonstration import DemonstrationTokenizer, PromptTokenizer, demonstration_of, has_demonstration
 from hpd_verl.data.files import RowRules, as_list, check_files, is_remote, local_files
@@ -47,11 +48,12 @@ class HPDDataset(RLHFDataset):
         # verl tells no one which split a data set is for; the validation rows need no demonstration.
         self.is_train = list(self.original_data_files) == as_list(self.config.train_files)
         setting = "data.train_files" if self.is_train else "data.val_files"
+        hpd = HPDConfig.from_config(self.config.hpd)
+        self.row_columns = hpd.row_columns if self.is_train else []
         if self.config.get("files_are_checked", False) and not any(map(is_remote, self.original_data_files)):
             for file in self.data_files:  # this may be another machine
                 local_files(setting, file)
         else:
-            hpd = HPDConfig.from_config(self.config.hpd)
             check_files(setting, self.data_files, RowRules.of(self.config, hpd, self.is_train))
         self.teacher_prompts = TeacherPrompts.of(self.config)
         self.teachers = list(self.config.hpd.get("teachers") or ()) if self.is_train else []
@@ -67,6 +69,13 @@ class HPDDataset(RLHFDataset):
     def rows(self) -> Iterator[dict[str, Any]]:
         """All of them."""
         return map(self._as_written, self.dataframe)
+
+    def numbers(self, index: int) -> dict[str, float]:
+        """What objectives need of a row's columns, by ``fields.row_number``."""
+        if not self.row_columns:
+            return {}
+        row = self.dataframe[index]
+        return {fields.row_number(name): float(row[name]) for name in self.row_columns}
 
     def _as_written(self, row: dict[str, Any]) -> dict[str, Any]:
         return as_written(row, self.dataframe.features, self.prompt_key, self.teacher_prompts.key)
@@ -98,7 +107,7 @@ class HPDDataset(RLHFDataset):
             row.pop(self.teacher_prompts.key, None)
         if TOOLS in row:  # as text, of which a batch holds one a row whatever their number
             row[TOOLS] = json.dumps(tools_of(row[TOOLS]))
-        return row
+        return row | self.numbers(item)  # verl gives some columns, as index, another content
 
     def maybe_filter_out_long_prompts(self, dataframe: datasets.Dataset) -> datasets.Dataset:
         """The rows whose prompt is short enough, by the tokens it is trained with; verl's would count others."""

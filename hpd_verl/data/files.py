@@ -23,6 +23,7 @@ from datasets.data_files import resolve_pattern
 from omegaconf import DictConfig
 
 from hpd_verl.config import HPDConfig
+from hpd_verl.data.chat_template import Messages
 from hpd_verl.data.demonstration import NO_TEXT, check_tool_calls, demonstration_of, has_demonstration, no_text
 from hpd_verl.data.json_depth import DEEPEST, too_deep
 from hpd_verl.data.row import DEMONSTRATION, TOOLS, tools_of
@@ -178,8 +179,16 @@ def _check_teacher(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
                 f"{', '.join(rules.teachers)}"
             )
     prompts = rules.teacher_prompts
-    if prompts is None or not prompts.are_used(list(row)):
-        return
+    if prompts is not None and prompts.are_used(list(row)):
+        teacher_chat(row, prompts, where)
+
+
+def teacher_chat(row: Mapping[str, Any], prompts: TeacherPrompts, where: str) -> Messages:
+    """What the teacher reads in place of a row's prompt.
+
+    Raises:
+        ValueError: it is no chat that can stand in the prompt's place; ``where`` names the row.
+    """
     try:
         chat = prompts.messages(row)
     except ValueError as error:
@@ -189,6 +198,7 @@ def _check_teacher(row: Mapping[str, Any], rules: RowRules, where: str) -> None:
         prompts.check(row, chat)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    return chat
 
 
 def _is_text(kind: pa.DataType) -> bool:

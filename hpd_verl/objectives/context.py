@@ -61,6 +61,11 @@ class TokenContext(NamedTuple):
         has |= {ROW + name: value for name, value in self.row.items()}
         return sorted(need for need in needs if has.get(need) is None)
 
+    def fields(self) -> dict[str, Tensor]:
+        """What it holds, by name; numbers of rows as their needs are named."""
+        found = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return found | {ROW + name: value for name, value in self.row.items()}
+
     def at(self, places: Any) -> "TokenContext":
         """That of some of the tokens."""
         found: TokenContext = tree_map_only(Tensor, lambda each: each[places], self)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -88,6 +88,10 @@ class Objective:
     """False: its parameters are settings of the algorithm itself, beside the objective's name."""
 
     def __post_init__(self) -> None:
+        for name, kinds in (("over", Over), ("returns", Returns)):
+            if getattr(self, name) not in get_args(kinds):
+                one_of = " or ".join(get_args(kinds))
+                raise ValueError(f"objective {self.name!r}: {name}={getattr(self, name)!r}; choose {one_of}")
         given = list(inspect.signature(self.function).parameters)
         object.__setattr__(self, "needs", frozenset(self.needs))
         try:
@@ -252,6 +256,10 @@ def check_objective(checked: Objective) -> None:
     given = {name: value.clone() for name, value in vars(log_probs).items() if value is not None}
     is_rollout = torch.ones_like(labels, dtype=torch.bool) if checked.needs_rollouts else labels % 2 == 0
     context = TokenContext.example(checked.needs, is_rollout, student.dtype)
+    if not checked.needs_teacher and context.prefix_teacher is not None:
+        context = context._replace(prefix_teacher=torch.full_like(context.prefix_teacher, math.nan))
+    known = context.fields()
+    kept = {name: value.clone() for name, value in known.items()}
 
     def rows(places: slice) -> Any:
         return type(log_probs)(**{name: value[places].clone() for name, value in given.items()})
@@ -264,7 +272,15 @@ def check_objective(checked: Objective) -> None:
     except _Refused as refused:
         raise ValueError(f"objective {checked.name!r} {refused}") from None
     except (Exception, SystemExit) as error:  # of the user's code
-        raise ValueError(f"objective {checked.name!r} fails on {_TRIED} random tokens ({typed_line(error)})") from error
+        failed = f"objective {checked.name!r} fails on {_TRIED} random tokens ({typed_line(error)})"
+        if checked.needs:
+            failed += f"; its context holds {', '.join(sorted(checked.needs))}: declare what else it reads in needs"
+        raise ValueError(failed) from error
+    for name, value in known.items():
+        if not torch.equal(value.nan_to_num(), kept[name].nan_to_num()) or not torch.equal(
+            value.isnan(), kept[name].isnan()
+        ):
+            raise ValueError(f"objective {checked.name!r}: writes into {name} of the context; let it work on a copy")
     if not isinstance(result, kind):
         hint = '; declare returns="loss"' if isinstance(result, Tensor) else ""
         raise ValueError(f"objective {checked.name!r} returns {type(result).__name__}, not {kind.__name__}{hint}")
@@ -284,8 +300,8 @@ def check_objective(checked: Objective) -> None:
         if not value.isfinite().all():
             cause = "for ordinary log-probs" if checked.needs_teacher else "without a teacher: declare needs_teacher"
             if not checked.needs_rollouts and checked.needs & _OF_ROLLOUTS and value[is_rollout].isfinite().all():
-                cause = "for demonstrations, whose behaviour and rewards are NaN: weigh them by row.is_rollout, or "
-                cause += "declare needs_rollouts=True"
+                cause = "for demonstrations, whose behaviour and rewards are NaN: replace these (nan_to_num) and weigh "
+                cause += "demonstrations by row.is_rollout, or declare needs_rollouts=True"
             raise ValueError(f"objective {checked.name!r}: {what} is not finite {cause}")
         one_by_one = [getattr(each, name) for each in alone]
         if any(each.shape != value[:1].shape for each in one_by_one) or not torch.allclose(
@@ -318,8 +334,31 @@ def _check_loss(checked: Objective, log_probs: Any, context: TokenContext, like:
         loss = checked.function(log_probs, **given, **checked.bind().arguments)
     if not isinstance(loss, Tensor) or loss.shape != like.shape or loss.dtype != like.dtype:
         raise _Refused(f"returns {_form(loss)}, expected the loss of each token, {_form(like)}")
-    if not loss.requires_grad:
+    of_student = [value for name, value in vars(log_probs).items() if name.startswith("student")]
+    leaves = _leaves(loss)
+    if not any(leaf is value for leaf in leaves for value in of_student):
         raise _Refused("returns a loss without gradient in the student's log-probs; compute it from them, undetached")
+    if not all(any(leaf is value for value in of_student) for leaf in leaves):
+        raise _Refused(
+            "returns a loss that depends on a tensor with requires_grad, which nothing would train; detach it, or "
+            "declare a parameter"
+        )
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that a loss could be differentiated in."""
+    if loss.grad_fn is None:
+        return [loss] if loss.requires_grad else []
+    found, seen, waiting = [], {loss.grad_fn}, [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
 
 
 def _form(value: Any) -> str:

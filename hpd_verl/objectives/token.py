@@ -115,7 +115,7 @@ class PowerOPDParameters(ObjectiveParameters):
     over="token",
     parameters=PowerOPDParameters,
     needs_rollouts=True,
-    source="PowerOPD, Zhao et al. 2026, arXiv 2606.17199",
+    source="PowerOPD, Zhao et al. 2026, arXiv 2606.17199 and its code (EIT-NLP/PowerOPD)",
 )
 def power_opd(log_probs: TokenLogProbs, exponent: float) -> TokenWeights:
     """On-policy distillation with a bounded weight: p(y)^exponent - q(y)^exponent.
@@ -146,13 +146,15 @@ class ConstantNegativeParameters(ObjectiveParameters):
     parameters=ConstantNegativeParameters,
     needs_teacher=False,
     needs_rollouts=True,
-    source="a control after Ding and Zhang 2026, arXiv 2608.31046",
+    source="a control after Ding and Zhang 2026, arXiv 2608.31046, and the fixed mode of its code "
+    "(DripNowhy/On-Policy-Self-Adaptation)",
 )
 def constant_negative(log_probs: TokenLogProbs, below: float, strength: float) -> TokenWeights:
     """A control without a teacher: weight -strength on the student's own tokens of q(y) < below, 0 on others.
 
-    What on-policy distillation gains beyond it is of the teacher. The paper takes the fifth of each response's tokens
-    that is least probable, here a probability decides. It only sharpens the student, whose entropy falls.
+    What on-policy distillation gains beyond it is of the teacher. The authors weigh the least probable fifth of the
+    tokens of a rank's batch; here a token's own probability decides, so choose ``below`` to take about as many. It only
+    sharpens the student, whose entropy falls.
 
     Args:
         log_probs: see ``TokenLogProbs``.

@@ -334,7 +334,10 @@ def todi(log_probs: VocabularyLogProbs) -> VocabularyWeights:
 
 
 @objective(
-    "vopd", over="vocabulary", needs_rollouts=True, source="Oh et al. 2026, arXiv 2605.07865, with the exact baseline"
+    "vopd",
+    over="vocabulary",
+    needs_rollouts=True,
+    source="vOPD, Oh et al. 2026, arXiv 2605.07865 and its code (holi-lab/vOPD), baseline over the whole vocabulary",
 )
 def vopd(log_probs: VocabularyLogProbs) -> VocabularyWeights:
     """On-policy distillation with a baseline: weight log p(y) - log q(y) + KL(q || p) of the label.
@@ -350,27 +353,28 @@ def vopd(log_probs: VocabularyLogProbs) -> VocabularyWeights:
 
 
 class EntropyAwareParameters(ObjectiveParameters):
-    """Parameters of entropy_aware."""
+    """Parameters of entropy_aware. The defaults are its authors'."""
 
-    threshold: float = Field(1.0, ge=0)
+    threshold: float = Field(0.8, ge=0)
     """The teacher's entropy, in nats, above which forward KL joins; at least 0."""
 
     forward_coef: float = Field(1.0, ge=0)
-    """Factor of forward KL there; the paper's is 1."""
+    """Factor of forward KL there, at least 0."""
 
 
 @objective(
     "entropy_aware",
     over="vocabulary",
     parameters=EntropyAwareParameters,
-    source="EOPD, Jin et al. 2026, arXiv 2603.07079, over the whole vocabulary",
+    source="EOPD, Jin et al. 2026, arXiv 2603.07079 and its code (WLS04/EOPD), over the whole vocabulary",
 )
 def entropy_aware(log_probs: VocabularyLogProbs, threshold: float, forward_coef: float) -> VocabularyWeights:
     """Reverse KL, and forward KL beside it where the teacher is uncertain.
 
-    ``KL(q || p) + forward_coef [H(p) > threshold] KL(p || q)``. The paper samples the reverse KL;
-    here both are exact. The threshold is to be tuned: below all of the teacher's entropies this is the sum of both
-    divergences, above them rkl_exact, which fails from a student that does not cover the teacher.
+    ``KL(q || p) + forward_coef [H(p) > threshold] KL(p || q)``. The authors estimate the reverse KL by the label, clip
+    it as PPO does, and take the forward KL over the teacher's likeliest tokens; here both are exact. Below all of the
+    teacher's entropies the threshold gives the sum of both divergences, above them rkl_exact, which fails from a
+    student that does not cover the teacher.
 
     Args:
         log_probs: see ``VocabularyLogProbs``.
@@ -408,7 +412,7 @@ def _top_floor(teacher: TeacherRows, k: int) -> Tensor:
     over="vocabulary",
     parameters=TopKTailParameters,
     row_statistic=_top_floor,
-    source="verl's pull request 7855, forward_kl_topk_tail",
+    source="verl's pull request 7855 and issue 7856, forward_kl_topk_tail",
 )
 def top_k_tail(log_probs: VocabularyLogProbs, k: int) -> VocabularyWeights:
     """Forward KL over the teacher's k likeliest tokens, with all others as one token.
@@ -450,14 +454,15 @@ class TAIDParameters(ObjectiveParameters):
     over="vocabulary",
     parameters=TAIDParameters,
     needs={"step"},
-    source="TAID, Shing et al. 2025, arXiv 2501.16937, without its adaptive step",
+    source="TAID, Shing et al. 2025, arXiv 2501.16937, as its code is with disable_adaptive",
 )
 def taid(log_probs: VocabularyLogProbs, context: TokenContext, start: float, end: float) -> VocabularyWeights:
     """Forward KL to a target that moves from the student to the teacher.
 
     ``KL(r || q)`` with r = softmax((1 - t) z_q + t z_p) of the logits, detached, and t growing by the step from start
-    to end, linearly; the paper lets a falling loss push t further. Its early targets are the student's own modes: with
-    few steps it stops short of the teacher, and from a student that covers the teacher fkl has nothing to bridge.
+    to end, linearly; by default the authors let a falling loss push t further. Its early targets are the student's own
+    modes: with few steps it stops short of the teacher, and from a student that covers the teacher fkl has nothing to
+    bridge.
 
     Args:
         log_probs: see ``VocabularyLogProbs``.

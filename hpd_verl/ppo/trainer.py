@@ -217,9 +217,10 @@ class HPDTrainer(PPOTrainerSync):
         )
         batch["uid"], batch[fields.ON_POLICY] = named["uid"], named[fields.ON_POLICY]
         self.prompts = dict(zip(uids, takes, strict=True))
-        self.row_columns = {
-            name: dict(zip(uids, map(float, batch[name]), strict=True)) for name in self.hpd.row_columns
-        }
+        self.row_columns = {}
+        for name in self.hpd.row_columns:
+            self.row_columns[name] = dict(zip(uids, map(float, batch[fields.row_number(name)]), strict=True))
+            del batch[fields.row_number(name)]
         self.teacher_columns.take(batch, uids)
         self.on_policy_uids = {uid for uid, flag in zip(uids, on_policy, strict=True) if flag}
         self.batch_counts = {

@@ -1,7 +1,7 @@
 """Rows of demonstrations as token sequences, and batches of them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import HFModelConfig
 
-from hpd_verl.config import HPDConfig
 from hpd_verl.data import fields
 from hpd_verl.data.dataset import DEMONSTRATION, HPDDataset
 from hpd_verl.data.demonstration import SequenceBuilder, demonstration_of
@@ -26,7 +25,6 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
     Args:
         rows: the checked rows.
         sequences: how a row becomes tokens.
-        row_columns: columns of numbers that objectives need.
         teacher_prompts: the same as ``sequences`` of the teacher's prompts; None where the teacher reads the student's.
     """
 
@@ -34,12 +32,10 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
         self,
         rows: HPDDataset,
         sequences: SequenceBuilder,
-        row_columns: Sequence[str] = (),
         teacher_prompts: TeacherPromptTokenizer | None = None,
     ) -> None:
         self.rows = rows
         self.sequences = sequences
-        self.row_columns = row_columns
         self.teacher_prompts = teacher_prompts
 
     def __len__(self) -> int:
@@ -58,7 +54,7 @@ class DemonstrationDataset(Dataset[dict[str, Tensor]]):
         teachers = self.rows.teachers
         if teachers:
             columns[fields.TEACHER] = teachers.index(row[self.rows.teacher_key])
-        numbers = {fields.row_number(name): torch.tensor([float(row[name])]) for name in self.row_columns}
+        numbers = {name: torch.tensor([value]) for name, value in self.rows.numbers(index).items()}
         return tensors | {name: torch.tensor([int(value)]) for name, value in columns.items()} | numbers
 
 
@@ -140,12 +136,11 @@ def read_demonstrations(
     if rows.has_teacher_prompts:
         longest = max_teacher_prompt_length(config.data)
         teacher_prompts = TeacherPromptTokenizer(sequences.prompts, longest, sequences.embedded)
-    row_columns = HPDConfig.from_config(config.algorithm.hpd).row_columns
-    return DemonstrationDataset(rows, sequences, row_columns, teacher_prompts)
+    return DemonstrationDataset(rows, sequences, teacher_prompts)
 
 
 def as_batch(
-    config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int, steps: int = 0
+    config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int, steps: int = 1
 ) -> TensorDict:
     """Collated rows with the settings that verl's passes read, and the step of how many."""
     data = config.data

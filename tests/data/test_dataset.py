@@ -7,7 +7,9 @@ import pytest
 from conftest import WORDS, make_rows, make_tokenizer, write_parquet
 from omegaconf import OmegaConf
 
+from hpd_verl.data import fields
 from hpd_verl.data.dataset import HPDDataset
+from hpd_verl.objectives import registry
 
 
 def read(file: Path | str, files_are_checked: bool = False, **hpd: Any) -> HPDDataset:
@@ -38,6 +40,26 @@ def change(rows: list[dict[str, Any]], **columns: Any) -> list[dict[str, Any]]:
 
 def test_rows_are_read(tmp_path: Path) -> None:
     assert len(read(write_parquet(make_rows(8), tmp_path / "rows.parquet"))) == 8
+
+
+def test_numbers_of_rows_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of columns too that verl gives another content in its rows, and only for training."""
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
+    needs = {"row.index", "row.uid", "row.is_rollout"}
+    (tmp_path / "of_rows.py").write_text(
+        "from hpd_verl.objectives import objective\n"
+        f"@objective('of_rows', over='token', returns='loss', needs={needs})\n"
+        "def of_rows(log_probs, context):\n"
+        "    return -log_probs.student_label * context.row['index']\n"
+    )
+    rows = [{**row, "index": number % 3 == 0, "uid": number / 8} for number, row in enumerate(make_rows(8))]
+    data = read(write_parquet(rows, tmp_path / "rows.parquet"), objective=f"{tmp_path}/of_rows.py:of_rows")
+    for number in range(8):
+        wanted = {fields.row_number("index"): float(number % 3 == 0), fields.row_number("uid"): number / 8}
+        assert data.numbers(number) == wanted
+        assert {name: data[number][name] for name in wanted} == wanted
+    data.row_columns = []
+    assert data.numbers(3) == {}
 
 
 def test_demonstration_as_chat_list(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hpd_verl.objectives import TokenContext, TokenLogProbs, objective
 
-NUMBERS = ("is_rollout", "difficulty", "reward", "advantage")
+NUMBERS = ("is_rollout", "index", "reward", "advantage")
 FIELDS = ("step", "steps", "position", "length", "behaviour", "prefix_teacher", "prefix_behaviour")
 
 
@@ -33,7 +33,7 @@ def of_rollouts(log_probs: TokenLogProbs, context: TokenContext) -> Tensor:
     return -log_probs.student_label * (log_probs.teacher_label.exp() + context.row["reward"])
 
 
-@objective("of_all", over="token", returns="loss", needs={"step", "position", "prefix", "row.difficulty"})
+@objective("of_all", over="token", returns="loss", needs={"step", "position", "prefix", "row.index"})
 def of_all(log_probs: TokenLogProbs, context: TokenContext) -> Tensor:
     write(log_probs, context, NUMBERS[1:2])
     return -log_probs.student_label * log_probs.teacher_label.exp()

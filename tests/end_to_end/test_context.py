@@ -42,8 +42,8 @@ def check_rows(rows: list[list[dict[str, float]]]) -> None:
 
 
 def numbered_rows(file: Path, count: int = 64) -> Path:
-    """Rows with a column of numbers."""
-    rows: list[dict[str, Any]] = [{**row, "difficulty": index / 64} for index, row in enumerate(make_rows(count))]
+    """Rows with a column of numbers, of a name that verl gives another content."""
+    rows: list[dict[str, Any]] = [{**row, "index": number / 64} for number, row in enumerate(make_rows(count))]
     return write_parquet(rows, file)
 
 
@@ -70,7 +70,7 @@ def test_main_ppo(run_main_ppo: RunMainPPO, tiny: Tiny, tmp_path: Path) -> None:
     for row in rollouts:
         assert all(abs(token["student_label"] - token["behaviour"]) < 1e-3 for token in row)
         assert row[0]["reward"] in (0, 1)
-        twins = [each for each in rollouts if each[0]["difficulty"] == row[0]["difficulty"]]
+        twins = [each for each in rollouts if each[0]["index"] == row[0]["index"]]
         mean = sum(each[0]["reward"] for each in twins) / len(twins)
         assert len(twins) == 2
         assert row[0]["advantage"] == row[0]["reward"] - mean
@@ -93,5 +93,5 @@ def test_lean_trainer(run_sft: RunSFT, tmp_path: Path) -> None:
     seen = seen_by(tmp_path)
     check_rows(seen)
     assert len(seen) == 16
-    assert len({row[0]["difficulty"] for row in seen}) == 16
+    assert len({row[0]["index"] for row in seen}) == 16
     assert {token["step"] for row in seen for token in row} == {1, 2}

@@ -48,6 +48,14 @@ class Case:
     """The last of which counts."""
 
 
+PLACED = """
+from hpd_verl.objectives import objective
+
+@objective("placed", over="vocabulary", returns="loss", needs={"step", "position", "row.is_rollout"})
+def placed(log_probs, context):
+    weight = context.position / context.length + context.step / context.steps - context.row["is_rollout"]
+    return weight * (log_probs.teacher_probs * (log_probs.teacher - log_probs.student)).sum(-1)
+"""
 STORE = {"teacher_cache": "disk", "teacher_cache_max_gib": 0.01, "teacher_cache_dtype": "float32"}
 BOTH = {"objective": {"hpd_exact": 1.0, "hpd": 0.5}}
 CASES = {
@@ -56,6 +64,7 @@ CASES = {
     "stored, fewer rows than ranks": Case({**BOTH, **STORE}, rows=2, times=2),
     "top-k stored": Case({**STORE, "teacher_cache_format": "topk"}),
     "no teacher": Case({"objective": "sft"}, aggregation="seq-mean-token-sum"),
+    "a loss with a context": Case({"objective": "placed.py:placed"}),
 }
 
 
@@ -144,7 +153,7 @@ class Updates:
         engine = self.student.engine
         own = range(engine.get_data_parallel_rank(), rows, engine.get_data_parallel_size())
         collated = SFTTensorCollator("no_padding")([self.demonstrations[index] for index in own])
-        data = as_batch(self.config, self.student.model_config, collated, step=3)
+        data = as_batch(self.config, self.student.model_config, collated, step=3, steps=7)
         tu.assign_non_tensor(data, global_batch_size=rows)
         return data
 
@@ -178,6 +187,7 @@ def run_cases(rank: int, ranks: int, port: int, folder: Path, rows: Path, result
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.distributed.init_process_group("gloo")
+    os.chdir(folder)  # of the objective's file
     try:
         for shared in SHARED_OUT[ranks]:
             updates = Updates(folder, rows, shared)
@@ -196,6 +206,7 @@ def outcomes(
     """Metrics and gradients by ranks, how many share a sequence, rank and case."""
     folder = tmp_path_factory.mktemp("shared_out")
     make_models(folder)
+    (folder / "placed.py").write_text(PLACED)
     results = processes.Queue()
     workers = []
     for ranks in SHARED_OUT:

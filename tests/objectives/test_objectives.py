@@ -612,6 +612,10 @@ def test_arguments_are_the_parameters(own_registry: dict[str, Any]) -> None:
 
     with pytest.raises(ValueError, match="'wrong': its parameter strength has no default; give it one"):
         declare("wrong", over="token", source="", parameters=Required)(lambda log_probs, strength: None)
+    for name, value in (("over", "tokens"), ("returns", "lossy")):
+        kinds: dict[str, Any] = {"over": "token", name: value}
+        with pytest.raises(ValueError, match=f"'wrong': {name}='{value}'; choose (token or vocab|weights or loss)"):
+            declare("wrong", **kinds)(lambda log_probs: None)
     assert "wrong" not in own_registry
 
 
@@ -702,6 +706,24 @@ drawn = own_loss("drawn", over="token")(lambda log_probs: -log_probs.student_sam
 alone = own_loss("alone", needs_teacher=False)(kl)
 overwriting = own_loss("overwriting")(lambda log_probs: log_probs.student_probs.mul_(2).sum(-1))
 not_declared = objective("not_declared", over="vocabulary")(kl)
+trained = own_loss("trained")(lambda log_probs: kl(log_probs) * torch.nn.Parameter(torch.ones(())))
+elsewhere = own_loss("elsewhere")(lambda log_probs: torch.ones(len(log_probs.labels), requires_grad=True))
+by_step = own_loss("by_step", needs={"position"})(lambda log_probs, context: kl(log_probs) / context.step)
+by_reward = own_loss("by_reward", needs={"position"})(lambda log_probs, context: context.row["reward"] * kl(log_probs))
+filling = own_loss("filling", needs={"behaviour"})(
+    lambda log_probs, context: kl(log_probs) * context.behaviour.nan_to_num_()
+)
+counting = own_loss("counting", needs={"row.level"})(
+    lambda log_probs, context: kl(log_probs) * context.row["level"].add_(1)
+)
+prefixed = own_loss("prefixed", over="token", needs_teacher=False, needs={"prefix"})(
+    lambda log_probs, context: -log_probs.student_label * context.prefix_teacher
+)
+chosen = own_loss("chosen", over="token", needs={"behaviour", "row.is_rollout"})(
+    lambda log_probs, context: torch.where(
+        context.row["is_rollout"] == 1, (log_probs.student_label - context.behaviour).exp(), -log_probs.student_label
+    )
+)
 
 plain = mine.function
 """
@@ -744,6 +766,14 @@ def test_own_objectives_by_file_and_module(
         ("alone", "'alone': the gradient of its loss is not finite without a teacher: declare needs_teacher"),
         ("overwriting", r"'overwriting' fails on 5 random tokens \(RuntimeError: a leaf Variable"),
         ("not_declared", "'not_declared' returns Tensor, not VocabularyWeights; declare returns=\"loss\""),
+        ("trained", "'trained' returns a loss that depends on a tensor with requires_grad, which nothing would train"),
+        ("elsewhere", "'elsewhere' returns a loss without gradient in the student's log-probs"),
+        ("by_step", r"fails on 5 random tokens \(TypeError: .*its context holds position: declare what else it reads"),
+        ("by_reward", r"\(KeyError: 'reward'\); its context holds position: declare what else it reads in needs"),
+        ("filling", "'filling': writes into behaviour of the context; let it work on a copy"),
+        ("counting", "'counting': writes into row.level of the context; let it work on a copy"),
+        ("prefixed", "'prefixed': the gradient of its loss is not finite without a teacher: declare needs_teacher"),
+        ("chosen", r"is not finite for demonstrations, .*: replace these \(nan_to_num\) and weigh demonstrations by"),
         ("leaving", r"'leaving' fails on 5 random tokens \(SystemExit: 3\)"),
         ("plain", r"has a function of the name 'plain'; define it with"),
         ("absent", r"has nothing of the name 'absent'"),

@@ -45,6 +45,8 @@ class PackedRows:
     loss_scale_factor: int | None = None
     dp_size: int = 1
     rows: list[tuple[int, int, int, list[int]]] = field(default_factory=lambda: list(ROWS))
+    teachers: tuple[int, ...] | None = None
+    """Of each row, its teacher among two; None for one teacher."""
 
     def __post_init__(self) -> None:
         random = torch.Generator().manual_seed(0)
@@ -58,6 +60,7 @@ class PackedRows:
         self.teacher_hidden = [normal(length, TEACHER_HIDDEN) for length in lengths]
         self.weight = normal(VOCABULARY, HIDDEN).requires_grad_()
         self.teacher_weight = normal(VOCABULARY, TEACHER_HIDDEN) * 0.7
+        self.other_weight = normal(VOCABULARY, TEACHER_HIDDEN) * 0.4
 
     def data(self, *chosen: int) -> TensorDict:
         """Some rows as a micro-batch of the whole batch, which gives the numbers to divide by."""
@@ -68,8 +71,10 @@ class PackedRows:
 
         rows = [self.rows[index] for index in chosen]
         ids = [self.ids[index] for index in chosen]
+        own = {} if self.teachers is None else {fields.TEACHER: torch.tensor([[self.teachers[row]] for row in chosen])}
         return tu.get_tensordict(
             {
+                **own,
                 "input_ids": nested(ids),
                 "position_ids": nested([torch.arange(len(each)) for each in ids]),
                 "prompts": nested([each[: row[2]] for each, row in zip(ids, rows, strict=True)]),
@@ -99,15 +104,19 @@ class PackedRows:
     def head(self) -> OutputHead:
         return OutputHead(self.weight, VOCABULARY)
 
-    def teacher_head(self) -> OutputHead:
-        return OutputHead(self.teacher_weight, VOCABULARY)
+    def weight_of_teacher(self, row: int) -> Tensor:
+        return self.other_weight if self.teachers is not None and self.teachers[row] else self.teacher_weight
+
+    def teacher_head(self, row: int = 0) -> OutputHead:
+        return OutputHead(self.weight_of_teacher(row), VOCABULARY)
 
     def features(self, top_k: int | None = None) -> dict[int, TeacherFeatures]:
         """The teacher's features of each row's response tokens."""
         found: dict[int, TeacherFeatures] = {}
-        for (number, _, prompt, mask), ids, hidden in zip(self.rows, self.ids, self.teacher_hidden, strict=True):
+        for row, (number, _, prompt, mask) in enumerate(self.rows):
+            ids, hidden = self.ids[row], self.teacher_hidden[row]
             at = [prompt - 1 + t for t, counts in enumerate(mask) if counts]
-            arguments = (hidden[at], self.teacher_head(), ids[[p + 1 for p in at]], self.config.temperature, 4)
+            arguments = (hidden[at], self.teacher_head(row), ids[[p + 1 for p in at]], self.config.temperature, 4)
             found[number] = teacher_features(*arguments) if top_k is None else teacher_top_k(*arguments, k=top_k)
         return found
 
@@ -408,19 +417,25 @@ def needing_tokens(log_probs, context):
 """
 
 
+@pytest.mark.parametrize("teachers", [None, (0, 1, 1, 0, 1)])
 @pytest.mark.parametrize("name", ["needing", "needing_tokens"])
-def test_needs_are_met_in_any_micro_batch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients by the definition, with masked tokens inside of rows; micro-batches of any rows add up."""
+def test_needs_are_met_in_any_micro_batch(
+    name: str, teachers: tuple[int, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients by the definition, with masked tokens inside of rows; micro-batches of any rows add up.
+
+    Rows of two teachers alternate, and the sums over a row's prefix are of its own teacher.
+    """
     monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
     (tmp_path / "needing.py").write_text(NEEDING)
-    batch = PackedRows(HPDConfig(objective=f"{tmp_path}/needing.py:{name}", token_chunk_size=3))
+    config = HPDConfig(objective=f"{tmp_path}/needing.py:{name}", token_chunk_size=3)
+    batch = PackedRows(config, teachers=teachers)
     value, metrics, weight_gradient, hidden_gradient = batch.run()
     assert "rollout_tokens" not in metrics
 
     weight, total = batch.weight.detach().clone().requires_grad_(), torch.zeros((), dtype=torch.float64)
-    for (number, is_rollout, prompt, mask), ids, hidden, teacher in zip(
-        batch.rows, batch.ids, batch.hidden, batch.teacher_hidden, strict=True
-    ):
+    for row, (number, is_rollout, prompt, mask) in enumerate(batch.rows):
+        ids, hidden, teacher = batch.ids[row], batch.hidden[row], batch.teacher_hidden[row]
         sum_teacher = sum_behaviour = 0.0
         position = 0
         for t, counts in enumerate(mask):
@@ -428,7 +443,7 @@ def test_needs_are_met_in_any_micro_batch(name: str, tmp_path: Path, monkeypatch
                 continue
             y = int(ids[prompt + t])
             log_q = (weight @ hidden[prompt - 1 + t]).log_softmax(-1)
-            log_p = (batch.teacher_weight @ teacher[prompt - 1 + t]).log_softmax(-1)
+            log_p = (batch.weight_of_teacher(row) @ teacher[prompt - 1 + t]).log_softmax(-1)
             behaviour = -abs(float(hidden[prompt + t, 0]))
             known = behaviour + sum_behaviour if is_rollout else 0.5
             factor = 1 / (1 + math.exp(-(sum_teacher / 4 + known))) + position / sum(mask) + number / 16 / 2

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from hpd_verl.data.response_tokens import column, row_numbers
 from hpd_verl.errors import Refused
 from hpd_verl.head.features import TeacherFeatures
 from hpd_verl.hydra_config import config_dir
+from hpd_verl.objectives import registry
 from hpd_verl.pipelines.one_pass import OnePass, OnePassLoss, StudentWorker
 from hpd_verl.pipelines.updates import over_own_tokens
 from hpd_verl.run.choices import with_dtype
@@ -251,7 +253,38 @@ def gradients(worker: StudentWorker) -> dict[str, Tensor]:
     return {name: each.grad.to_local().clone() for name, each in worker.engine.module.named_parameters()}
 
 
-def test_gradients_are_the_sum_of_separate_runs(tiny: Tiny, files: dict[str, Path], other: Path) -> None:
+FOLLOWING = """
+import torch
+from hpd_verl.objectives import objective
+
+seen = []
+
+@objective("following", over="vocabulary", returns="loss", needs={"prefix", "position", "row.is_rollout"})
+def following(log_probs, context):
+    if len(log_probs.labels) > 5:
+        seen.append(context)
+    weight = torch.sigmoid(context.prefix_teacher / 9) + context.position / context.length - context.row["is_rollout"]
+    return weight * (log_probs.teacher_probs * (log_probs.teacher - log_probs.student)).sum(-1)
+"""
+
+
+@pytest.fixture
+def following(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An objective over the vocabulary that returns a loss and needs sums over the prefix, which it notes."""
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
+    (tmp_path / "following.py").write_text(FOLLOWING)
+    return f"{tmp_path}/following.py:following"
+
+
+def prefixes_seen(following: str) -> Tensor:
+    """The sums over the prefix of all tokens that the objective was given."""
+    seen = sys.modules[registry.find_objective(following).function.__module__].seen
+    return torch.cat([context.prefix_teacher for context in seen])
+
+
+def test_gradients_are_the_sum_of_separate_runs(
+    tiny: Tiny, files: dict[str, Path], other: Path, following: str
+) -> None:
     """One backward of a batch with two teachers, against a run for each teacher on its own rows of the same batch."""
     config = configured(tiny, files["both"], of_two(tiny, other), "data.max_teacher_prompt_length=20")
     check_sft_run(config)
@@ -272,7 +305,7 @@ def test_gradients_are_the_sum_of_separate_runs(tiny: Tiny, files: dict[str, Pat
         for name, tensor in single[["maths", "code"][place]][row].tensors.items():
             torch.testing.assert_close(found[row].tensors[name], tensor, atol=1e-6, rtol=1e-6)
     measured = {}
-    for objective in ("hpd", "fkl", "jsd_exact"):
+    for objective in ("hpd", "fkl", "jsd_exact", following):
         mixed = hpd.model_copy(update={"objective": objective})
         whole = backward(student, mixed, batch, found)
         parts = [
@@ -287,6 +320,12 @@ def test_gradients_are_the_sum_of_separate_runs(tiny: Tiny, files: dict[str, Pat
         assert worst < 1e-4
         measured[objective] = worst
     print("largest relative difference of gradients", measured)
+    # Of the batch's rows and, after them, of each teacher's: the sums are by the row's own teacher and its prompt.
+    sums = prefixes_seen(following)
+    both, each = sums.chunk(2)
+    assert torch.equal(both.sort().values, each.sort().values)
+    assert sums.isfinite().all()
+    assert sums.abs().max() > 0.1
 
 
 def only(batch: TensorDict, of_row: list[int], place: int) -> TensorDict:
@@ -383,7 +422,7 @@ def test_the_student_as_it_was_teaches(tiny: Tiny, files: dict[str, Path]) -> No
     assert found[0]["hpd/reverse_kl_k1"] != 0, "the teacher reads more than the student"
 
 
-def test_the_current_student_teaches(tiny: Tiny, files: dict[str, Path]) -> None:
+def test_the_current_student_teaches(tiny: Tiny, files: dict[str, Path], following: str) -> None:
     """teacher_ema=0: what the student gives where it reads the hint, before each step; no second copy, no gradient."""
     settings = ("teacher.model.path=student", "algorithm.hpd.teacher_ema=0", "data.max_teacher_prompt_length=20")
     config = configured(tiny, files["hinted"], *settings)
@@ -403,8 +442,10 @@ def test_the_current_student_teaches(tiny: Tiny, files: dict[str, Path]) -> None
     print("largest difference from the current student's log-probs", worst)
     assert worst < 2e-5
     assert logged[0]["hpd/loss"] != logged[1]["hpd/loss"]
-    unhinted = configured(tiny, files["plain"], *settings[:2])
-    assert abs(updates(unhinted, 1)[1][0]["hpd/reverse_kl_k1"]) < 1e-6, "reading the same it is itself"
+    unhinted = configured(tiny, files["plain"], *settings[:2], f"algorithm.hpd.objective={following}")
+    (same,) = updates(unhinted, 1)[1]
+    assert max(abs(same[name]) for name in ("hpd/reverse_kl_k1", "hpd/loss")) < 1e-6, "reading the same it is itself"
+    assert prefixes_seen(following).abs().max() < 1e-4
 
 
 def test_the_running_average_teaches(tiny: Tiny, files: dict[str, Path], tmp_path: Path) -> None:
