@@ -239,6 +239,11 @@ class Suite:
     """None: tuning only."""
     split: str = "test"
 
+    def only(self, names: Iterable[str]) -> dict[str, Method]:
+        """Its methods of these names."""
+        wanted = set(names)
+        return {name: method for name, method in self.methods.items() if name in wanted}
+
 
 def _named(names: Iterable[str]) -> dict[str, Method]:
     return {name: METHODS[name] for name in names}
