@@ -100,6 +100,8 @@ BETWEEN = ("akl", "todi", "abkd", "skew_fkl", "skew_rkl")
 """Over the vocabulary, between forward and reverse KL."""
 RECENT = ("entropy_aware", "taid", "top_k_tail 8")
 """Of 2025 and 2026, for demonstrations too."""
+OF_ROLLOUTS = ("power_opd", "vopd", "constant_negative")
+"""For rollouts only."""
 PAPER = ("rkl", "jsd", "hpd_no_reinforcement")
 """What else the paper compares with, on labels."""
 TEMPERATURES = (1.5, 2.0)
@@ -180,7 +182,7 @@ RISING = f"{{start: 0, end: 1, steps: {REGIMES[ROLLOUTS].steps}}}"
 ROLLOUT_METHODS: dict[str, dict[str, Any]] = {
     **{
         f"{name}, rollouts": {"on_policy_objective": name, "on_policy_fraction": 1}
-        for name in ("opd", "rkl_exact", "fkl", "jsd_exact", "hpd")
+        for name in ("opd", "rkl_exact", "fkl", "jsd_exact", "hpd", *BETWEEN, "entropy_aware", *OF_ROLLOUTS)
     },
     **{
         f"{name}, {fraction} rollouts": {"objective": name, "on_policy_fraction": fraction}
