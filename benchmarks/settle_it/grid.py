@@ -170,6 +170,18 @@ TUNING_SEEDS = (101, 102)
 SEEDS = (1, 2, 3, 4, 5)
 FRESH_SEEDS = (11, 12, 13, 14, 15)
 """Of the confirmation, with problems that nothing was chosen on."""
+ANEW = "anew"
+"""The split of a second confirmation, on the problems of the first, which chose nothing, and other seeds."""
+SEEDS_ANEW = (21, 22, 23, 24, 25)
+FRESH_SPLITS = ("fresh", ANEW)
+"""Splits that train and test on problems that nothing was chosen on."""
+EVERYWHERE = "todi"
+"""Near the best in "warm" and "long" alike, by their tests: compared once more, on seeds and problems that are fresh."""
+RIVALS = {
+    "warm": ("hpd", "fkl", "rkl_exact", "jsd_exact", "akl", "seqkd"),
+    "long": ("hpd", "fkl", "jsd_exact", "akl"),
+}
+"""What it is to be as good as, by regime; ``rkl_exact`` and ``seqkd`` did not learn in "long"."""
 COMPARED = [("hpd", other) for other in ("fkl", "rkl_exact", "seqkd", "sft")]
 """Named in advance, for Holm's correction."""
 BATCH_SIZE = 32
@@ -218,7 +230,8 @@ class Job:
     seed: int
     """Of the student's initialisation, the order of the rows and the draws."""
     split: str = "test"
-    """Problems that it is measured on: validation, test, or fresh, which has training problems of its own."""
+    """Problems that it is measured on: validation, test, or one of ``FRESH_SPLITS``, which have training problems of
+    their own."""
     steps: int | None = None
     """In place of the regime's."""
 
@@ -266,6 +279,10 @@ SUITES = [
     Suite("49k", _named(["fkl", "fkl T2", "hpd", "sft", "rkl_exact", *BETWEEN]), ("49k",), seeds=SEEDS[:3]),
     Suite("recent", _named(RECENT), ("warm", "small", "long"), seeds=SEEDS[:3]),
     Suite("gated", GATED, ("warm", "small", "long"), seeds=SEEDS[:3]),
+    *(
+        Suite(f"anew_{regime}", _named([EVERYWHERE, *rivals]), (regime,), seeds=SEEDS_ANEW, split=ANEW)
+        for regime, rivals in RIVALS.items()
+    ),
     Suite("temperatures", BY_TEMPERATURE, ("warm",), seeds=SEEDS[:3]),
 ]
 """In the order in which they are run: what decides most comes first."""
