@@ -176,7 +176,7 @@ SEEDS_ANEW = (21, 22, 23, 24, 25)
 FRESH_SPLITS = ("fresh", ANEW)
 """Splits that train and test on problems that nothing was chosen on."""
 EVERYWHERE = "todi"
-"""Near the best in "warm" and "long" alike, by their tests: compared once more, on seeds and problems that are fresh."""
+"""Near the best in "warm" and in "long" by their tests: compared once more, on fresh seeds and problems."""
 RIVALS = {
     "warm": ("hpd", "fkl", "rkl_exact", "jsd_exact", "akl", "seqkd"),
     "long": ("hpd", "fkl", "jsd_exact", "akl"),
