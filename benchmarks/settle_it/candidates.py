@@ -6,7 +6,7 @@ All are over the vocabulary, with weights w(v) of log q_T(v), T the student's di
 import torch
 from pydantic import Field
 
-from hpd_verl.objectives import ObjectiveParameters, VocabularyLogProbs, VocabularyWeights, objective
+from hpd_verl.objectives import ObjectiveParameters, TokenContext, VocabularyLogProbs, VocabularyWeights, objective
 
 HERE = "this project's benchmarks/settle_it"
 
@@ -88,3 +88,27 @@ def tempered_head(log_probs: VocabularyLogProbs, temperature: float, mass: float
     head = torch.where(inside, teacher.exp() * (teacher - student).masked_fill(~inside, 0.0), 0.0)
     value = (probs * (log_probs.teacher - log_probs.student)).sum(-1) + temperature * head.sum(-1)
     return VocabularyWeights(weights, value)
+
+
+@objective("overlap_kl", over="vocabulary", source=HERE)
+def overlap_kl(log_probs: VocabularyLogProbs) -> VocabularyWeights:
+    """Forward KL where the models are apart, reverse KL where they agree: (1 - g) KL(p, q) + g KL(q, p).
+
+    g, the overlap sum_v min(p(v), q(v)) of a position, is 0 where the models share no token and 1 where they are equal;
+    it carries no gradient.
+    """
+    overlap = torch.minimum(log_probs.teacher_probs, log_probs.student_probs).sum(-1, keepdim=True)
+    gaps = log_probs.student_probs * (log_probs.teacher - log_probs.student)
+    forward = (log_probs.teacher_probs * (log_probs.teacher - log_probs.student)).sum(-1, keepdim=True)
+    value = torch.lerp(forward, -gaps.sum(-1, keepdim=True), overlap)
+    return VocabularyWeights(torch.lerp(log_probs.teacher_probs, gaps, overlap), value.squeeze(1))
+
+
+@objective("stepped_kl", over="vocabulary", needs={"step"}, source=HERE)
+def stepped_kl(log_probs: VocabularyLogProbs, context: TokenContext) -> VocabularyWeights:
+    """Forward KL at the first step, reverse KL at the last, in between a mixture with the share of the steps done."""
+    share = ((context.step - 1) / (context.steps - 1).clamp_min(1)).unsqueeze(1)
+    gaps = log_probs.student_probs * (log_probs.teacher - log_probs.student)
+    forward = (log_probs.teacher_probs * (log_probs.teacher - log_probs.student)).sum(-1, keepdim=True)
+    value = torch.lerp(forward, -gaps.sum(-1, keepdim=True), share)
+    return VocabularyWeights(torch.lerp(log_probs.teacher_probs, gaps, share), value.squeeze(1))

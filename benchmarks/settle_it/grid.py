@@ -89,10 +89,19 @@ AT_TEMPERATURE_1 = {
     "akl": Method("akl"),
     "abkd": Method("abkd"),
     "todi": Method("todi"),
+    "entropy_aware": Method("entropy_aware"),
+    "taid": Method("taid"),
+    "top_k_tail 8": Method("top_k_tail", (("top_k_tail.k", 8),)),
     "sft_on_teacher": Method("sft", from_teacher=True),
 }
 CORE = ("sft", "seqkd", "hpd", "hpd_no_sampling", "fkl", "rkl_exact", "jsd_exact")
 """What the candidate is compared with, and sft."""
+BETWEEN = ("akl", "todi", "abkd", "skew_fkl", "skew_rkl")
+"""Over the vocabulary, between forward and reverse KL."""
+RECENT = ("entropy_aware", "taid", "top_k_tail 8")
+"""Of 2025 and 2026, for demonstrations too."""
+OF_ROLLOUTS = ("power_opd", "vopd", "constant_negative")
+"""For rollouts only."""
 PAPER = ("rkl", "jsd", "hpd_no_reinforcement")
 """What else the paper compares with, on labels."""
 TEMPERATURES = (1.5, 2.0)
@@ -102,7 +111,7 @@ HOTTER = {
     f"{name} T{temperature:g}": replace(method, temperature=temperature)
     for temperature in reversed(TEMPERATURES)
     for name, method in AT_TEMPERATURE_1.items()
-    if method.needs_teacher
+    if method.needs_teacher and name not in RECENT
 }
 BY_TEMPERATURE = {name: method for name, method in HOTTER.items() if name not in ("fkl T2", "hpd T2")}
 """What is tried at a temperature for its effect alone."""
@@ -118,6 +127,9 @@ CANDIDATES = {
     "symmetric_kl T2": Method("symmetric_kl", temperature=2.0),
 }
 """For a better objective, beside those above; chosen from on validation problems and tuning seeds alone."""
+
+GATED = {name: _candidate(name, 1.0, {}) for name in ("overlap_kl", "stepped_kl")}
+"""Move between forward and reverse KL by themselves: candidates for an objective that is good in every regime."""
 
 SENSITIVITY = {
     f"hpd forward {forward:g} reverse {reverse:g} reinforce {reinforce:g}": Method(
@@ -141,7 +153,14 @@ SELF_TAUGHT = {
 BEFORE = "before"
 """The student as it starts, measured like the others."""
 METHODS = (
-    AT_TEMPERATURE_1 | HOTTER | CANDIDATES | SENSITIVITY | WITHOUT_CLIPPING | SELF_TAUGHT | {BEFORE: Method("none")}
+    AT_TEMPERATURE_1
+    | HOTTER
+    | CANDIDATES
+    | GATED
+    | SENSITIVITY
+    | WITHOUT_CLIPPING
+    | SELF_TAUGHT
+    | {BEFORE: Method("none")}
 )
 
 RATES = (3e-3, 8e-3, 1.6e-2)
@@ -151,6 +170,18 @@ TUNING_SEEDS = (101, 102)
 SEEDS = (1, 2, 3, 4, 5)
 FRESH_SEEDS = (11, 12, 13, 14, 15)
 """Of the confirmation, with problems that nothing was chosen on."""
+ANEW = "anew"
+"""The split of a second confirmation, on the problems of the first, which chose nothing, and other seeds."""
+SEEDS_ANEW = (21, 22, 23, 24, 25)
+FRESH_SPLITS = ("fresh", ANEW)
+"""Splits that train and test on problems that nothing was chosen on."""
+EVERYWHERE = "todi"
+"""Near the best in "warm" and in "long" by their tests: compared once more, on fresh seeds and problems."""
+RIVALS = {
+    "warm": ("hpd", "fkl", "rkl_exact", "jsd_exact", "akl", "seqkd"),
+    "long": ("hpd", "fkl", "jsd_exact", "akl"),
+}
+"""What it is to be as good as, by regime; ``rkl_exact`` and ``seqkd`` did not learn in "long"."""
 COMPARED = [("hpd", other) for other in ("fkl", "rkl_exact", "seqkd", "sft")]
 """Named in advance, for Holm's correction."""
 BATCH_SIZE = 32
@@ -163,7 +194,7 @@ RISING = f"{{start: 0, end: 1, steps: {REGIMES[ROLLOUTS].steps}}}"
 ROLLOUT_METHODS: dict[str, dict[str, Any]] = {
     **{
         f"{name}, rollouts": {"on_policy_objective": name, "on_policy_fraction": 1}
-        for name in ("opd", "rkl_exact", "fkl", "jsd_exact", "hpd")
+        for name in ("opd", "rkl_exact", "fkl", "jsd_exact", "hpd", *BETWEEN, "entropy_aware", *OF_ROLLOUTS)
     },
     **{
         f"{name}, {fraction} rollouts": {"objective": name, "on_policy_fraction": fraction}
@@ -199,7 +230,8 @@ class Job:
     seed: int
     """Of the student's initialisation, the order of the rows and the draws."""
     split: str = "test"
-    """Problems that it is measured on: validation, test, or fresh, which has training problems of its own."""
+    """Problems that it is measured on: validation, test, or one of ``FRESH_SPLITS``, which have training problems of
+    their own."""
     steps: int | None = None
     """In place of the regime's."""
 
@@ -222,6 +254,11 @@ class Suite:
     """None: tuning only."""
     split: str = "test"
 
+    def only(self, names: Iterable[str]) -> dict[str, Method]:
+        """Its methods of these names."""
+        wanted = set(names)
+        return {name: method for name, method in self.methods.items() if name in wanted}
+
 
 def _named(names: Iterable[str]) -> dict[str, Method]:
     return {name: METHODS[name] for name in names}
@@ -234,12 +271,18 @@ SUITES = [
     Suite("self_teacher_warm", SELF_TAUGHT, ("warm",)),
     Suite("candidates", CANDIDATES, ("warm",), seeds=()),
     Suite("paper", _named(PAPER), ("warm",)),
-    Suite("objectives", _named(name for name in AT_TEMPERATURE_1 if name not in (*CORE, *PAPER)), ("warm",)),
+    Suite("objectives", _named(name for name in AT_TEMPERATURE_1 if name not in (*CORE, *PAPER, *RECENT)), ("warm",)),
     Suite("sensitivity", SENSITIVITY, ("warm",), dict.fromkeys(SENSITIVITY, "hpd"), seeds=SEEDS[:3]),
     Suite("clipping", WITHOUT_CLIPPING, ("warm",), {name: name.split()[0] for name in WITHOUT_CLIPPING}, SEEDS[:3]),
-    Suite("small", _named([*CORE, "fkl T2", "hpd T2"]), ("small",)),
-    Suite("long", _named([*CORE, "fkl T2", "hpd T2"]), ("long",), seeds=SEEDS[:3]),
-    Suite("49k", _named(["fkl", "fkl T2", "hpd", "sft", "rkl_exact"]), ("49k",), seeds=SEEDS[:3]),
+    Suite("small", _named([*CORE, "fkl T2", "hpd T2", *BETWEEN]), ("small",)),
+    Suite("long", _named([*CORE, "fkl T2", "hpd T2", *BETWEEN]), ("long",), seeds=SEEDS[:3]),
+    Suite("49k", _named(["fkl", "fkl T2", "hpd", "sft", "rkl_exact", *BETWEEN]), ("49k",), seeds=SEEDS[:3]),
+    Suite("recent", _named(RECENT), ("warm", "small", "long"), seeds=SEEDS[:3]),
+    Suite("gated", GATED, ("warm", "small", "long"), seeds=SEEDS[:3]),
+    *(
+        Suite(f"anew_{regime}", _named([EVERYWHERE, *rivals]), (regime,), seeds=SEEDS_ANEW, split=ANEW)
+        for regime, rivals in RIVALS.items()
+    ),
     Suite("temperatures", BY_TEMPERATURE, ("warm",), seeds=SEEDS[:3]),
 ]
 """In the order in which they are run: what decides most comes first."""

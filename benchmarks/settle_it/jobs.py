@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from settle_it import measures, models, task
-from settle_it.grid import BATCH_SIZE, DECODE_TEMPERATURES, METHODS, REGIMES, SAMPLES, Job, Regime
+from settle_it.grid import BATCH_SIZE, DECODE_TEMPERATURES, FRESH_SPLITS, METHODS, REGIMES, SAMPLES, Job, Regime
 
 COUNTS = {"teacher": 4096, "student": 512, "validation": 128, "test": 128, "fresh_student": 512, "fresh_test": 128}
 """Problems, disjoint: no problem of one is in another."""
@@ -53,8 +53,8 @@ class Data:
         return file if file is not None and file.exists() else None
 
     def rows(self, demonstrations: int, split: str, from_teacher: bool) -> Path:
-        """Training rows: those of the split ``fresh`` are of other problems."""
-        pool = "fresh_student" if split == "fresh" else "student"
+        """Training rows: those of fresh splits are of other problems."""
+        pool = "fresh_student" if split in FRESH_SPLITS else "student"
         return self.folder / "data" / f"{pool}_{demonstrations}{'_from_teacher' if from_teacher else ''}.parquet"
 
     def prepare(self, steps: int, rounds: int, round_steps: int) -> None:
@@ -205,7 +205,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         result["validation"] = round(sum(counts[0.7]) / len(counts[0.7]) / (SAMPLES // 2), 5)
         return result
     teacher = models.load(data.teacher(regime))
-    test = data.problems["fresh_test" if job.split == "fresh" else "test"]
+    test = data.problems["fresh_test" if job.split in FRESH_SPLITS else "test"]
     result |= accuracy(trained, data.problems["validation"], test, job.seed)
     result["held_out"] = measures.divergences(trained, teacher, test, right_demonstrations(test))
     result["rollouts"] = rollouts(trained, teacher, test, job.seed)

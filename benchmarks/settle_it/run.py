@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "settle_it" / "run", help="models and data")
     parser.add_argument("--results", type=Path, default=FOLDER)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these of the suites")
     parser.add_argument("--fast", action="store_true", help="few methods, seeds, steps and problems, into OUT/fast")
     arguments = parser.parse_args()
     if unknown := set(arguments.suites) - set(names):
@@ -105,6 +106,10 @@ def main() -> None:
         arguments.results = arguments.out / "results"
     elif arguments.suites:
         suites = [suite for suite in grid.SUITES if suite.name in arguments.suites]
+    if arguments.methods:
+        if unknown := set(arguments.methods) - {name for suite in suites for name in suite.methods}:
+            parser.error(f"--methods {', '.join(sorted(unknown))}: not among the suites' methods")
+        suites = [replace(suite, methods=suite.only(arguments.methods)) for suite in suites]
 
     results = Results(arguments.results)
     with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
