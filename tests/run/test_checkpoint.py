@@ -239,6 +239,7 @@ def trainer_in(root: Path, keep: int) -> Any:
         "checkpoint_callback": build_checkpoint_callback(config),
         "previous_checkpoint": None,
         "train_dataset": [1, 2, 3],
+        "_held": None,
     }
     return trainer
 
