@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder --durations=30 --durations-min=10
 
 DEBIAN_PACKAGES := bubblewrap iproute2 munge shellcheck slurm-client slurmctld slurmd
 

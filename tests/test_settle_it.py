@@ -167,7 +167,7 @@ def test_jobs_are_told_apart() -> None:
     jobs += [job for suite in grid.SUITES for job in grid.test_jobs(suite, rate_of_each(suite))]
     assert len({job.key for job in jobs}) == len(jobs)
     assert not set(grid.SEEDS) & set(grid.TUNING_SEEDS)
-    assert not set(grid.FRESH_SEEDS) & {*grid.SEEDS, *grid.TUNING_SEEDS}
+    assert not {*grid.FRESH_SEEDS, *grid.SEEDS_ANEW} & {*grid.SEEDS, *grid.TUNING_SEEDS}
 
 
 def test_every_method_of_the_grid_has_a_suite() -> None:

@@ -340,6 +340,12 @@ def tables(results: Results) -> dict[str, str]:
             for role, name in (("candidate", CANDIDATE), ("beside", BESIDE[0])):
                 pairs = [(name, other) for other in BEST_OF]
                 out[f"confirmation of the {role} {regime}"] = named_comparisons(fresh, pairs)
+        anew = results.of(grid.ANEW, regime)
+        anew = of_common_seeds(anew, anew)
+        if anew:
+            out[f"anew {regime}"] = scores(anew)
+            pairs = [(grid.EVERYWHERE, other) for other in grid.COMPARED_ANEW[regime][1:]]
+            out[f"comparisons anew {regime}"] = named_comparisons(anew, pairs)
     for reference in ("hpd", "fkl"):
         out[f"against {reference}"] = verdicts(results, reference)
     if REAL_MODEL.exists():
