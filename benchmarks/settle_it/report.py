@@ -340,8 +340,8 @@ def tables(results: Results) -> dict[str, str]:
             for role, name in (("candidate", CANDIDATE), ("beside", BESIDE[0])):
                 pairs = [(name, other) for other in BEST_OF]
                 out[f"confirmation of the {role} {regime}"] = named_comparisons(fresh, pairs)
-        anew = results.of(grid.ANEW, regime)
-        anew = of_common_seeds(anew, anew)
+        of_anew = results.of(grid.ANEW, regime)
+        anew = of_common_seeds(of_anew, of_anew)
         if anew:
             out[f"anew {regime}"] = scores(anew)
             pairs = [(grid.EVERYWHERE, other) for other in grid.COMPARED_ANEW[regime][1:]]
