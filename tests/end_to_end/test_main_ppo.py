@@ -38,8 +38,7 @@ def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMain
         "algorithm.hpd.teacher_cache_dtype=float32",
         "algorithm.hpd.teacher_cache_max_gib=0.01",
     )
-    staged, two_ranks = "algorithm.hpd.pipeline=staged", "trainer.n_gpus_per_node=2"
-    shared_out = (two_ranks, "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2")
+    two_ranks = "trainer.n_gpus_per_node=2"
     variants = {
         "one pass, filling a store": cache,
         "one pass with a full store, 2 ranks, padded, micro-batch 1, no gradient checkpointing, offload": (
@@ -51,14 +50,12 @@ def test_the_split_of_a_batch_does_not_change_the_gradient(run_main_ppo: RunMain
             "actor_rollout_ref.actor.fsdp_config.param_offload=true",
             "actor_rollout_ref.actor.fsdp_config.optimizer_offload=true",
         ),
-        "staged, padded, micro-batch 4, offload of the teacher": (
-            staged,
+        "staged, 2 ranks of one sequence (Ulysses), micro-batch 4, offload of the teacher": (
+            *("algorithm.hpd.pipeline=staged", two_ranks),
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
             "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
-            "actor_rollout_ref.model.use_remove_padding=false",
             "actor_rollout_ref.ref.fsdp_config.param_offload=true",
         ),
-        "staged, 2 ranks of one sequence (Ulysses)": (staged, *shared_out),
-        "one pass, 2 ranks of one sequence (Ulysses)": shared_out,
     }
     shared = (
         *("data.train_max_samples=16", "trainer.total_training_steps=4", "trainer.resume_mode=disable"),
