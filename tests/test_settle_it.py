@@ -316,6 +316,7 @@ def test_a_report_is_written(tmp_path: Path) -> None:
     assert text.index("| `hpd` | 0.008 | 2 |") < text.index("| `sft` | 0.008 | 2 |")
     assert "| `hpd` - `sft` | +" in text
     assert "| `sft` | worse" in text
+    assert re.search(r"\| `hpd` \| \d+\.\d \|\n\| `sft` \| \d+\.\d ↓ \|", text)
     assert re.search(r"\| warm \| `fkl, self` \| 0.008 \| 2 \| .*\| \+", text)
     assert (tmp_path / "report" / "warm.png").stat().st_size > 1000
 

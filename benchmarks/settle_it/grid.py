@@ -182,6 +182,17 @@ COMPARED_ANEW = {
     "long": (EVERYWHERE, "hpd", "fkl", "jsd_exact", "akl"),
 }
 """It and what it is to be as good as, by regime; ``rkl_exact`` and ``seqkd`` did not learn in "long"."""
+AIM = ("hpd", "fkl", "rkl_exact", "jsd_exact", "akl", "seqkd")
+"""An objective for everywhere is in no regime worse than the best of these."""
+ELSEWHERE = {
+    "small": tuple((EVERYWHERE, other) for other in AIM),
+    "49k": tuple((EVERYWHERE, other) for other in ("hpd", "fkl", "rkl_exact", "akl")),
+    ROLLOUTS: (
+        *((f"{EVERYWHERE}, rollouts", f"{other}, rollouts") for other in ("opd", *AIM[:-1])),
+        *((f"{name}, rollouts", "opd, rollouts") for name in ("akl", *OF_ROLLOUTS)),
+    ),
+}
+"""Named before these regimes had scores of it and of the objectives for rollouts."""
 COMPARED = [("hpd", other) for other in ("fkl", "rkl_exact", "seqkd", "sft")]
 """Named in advance, for Holm's correction."""
 BATCH_SIZE = 32

@@ -152,6 +152,30 @@ def verdicts(results: Results, reference: str) -> str:
     return table(["method", *regimes], cells)
 
 
+def every_regime(results: Results) -> str:
+    """Accuracy of every objective in every regime; an arrow where it is worse than the best of ``grid.AIM`` there.
+
+    In "rollouts" an objective counts as trained on rollouts alone. Those that are worse nowhere come first, of these
+    those that ran in most regimes.
+    """
+    names = (*grid.AT_TEMPERATURE_1, *grid.GATED, "opd", *grid.OF_ROLLOUTS)
+    columns: dict[str, dict[str, Sequence[dict[str, Any]]]] = {}
+    for regime in _REGIMES:
+        suffix = ", rollouts" if regime == grid.ROLLOUTS else ""
+        found = results.of("test", regime, [f"{name}{suffix}" for name in names])
+        if any(f"{name}{suffix}" in found for name in grid.AIM):
+            columns[regime] = {name.removesuffix(suffix): each for name, each in found.items()}
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for regime, of_names in columns.items():
+        best = max((name for name in grid.AIM if name in of_names), key=lambda name: accuracy(of_names[name]).mean())
+        for name, each in of_names.items():
+            worse = name != best and less(each, of_names[best]).verdict == "worse"
+            cells[name][regime] = f"{100 * accuracy(each).mean():.1f}" + (" ↓" if worse else "")
+    order = sorted(cells, key=lambda name: (sum("↓" in cell for cell in cells[name].values()), -len(cells[name])))
+    rows = [[f"`{name}`", *(cells[name].get(regime, "") for regime in columns)] for name in order]
+    return table(["objective", *columns], rows)
+
+
 def is_special(name: str) -> bool:
     """Of the suites that have tables of their own, or of no training."""
     apart = (grid.SENSITIVITY, grid.WITHOUT_CLIPPING, grid.BY_TEMPERATURE, grid.SELF_TAUGHT, (grid.BEFORE,))
@@ -334,6 +358,8 @@ def tables(results: Results) -> dict[str, str]:
                 out[f"summary {regime}"] = summary(plain | before, "hpd")
             compared = grid.ROLLOUTS_COMPARED if regime == grid.ROLLOUTS else grid.COMPARED
             out[f"comparisons {regime}"] = named_comparisons(plain, compared)
+            if any(first in plain for first, _ in grid.ELSEWHERE.get(regime, ())):
+                out[f"elsewhere {regime}"] = named_comparisons(plain, grid.ELSEWHERE[regime])
         fresh = results.of("fresh", regime)
         if fresh:
             out[f"confirmation {regime}"] = scores(fresh)
@@ -346,6 +372,7 @@ def tables(results: Results) -> dict[str, str]:
             out[f"anew {regime}"] = scores(anew)
             pairs = [(grid.EVERYWHERE, other) for other in grid.COMPARED_ANEW[regime][1:]]
             out[f"comparisons anew {regime}"] = named_comparisons(anew, pairs)
+    out["every regime"] = every_regime(results)
     for reference in ("hpd", "fkl"):
         out[f"against {reference}"] = verdicts(results, reference)
     if REAL_MODEL.exists():
