@@ -90,7 +90,7 @@ class Steps:
 
     def batch(self, **settings: Any) -> TensorDict:
         collated = SFTTensorCollator("no_padding")(self.rows)
-        data = as_batch(self.config, self.model, collated, step=1)
+        data = as_batch(self.config, self.model, collated, step=1, steps=1)
         size = self.config.data.train_batch_size
         tu.assign_non_tensor(
             data, mini_batch_size=size, global_batch_size=size, epochs=1, dataloader_kwargs={"shuffle": False}

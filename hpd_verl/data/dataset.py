@@ -96,6 +96,8 @@ class HPDDataset(RLHFDataset):
             chat = [row.get(name) for name in (self.prompt_key, DEMONSTRATION, TOOLS)]
             if self.has_teacher_prompts:
                 chat.append(self.teacher_prompts.messages(row))
+            if self.row_columns:
+                chat.append(self.numbers(number * total // looked_at))
             digest.update(json.dumps(chat, sort_keys=True, default=str).encode())
         return {"rows": total, "sha256": digest.hexdigest()}
 

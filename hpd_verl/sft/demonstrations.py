@@ -139,9 +139,7 @@ def read_demonstrations(
     return DemonstrationDataset(rows, sequences, teacher_prompts)
 
 
-def as_batch(
-    config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int, steps: int = 1
-) -> TensorDict:
+def as_batch(config: DictConfig, model: HFModelConfig, tensors: Mapping[str, Any], step: int, steps: int) -> TensorDict:
     """Collated rows with the settings that verl's passes read, and the step of how many."""
     data = config.data
     settings = {

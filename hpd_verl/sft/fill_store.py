@@ -73,7 +73,7 @@ def fill(config: DictConfig) -> dict[str, float]:
 
     def wanted_rows(batch: Mapping[str, Any]) -> tuple[TensorDict, Sequence[int] | None]:
         """Rows as the teachers read them, and which of them this rank asks for."""
-        data = teacher_rows(as_batch(config, model, batch, step=0))
+        data = teacher_rows(as_batch(config, model, batch, step=0, steps=1))
         wanted = sharing.owned(len(data))
         if fields.TEACHER in data:
             of_row = column(data, fields.TEACHER).tolist()

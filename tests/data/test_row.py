@@ -144,3 +144,25 @@ def test_the_fingerprint_tells_other_rows_and_another_order(tmp_path: Path) -> N
     assert same["rows"] == 8
     assert read(rows[:7], tmp_path / "c.parquet").fingerprint["rows"] == 7
     assert read([*rows[1:], rows[0]], tmp_path / "d.parquet").fingerprint["sha256"] != same["sha256"]
+
+
+def test_the_fingerprint_tells_other_numbers_that_an_objective_reads(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from hpd_verl.objectives import objective\n\n\n"
+        "@objective('by_weight', over='token', needs={'row.weight'}, returns='loss')\n"
+        "def by_weight(log_probs, context):\n"
+        '    """The label, weighted by its row."""\n'
+        "    return -context.row['weight'] * log_probs.student_label\n"
+    )
+    hpd = {
+        "on_policy_fraction": 0.0,
+        "missing_demonstration": "error",
+        "overlong_demonstration": "truncate",
+        "objective": f"{tmp_path / 'own.py'}:by_weight",
+    }
+    first, other = (
+        read([{**row, "weight": weight} for row in make_rows(8)], tmp_path / f"{weight}.parquet", hpd=hpd).fingerprint
+        for weight in (1.0, 2.0)
+    )
+    assert first["rows"] == other["rows"]
+    assert first["sha256"] != other["sha256"]

@@ -52,7 +52,7 @@ def make_student(config: DictConfig) -> StudentWorker:
 def make_batch(config: DictConfig, model: HFModelConfig) -> TensorDict:
     rows = read_demonstrations(config, model, config.data.train_files)
     collated = SFTTensorCollator("no_padding")([rows[index] for index in range(4)])
-    return as_batch(config, model, collated, step=1)
+    return as_batch(config, model, collated, step=1, steps=1)
 
 
 class Precision(HeadLoss):

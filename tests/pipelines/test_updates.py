@@ -68,7 +68,7 @@ def take(
     for index in of_rank:
         rows[index][fields.IS_ROLLOUT] = torch.tensor([int(index % 3 == 0)])
         rows[index][fields.ROLLOUT_LOG_PROBS] = student_server_log_probs(rows[index])
-    data = as_batch(config, model, SFTTensorCollator("no_padding")([rows[index] for index in of_rank]), step=1)
+    data = as_batch(config, model, SFTTensorCollator("no_padding")([rows[index] for index in of_rank]), step=1, steps=1)
     tu.assign_non_tensor(
         data, mini_batch_size=mini, global_batch_size=mini, epochs=epochs, dataloader_kwargs={"shuffle": False}
     )

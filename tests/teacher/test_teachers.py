@@ -111,7 +111,7 @@ def batch_of(config: DictConfig, rows: int = 8) -> TensorDict:
     model = omega_conf_to_dataclass(config.model)
     dataset = read_demonstrations(config, model, config.data.train_files)
     collated = SFTTensorCollator("no_padding")([dataset[index] for index in range(rows)])
-    batch = as_batch(config, model, collated, step=1)
+    batch = as_batch(config, model, collated, step=1, steps=1)
     tu.assign_non_tensor(batch, mini_batch_size=rows, epochs=1, seed=0, dataloader_kwargs={"shuffle": False})
     return batch
 

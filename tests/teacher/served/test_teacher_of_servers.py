@@ -90,7 +90,9 @@ def configured(tiny: Tiny, *urls: str, timeout: float = 120.0, overrides: tuple[
 def teacher_and_batch(config: DictConfig, rows: int = 8) -> tuple[Teacher, TensorDict]:
     model = omega_conf_to_dataclass(config.model)
     dataset = read_demonstrations(config, model, config.data.train_files)
-    batch = as_batch(config, model, SFTTensorCollator("no_padding")([dataset[index] for index in range(rows)]), step=1)
+    batch = as_batch(
+        config, model, SFTTensorCollator("no_padding")([dataset[index] for index in range(rows)]), step=1, steps=1
+    )
     return make_teacher(teacher_settings(config), HPDConfig.from_config(config.algorithm.hpd), model), batch
 
 
