@@ -155,8 +155,7 @@ def verdicts(results: Results, reference: str) -> str:
 def every_regime(results: Results) -> str:
     """Accuracy of every objective in every regime; an arrow where it is worse than the best of ``grid.AIM`` there.
 
-    In "rollouts" an objective counts as trained on rollouts alone. Those that are worse nowhere come first, of these
-    those that ran in most regimes.
+    In "rollouts" an objective counts as trained on rollouts alone. Those that are not worse in most regimes come first.
     """
     names = (*grid.AT_TEMPERATURE_1, *grid.GATED, "opd", *grid.OF_ROLLOUTS)
     columns: dict[str, dict[str, Sequence[dict[str, Any]]]] = {}
@@ -171,7 +170,8 @@ def every_regime(results: Results) -> str:
         for name, each in of_names.items():
             worse = name != best and less(each, of_names[best]).verdict == "worse"
             cells[name][regime] = f"{100 * accuracy(each).mean():.1f}" + (" ↓" if worse else "")
-    order = sorted(cells, key=lambda name: (sum("↓" in cell for cell in cells[name].values()), -len(cells[name])))
+    worse_in = {name: sum("↓" in cell for cell in row.values()) for name, row in cells.items()}
+    order = sorted(cells, key=lambda name: (worse_in[name] - len(cells[name]), worse_in[name]))
     rows = [[f"`{name}`", *(cells[name].get(regime, "") for regime in columns)] for name in order]
     return table(["objective", *columns], rows)
 
