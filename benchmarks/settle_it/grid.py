@@ -192,7 +192,7 @@ ELSEWHERE = {
         *((f"{name}, rollouts", "opd, rollouts") for name in ("akl", *OF_ROLLOUTS)),
     ),
 }
-"""Named before these regimes had scores of it and of the objectives for rollouts."""
+"""Named before the scores of it in these regimes, and of the objectives for rollouts, were read."""
 COMPARED = [("hpd", other) for other in ("fkl", "rkl_exact", "seqkd", "sft")]
 """Named in advance, for Holm's correction."""
 BATCH_SIZE = 32
